@@ -1,0 +1,1 @@
+"""The site's side: ingestion, the training step, the ledger and what may leave."""

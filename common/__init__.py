@@ -1,0 +1,1 @@
+"""The vocabulary both sides share: errors, units, contracts, identities, journals, messages."""

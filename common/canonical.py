@@ -1,0 +1,53 @@
+"""Canonical JSON: one byte string per value, so that hashes and signatures have one meaning.
+
+Keys sorted by code point, no white space, UTF-8, floats as Python's shortest round-trip form,
+NaN and infinities refused. Close to RFC 8785; the one difference is that integers of any size are
+written in full (RFC 8785 limits them to 2^53) and floats keep Python's exponent form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from fedveil.common.errors import WireError
+
+
+def dumps(value: Any) -> bytes:
+    """Canonical bytes of a JSON value (dict with string keys, list, str, int, float, bool, None)."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as e:
+        raise WireError(f"value has no canonical JSON form: {type(e).__name__}") from e
+
+
+def loads(data: bytes | str, *, limit: int = 1 << 26) -> Any:
+    """Parse JSON of at most ``limit`` bytes; duplicate keys, NaN and infinities are refused."""
+    if len(data) > limit:
+        raise WireError(f"JSON of {len(data)} bytes is over the limit of {limit}")
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise WireError("malformed JSON") from e
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 of ``data`` as 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of the canonical form of ``value``."""
+    return sha256_hex(dumps(value))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("duplicate key")
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)

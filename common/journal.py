@@ -1,0 +1,250 @@
+"""The append-only journal: a hash chain of signed rows, one JSON object a line.
+
+Row ``n`` holds ``{"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"}``: ``prev`` is the hash of
+row ``n - 1`` (64 zeros before the first), ``hash`` the SHA-256 of the canonical row without ``hash`` and
+``sig``, ``sig`` the owner's Ed25519 signature of the hash. Whoever holds a later head can see every change,
+removal or reordering of earlier rows; a cut tail shows against a head kept elsewhere.
+
+``append`` returns after fsync, so that a row that was acted upon survives a crash. A line without its end
+(power cut) was never acted upon: opening drops it and records that it did. One writer at a time, by flock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.common import canonical
+from fedveil.common.errors import FedveilError, IdentityError, JournalError, VerificationError
+from fedveil.common.identity import public_hex, sign, verify
+
+DOMAIN = "fedveil/journal/1"
+GENESIS = "0" * 64
+MAX_ROW_BYTES = 1 << 20
+MAX_ROWS = 1 << 22
+_FIELDS = frozenset({"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"})
+
+
+class Head(NamedTuple):
+    """Number of rows and the hash of the last one: what peers exchange and keep."""
+
+    rows: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One verified or just written row; ``at`` is in whole seconds since 1970 UTC."""
+
+    n: int
+    owner: str
+    at: int
+    kind: str
+    body: dict[str, Any]
+    prev: str
+    hash: str
+    sig: str
+
+    def line(self) -> bytes:
+        """The canonical line, with its end."""
+        return canonical.dumps({"v": 1, **self.__dict__}) + b"\n"
+
+
+class Journal:
+    """The writer's side. Use :meth:`open`; close it, or use it as a context manager."""
+
+    def __init__(
+        self, path: Path, owner: str, key: Ed25519PrivateKey, *, durable: bool, clock: Callable[[], float]
+    ) -> None:
+        self.path, self.owner, self.rows = path, owner, list[Row]()
+        self._key, self._durable, self._clock = key, durable, clock
+        self._fd: int | None = None
+        self._pending: list[bytes] = []
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        owner: str,
+        key: Ed25519PrivateKey,
+        *,
+        durable: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> Journal:
+        """Open or create ``path``; every row is verified, a torn last line dropped and recorded.
+
+        Args:
+            durable: False keeps new rows in memory until :meth:`flush` (the simulator, where nothing real
+                is protected): no fsync, no lock, no open file.
+
+        Raises:
+            JournalError: the file is in use, or not this owner's, or altered.
+        """
+        self = cls(path, owner, key, durable=durable, clock=clock)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not durable:
+            self._load(path.read_bytes() if path.exists() else b"")
+            return self
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self._lock()
+            torn = self._load(_read_all(self._fd))
+            if torn:
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
+                self.append("journal.repaired", {"dropped_bytes": torn})
+            _fsync_directory(path.parent)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def append(self, kind: str, body: dict[str, Any]) -> Row:
+        """Sign and write one row; it is on disk when this returns (if durable)."""
+        head = self.head
+        at = int(self._clock())
+        core = {"v": 1, "n": head.rows, "owner": self.owner, "at": at, "kind": kind, "body": body, "prev": head.hash}
+        digest = canonical.digest(core)
+        row = Row(
+            head.rows, self.owner, at, kind, body, head.hash, digest, sign(self._key, DOMAIN, digest.encode()).hex()
+        )
+        line = row.line()
+        if len(line) > MAX_ROW_BYTES:
+            raise JournalError(f"a row of {len(line)} bytes is over the limit of {MAX_ROW_BYTES}")
+        if self._durable:
+            if self._fd is None:
+                raise JournalError(f"{self.path} is closed")
+            try:
+                _write_all(self._fd, line)
+                os.fsync(self._fd)
+            except OSError as e:
+                # What reached the disk is unknown: this writer stops here, and the next one repairs the tail.
+                self.close()
+                raise JournalError(f"{self.path} could not be written: {e.strerror}", hint="free disk space") from e
+        else:
+            self._pending.append(line)
+        self.rows.append(row)
+        return row
+
+    @property
+    def head(self) -> Head:
+        """Row count and last hash."""
+        return Head(len(self.rows), self.rows[-1].hash if self.rows else GENESIS)
+
+    def of_kind(self, *kinds: str) -> Iterator[Row]:
+        """The rows whose kind is one of ``kinds``, in order."""
+        return (r for r in self.rows if r.kind in kinds)
+
+    def flush(self) -> None:
+        """Write what a non-durable journal holds back."""
+        if self._pending:
+            with self.path.open("ab") as f:
+                f.writelines(self._pending)
+            self._pending.clear()
+
+    def close(self) -> None:
+        """Flush and release the lock."""
+        self.flush()
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        if self._fd is None:
+            raise JournalError(f"{self.path} is closed")
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise JournalError(
+                f"{self.path} is in use by another process", hint="one process at a time may spend from a ledger"
+            ) from e
+
+    def _load(self, data: bytes) -> int:
+        """Verify the complete lines into ``rows``; returns the length of a torn last line."""
+        end = data.rfind(b"\n") + 1
+        try:
+            self.rows = verify_rows(parse(data[:end]), public_hex(self._key), owner=self.owner)
+        except FedveilError as e:
+            raise JournalError(f"{self.path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+        return len(data) - end
+
+
+def parse(data: bytes) -> list[Row]:
+    """Rows of a journal file, shapes checked, nothing verified yet."""
+    lines = data.split(b"\n")
+    if lines.pop():
+        raise VerificationError(f"row {len(lines)} has no end of line: the journal is cut")
+    if len(lines) > MAX_ROWS:
+        raise VerificationError(f"a journal of {len(lines)} rows is over the limit of {MAX_ROWS}")
+    return [_row(i, line) for i, line in enumerate(lines)]
+
+
+def verify_rows(rows: list[Row], public: str, *, owner: str) -> list[Row]:
+    """Check numbering, owner, chain and every signature; :class:`VerificationError` names the first bad row."""
+    prev = GENESIS
+    for i, r in enumerate(rows):
+        if r.n != i:
+            raise VerificationError(f"row {i} is numbered {r.n}: a row is missing or moved")
+        if r.owner != owner:
+            raise VerificationError(f"row {i} belongs to {r.owner[:64]!r}, not to {owner!r}")
+        if r.prev != prev:
+            raise VerificationError(f"row {i} does not follow row {i - 1}: the chain is broken")
+        core = {"v": 1, "n": r.n, "owner": r.owner, "at": r.at, "kind": r.kind, "body": r.body, "prev": r.prev}
+        if canonical.digest(core) != r.hash:
+            raise VerificationError(f"row {i} was changed: its hash differs")
+        try:
+            verify(public, DOMAIN, r.hash.encode(), bytes.fromhex(r.sig), what=f"row {i}")
+        except (IdentityError, ValueError) as e:
+            raise VerificationError(f"row {i} is not signed by {owner!r}") from e
+        prev = r.hash
+    return rows
+
+
+def _row(i: int, line: bytes) -> Row:
+    try:
+        if len(line) > MAX_ROW_BYTES:
+            raise ValueError
+        d = canonical.loads(line)
+        if set(d) != _FIELDS or d.pop("v") != 1 or canonical.dumps({"v": 1, **d}) != line:
+            raise ValueError
+        for name, kind in (("n", int), ("at", int), ("owner", str), ("kind", str), ("body", dict)):
+            if type(d[name]) is not kind:
+                raise ValueError
+        for name, length in (("prev", 64), ("hash", 64), ("sig", 128)):
+            if type(d[name]) is not str or len(d[name]) != length:
+                raise ValueError
+    except (ValueError, TypeError, FedveilError) as e:
+        raise VerificationError(f"row {i} is not a well-formed journal row") from e
+    return Row(**d)
+
+
+def _read_all(fd: int) -> bytes:
+    with os.fdopen(os.dup(fd), "rb") as f:
+        f.seek(0)
+        return f.read()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

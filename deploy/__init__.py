@@ -1,0 +1,1 @@
+"""The only room that knows both sides: transports, the simulator, the demo, provisioning."""

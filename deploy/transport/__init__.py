@@ -1,0 +1,1 @@
+"""Engines under Flower's ``Grid``: mTLS gRPC, in process, Ray."""

@@ -1,0 +1,1 @@
+"""Mechanisms: differential privacy, the secure sum, anonymisation, the ledger and its proof."""

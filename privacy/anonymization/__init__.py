@@ -1,0 +1,1 @@
+"""Anonymisation of tables: recoding, criteria and their independent verification."""

@@ -1,0 +1,1 @@
+"""Differential privacy: sampling, clipping, integer noise, events and their accounting."""

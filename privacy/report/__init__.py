@@ -1,0 +1,1 @@
+"""The privacy report: built from journals, rendered for people, recomputed by anybody."""

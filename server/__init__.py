@@ -1,0 +1,1 @@
+"""The coordinator's side: admission, the round, the optimiser step, checkpoints."""
