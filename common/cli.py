@@ -1,0 +1,57 @@
+"""The command ``fedveil``: finds the rooms' sub-commands and turns errors into words and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+import typer
+from rich.console import Console
+
+from fedveil.common.errors import FedveilError
+
+GROUP = "fedveil.commands"
+
+
+def build() -> typer.Typer:
+    """The application with every sub-command whose extra is installed.
+
+    A sub-command that lacks a library stays visible and says which extra to install.
+    """
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, help="Federated learning with a checkable privacy claim."
+    )
+    for ep in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            command = ep.load()
+        except ModuleNotFoundError as e:
+            if (e.name or "").partition(".")[0] == "fedveil":
+                raise
+            app.command(ep.name, help=f"(needs the library {e.name})")(_missing(ep.name, e.name or "?"))
+            continue
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=ep.name)
+        else:
+            app.command(ep.name)(command)
+    return app
+
+
+def _missing(command: str, library: str):
+    def run() -> None:
+        raise FedveilError(
+            f"'fedveil {command}' needs {library}", hint="pip install 'fedveil[sim]' installs every part"
+        )
+
+    return run
+
+
+def main() -> None:
+    """Entry point: a :class:`FedveilError` becomes two lines on stderr and its documented exit code."""
+    try:
+        build()(standalone_mode=True)
+    except FedveilError as e:
+        console = Console(stderr=True)
+        console.print(f"[bold red]{e.code}[/]: ", e.message, sep="", markup=True, highlight=False, soft_wrap=True)
+        if e.hint:
+            console.print("  what to do:", e.hint, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(e.exit_code)

@@ -1,0 +1,83 @@
+"""Messages: a canonical JSON header and named raw buffers, every size bounded before it is parsed.
+
+A :class:`Packet` is what one protocol step sends. Its header is a JSON object; its buffers are raw bytes whose
+lengths and meaning the header's ``kind`` fixes. Nothing is ever unpickled and no code comes from the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedveil.common import canonical
+from fedveil.common.errors import WireError
+
+VERSION = 1
+MAX_BUFFERS = 64
+MAX_NAME = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a receiver accepts, in bytes: of the JSON header, and of all buffers together."""
+
+    header: int = 1 << 22
+    buffers: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Packet:
+    """One protocol message.
+
+    Attributes:
+        header: JSON object; ``header["kind"]`` names the message.
+        buffers: raw bytes by name (1 to 64 characters out of a-z, 0-9, '_').
+    """
+
+    header: dict[str, Any]
+    buffers: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The message's name; :class:`WireError` when the header has none."""
+        kind = self.header.get("kind")
+        if not isinstance(kind, str):
+            raise WireError("a message without a kind")
+        return kind
+
+    def expect(self, kind: str) -> Packet:
+        """This packet, if it is of ``kind``."""
+        if self.kind != kind:
+            raise WireError(f"a message of kind {self.kind[:64]!r} where {kind!r} was expected")
+        return self
+
+    def buffer(self, name: str, length: int) -> bytes:
+        """The buffer ``name``, which must have exactly ``length`` bytes."""
+        data = self.buffers.get(name)
+        if data is None:
+            raise WireError(f"{self.kind}: the buffer {name!r} is missing")
+        if len(data) != length:
+            raise WireError(f"{self.kind}: the buffer {name!r} has {len(data)} bytes instead of {length}")
+        return data
+
+
+def check(packet: Packet, limits: Limits) -> Packet:
+    """Raise :class:`WireError` unless ``packet`` is within ``limits``."""
+    if len(packet.buffers) > MAX_BUFFERS:
+        raise WireError(f"{len(packet.buffers)} buffers are over the limit of {MAX_BUFFERS}")
+    for name in packet.buffers:
+        if not (0 < len(name) <= MAX_NAME and name.isascii() and name.replace("_", "a").isalnum()):
+            raise WireError("a buffer has an invalid name")
+    total = sum(map(len, packet.buffers.values()))
+    if total > limits.buffers:
+        raise WireError(f"buffers of {total} bytes are over the limit of {limits.buffers}")
+    size = len(canonical.dumps(packet.header))
+    if size > limits.header:
+        raise WireError(f"a header of {size} bytes is over the limit of {limits.header}")
+    return packet
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of a buffer, hex."""
+    return hashlib.sha256(data).hexdigest()
