@@ -1,0 +1,201 @@
+"""The secure sum, seen from outside: one session per run, one sum per round, two halves that never share a secret.
+
+A site and the server meet in fixed steps; every step's message is a :class:`~fedveil.common.wire.Packet`::
+
+    SiteSum.join_fields -> (the caller signs and spreads them) -> SiteSum.begin, ServerSum.begin, SiteSum.receive
+    each round:  ServerSum.start_round -> SiteSum.contribute -> ServerSum.add
+                 -> ServerSum.agree_requests -> SiteSum.agree -> ServerSum.add_agreement
+                 -> ServerSum.open_requests  -> SiteSum.open  -> ServerSum.add_answer -> ServerSum.result
+    SiteSum.end
+
+Every implementation is an exact homomorphism: the opened vector equals the integer sum of the members'
+vectors, whatever their signs and sizes, as long as that *sum* stays within ``SumSpec.bound``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.common.errors import SecureSumError
+from fedveil.common.identity import Roster
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+
+PROTOCOLS = ("keysum", "sharedkey", "plain", "none")
+MAX_LENGTH = 1 << 30
+MAX_NONCE = 128
+READY = "sum/ready"
+
+
+@dataclass(frozen=True)
+class SumSpec:
+    """What both halves of one session know; public.
+
+    Attributes:
+        protocol: ``keysum``, ``sharedkey``, ``plain`` or ``none``.
+        session: 64 hexadecimal digits, unique per run.
+        plan_hash: hash of the signed privacy plan, 64 hexadecimal digits.
+        roster: the members; the order of its sites gives the Shamir indices 1..n.
+        threshold: T, the number of answers that open a sum.
+        min_members: n - d; a sum of fewer sites is never opened.
+        length: D, the number of integers in a vector.
+        bound: largest absolute value of any coordinate of any opened sum; the caller guarantees it except
+            with negligible probability. One site's values may exceed it.
+        rounds: the number of planned rounds, aborted ones included; rounds are numbered within 0..rounds.
+    """
+
+    protocol: str
+    session: str
+    plan_hash: str
+    roster: Roster
+    threshold: int
+    min_members: int
+    length: int
+    bound: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        n = len(self.roster.sites)
+        if self.protocol not in PROTOCOLS:
+            raise SecureSumError(f"unknown protocol {self.protocol[:32]!r}", hint=f"one of {', '.join(PROTOCOLS)}")
+        for what, value in (("session", self.session), ("plan hash", self.plan_hash)):
+            if not is_hex(value, 64):
+                raise SecureSumError(f"the {what} is not 64 lower-case hexadecimal digits")
+        for what, value, low, high in (
+            ("threshold", self.threshold, 1, n),
+            ("smallest number of members", self.min_members, 1, n),
+            ("length", self.length, 1, MAX_LENGTH),
+            ("bound", self.bound, 0, (1 << 62) - 1),
+            ("number of rounds", self.rounds, 1, 1 << 31),
+        ):
+            if not low <= value <= high:
+                raise SecureSumError(f"the {what} of a secure sum, {value}, is outside {low}..{high}")
+
+    def check_round(self, round: int, nonce: str) -> None:
+        """Raise :class:`SecureSumError` unless ``round`` is planned and ``nonce`` is 1 to 128 ASCII characters."""
+        if not 0 <= round <= self.rounds:
+            raise SecureSumError(f"round {round} is outside the planned 0..{self.rounds}")
+        if not (0 < len(nonce) <= MAX_NONCE and nonce.isascii() and nonce.isprintable()):
+            raise SecureSumError(f"the nonce of round {round} is not 1 to {MAX_NONCE} printable ASCII characters")
+
+    def vector(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``values`` if it is a contiguous (D,) array of int64, made contiguous if it is not."""
+        if values.dtype != np.int64 or values.shape != (self.length,):
+            raise SecureSumError(
+                f"a vector of shape {values.shape} and type {values.dtype}, not ({self.length},) int64",
+                hint="quantise to integers first",
+            )
+        return np.ascontiguousarray(values)
+
+
+class SiteSum(ABC):
+    """One site's half of one session."""
+
+    @abstractmethod
+    def join_fields(self) -> dict[str, Any]:
+        """Public fields for the site's signed join statement, e.g. ``{"x25519": hex}``; the same on every call."""
+
+    @abstractmethod
+    def begin(self, joins: Mapping[SiteId, Mapping[str, Any]]) -> Packet:
+        """Take all sites' join fields (their signatures verified by the caller); returns the reply to the server.
+
+        Raises:
+            SecureSumError: this site is missing, a site is not on the roster, or another set was given before.
+        """
+
+    @abstractmethod
+    def receive(self, packet: Packet) -> None:
+        """Take what the server relays after all replies came; :class:`SecureSumError` if nothing was expected."""
+
+    @abstractmethod
+    def contribute(self, round: int, nonce: str, values: NDArray[np.int64]) -> Packet:
+        """This site's contribution: (D,) integers of any sign, noise included; on stable storage on return.
+
+        A second call for the same round and nonce returns the same bytes and ignores ``values``.
+
+        Raises:
+            SecureSumError: another nonce for a round that was contributed to, a wrong shape, an ended session.
+        """
+
+    @abstractmethod
+    def replay(self, round: int) -> Packet | None:
+        """The complete contribution of ``round`` if it is the latest one made, bit for bit; else None."""
+
+    @abstractmethod
+    def agree(self, request: Packet) -> Packet:
+        """Check the announced members of a sum and sign them; :class:`HelperRefusal` otherwise."""
+
+    @abstractmethod
+    def open(self, request: Packet) -> Packet:
+        """Help to open the agreed sum; :class:`HelperRefusal` otherwise."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Destroy the session's secrets. Calling it again does nothing."""
+
+
+class ServerSum(ABC):
+    """The server's half of one session."""
+
+    @abstractmethod
+    def begin(
+        self, joins: Mapping[SiteId, Mapping[str, Any]], replies: Mapping[SiteId, Packet]
+    ) -> dict[SiteId, Packet]:
+        """Take the sites' join fields and replies; returns packets to relay to sites (often none)."""
+
+    @abstractmethod
+    def start_round(self, round: int, nonce: str) -> None:
+        """Forget the round before and begin ``round``; ``nonce`` is what the sites contribute under."""
+
+    @abstractmethod
+    def add(self, site: SiteId, packet: Packet) -> None:
+        """Verify a contribution completely, then add it.
+
+        Raises:
+            SecureSumError, WireError: the packet is refused; the sum is as it was before.
+        """
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[SiteId, ...]:
+        """The sites whose contributions are in the sum, in roster order."""
+
+    @abstractmethod
+    def agree_requests(self) -> dict[SiteId, Packet]:
+        """Close the sum and ask all sites to sign its members; empty if the protocol needs no agreement.
+
+        Raises:
+            SecureSumError: fewer than ``min_members`` contributed.
+        """
+
+    @abstractmethod
+    def add_agreement(self, site: SiteId, packet: Packet) -> None:
+        """Take one site's signature; :class:`SecureSumError` or :class:`WireError` if it does not hold."""
+
+    @abstractmethod
+    def open_requests(self) -> dict[SiteId, Packet]:
+        """Requests to open the sum; empty if none is needed. :class:`SecureSumError` below T agreements."""
+
+    @abstractmethod
+    def add_answer(self, site: SiteId, packet: Packet) -> None:
+        """Take one site's answer; :class:`SecureSumError` or :class:`WireError` if it does not hold."""
+
+    @abstractmethod
+    def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """The opened sum, (D,) int64, and its members; :class:`SecureSumError` says why there is none."""
+
+    @property
+    def suspects(self) -> tuple[SiteId, ...]:
+        """Sites whose answers were wrong in the last opened round, in roster order."""
+        return ()
+
+
+def is_hex(value: object, digits: int) -> bool:
+    """True for a string of exactly ``digits`` lower-case hexadecimal digits."""
+    return isinstance(value, str) and len(value) == digits and not value.strip("0123456789abcdef")

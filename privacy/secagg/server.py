@@ -1,0 +1,14 @@
+"""The server's door to the secure sum."""
+
+from __future__ import annotations
+
+from fedveil.common.errors import SecureSumError
+from fedveil.privacy.secagg.interface import ServerSum, SumSpec
+from fedveil.privacy.secagg.plain import PlainServer
+
+
+def server_sum(spec: SumSpec) -> ServerSum:
+    """The server's half of ``spec.protocol``; :class:`SecureSumError` if its parameters cannot hold."""
+    if spec.protocol in ("plain", "none"):
+        return PlainServer(spec)
+    raise SecureSumError(f"unknown protocol {spec.protocol!r}")
