@@ -1,0 +1,174 @@
+"""From events to ε, through dp-accounting, and the one closed form that checks it.
+
+Two accountants, two meanings:
+
+* :func:`epsilon_pld` composes a list of events that was fixed before the first release (one run, whose plan
+  every site signed). It is tight.
+* :class:`Filter` bounds what may be spent when later choices depend on earlier results (a data owner's
+  budget over many runs): an RDP filter with its order fixed in advance (Feldman & Zrnic, "Individual Privacy
+  Accounting via a Rényi Filter", NeurIPS 2021, Theorem 4.3). At equal σ it reads about 9 % above PLD.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from fedveil.common.errors import PlanError, VerificationError
+from fedveil.privacy.dp.events import SampledGaussian
+
+PLD_INTERVAL = 1e-3
+ORDERS: tuple[float, ...] = (
+    *(1 + x / 10 for x in range(1, 100)),
+    *map(float, range(11, 64)),
+    *map(float, (72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024, 2048)),
+)
+# dp-accounting warns through absl for every order it cannot use; the orders above are chosen, not tuned.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _event(e: SampledGaussian) -> dp_event.DpEvent:
+    gaussian = dp_event.GaussianDpEvent(e.noise_multiplier)
+    return gaussian if e.sample_rate == 1 else dp_event.PoissonSampledDpEvent(e.sample_rate, gaussian)
+
+
+@lru_cache(maxsize=4096)
+def _pld(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float:
+    accountant = PLDAccountant(value_discretization_interval=PLD_INTERVAL)
+    for e, steps in events:
+        accountant.compose(_event(e), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
+    """ε at ``delta`` of non-adaptively chosen ``(event, steps)`` pairs, by privacy loss distributions.
+
+    An upper bound: the discretisation of 1e-3 rounds pessimistically. 0 for no events.
+    """
+    merged = _merge(events)
+    return _pld(merged, delta) if merged else 0.0
+
+
+def epsilon_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
+    """ε at ``delta`` by Rényi DP over :data:`ORDERS`: the second accountant of an audit.
+
+    Valid for events fixed in advance (the best order is chosen afterwards).
+    """
+    merged = _merge(events)
+    if not merged:
+        return 0.0
+    totals = [sum(steps * rdp(e, a) for e, steps in merged) for a in ORDERS]
+    return max(0.0, min(t + conversion(a, delta) for t, a in zip(totals, ORDERS, strict=True)))
+
+
+def delta_curve(events: Iterable[tuple[SampledGaussian, int]], epsilons: Iterable[float]) -> list[tuple[float, float]]:
+    """``(ε, δ)`` points of the whole privacy curve, by PLD."""
+    accountant = PLDAccountant(value_discretization_interval=PLD_INTERVAL)
+    for e, steps in _merge(events):
+        accountant.compose(_event(e), steps)
+    return [(e, float(accountant.get_delta(e))) for e in epsilons]
+
+
+def _merge(events: Iterable[tuple[SampledGaussian, int]]) -> tuple[tuple[SampledGaussian, int], ...]:
+    out: dict[SampledGaussian, int] = {}
+    for e, steps in events:
+        if steps < 0:
+            raise VerificationError("a negative number of steps")
+        if steps:
+            out[e] = out.get(e, 0) + steps
+    return tuple(sorted(out.items(), key=lambda kv: (kv[0].sample_rate, kv[0].noise_multiplier)))
+
+
+@lru_cache(maxsize=65536)
+def rdp(event: SampledGaussian, order: float) -> float:
+    """Rényi divergence of order ``order`` of one step (Mironov, Talwar & Zhang 2019, through dp-accounting)."""
+    accountant = RdpAccountant(orders=[order])
+    accountant.compose(_event(event), 1)
+    # get_epsilon is rdp + conversion, clipped at 0; at a tiny delta it is never clipped, which gives rdp back.
+    tiny = 1e-300
+    value = float(accountant.get_epsilon(tiny)) - conversion(order, tiny)
+    return max(value, 0.0)
+
+
+def conversion(order: float, delta: float) -> float:
+    """What turns RDP of an order into ε at δ (Canonne, Kamath & Steinke 2020, Proposition 12)."""
+    return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Exact ε of the Gaussian mechanism with sensitivity/σ = ``mu`` (Balle & Wang 2018, Theorem 8).
+
+    S unsampled steps at noise multiplier σ are one with ``mu = sqrt(S)/σ``. Used to check the accountants.
+    """
+    phi = lambda x: 0.5 * math.erfc(-x / math.sqrt(2))  # noqa: E731
+    excess = lambda e: phi(mu / 2 - e / mu) - math.exp(e) * phi(-mu / 2 - e / mu) - delta  # noqa: E731
+    if excess(0.0) <= 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    while excess(high) > 0:
+        low, high = high, 2 * high
+        if high > 500:
+            raise PlanError("epsilon is above 500: the noise is too small to speak of privacy")
+    for _ in range(100):
+        mid = (low + high) / 2
+        low, high = (mid, high) if excess(mid) > 0 else (low, mid)
+    return high
+
+
+@dataclass(frozen=True)
+class Filter:
+    """An RDP filter: spending stays (cap, δ)-DP however later spending depends on earlier results.
+
+    Attributes:
+        epsilon: the cap.
+        delta: δ of the cap.
+        order: the Rényi order, fixed before the first release.
+    """
+
+    epsilon: float
+    delta: float
+    order: float
+
+    def __post_init__(self) -> None:
+        if not self.order > 1:
+            raise VerificationError(f"a filter's order must be above 1, not {self.order!r}")
+
+    @property
+    def budget(self) -> float:
+        """How much RDP of the order may be spent in all; 0 if the cap is below what the order can express."""
+        return max(0.0, self.epsilon - conversion(self.order, self.delta))
+
+    def epsilon_of(self, spent: float) -> float:
+        """ε at the filter's δ of ``spent`` RDP; 0 before anything is spent."""
+        return max(0.0, spent + conversion(self.order, self.delta)) if spent > 0 else 0.0
+
+    def affords(self, event: SampledGaussian, spent: float = 0.0) -> int:
+        """How many more steps of ``event`` fit under the cap."""
+        cost = rdp(event, self.order)
+        # The same comparison as `admits`, so that a plan accepted here is never stopped one step early by rounding.
+        steps = int(max(0.0, self.budget - spent) / cost)
+        while self.admits(spent + (steps + 1) * cost):
+            steps += 1
+        while steps > 0 and not self.admits(spent + steps * cost):
+            steps -= 1
+        return steps
+
+    def admits(self, total: float) -> bool:
+        """Whether ``total`` RDP stays under the cap (a relative 1e-9 absorbs the rounding of long sums)."""
+        return total <= self.budget * (1 + 1e-9)
+
+
+def best_order(epsilon: float, delta: float) -> float:
+    """The order that lets an unsampled Gaussian spend most under (ε, δ): argmax of budget(order) / order.
+
+    The Gaussian's RDP is linear in the order, so this depends on the cap alone and can be fixed before
+    anything is known of the runs to come.
+    """
+    return max(ORDERS, key=lambda a: Filter(epsilon, delta, a).budget / a)

@@ -1,0 +1,48 @@
+"""What a release costs, as data: the closed table of privacy events.
+
+A ledger row names an event by one of the names below and its numbers; nothing else is ever turned into an
+accountant's input (``dp_accounting.DpEvent.from_named_tuple`` imports modules by name and is never used).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedveil.common.errors import VerificationError
+
+SGM = "sampled-gaussian"
+
+
+@dataclass(frozen=True)
+class SampledGaussian:
+    """One step of the Poisson-sampled Gaussian mechanism, SGM(q, σ), under add-or-remove-one adjacency.
+
+    Attributes:
+        sample_rate: q in (0, 1]; each record enters a step independently with this probability.
+        noise_multiplier: σ > 0, the noise's standard deviation divided by the L2 sensitivity.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sample_rate <= 1):
+            raise VerificationError(f"sample rate {self.sample_rate!r} is not in (0, 1]")
+        if not (math.isfinite(self.noise_multiplier) and 0 < self.noise_multiplier <= 1e9):
+            raise VerificationError(f"noise multiplier {self.noise_multiplier!r} is not in (0, 1e9]")
+
+    def to_json(self) -> dict[str, Any]:
+        """The form a ledger row carries."""
+        return {"event": SGM, "sample_rate": self.sample_rate, "noise_multiplier": self.noise_multiplier}
+
+
+def from_json(value: Any) -> SampledGaussian:
+    """Parse a ledger row's event; an unknown name or a missing number is a :class:`VerificationError`."""
+    if not isinstance(value, dict) or value.get("event") != SGM or len(value) != 3:
+        raise VerificationError("a privacy event that is not in the table")
+    q, sigma = value.get("sample_rate"), value.get("noise_multiplier")
+    if type(q) not in (int, float) or type(sigma) not in (int, float):
+        raise VerificationError("a privacy event without its numbers")
+    return SampledGaussian(float(q), float(sigma))  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""Integer noise from the operating system's randomness.
+
+A discrete Gaussian on Z, exactly supported on every integer (Canonne, Kamath & Steinke, "The Discrete
+Gaussian for Differential Privacy", 2020, Algorithms 1-3), drawn from an AES-256-CTR key stream whose key is
+fresh from ``os.urandom`` for every release: nothing to fork, nothing to reuse.
+
+Departure from the paper: Bernoulli(p) trials compare 53 random bits with a double instead of using exact
+rationals, which changes each candidate's probability by a relative 2^-52 or so. Over 10^9 released coordinates
+that adds less than 1e-6 to ε; it is listed under the known deviations of every report.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from fedveil.common.errors import PlanError
+
+MAX_STD = float(1 << 48)
+_BLOCK = 1 << 20
+
+
+class KeyStream:
+    """Uniform bits from AES-256-CTR under a key that is drawn when the object is made and never leaves it."""
+
+    def __init__(self) -> None:
+        self._encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """``(count,)`` independent uniform 64-bit words."""
+        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """``(count,)`` uniform multiples of 2^-53 in [0, 1)."""
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def below(self, bound: int, count: int) -> NDArray[np.int64]:
+        """``(count,)`` uniform integers in [0, bound), without modulo bias (rejection)."""
+        limit = np.uint64((1 << 64) // bound * bound - 1)
+        out = self.words(count)
+        bad = np.flatnonzero(out > limit)
+        if bad.size:
+            out = out.copy()
+            while bad.size:
+                out[bad] = self.words(bad.size)
+                bad = bad[out[bad] > limit]
+        return (out % np.uint64(bound)).astype(np.int64)
+
+
+def discrete_gaussian(std: float, size: int, stream: KeyStream | None = None) -> NDArray[np.int64]:
+    """``(size,)`` independent draws from the discrete Gaussian N_Z(0, std²).
+
+    Args:
+        std: the parameter σ in grid units, in [0.5, 2^48]. From 2 upwards the variance is σ² to within 1e-30.
+        size: how many.
+        stream: for tests; by default a fresh :class:`KeyStream`.
+    """
+    if not (0.5 <= std <= MAX_STD):
+        raise PlanError(f"noise of {std!r} grid units is outside [0.5, 2^48]", hint="choose another grid width")
+    stream = stream or KeyStream()
+    out = np.empty(size, np.int64)
+    done = 0
+    while done < size:
+        got = _candidates(std, min(_BLOCK, int(2.3 * (size - done)) + 64), stream)[: size - done]
+        out[done : done + got.size] = got
+        done += got.size
+    return out
+
+
+def _candidates(std: float, count: int, stream: KeyStream) -> NDArray[np.int64]:
+    """The accepted ones among ``count`` proposals from the discrete Laplace of scale t = floor(σ) + 1."""
+    t = math.floor(std) + 1
+    u = stream.below(t, count)
+    # Algorithm 2: U uniform below t survives with probability exp(-U/t); V counts successes of Bernoulli(1/e).
+    keep = stream.uniform(count) < np.exp(-u / t)
+    v = np.floor(-np.log1p(-stream.uniform(count))).astype(np.int64)
+    x = u + t * v
+    negative = (stream.words(count) & np.uint64(1)).astype(bool)
+    keep &= ~(negative & (x == 0))
+    # Algorithm 3: from the Laplace to the Gaussian.
+    keep &= stream.uniform(count) < np.exp(-((x - std * std / t) ** 2) / (2 * std * std))
+    return np.where(negative, -x, x)[keep]

@@ -1,0 +1,210 @@
+"""The privacy ledger: a data owner's budget, charged before anything is released.
+
+One ledger per data-set lineage, on the signed journal of :mod:`fedveil.common.journal`. Opening fixes the cap,
+δ and the Rényi order; every release is first reserved (one signed row, on disk) and only then computed with
+noise and sent. A crash in between loses budget, never privacy. What was reserved for a round is spent, whether
+the round succeeded or not.
+
+Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
+
+    ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}
+    ledger.cap      {cap_epsilon}                      the site's policy changed its cap
+    plan.accepted   {session, plan_hash, roster_hash, contract_hash}
+    data.released   {...}                              pass/fail and salted commitments of ingestion
+    spend           {session, round, plan_hash, event}
+    commit          {session, round}                   the value reserved for has been handed on
+    refused         {session, reason}                  an error's code, no detail
+    model           {session, round, model_hash}
+    session.end     {session, status}
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
+from fedveil.common.journal import Head, Journal, Row
+from fedveil.common.units import Delta, Epsilon
+from fedveil.privacy.dp.accounting import Filter, best_order, rdp
+from fedveil.privacy.dp.events import SampledGaussian, from_json
+
+
+class Tally:
+    """What a list of ledger rows adds up to; the same code enforces (at the site) and verifies (anywhere).
+
+    Feeding rows in order raises :class:`VerificationError` for a row that the rules do not allow: spending
+    before opening, twice for one round, an unknown event, past the cap in force.
+    """
+
+    def __init__(self) -> None:
+        self.lineage, self.unit = "", ""
+        self.filter: Filter | None = None
+        self.spent = 0.0
+        self.by_round: dict[tuple[str, int], SampledGaussian] = {}
+        self.committed: set[tuple[str, int]] = set()
+
+    def feed(self, row: Row) -> None:
+        """Apply one row."""
+        b = row.body
+        try:
+            if row.kind == "ledger.open":
+                self._open(row)
+            elif row.kind == "ledger.cap":
+                f = self._filter(row)
+                self.filter = Filter(float(b["cap_epsilon"]), f.delta, f.order)
+            elif row.kind == "spend":
+                self._spend(row)
+            elif row.kind == "commit":
+                key = (str(b["session"]), int(b["round"]))
+                if key not in self.by_round:
+                    raise VerificationError(f"row {row.n} commits a round that was never charged")
+                self.committed.add(key)
+        except (KeyError, TypeError, ValueError) as e:
+            raise VerificationError(f"row {row.n} ({row.kind}) is malformed") from e
+
+    def _open(self, row: Row) -> None:
+        if self.filter is not None:
+            raise VerificationError(f"row {row.n} opens a ledger that is open")
+        b = row.body
+        self.filter = Filter(float(b["cap_epsilon"]), float(b["delta"]), float(b["order"]))
+        self.lineage, self.unit = str(b["lineage"]), str(b["unit"])
+
+    def _filter(self, row: Row) -> Filter:
+        if self.filter is None:
+            raise VerificationError(f"row {row.n} ({row.kind}) comes before the ledger was opened")
+        return self.filter
+
+    def _spend(self, row: Row) -> None:
+        f = self._filter(row)
+        key, event = (str(row.body["session"]), int(row.body["round"])), from_json(row.body["event"])
+        if key in self.by_round:
+            raise VerificationError(f"row {row.n} charges round {key[1]} a second time")
+        after = self.spent + rdp(event, f.order)
+        if not f.admits(after):
+            raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
+        self.spent, self.by_round[key] = after, event
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent so far over all runs, by the filter; 0 before the first release."""
+        return self.filter.epsilon_of(self.spent) if self.filter else 0.0
+
+    def session_events(self, session: str) -> list[SampledGaussian]:
+        """The events charged to one session."""
+        return [e for (s, _), e in self.by_round.items() if s == session]
+
+
+class Ledger:
+    """The writer's side, held open (and locked) while a site takes part in a run."""
+
+    def __init__(self, journal: Journal, tally: Tally) -> None:
+        self.journal, self.tally = journal, tally
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        site: str,
+        key: Ed25519PrivateKey,
+        *,
+        lineage: str,
+        cap: Epsilon,
+        delta: Delta,
+        unit: str = "record",
+        durable: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> Ledger:
+        """Open or create the ledger of ``lineage``; every row is verified and composed again.
+
+        An existing ledger keeps its δ and order. A cap lower than the one on file is obeyed from now on; a
+        higher one is the owner's decision and is recorded too.
+
+        Raises:
+            JournalError: in use, forged, or of another lineage, unit or δ.
+        """
+        journal = Journal.open(path, site, key, durable=durable, clock=clock)
+        try:
+            self = cls(journal, Tally())
+            for row in journal.rows:
+                self.tally.feed(row)
+            self._settle(lineage, cap, delta, unit)
+        except VerificationError as e:
+            journal.close()
+            raise JournalError(f"{path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+        except BaseException:
+            journal.close()
+            raise
+        return self
+
+    def _settle(self, lineage: str, cap: Epsilon, delta: Delta, unit: str) -> None:
+        f = self.tally.filter
+        if f is None:
+            order = best_order(cap, delta)
+            self._append(
+                "ledger.open",
+                lineage=lineage, unit=unit, adjacency="add-or-remove-one",
+                cap_epsilon=cap, delta=delta, order=order,
+            )  # fmt: skip
+            return
+        if (self.tally.lineage, self.tally.unit, f.delta) != (lineage, unit, delta):
+            raise JournalError(
+                f"{self.journal.path} is the ledger of lineage {self.tally.lineage!r}, unit {self.tally.unit!r}, "
+                f"delta {f.delta:g}; asked for were {lineage!r}, {unit!r}, {delta:g}",
+                hint="one ledger per data set; its delta is fixed when it is opened",
+            )
+        if f.epsilon != cap:
+            self._append("ledger.cap", cap_epsilon=cap)
+
+    def _append(self, kind: str, **body: Any) -> Row:
+        row = self.journal.append(kind, body)
+        self.tally.feed(row)
+        return row
+
+    def note(self, kind: str, **body: Any) -> Row:
+        """Add a row that spends nothing (``plan.accepted``, ``data.released``, ``refused``, ``model``, ...)."""
+        if kind in ("spend", "ledger.open", "ledger.cap"):
+            raise JournalError(f"a row of kind {kind!r} cannot be added as a note")
+        return self._append(kind, **body)
+
+    def affords(self, event: SampledGaussian) -> int:
+        """How many steps of ``event`` the cap in force still carries."""
+        f = self.tally.filter
+        return f.affords(event, self.tally.spent) if f else 0
+
+    def reserve(self, session: str, round_: int, plan_hash: str, event: SampledGaussian) -> None:
+        """Charge one step; on disk when this returns. Only then may noise be drawn and a value leave.
+
+        Raises:
+            BudgetExhausted: the step does not fit under the cap; a ``refused`` row is written, nothing is charged.
+            JournalError: this round of this session was charged before.
+        """
+        if (session, round_) in self.tally.by_round:
+            raise JournalError(
+                f"round {round_} was charged before and its answer is not at hand",
+                hint="the site sits this round out; the budget stays spent",
+            )
+        if self.affords(event) < 1:
+            self.note("refused", session=session, reason=BudgetExhausted.__name__)
+            raise BudgetExhausted(
+                f"round {round_} does not fit into the privacy budget of {self.tally.lineage!r}",
+                hint="a normal ending: the last model is kept",
+            )
+        self._append("spend", session=session, round=round_, plan_hash=plan_hash, event=event.to_json())
+
+    def commit(self, session: str, round_: int) -> None:
+        """Record that the value reserved for was handed on."""
+        self._append("commit", session=session, round=round_)
+
+    @property
+    def head(self) -> Head:
+        """Row count and last hash."""
+        return self.journal.head
+
+    def close(self) -> None:
+        """Release the lock."""
+        self.journal.close()

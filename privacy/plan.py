@@ -1,0 +1,348 @@
+"""The privacy plan: every number that decides privacy, in one frozen value that is consistent or refused.
+
+The plan is made once (:func:`make_plan`), hashed, signed by every participant before the first round, and its
+hash travels in every message. A site never takes a number from a message: it takes the plan it signed.
+
+Symbols (DESIGN: privacy modes): n sites, t colluders, d drop-outs, h = n - t - d honest shares, T the number of
+answers that open a sum, q sample rate, S steps, C clip, σ noise multiplier, γ grid width, R clamp, D parameters,
+N the declared number of records (a public constant: never the length of a data set).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedveil.common import canonical
+from fedveil.common.errors import PlanError
+from fedveil.common.model_spec import ModelSpec
+from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld
+from fedveil.privacy.dp.calibrate import noise_multiplier
+from fedveil.privacy.dp.events import SampledGaussian
+
+Mode = Literal["distributed", "local", "client"]
+Sum = Literal["keysum", "sharedkey", "plain", "none"]
+
+MODULUS_BITS = 46
+MAX_INFLATION = 0.02
+FLOAT_SLACK = 1e-6
+MIN_CLIENTS = 1000
+_AIM_INFLATION = 0.01
+_TAIL = 2.0**-40
+_MIN_SHARE_STD = 64.0
+
+
+class Optimizer(BaseModel):
+    """The server's step on the opened sum: SGD with momentum, post-processing of a private value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    learning_rate: float = Field(gt=0, le=1e6)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+
+
+class PrivacyPlan(BaseModel):
+    """See the module's text. Build it with :func:`make_plan`; check a received one with :meth:`check`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    v: Literal[1] = 1
+    mode: Mode
+    sum: Sum
+    adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
+    sites: int = Field(ge=1, le=4096)
+    colluders: int = Field(ge=0)
+    dropouts: int = Field(ge=0)
+    records: int = Field(ge=1, le=1 << 48)
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1, le=1 << 20)
+    local_steps: int = Field(default=1, ge=1, le=1 << 16)
+    clip: float = Field(gt=0, le=1e9)
+    noise_multiplier: float = Field(gt=0, le=1e6)
+    epsilon: float = Field(gt=0, le=1000)
+    delta: float = Field(gt=0, le=0.01)
+    grid: float = Field(gt=0, le=1e6)
+    clamp: float = Field(gt=0, le=1e12)
+    model: ModelSpec
+    optimizer: Optimizer
+    contract_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
+    few_clients: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Whose presence ε hides: one record of a site, or one client with all it holds."""
+        return "client" if self.mode == "client" else "record"
+
+    @property
+    def simulated(self) -> bool:
+        """True when the sum is not protected at all: results are for study only."""
+        return self.sum == "plain"
+
+    @property
+    def honest(self) -> int:
+        """h: how many shares of noise the claim counts on. One (a site's own) in mode ``local``."""
+        return 1 if self.mode == "local" else self.sites - self.colluders - self.dropouts
+
+    @property
+    def members(self) -> int:
+        """n - d: a sum of fewer sites is never opened."""
+        return self.sites - self.dropouts
+
+    @property
+    def threshold(self) -> int:
+        """T = floor((n + t) / 2) + 1: two sets can never both gather so many answers."""
+        return (self.sites + self.colluders) // 2 + 1
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ + float error."""
+        return self.clip * (1 + FLOAT_SLACK) + math.sqrt(self.model.parameters) * self.grid
+
+    @property
+    def inflation(self) -> float:
+        """How much the grid adds to the clip: sensitivity / C - 1."""
+        return self.sensitivity / self.clip - 1
+
+    @property
+    def share_std(self) -> float:
+        """Standard deviation of one site's share of the noise, in grid units: σ·sensitivity / (γ·sqrt(h))."""
+        return self.noise_multiplier * self.sensitivity / (self.grid * math.sqrt(self.honest))
+
+    @property
+    def bound(self) -> int:
+        """Largest absolute coordinate of an opened sum, in grid units, except with probability 2^-40 per run.
+
+        Exceeding it garbles a coordinate of the result; it never weakens privacy.
+        """
+        return _bound(self.sites, self.clamp, self.grid, self.share_std, self.model.parameters * self.steps)
+
+    @property
+    def divisor(self) -> float:
+        """What the opened sum is divided by: q·N, or the number of clients in mode ``client``."""
+        return float(self.sites) if self.mode == "client" else self.sample_rate * self.records
+
+    @property
+    def event(self) -> SampledGaussian:
+        """What one step costs a record (or a client), at exactly h honest shares."""
+        rate = 1.0 if self.mode == "client" else self.sample_rate
+        return SampledGaussian(rate, self.noise_multiplier)
+
+    @property
+    def fallback_event(self) -> SampledGaussian:
+        """What one step costs when every other participant is against the site: its own share only."""
+        return SampledGaussian(self.event.sample_rate, self.noise_multiplier / math.sqrt(self.honest))
+
+    @cached_property
+    def claim(self) -> float:
+        """ε of all planned steps by PLD: what the plan claims, recomputed."""
+        return epsilon_pld([(self.event, self.steps)], self.delta)
+
+    @cached_property
+    def fallback(self) -> float:
+        """ε when all trust is broken; finite, because every site adds a share of its own."""
+        return epsilon_pld([(self.fallback_event, self.steps)], self.delta)
+
+    def filter_epsilon(self) -> float:
+        """The smallest cap under which a site's RDP filter carries every planned step."""
+        low, high = self.epsilon, 3 * self.epsilon + 1
+        for _ in range(40):
+            mid = (low + high) / 2
+            f = Filter(mid, self.delta, best_order(mid, self.delta))
+            low, high = (low, mid) if f.affords(self.event) >= self.steps else (mid, high)
+        return high
+
+    def realised_noise_multiplier(self, members: int) -> float:
+        """σ of a sum in which ``members`` sites took part and t of them are ruled out: information, no claim."""
+        honest = members if self.mode == "local" else members - self.colluders
+        return self.noise_multiplier * math.sqrt(max(honest, 0) / self.honest)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the canonical plan: what every participant signs."""
+        return canonical.digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The canonical JSON form."""
+        return self.model_dump(mode="json")
+
+    def check(self) -> PrivacyPlan:
+        """This plan, if it is consistent; otherwise :class:`PlanError` with the nearest consistent one."""
+        if problem := self.model.problem():
+            raise PlanError(f"model {self.model.name!r}: {problem}")
+        _check_trust(self)
+        if self.delta >= 1 / self.records:
+            raise PlanError(
+                f"delta = {self.delta:g} is not below 1 / {self.records} declared records",
+                hint="at such a delta publishing one whole record would be allowed",
+                nearest={"delta": _round_down(0.1 / self.records)},
+            )
+        if self.claim > self.epsilon * (1 + 1e-9):
+            raise PlanError(
+                f"{self.steps} steps at noise multiplier {self.noise_multiplier:.6g} cost epsilon = {self.claim:.4f}, "
+                f"more than the {self.epsilon:g} this plan claims",
+                nearest={
+                    "noise_multiplier": noise_multiplier(self.epsilon, self.delta, self.event.sample_rate, self.steps)
+                },
+            )
+        if self.inflation > MAX_INFLATION:
+            raise PlanError(
+                f"the grid widens the sensitivity by {self.inflation:.1%}, more than {MAX_INFLATION:.0%}",
+                hint="a finer grid or fewer parameters",
+                nearest={"grid": MAX_INFLATION / 2 * self.clip / math.sqrt(self.model.parameters)},
+            )
+        if self.share_std < _MIN_SHARE_STD:
+            raise PlanError(
+                f"a share of noise of {self.share_std:.1f} grid units is too coarse to count as Gaussian",
+                hint=f"at least {_MIN_SHARE_STD:g} (Kairouz, Liu & Steinke 2021, Theorem 1)",
+                nearest={"grid": self.grid * self.share_std / _MIN_SHARE_STD},
+            )
+        if 2 * self.bound + 1 > 1 << MODULUS_BITS:
+            raise PlanError(
+                f"sums of up to {self.bound} grid units do not fit into {MODULUS_BITS} bits",
+                nearest={"grid": self.grid * self.bound / 2.0 ** (MODULUS_BITS - 2)},
+            )
+        return self
+
+
+def from_json(value: Any) -> PrivacyPlan:
+    """Parse and check a plan from elsewhere; :class:`PlanError` for anything malformed or inconsistent."""
+    try:
+        plan = PrivacyPlan.model_validate_json(canonical.dumps(value))
+    except ValidationError as e:
+        where = ", ".join(sorted({".".join(map(str, x["loc"])) for x in e.errors(include_input=False)}))
+        raise PlanError(f"the plan is malformed in: {where}") from None
+    return plan.check()
+
+
+def default_tolerance(sites: int) -> tuple[int, int]:
+    """The default ``(colluders, dropouts)``: both max(1, n // 6) from four sites up; three sites stand no drop-out.
+
+    Raises:
+        PlanError: fewer than three sites (with two, each would know the other's sum).
+    """
+    if sites < 3:
+        raise PlanError(
+            f"a secure sum of {sites} sites tells each what the others sent",
+            hint="three sites at least, or mode 'local'",
+            nearest={"sites": 3},
+        )
+    t = max(1, sites // 6)
+    return (1, 0) if sites == 3 else (t, t)
+
+
+def make_plan(
+    *,
+    mode: Mode = "distributed",
+    sum: Sum = "keysum",
+    sites: int,
+    records: int,
+    epsilon: float,
+    delta: float = 1e-5,
+    steps: int,
+    clip: float,
+    model: ModelSpec,
+    optimizer: Optimizer,
+    contract_hash: str,
+    sample_rate: float = 1.0,
+    local_steps: int = 1,
+    colluders: int | None = None,
+    dropouts: int | None = None,
+    few_clients: bool = False,
+) -> PrivacyPlan:
+    """Derive σ from ε by PLD, the grid from the ciphertext's room, and refuse what cannot hold.
+
+    Raises:
+        PlanError: with the reason and the nearest consistent plan.
+    """
+    t, d = default_tolerance(sites) if mode != "local" else (0, max(0, sites - 1) // 3)
+    t, d = t if colluders is None else colluders, d if dropouts is None else dropouts
+    if problem := model.problem():
+        raise PlanError(f"model {model.name!r}: {problem}")
+    _check_shape(mode, sites, t, d)
+    sigma = noise_multiplier(epsilon, delta, 1.0 if mode == "client" else sample_rate, steps)
+    honest = 1 if mode == "local" else sites - t - d
+    per_site = 1.0 if mode == "client" else max(1.0, 2 * sample_rate * records / sites)
+    grid, clamp = _grid(sites, clip, sigma / math.sqrt(honest), model.parameters, steps, per_site)
+    return PrivacyPlan(
+        mode=mode, sum=sum, sites=sites, colluders=t, dropouts=d, records=records, sample_rate=float(sample_rate),
+        steps=steps, local_steps=local_steps, clip=float(clip), noise_multiplier=sigma, epsilon=float(epsilon),
+        delta=delta, grid=grid, clamp=clamp, model=model, optimizer=optimizer, contract_hash=contract_hash,
+        few_clients=few_clients,
+    ).check()  # fmt: skip
+
+
+def _grid(sites: int, clip: float, share: float, D: int, steps: int, per_site: float) -> tuple[float, float]:
+    """Grid width and clamp: the most values per ciphertext coefficient that leave every site its usual range.
+
+    A site's coordinate reaches ``per_site * clip`` only if all its records pull one parameter the same way; a
+    clamp of 24 clips (fewer where many sites hold few records each, or that maximum if it is smaller) is what a
+    packing must leave room for.
+    """
+    wanted = min(per_site, 24.0, max(4.0, 480.0 / sites))
+    for values in (4, 3, 2, 1):
+        room = (1 << (MODULUS_BITS // values)) // 2 - 1
+        grid = _AIM_INFLATION * clip / math.sqrt(D)
+        if values == 1:
+            grid /= 16
+        noise = _tail_factor(D * steps) * math.sqrt(sites) * share * clip * (1 + _AIM_INFLATION)
+        clamp = min((room * 0.999 * grid - noise) / sites, per_site * clip)
+        if clamp >= wanted * clip or values == 1:
+            break
+    if clamp <= 0:
+        raise PlanError("the noise alone does not fit into a ciphertext", hint="a larger epsilon or fewer parameters")
+    # The width that just fills the room: a finer grid costs nothing.
+    return grid * min(1.0, (clamp * sites + noise) / (room * 0.999 * grid)), clamp
+
+
+def _tail_factor(draws: int) -> float:
+    """z such that ``draws`` Gaussians all stay below z standard deviations, except with probability 2^-40."""
+    return math.sqrt(2 * math.log(2 * draws / _TAIL))
+
+
+def _bound(sites: int, clamp: float, grid: float, share_std: float, draws: int) -> int:
+    return math.ceil(sites * (clamp / grid + 1) + _tail_factor(draws) * math.sqrt(sites) * share_std)
+
+
+def _check_shape(mode: Mode, n: int, t: int, d: int) -> None:
+    if t < 0 or d < 0 or n - d < 1:
+        raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
+    if mode == "local":
+        return
+    h, T = n - t - d, (n + t) // 2 + 1
+    if h < 2 or h <= t or n - d < T:
+        best = min(t, max(0, (n - 2) // 3))
+        fits = [x for x in range(d, -1, -1) if n - best - x >= max(2, best + 1) and n - x >= (n + best) // 2 + 1]
+        raise PlanError(
+            f"{n} sites with {t} colluders and {d} drop-outs leave {h} honest shares and need {T} answers of {n - d}",
+            hint="at least two honest shares, more than the colluders, and no more answers than survivors",
+            nearest={"colluders": best, "dropouts": fits[0]} if fits else {"sites": 3, "colluders": 1, "dropouts": 0},
+        )
+
+
+def _check_trust(plan: PrivacyPlan) -> None:
+    _check_shape(plan.mode, plan.sites, plan.colluders, plan.dropouts)
+    if plan.sum == "none" and plan.mode != "local":
+        raise PlanError(
+            f"mode {plan.mode!r} without a secure sum shows the server every update with a share of the noise only",
+            nearest={"sum": "keysum"},
+        )
+    if plan.sum == "keysum" and plan.sites < 3:
+        default_tolerance(plan.sites)
+    if plan.mode == "client" and plan.sites < MIN_CLIENTS and not plan.few_clients:
+        raise PlanError(
+            f"mode 'client' hides a whole client: its noise drowns the model of {plan.sites} clients",
+            hint=f"use mode 'distributed', at least {MIN_CLIENTS} clients, or insist with few_clients",
+            nearest={"mode": "distributed"},
+        )
+    if plan.mode != "client" and plan.local_steps != 1:
+        raise PlanError(
+            "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
+        )
+
+
+def _round_down(x: float) -> float:
+    exponent = math.floor(math.log10(x))
+    return math.floor(x / 10.0**exponent) * 10.0**exponent
