@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -42,6 +42,11 @@ _METADATA = {
     "created_at": float,
     "ttl": float,
     "message_type": str,
+}
+_WITHIN: dict[type, Callable[[Any], bool]] = {
+    int: lambda v: 0 <= v < 2**64,
+    str: lambda v: len(v) <= MAX_TEXT,
+    float: math.isfinite,
 }
 _KINDS: dict[str, type[ConfigRecord] | type[MetricRecord]] = {"config": ConfigRecord, "metric": MetricRecord}
 
@@ -260,14 +265,8 @@ def _parse_metadata(values: dict[str, Any]) -> Metadata:
         raise ValueError("metadata keys")
     parsed: dict[str, Any] = {}
     for name, kind in _METADATA.items():
-        value = values[name]
-        if kind is float:
-            value = float.fromhex(value)
-        if (
-            type(value) is not kind
-            or (kind is str and len(value) > MAX_TEXT)
-            or (kind is int and not 0 <= value < 2**64)
-        ):
+        value: Any = float.fromhex(values[name]) if kind is float else values[name]
+        if type(value) is not kind or not _WITHIN[kind](value):
             raise ValueError(name)
         parsed[name] = value
     return Metadata(**parsed)
