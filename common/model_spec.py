@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 MAX_PARAMETERS = 1 << 31
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """A network for tables (``logistic``, ``mlp``) or for one-channel square images (``cnn``).
 
     Attributes:
@@ -19,8 +19,6 @@ class ModelSpec(BaseModel):
         hidden: widths of the hidden layers of ``mlp`` (tanh), channels of the two convolutions of ``cnn``.
         seed: seed of the public initialisation; 0 for ``logistic`` means zeros.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Literal["logistic", "mlp", "cnn"]
     inputs: int = Field(ge=1, le=1 << 24)

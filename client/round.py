@@ -1,0 +1,111 @@
+"""THE LINE: what happens to a message at a site, one straight function per message.
+
+A record's way through a round is :func:`contribute`, top to bottom: sample, clip, clamp, grid, **charge**, noise,
+encrypt, persist, hand on. Everything a message asks for was fixed in the plan the site signed; a message names
+the session and the round, and carries weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedveil.client.session import Site
+from fedveil.client.train import clipper, site_sum
+from fedveil.common import canonical
+from fedveil.common.errors import ProtocolError, WireError
+from fedveil.common.wire import Packet, sha256
+from fedveil.privacy.dp.noise import discrete_gaussian
+from fedveil.privacy.dp.quantize import to_grid
+from fedveil.privacy.joining import check_joins
+
+
+def join(site: Site, request: Packet) -> Packet:
+    """Accept or refuse a plan; the answer is this site's signed statement."""
+    h = request.expect("join").header
+    session = site.accept(h.get("session", ""), h.get("plan"), h.get("roster_hash", ""), h.get("contract_hash", ""))
+    clipper(session.plan.model, site.engine, site.device)  # a model that couples records is refused before round 1
+    return Packet({"kind": "joined", "statement": site.statement(session)})
+
+
+def begin(site: Site, request: Packet) -> Packet:
+    """Take all sites' statements, each checked against the pinned roster."""
+    h = request.expect("begin").header
+    id_, joins = h.get("session", ""), h.get("joins")
+    store = site.store_for(id_)
+    held = store.get("plan")
+    if held is None:
+        raise ProtocolError("this site has not joined that session")
+    plan_hash = sha256(held)
+    fields = check_joins(joins, id_, plan_hash, site.roster)
+    store.put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
+    session = site.session(id_)
+    return session.sum.begin(fields)
+
+
+def deal(site: Site, request: Packet) -> Packet:
+    """Take what another site sent this one through the server while the run began."""
+    h = request.expect("deal").header
+    site.session(h.get("session")).sum.receive(Packet(h.get("packet", {}), request.buffers))
+    return Packet({"kind": "dealt"})
+
+
+def contribute(site: Site, request: Packet) -> Packet:
+    """One round: the clipped sum of this site's sampled records, charged, noised, encrypted.
+
+    A repeated request gets the identical bytes. A round that was charged but whose answer was lost is refused:
+    fresh noise for the same step would be a second release.
+    """
+    h = request.expect("contribute").header
+    session = site.session(h.get("session"))
+    plan, round_ = session.plan, _round(h.get("round"), session.plan.steps)
+    if h.get("plan_hash") != plan.hash:
+        raise ProtocolError("the request names another plan than the one this site signed")
+    if (again := session.sum.replay(round_)) is not None:
+        if again.header.get("nonce") != h.get("nonce"):
+            raise ProtocolError(f"round {round_} was answered under another nonce")
+        return again
+    weights = np.frombuffer(request.buffer("weights", 4 * plan.model.parameters), "<f4")
+    if not np.isfinite(weights).all():
+        raise WireError("the weights hold a NaN or an infinity")
+
+    clipped = site_sum(clipper(plan.model, site.engine, site.device), plan, weights, site.X, site.y)
+    grid = to_grid(clipped, plan.clamp, plan.grid)
+    site.ledger.reserve(session.id, round_, plan.hash, plan.event)
+    noisy = grid + discrete_gaussian(plan.share_std, plan.model.parameters)
+    sealed = session.sum.contribute(round_, str(h.get("nonce")), noisy)
+    site.ledger.commit(session.id, round_)
+    return sealed
+
+
+def agree(site: Site, request: Packet) -> Packet:
+    """Sign the announced set of members, once per round."""
+    return site.session(request.header.get("session")).sum.agree(request)
+
+
+def open_sum(site: Site, request: Packet) -> Packet:
+    """Help to open the sum over the agreed set, once per round."""
+    return site.session(request.header.get("session")).sum.open(request)
+
+
+def finish(site: Site, request: Packet) -> Packet:
+    """End the session: note the final model, destroy the session's keys, hand over the ledger."""
+    h = request.expect("finish").header
+    session = site.session(h.get("session"))
+    model_hash, status = h.get("model_hash"), h.get("status")
+    if not (isinstance(model_hash, str) and len(model_hash) == 64 and isinstance(status, str) and len(status) <= 32):
+        raise WireError("a malformed end of session")
+    ended = {r.body["session"] for r in site.ledger.journal.of_kind("session.end")}
+    if session.id not in ended:
+        site.ledger.note(
+            "model", session=session.id, round=_round(h.get("round"), session.plan.steps, 0), model_hash=model_hash
+        )
+        site.ledger.note("session.end", session=session.id, status=status)
+    session.sum.end()
+    lines = b"".join(row.line() for row in site.ledger.journal.rows)
+    return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})
+
+
+def _round(value: object, steps: int, first: int = 1) -> int:
+    if type(value) is not int or not first <= value <= steps:
+        raise ProtocolError(f"a round outside the plan's {first}..{steps}")
+    return value

@@ -1,0 +1,85 @@
+"""A site's computation on its own records: the clipped sum of one step, or a client's clipped model update."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedveil.common.errors import FedveilError
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.models import build, unflatten
+from fedveil.privacy.dp import clipping
+from fedveil.privacy.dp.sampling import poisson_sample
+from fedveil.privacy.plan import PrivacyPlan
+
+_LOG = logging.getLogger("fedveil.client")
+
+
+def pick_device(wanted: str) -> str:
+    """``cuda`` if it is wanted or allowed and present, else ``cpu``."""
+    return "cuda" if wanted in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+@lru_cache(maxsize=8)
+def clipper(spec: ModelSpec, engine: str, device: str) -> clipping.Clipper:
+    """The clipping engine for a network, built once per process: ``auto`` probes parity first, speed second.
+
+    Raises:
+        ModelError: the network couples records (BatchNorm) or cannot be clipped per record.
+    """
+    if engine == "auto":
+        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device)
+    return clipping.Clipper(build(spec), "closed" if engine == "closed" else "opacus", device)
+
+
+def site_sum(
+    engine: clipping.Clipper,
+    plan: PrivacyPlan,
+    weights: NDArray[np.float32],
+    X: NDArray[np.float32],
+    y: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """``(D,)``: what this site adds to the round before noise.
+
+    Sensitivity: one record (one client in mode ``client``) changes it by at most ``plan.clip`` in L2 norm.
+    Whatever goes wrong with the data stays here: the site then adds nothing, and its noise still goes out, so
+    that an observer cannot tell (a record that could stop a site would be a record that can be seen).
+    """
+    unflatten(engine.model, weights)
+    try:
+        if plan.mode == "client":
+            return _client_update(engine, plan, X, y)
+        mask = poisson_sample(len(X), plan.sample_rate)
+        out = engine.clipped_sum(X[mask], y[mask], plan.clip)
+    except (FedveilError, ValueError, IndexError, RuntimeError) as e:
+        _LOG.error("the step failed on this site's data (%s): releasing noise only", type(e).__name__)
+        return np.zeros(plan.model.parameters)
+    if out.excluded:
+        _LOG.warning("records without a finite gradient were left out of this step")
+    return out.values
+
+
+def _client_update(
+    engine: clipping.Clipper, plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """DP-FedAvg (McMahan et al. 2018): ``local_steps`` of full-batch descent, the whole update clipped to C."""
+    model = engine.model
+    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    features = torch.from_numpy(X).to(engine.device, torch.float64)
+    labels = torch.from_numpy(y).to(engine.device)
+    if not len(X):
+        return np.zeros(plan.model.parameters)
+    for _ in range(plan.local_steps):
+        loss = torch.nn.functional.cross_entropy(model(features), labels)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p.sub_(plan.optimizer.learning_rate * g)
+    update = start - torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    if not bool(torch.isfinite(update).all()):
+        return np.zeros(plan.model.parameters)
+    return (update * (plan.clip / (update.norm() + 1e-30)).clamp(max=1.0)).cpu().numpy()

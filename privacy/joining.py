@@ -1,0 +1,51 @@
+"""What binds the participants of a run: the join statements and the secure sum's parameters, from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedveil.common import identity
+from fedveil.common.errors import ProtocolError
+from fedveil.common.identity import Roster
+from fedveil.common.units import SiteId
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.interface import SumSpec
+
+JOIN = "fedveil/join/1"
+
+
+def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
+    """The plan as the secure sum sees it."""
+    return SumSpec(
+        protocol=plan.sum, session=session, plan_hash=plan.hash, roster=roster, threshold=plan.threshold,
+        min_members=plan.members, length=plan.model.parameters, bound=plan.bound, rounds=plan.steps,
+    )  # fmt: skip
+
+
+def check_joins(documents: Any, session: str, plan_hash: str, roster: Roster) -> Mapping[SiteId, dict[str, Any]]:
+    """All sites' join fields, after every signature and every hash was checked; nobody may be missing.
+
+    Raises:
+        ProtocolError, IdentityError: naming the site whose statement does not hold.
+    """
+    if not isinstance(documents, dict) or set(documents) != {m.site for m in roster.sites}:
+        raise ProtocolError("the join statements are not those of exactly the roster's sites")
+    return {m.site: check_join(documents[m.site], m.site, session, plan_hash, roster) for m in roster.sites}
+
+
+def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster: Roster) -> dict[str, Any]:
+    """The join fields of one site's statement, after its signature and hashes were checked.
+
+    Raises:
+        ProtocolError, IdentityError: the statement does not hold.
+    """
+    member = roster.member(site)
+    payload = identity.opened(document, JOIN, member.signing_key, what=f"the join statement of {site!r}")
+    wanted = {"v": 1, "session": session, "site": site, "plan_hash": plan_hash, "roster_hash": roster.hash}
+    if not isinstance(payload, dict) or any(payload.get(k) != v for k, v in wanted.items()):
+        raise ProtocolError(f"{site!r} signed another plan, roster or session")
+    fields = payload.get("fields")
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"the join statement of {site!r} is malformed")
+    return fields

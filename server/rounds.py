@@ -1,0 +1,122 @@
+"""One round of the secure sum as a forward-only state machine. It does no I/O and keeps no clock.
+
+The caller (the strategy) moves messages; this class decides what each one may do in the state the round is in
+(protocol steps after DESIGN, the secure sum)::
+
+    COLLECTING  step 3   contributions are admitted and added, one per site
+    AGREEING    step 4   the set U is fixed; helpers sign it
+    OPENING     step 5   helpers that saw enough signatures answer with sums of shares
+    DONE        step 6   the sum of U is open
+    ABORTED              too few members, signatures or answers: the round is charged and gives nothing
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.common.errors import FedveilError, ProtocolError, RunAborted, SecureSumError
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.interface import ServerSum
+
+
+class Phase(IntEnum):
+    """Where a round stands; it only ever grows."""
+
+    COLLECTING = 1
+    AGREEING = 2
+    OPENING = 3
+    DONE = 4
+    ABORTED = 5
+
+
+class Round:
+    """Round ``number`` over one :class:`ServerSum`.
+
+    Attributes:
+        refusals: per site, the error its message met; counted and reported, never dropped silently.
+    """
+
+    def __init__(self, plan: PrivacyPlan, server_sum: ServerSum, number: int, nonce: str) -> None:
+        if not 1 <= number <= plan.steps:
+            raise ProtocolError(f"round {number} is outside the plan's 1..{plan.steps}")
+        self.plan, self.number, self.nonce = plan, number, nonce
+        self.phase = Phase.COLLECTING
+        self.refusals: dict[SiteId, FedveilError] = {}
+        self._sum = server_sum
+        self._sum.start_round(number, nonce)
+
+    def collect(self, site: SiteId, packet: Packet) -> None:
+        """Admit one contribution (signature, roster, session, round, sizes, no second one) and add it."""
+        self._require(Phase.COLLECTING)
+        self._try(site, lambda: self._sum.add(site, packet))
+
+    def refuse(self, site: SiteId, error: FedveilError) -> None:
+        """Record that ``site`` answered with an error, in any phase."""
+        self.refusals[site] = error
+
+    @property
+    def members(self) -> tuple[SiteId, ...]:
+        """U: the sites whose contributions are in the sum."""
+        return self._sum.members
+
+    def close(self) -> dict[SiteId, Packet]:
+        """Fix U; the requests that ask every helper to sign it (none for sums without keys).
+
+        Raises:
+            RunAborted: fewer than n - d members; the round is over.
+        """
+        self._require(Phase.COLLECTING)
+        if len(self.members) < self.plan.members:
+            raise self._abort(f"{len(self.members)} of at least {self.plan.members} sites contributed")
+        self.phase = Phase.AGREEING
+        return self._sum.agree_requests()
+
+    def agree(self, site: SiteId, packet: Packet) -> None:
+        """Take one helper's signature of U."""
+        self._require(Phase.AGREEING)
+        self._try(site, lambda: self._sum.add_agreement(site, packet))
+
+    def ask(self) -> dict[SiteId, Packet]:
+        """The requests for sums of shares; :class:`RunAborted` if too few helpers signed U."""
+        self._require(Phase.AGREEING)
+        self.phase = Phase.OPENING
+        try:
+            return self._sum.open_requests()
+        except SecureSumError as e:
+            raise self._abort(e.message) from e
+
+    def answer(self, site: SiteId, packet: Packet) -> None:
+        """Take one helper's sum of shares."""
+        self._require(Phase.OPENING)
+        self._try(site, lambda: self._sum.add_answer(site, packet))
+
+    def result(self) -> NDArray[np.float64]:
+        """``(D,)``: the opened sum in the gradient's unit; :class:`RunAborted` if it cannot be opened."""
+        self._require(Phase.OPENING)
+        try:
+            values, members = self._sum.result()
+        except SecureSumError as e:
+            raise self._abort(e.message) from e
+        if len(members) < self.plan.members:
+            raise self._abort(f"the sum holds {len(members)} sites, fewer than {self.plan.members}")
+        self.phase = Phase.DONE
+        return values.astype(np.float64) * self.plan.grid
+
+    def _try(self, site: SiteId, step) -> None:
+        try:
+            step()
+        except FedveilError as e:
+            self.refuse(site, e)
+
+    def _require(self, phase: Phase) -> None:
+        if self.phase is not phase:
+            raise ProtocolError(f"round {self.number} is {self.phase.name}, not {phase.name}")
+
+    def _abort(self, why: str) -> RunAborted:
+        self.phase = Phase.ABORTED
+        return RunAborted(f"round {self.number}: {why}", hint="the round is charged; the run goes on with the next")
