@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedveil.common.errors import SecureSumError
 from fedveil.privacy.secagg.interface import ServerSum, SumSpec
+from fedveil.privacy.secagg.keysum_server import KeysumServer
 from fedveil.privacy.secagg.plain import PlainServer
 
 
@@ -11,4 +12,6 @@ def server_sum(spec: SumSpec) -> ServerSum:
     """The server's half of ``spec.protocol``; :class:`SecureSumError` if its parameters cannot hold."""
     if spec.protocol in ("plain", "none"):
         return PlainServer(spec)
+    if spec.protocol == "keysum":
+        return KeysumServer(spec)
     raise SecureSumError(f"unknown protocol {spec.protocol!r}")

@@ -8,6 +8,7 @@ from fedveil.common.errors import SecureSumError
 from fedveil.common.identity import public_hex
 from fedveil.common.units import SiteId
 from fedveil.privacy.secagg.interface import SiteSum, SumSpec
+from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.plain import PlainSite
 from fedveil.privacy.secagg.store import Store
 
@@ -29,4 +30,6 @@ def site_sum(spec: SumSpec, site: SiteId, key: Ed25519PrivateKey, store: Store) 
         return PlainSite(spec, site, store)
     if spec.roster.member(site).signing_key != public_hex(key):
         raise SecureSumError(f"the signing key of {site!r} is not the one on the roster")
+    if spec.protocol == "keysum":
+        return KeysumSite(spec, site, key, store)
     raise SecureSumError(f"unknown protocol {spec.protocol!r}")

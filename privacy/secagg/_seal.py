@@ -1,0 +1,278 @@
+"""Polynomials modulo q through Microsoft SEAL, as shipped in TenSEAL: the only module that touches TenSEAL.
+
+The ring is Z_q[x]/(x^4096 + 1) with q = 1012 * 2^46 + 1. Products, transforms, additions and the final decryption
+run in SEAL (``tenseal.sealapi``); this module moves numpy arrays in and out of SEAL's objects. SEAL reads and writes
+only paths, so the bytes pass through anonymous memory files (``memfd_create``), which no other user can open and
+which vanish when closed: no key ever reaches a disk. SEAL compresses what it writes with the zstd that the same
+library carries and exports; the reader below calls that.
+
+The layout of SEAL's streams and the behaviour of the bindings are pinned: another version of TenSEAL is refused,
+and the first use of a plaintext modulus runs a known-answer test against plain integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.common.errors import SecureSumError
+
+VERSION = "0.3.18"
+N = 4096
+Q = 1012 * (1 << 46) + 1
+_GROUP = 16  # SEAL holds at most 16 polynomials in one ciphertext; a large group amortises every call's overhead
+_MAGIC = b"\x5e\xa1\x10\x04\x03"  # SEAL's stream header: magic, header size 16, version 4.3 of the stream's writer
+_NONE, _ZSTD = 0, 2
+_HEADER = 16
+_FIXED = 32 + 1 + 5 * 8  # parms_id, is_ntt, then size, degree, primes, scale, correction factor
+_ONES = np.ones(N, "<u8").tobytes()
+_TRANSFORM = "c94a11cecff93add4caa69f452898c19d4fde0017fc315486da65eba2fdde932"  # of the self-test's input
+
+Blocks = NDArray[np.uint64]
+
+
+class Engine:
+    """SEAL set up for one plaintext modulus 2^plain_bits. Stateless after construction: safe to share by threads."""
+
+    def __init__(self, plain_bits: int) -> None:
+        self._sa = _sealapi()
+        self.plain_modulus = 1 << plain_bits
+        parameters = self._sa.EncryptionParameters(self._sa.SCHEME_TYPE.BFV)
+        parameters.set_poly_modulus_degree(N)
+        parameters.set_coeff_modulus([self._sa.Modulus(Q)])
+        parameters.set_plain_modulus(self.plain_modulus)
+        self._context = self._sa.SEALContext(parameters, True, self._sa.SEC_LEVEL_TYPE.TC256)
+        if not self._context.parameters_set():
+            raise SecureSumError(f"SEAL refused the parameters: {self._context.parameters_error_message()}")
+        self._evaluator = self._sa.Evaluator(self._context)
+        self._key_id, self._data_id = self._identifiers()
+
+    def multiply(self, a: Blocks, s: NDArray[np.int64]) -> Blocks:
+        """a_j * s for each row.
+
+        Args:
+            a: (blocks, N) in SEAL's transform domain, each below q.
+            s: (N,) small signed coefficients.
+
+        Returns:
+            (blocks, N) coefficients in [0, q).
+        """
+        plain = self._polynomial(s)
+        self._evaluator.transform_to_ntt_inplace(plain, self._context.first_parms_id())
+        return self._through(a, plain)
+
+    def inverse(self, a: Blocks) -> Blocks:
+        """The rows of ``a``, out of SEAL's transform domain: (blocks, N) coefficients in [0, q)."""
+        return self._through(a, None)
+
+    def _through(self, a: Blocks, plain: Any) -> Blocks:
+        out = np.empty_like(a)
+        with _memory() as source, _memory() as target:
+            for at in range(0, len(a), _GROUP):
+                ciphertext = self._load(source, a[at : at + _GROUP], ntt=True)
+                if plain is not None:
+                    self._evaluator.multiply_plain_inplace(ciphertext, plain)
+                self._evaluator.transform_from_ntt_inplace(ciphertext)
+                self._store(target, ciphertext, out[at : at + _GROUP])
+        return out
+
+    def add_into(self, held: list[Any], blocks: Blocks) -> None:
+        """Add ``blocks`` (coefficients) to the ciphertexts ``held``, which an empty list starts."""
+        first, step = not held, _GROUP - 1
+        with _memory() as source:
+            for i, at in enumerate(range(0, len(blocks), step)):
+                # SEAL refuses sums whose polynomials but the first are all zero, which two sites could arrange.
+                ciphertext = self._load(source, blocks[at : at + step], ntt=False, pad=True)
+                if first:
+                    held.append(ciphertext)
+                else:
+                    self._evaluator.add_inplace(held[i], ciphertext)
+
+    def total(self, held: list[Any], count: int) -> Blocks:
+        """The (count, N) coefficients in [0, q) of the ciphertexts ``held``."""
+        out = np.empty((count, N), np.uint64)
+        with _memory() as target:
+            for i, at in enumerate(range(0, count, _GROUP - 1)):
+                self._store(target, held[i], out[at : at + _GROUP - 1])
+        return out
+
+    def decryptor(self, s: NDArray[np.int64]) -> Any:
+        """A SEAL ``Decryptor`` under the secret polynomial ``s``, (N,) small signed coefficients."""
+        plain = self._polynomial(s)
+        self._evaluator.transform_to_ntt_inplace(plain, self._context.first_parms_id())
+        with _memory() as f:
+            plain.save(_path(f))
+            body = bytes(_read(f)[32:])
+            stream = self._key_id + body
+            _write(f, _stream(stream))
+            key = self._sa.SecretKey()
+            key.load(self._context, _path(f))
+        return self._sa.Decryptor(self._context, key)
+
+    def decrypt(self, decryptor: Any, c0: Blocks, c1: Blocks) -> Blocks:
+        """Messages in [0, 2^plain_bits), (blocks, N), of the ciphertexts (c0, c1), coefficients in [0, q)."""
+        out = np.zeros_like(c0)
+        plain = self._sa.Plaintext()
+        with _memory() as source, _memory() as target:
+            for j in range(len(c0)):
+                decryptor.decrypt(self._load(source, np.stack([c0[j], c1[j]]), ntt=False), plain)
+                plain.save(_path(target))
+                raw = _read(target)
+                # parms_id, coefficient count, scale, nested header, word count
+                (count,) = struct.unpack_from("<Q", raw, 64)
+                if not 0 <= count <= N or len(raw) < 72 + 8 * count:
+                    raise SecureSumError("SEAL wrote a plaintext of unknown form")
+                out[j, :count] = np.frombuffer(raw, "<u8", count, 72)
+        return out
+
+    def _polynomial(self, s: NDArray[np.int64]) -> Any:
+        """A SEAL plaintext holding ``s`` modulo the plaintext modulus."""
+        words = np.where(s < 0, s + self.plain_modulus, s).astype("<u8").tobytes()
+        nested = _stream(struct.pack("<Q", N) + words)
+        plain = self._sa.Plaintext()
+        with _memory() as f:
+            _write(f, _stream(bytes(32) + struct.pack("<Qd", N, 1.0) + nested))
+            plain.load(self._context, _path(f))
+        return plain
+
+    def _load(self, f: int, rows: Blocks, *, ntt: bool, pad: bool = False) -> Any:
+        """A ciphertext whose polynomials are ``rows``, and one of ones if asked for or if there would be only one."""
+        words = np.ascontiguousarray(rows, "<u8").reshape(-1)
+        extra = _ONES if pad or len(rows) == 1 else b""
+        size = words.nbytes + len(extra)
+        fixed = self._data_id + struct.pack("<BQQQdQ", ntt, size // (8 * N), N, 1, 1.0, 1)
+        nested = _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + 8 + size)
+        outer = _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + len(fixed) + _HEADER + 8 + size)
+        head = outer + fixed + nested + struct.pack("<Q", size // 8)
+        if os.pwritev(f, [head, words.data.cast("B"), extra], 0) != len(head) + size:
+            raise SecureSumError("out of memory while a ciphertext was moved")
+        ciphertext = self._sa.Ciphertext()
+        ciphertext.load(self._context, _path(f))
+        return ciphertext
+
+    def _store(self, f: int, ciphertext: Any, rows: Blocks) -> None:
+        """The polynomials of ``ciphertext`` into ``rows``."""
+        ciphertext.save(_path(f))
+        raw = _read(f)
+        at = _FIXED + _HEADER
+        (count,) = struct.unpack_from("<Q", raw, at)
+        if count not in (rows.size, rows.size + N) or len(raw) != at + 8 + 8 * count:
+            raise SecureSumError("SEAL wrote a ciphertext of unknown form")
+        rows[:] = np.frombuffer(raw, "<u8", rows.size, at + 8).reshape(rows.shape)
+
+    def _identifiers(self) -> tuple[bytes, bytes]:
+        """The parameter identifiers that SEAL's streams of keys and of ciphertexts begin with."""
+        generator = self._sa.KeyGenerator(self._context)
+        ciphertext = self._sa.Ciphertext()
+        encryptor = self._sa.Encryptor(self._context, generator.secret_key())
+        encryptor.encrypt_symmetric(self._sa.Plaintext("1"), ciphertext)
+        with _memory() as f:
+            generator.secret_key().save(_path(f))
+            key = bytes(_read(f)[:32])
+            ciphertext.save(_path(f))
+            return key, bytes(_read(f)[:32])
+
+
+@cache
+def engine(plain_bits: int) -> Engine:
+    """The engine for a plaintext modulus, after its self-test passed; :class:`SecureSumError` otherwise."""
+    made = Engine(plain_bits)
+    _self_test(made)
+    return made
+
+
+@cache
+def _sealapi() -> ModuleType:
+    try:
+        import tenseal
+        from tenseal import sealapi
+    except ImportError as e:
+        raise SecureSumError("TenSEAL is not installed", hint="pip install 'fedveil[client]'") from e
+    if tenseal.__version__ != VERSION:
+        raise SecureSumError(
+            f"TenSEAL {tenseal.__version__} is installed", hint=f"this release needs exactly {VERSION}"
+        )
+    return sealapi
+
+
+@cache
+def _zstd() -> ctypes.CDLL:
+    """SEAL's library, for the decompressor it exports (zstd's stable C API)."""
+    library = ctypes.CDLL(_sealapi()._sealapi_cpp.__file__)  # noqa: SLF001  # the extension module behind sealapi
+    library.ZSTD_decompress.restype = ctypes.c_size_t
+    library.ZSTD_decompress.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t]
+    library.ZSTD_isError.restype = ctypes.c_uint
+    library.ZSTD_isError.argtypes = [ctypes.c_size_t]
+    return library
+
+
+@contextmanager
+def _memory() -> Iterator[int]:
+    """An anonymous file in memory, gone at the end."""
+    fd = os.memfd_create("fedveil", os.MFD_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _path(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def _write(fd: int, data: bytes) -> None:
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, data, 0)
+
+
+def _stream(body: bytes) -> bytes:
+    return _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + len(body)) + body
+
+
+def _read(fd: int) -> memoryview:
+    """The body of the SEAL stream in ``fd``, decompressed."""
+    data = os.pread(fd, os.fstat(fd).st_size, 0)
+    if len(data) < _HEADER or data[:5] != _MAGIC or data[5] not in (_NONE, _ZSTD):
+        raise SecureSumError("SEAL wrote a stream of unknown form", hint=f"TenSEAL {VERSION} is needed")
+    if data[5] == _NONE:
+        return memoryview(data)[_HEADER:]
+    room = _GROUP * N * 8 + 4096
+    out = np.empty(room, np.uint8)
+    size = _zstd().ZSTD_decompress(out.ctypes.data, room, data[_HEADER:], len(data) - _HEADER)
+    if _zstd().ZSTD_isError(size):
+        raise SecureSumError("SEAL wrote a stream that cannot be decompressed", hint=f"TenSEAL {VERSION} is needed")
+    return out[:size].data
+
+
+def _self_test(made: Engine) -> None:
+    """Transform, product, sum and decryption against plain integers; two layouts of the transform cannot mix."""
+    index = np.arange(2 * N, dtype=np.uint64)
+    a = (index * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(8)).reshape(2, N) % np.uint64(Q)
+    s = np.zeros(N, np.int64)
+    s[[0, 5, N - 1]] = 3, -42, 1
+    plain, product = made.inverse(a), made.multiply(a, s)
+    if hashlib.sha256(plain.astype("<u8").tobytes()).hexdigest() != _TRANSFORM:
+        raise SecureSumError("SEAL's transform differs from the one pinned here", hint=f"TenSEAL {VERSION} is needed")
+    p = plain.astype(object)
+    by_last = np.concatenate([-p[:, 1:], p[:, :1]], axis=1)  # x^(N-1) = -1/x
+    by_five = np.concatenate([-p[:, -5:], p[:, :-5]], axis=1)
+    if not np.array_equal((3 * p - 42 * by_five + by_last) % Q, product.astype(object)):
+        raise SecureSumError("SEAL's polynomial product failed its known-answer test")
+    delta = (Q - 1) // made.plain_modulus
+    message = (index * np.uint64(made.plain_modulus // N)).reshape(2, N) % np.uint64(made.plain_modulus)
+    noise = (np.arange(2 * N) % 85 - 42).reshape(2, N)
+    held: list[Any] = []
+    made.add_into(held, ((delta * message.astype(object) - product.astype(object)) % Q).astype(np.uint64))
+    made.add_into(held, np.mod(noise, Q).astype(np.uint64))
+    if not np.array_equal(made.decrypt(made.decryptor(s), made.total(held, 2), plain), message):
+        raise SecureSumError("SEAL's decryption failed its known-answer test")

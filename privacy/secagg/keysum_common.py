@@ -1,0 +1,168 @@
+"""Messages of the sum of keys, as both sides build and check them (docs/protocol.md).
+
+=======================  ==================================================================================
+``keysum/contribution``  site -> server: buffers ``ciphertext`` (7 bytes a coefficient) and ``shares`` (one box of
+                         8208 bytes for each joined site, in roster order); the header binds both by hash
+``keysum/members``       server -> sites: the members' signed headers
+``keysum/agreement``     site -> server: a signature of the digest of session, round and members
+``keysum/open``          server -> sites: T agreements on one digest; buffer ``shares``, the members' boxes
+                         for the receiver
+``keysum/answer``        site -> server: buffer ``answer``, the sum of the shares modulo 65521, 2 bytes a coefficient
+=======================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import IdentityError, SecureSumError, WireError
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+from fedveil.privacy.secagg.interface import SumSpec, is_hex
+from fedveil.privacy.secagg.params import N
+from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
+
+CONTRIBUTION, MEMBERS, AGREEMENT = "keysum/contribution", "keysum/members", "keysum/agreement"
+OPEN, ANSWER = "keysum/open", "keysum/answer"
+SHARE_BYTES = 2 * N
+BOX_BYTES = SHARE_BYTES + TAG_BYTES
+_DOMAINS = {
+    CONTRIBUTION: "fedveil/contribution/1",
+    AGREEMENT: "fedveil/agree/1",
+    ANSWER: "fedveil/answer/1",
+}
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A verified header of a contribution; ``digest`` stands for all of it."""
+
+    site: SiteId
+    nonce: str
+    ciphertext: str
+    shares: tuple[str, ...]
+    digest: str
+
+
+def sign_header(key: Ed25519PrivateKey, header: dict[str, Any]) -> dict[str, Any]:
+    """``header`` with its Ed25519 signature, in the domain of its kind."""
+    return {**header, "signature": identity.sign(key, _DOMAINS[header["kind"]], canonical.dumps(header)).hex()}
+
+
+def check_signature(spec: SumSpec, site: SiteId, header: Mapping[str, Any]) -> None:
+    """Raise :class:`SecureSumError` unless ``header`` is signed by ``site``'s key on the roster."""
+    signature = header.get("signature")
+    if not is_hex(signature, 128):
+        raise WireError(f"a message of {site!r} without a signature")
+    payload = canonical.dumps({k: v for k, v in header.items() if k != "signature"})
+    kind = str(header["kind"])
+    try:
+        member = spec.roster.member(site)
+        identity.verify(
+            member.signing_key, _DOMAINS[kind], payload, bytes.fromhex(str(signature)), what=f"{kind} of {site!r}"
+        )
+    except IdentityError as e:
+        raise SecureSumError(e.message) from e
+
+
+def contribution_header(spec: SumSpec, joins: Joins, round: int, nonce: str, site: SiteId) -> dict[str, Any]:
+    """What a contribution's header says before the hashes of its buffers."""
+    return {
+        "kind": CONTRIBUTION,
+        "session": spec.session,
+        "round": round,
+        "nonce": nonce,
+        "site": site,
+        "plan_hash": spec.plan_hash,
+        "roster_hash": spec.roster.hash,
+        "joins": joins.digest,
+    }
+
+
+def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, header: Any) -> Contribution:
+    """Verify a contribution's signed header: every field, then the signature.
+
+    Raises:
+        SecureSumError, WireError: a field is missing, of a wrong form or for another session, round, nonce or plan.
+    """
+    if not isinstance(header, dict):
+        raise WireError("a contribution's header is not an object")
+    site = header.get("site")
+    if not isinstance(site, str) or site not in joins.keys:
+        raise SecureSumError("a contribution of a site that did not join")
+    site = SiteId(site)
+    expected = contribution_header(spec, joins, round, nonce, site)
+    if set(header) != {*expected, "ciphertext", "shares", "signature"}:
+        raise WireError(f"the header of the contribution of {site!r} has missing or unknown fields")
+    for name, value in expected.items():
+        if type(header[name]) is not type(value) or header[name] != value:
+            raise SecureSumError(f"the contribution of {site!r} has another {name} than this round's")
+    shares = header["shares"]
+    if not (is_hex(header["ciphertext"], 64) and isinstance(shares, list) and len(shares) == len(joins.sites)):
+        raise WireError(f"the contribution of {site!r} has a malformed header")
+    if not all(is_hex(h, 64) for h in shares):
+        raise WireError(f"the contribution of {site!r} has a malformed header")
+    check_signature(spec, site, header)
+    return Contribution(site, nonce, header["ciphertext"], tuple(shares), canonical.digest(header))
+
+
+def box_context(round: int, nonce: str, ciphertext: str) -> list[Any]:
+    """What a sealed share is bound to beside the session and its two sites."""
+    return ["keysum/share", round, nonce, ciphertext]
+
+
+def members_digest(spec: SumSpec, round: int, members: Mapping[SiteId, str]) -> str:
+    """The digest sites sign: session, round and, in roster order, every member with its header's digest."""
+    rows = [[site, members[site]] for site in sorted(members, key=spec.roster.index)]
+    return canonical.digest({"session": spec.session, "round": round, "members": rows})
+
+
+def agreement_header(spec: SumSpec, round: int, site: SiteId, digest: str) -> dict[str, Any]:
+    """The unsigned header of one site's agreement."""
+    return {"kind": AGREEMENT, "session": spec.session, "round": round, "site": site, "digest": digest}
+
+
+def answer_header(spec: SumSpec, round: int, site: SiteId, digest: str, answer: str) -> dict[str, Any]:
+    """The unsigned header of one site's answer; ``answer`` is the SHA-256 of its buffer."""
+    return {**agreement_header(spec, round, site, digest), "kind": ANSWER, "answer": answer}
+
+
+def check_request(spec: SumSpec, packet: Packet, kind: str) -> int:
+    """The round of a request of the server, after its kind and session were checked."""
+    header = packet.expect(kind).header
+    if header.get("session") != spec.session:
+        raise SecureSumError("a request for another session")
+    round = header.get("round")
+    if type(round) is not int or not 0 <= round <= spec.rounds:
+        raise WireError("a request without a planned round")
+    return round
+
+
+def to_bytes(packet: Packet) -> bytes:
+    """A packet as one byte string, for the store."""
+    head = canonical.dumps(
+        {"header": packet.header, "buffers": [[name, len(data)] for name, data in packet.buffers.items()]}
+    )
+    return b"".join([struct.pack("<I", len(head)), head, *packet.buffers.values()])
+
+
+def from_bytes(data: bytes) -> Packet:
+    """The packet of :func:`to_bytes`; the store is trusted, yet a damaged file is a :class:`SecureSumError`."""
+    try:
+        (size,) = struct.unpack_from("<I", data)
+        head = canonical.loads(data[4 : 4 + size])
+        at, buffers = 4 + size, dict[str, bytes]()
+        for name, length in head["buffers"]:
+            buffers[name] = data[at : at + length]
+            at += length
+        if at != len(data):
+            raise ValueError
+        return Packet(head["header"], buffers)
+    except (struct.error, WireError, KeyError, TypeError, ValueError) as e:
+        raise SecureSumError("a stored message is damaged", hint="the site sits this round out") from e

@@ -1,0 +1,156 @@
+"""Arithmetic of the sum of keys: public polynomials, small errors, the linear encoding, packed bytes.
+
+The encoding Z -> Z_q, m -> delta * m mod q, is a homomorphism of groups for integers of any sign and size. An opened
+sum therefore reveals delta * (sum of m) + (sum of e), in which nothing depends on how the sum was split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from fedveil.common.errors import SecureSumError, WireError
+from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, HALF_BITS, KeysumParams, N, Q
+
+CHUNK = 16  # blocks worked on at a time: 64 Ki coefficients stay in the cache
+_Q = np.uint64(Q)
+_MASK_56 = np.uint64((1 << 56) - 1)
+_MASK_HALF = np.uint64((1 << HALF_BITS) - 1)
+_ZEROS = bytes(1 << 20)
+
+
+class Stream:
+    """AES-256 in counter mode as a stream of 64-bit words; one key, one stream."""
+
+    def __init__(self, key: bytes) -> None:
+        self._encryptor: Any = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    @classmethod
+    def fresh(cls) -> Stream:
+        """A stream nobody can predict: its key comes from the operating system."""
+        return cls(os.urandom(32))
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """The next ``count`` words."""
+        out = np.empty(8 * count + 16, np.uint8)
+        done = 0
+        while done < 8 * count:
+            step = min(8 * count - done, len(_ZEROS))
+            done += self._encryptor.update_into(memoryview(_ZEROS)[:step], out.data[done : done + step + 15])
+        return out[: 8 * count].view("<u8")
+
+
+class PublicPolynomials:
+    """The round's public polynomials a_1, a_2, ... in SEAL's transform domain, uniform in [0, q).
+
+    They come from H("a" || session || round || nonce) by AES-256-CTR and rejection of words of 56 bits, in one
+    sequence: the server chooses labels, not polynomials, and the size of the pieces read does not matter.
+    """
+
+    def __init__(self, session: str, round: int, nonce: str) -> None:
+        label = f"fedveil/keysum/a/1|{session}|{round}|{nonce}"
+        self._stream = Stream(hashlib.sha256(label.encode()).digest())
+        self._left = np.empty(0, np.uint64)
+
+    def take(self, blocks: int) -> NDArray[np.uint64]:
+        """The next ``blocks`` polynomials, (blocks, N)."""
+        need = blocks * N
+        found = [self._left]
+        have = self._left.size
+        while have < need:
+            # 1.2 % of the words are rejected.
+            words = self._stream.words((need - have) * 82 // 81 + 64) & _MASK_56
+            accepted = words[words < _Q]
+            found.append(accepted)
+            have += accepted.size
+        joined = np.concatenate(found)
+        self._left = joined[need:].copy()
+        return joined[:need].reshape(blocks, N)
+
+
+def small(stream: Stream, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Centred binomial integers of variance 21 in [-42, 42]: popcount of 42 bits minus popcount of 42 bits."""
+    count = int(np.prod(shape))
+    words = stream.words(2 * count) & _MASK_HALF
+    bits = np.bitwise_count(words).view(np.int8)
+    return np.subtract(bits[:count], bits[count:], dtype=np.int64).reshape(shape)
+
+
+def encode(values: NDArray[np.int64], params: KeysumParams) -> NDArray[np.int64]:
+    """Pack and encode.
+
+    Args:
+        values: (blocks, k, N) integers of any size; value c of coefficient i is ``values[:, c, i]``.
+
+    Returns:
+        (blocks, N) integers x in (-2^19, q) with x = delta * sum_c values[c] * B^c modulo q.
+    """
+    k, base, delta, bits = params.per_coefficient, params.base, params.delta, params.plain_bits
+    largest = max(int(values.max()), -int(values.min()))
+    if largest * sum(base**c for c in range(k)) >= 1 << 62:
+        exact = values.astype(object)
+        message = sum(exact[:, c] * base**c for c in range(k))
+        return np.asarray(delta * message % Q).astype(np.int64)
+    packed = values[:, k - 1].copy()
+    for c in range(k - 2, -1, -1):
+        packed *= base
+        packed += values[:, c]
+    # delta * 2^bits = -1 modulo q: whole multiples of the plaintext modulus become small, and no product overflows.
+    wraps = packed >> bits
+    packed &= (1 << bits) - 1
+    packed *= delta
+    packed -= wraps
+    return packed
+
+
+def reduce(x: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """``x`` modulo q for x in (-q, 2q), in place; the unsigned minimum picks the one representative in [0, q)."""
+    u = x.view(np.uint64)
+    np.minimum(u, u + _Q, out=u)
+    return np.minimum(u, u - _Q, out=u)
+
+
+def message_offset(params: KeysumParams) -> int:
+    """What an opened message is shifted by, so that every packed value is a digit in [0, B)."""
+    bound = params.base // 2
+    return sum(bound * params.base**c for c in range(params.per_coefficient))
+
+
+def unpack_values(messages: NDArray[np.uint64], params: KeysumParams) -> NDArray[np.int64]:
+    """(blocks, k, N) values in [-bound, bound] of shifted messages (blocks, N).
+
+    Raises:
+        SecureSumError: a message holds no k digits: a sum left the bound of the plan.
+    """
+    k, base = params.per_coefficient, np.uint64(params.base)
+    if messages.size and int(messages.max()) >= params.base**k:
+        raise SecureSumError("the sum left the bound declared in the plan", hint="the plan's range is too small")
+    out = np.empty((len(messages), k, N), np.int64)
+    rest = messages
+    for c in range(k - 1):
+        above = rest // base
+        out[:, c] = rest - above * base
+        rest = above
+    out[:, k - 1] = rest
+    out -= params.base // 2
+    return out
+
+
+def to_bytes(coefficients: NDArray[np.uint64]) -> bytes:
+    """Coefficients below 2^56 as 7 little-endian bytes each."""
+    return coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES].tobytes()
+
+
+def from_bytes(data: bytes) -> NDArray[np.uint64]:
+    """The (blocks, N) coefficients of :func:`to_bytes`; :class:`WireError` if one is not below q."""
+    wide = np.zeros((len(data) // COEFFICIENT_BYTES, 8), np.uint8)
+    wide[:, :COEFFICIENT_BYTES] = np.frombuffer(data, np.uint8).reshape(-1, COEFFICIENT_BYTES)
+    coefficients = wide.view("<u8").reshape(-1, N)
+    if int(coefficients.max()) >= Q:
+        raise WireError("a ciphertext holds a coefficient outside the ring")
+    return coefficients

@@ -1,0 +1,123 @@
+"""Parameters of the secure sums, derived from a session's public figures, or refused.
+
+keysum. q = 1012 * 2^46 + 1 and N = 4096: 56 bits, where the Homomorphic Encryption Standard (2018, table 1) allows
+58 at this degree for 256-bit classical security. The plaintext modulus is t = 2^46 or, for many sites, a smaller
+power of two; delta = (q - 1) / t, so that delta * t = -1 modulo q.
+
+Decryption fails where the members' errors sum to delta / 2 or more. Each error is the difference of two sums of 42
+fair bits, that is half of 84 Rademacher variables; by Hoeffding the sum E over n sites has
+P(|E| >= x) <= 2 exp(-x^2 / (42 n)). The union over all coefficients of all planned rounds must stay below 2^-40.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedveil.common.errors import SecureSumError
+from fedveil.privacy.secagg.interface import SumSpec
+
+N = 4096
+LOG_DELTA_T = 46
+Q = 1012 * (1 << LOG_DELTA_T) + 1
+COEFFICIENT_BYTES = 7  # q has 56 bits
+HALF_BITS = 42  # an error is the difference of two sums of so many bits: variance 21, at most 42
+VARIANCE = HALF_BITS / 2
+MAX_SITES = 200  # shares grow with n^2; a committee would be needed beyond
+MAX_FAILURE_LOG2 = -40
+_MIN_PLAIN_BITS = 44
+
+CKKS_SLOTS = 2048
+CKKS_SCALE_BITS = 21
+CKKS_MAX_BOUND = (1 << 30) - 1
+
+
+@dataclass(frozen=True)
+class KeysumParams:
+    """What ``choose`` found.
+
+    Attributes:
+        plain_bits: t = 2^plain_bits.
+        delta: (q - 1) / t, what a message is multiplied with.
+        base: B = 2 * bound + 1, the distance between values packed into one coefficient.
+        per_coefficient: k, values per coefficient; B^k <= t.
+        blocks: polynomials per vector.
+        failure_log2: log2 of the bound on the probability that any coefficient of the run decrypts wrongly.
+    """
+
+    plain_bits: int
+    delta: int
+    base: int
+    per_coefficient: int
+    blocks: int
+    failure_log2: float
+
+    @property
+    def ciphertext_bytes(self) -> int:
+        """Length of one packed ciphertext."""
+        return self.blocks * N * COEFFICIENT_BYTES
+
+
+def choose(spec: SumSpec) -> KeysumParams:
+    """Parameters of ``keysum`` for ``spec``: the most values per coefficient that the failure bound allows.
+
+    Raises:
+        SecureSumError: the threshold, the number of sites, the bound or the failure bound cannot hold.
+    """
+    n, t = len(spec.roster.sites), spec.threshold
+    if not 2 <= n <= MAX_SITES:
+        raise SecureSumError(f"keysum over {n} sites", hint=f"it is made for 2 to {MAX_SITES}")
+    if not n < 2 * t <= 2 * n:
+        raise SecureSumError(
+            f"a threshold of {t} for {n} sites",
+            hint="more than half of the sites, or two different sums could be opened",
+        )
+    if spec.min_members < 2:
+        raise SecureSumError("a sum of one site would be opened", hint="min_members must be at least 2")
+    for plain_bits in range(LOG_DELTA_T, _MIN_PLAIN_BITS - 1, -1):
+        found = _with(spec, n, plain_bits)
+        if found is not None:
+            return found
+    raise SecureSumError(
+        f"a bound of {spec.bound} over {n} sites and {spec.rounds} rounds does not fit any plaintext modulus",
+        hint="use a coarser grid, a smaller range or fewer rounds",
+    )
+
+
+def _with(spec: SumSpec, n: int, plain_bits: int) -> KeysumParams | None:
+    base = 2 * spec.bound + 1
+    packings = [k for k in (4, 3, 2, 1) if base**k <= 1 << plain_bits]
+    if not packings:
+        return None
+    delta = (Q - 1) >> plain_bits
+    blocks = -(-spec.length // (packings[0] * N))
+    # One less than half of delta for the rounding inside the decryption.
+    exponent = (delta / 2 - 1) ** 2 / (HALF_BITS * n)
+    failure = 1 + math.log2(blocks * N) + math.log2(spec.rounds + 1) - exponent / math.log(2)
+    if failure > MAX_FAILURE_LOG2:
+        return None
+    return KeysumParams(plain_bits, delta, base, packings[0], blocks, failure)
+
+
+def check_sharedkey(spec: SumSpec) -> None:
+    """Refuse a ``sharedkey`` session whose sums would not decode to exact integers.
+
+    With a scale of 2^21 the coefficients of a sum stay below 2^51 < q/2 for a bound below 2^30. A slot's error is a
+    sum of 4096 coefficients of variance 10.5 per site (SEAL's centred binomial, half of 42 Rademacher variables) and
+    of the encoder's rounding: by Hoeffding within scale / 4 in all slots of the run except with probability 2^-40.
+    """
+    n = len(spec.roster.sites)
+    if spec.bound > CKKS_MAX_BOUND:
+        raise SecureSumError(
+            f"a bound of {spec.bound} is too large for exact sums under CKKS",
+            hint=f"at most {CKKS_MAX_BOUND}; use keysum or a coarser grid",
+        )
+    if spec.min_members < 2 or spec.threshold < 2:
+        raise SecureSumError("a shared-key sum needs at least two members and two equal answers")
+    slots = -(-spec.length // CKKS_SLOTS) * CKKS_SLOTS
+    # Rounding is bounded by 1/2, so it too is sub-Gaussian, with variance proxy 1/4.
+    variance = n * N * (10.5 + 0.25)
+    # Half of the room for randomness, the other half for double-precision arithmetic inside the encoder.
+    exponent = (2.0**CKKS_SCALE_BITS / 4) ** 2 / (2 * variance)
+    if 1 + math.log2(slots) + math.log2(spec.rounds + 1) - exponent / math.log(2) > MAX_FAILURE_LOG2:
+        raise SecureSumError(f"sums over {n} sites would not be exact under CKKS", hint="use keysum")

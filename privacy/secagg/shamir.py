@@ -1,0 +1,77 @@
+"""Shamir's secret sharing of small polynomials, coefficient by coefficient, modulo a 16-bit prime.
+
+Site i (1..n in roster order) receives f(i) for a polynomial f of degree T - 1 with f(0) = the secret and uniform
+other coefficients: T - 1 shares are uniform and independent of the secret, T give it (Shamir, CACM 1979). Shares of
+a sum are the sum of shares. Products of two 16-bit numbers, at most 2^21 of them added, are exact in float64,
+so that matrix products run in BLAS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.common.errors import SecureSumError
+
+P = 65521
+
+
+def share(secret: NDArray[np.int64], threshold: int, n: int) -> NDArray[np.uint16]:
+    """Shares of ``secret``.
+
+    Args:
+        secret: (N,) integers in (-P/2, P/2).
+        threshold: T in 1..n, how many shares give the secret back.
+        n: number of shares, below P.
+
+    Returns:
+        (n, N): row i - 1 is site i's.
+    """
+    if not 1 <= threshold <= n < P:
+        raise SecureSumError(f"{threshold} of {n} is not a valid threshold below {P}")
+    coefficients = np.empty((threshold, secret.size), np.float64)
+    coefficients[0] = secret % P
+    coefficients[1:] = uniform((threshold - 1) * secret.size).reshape(threshold - 1, secret.size)
+    shares = evaluate(coefficients, range(1, n + 1), P).astype(np.uint16)
+    coefficients.fill(0)
+    return shares
+
+
+def evaluate(coefficients: NDArray[np.float64], points: Sequence[int], prime: int) -> NDArray[np.int64]:
+    """Values (points, N) modulo ``prime`` of the N polynomials whose coefficients are the (T, N) rows."""
+    powers = np.ones((len(points), len(coefficients)))
+    for j in range(1, powers.shape[1]):
+        powers[:, j] = powers[:, j - 1] * np.asarray(points, np.float64) % prime
+    return (powers @ coefficients % prime).astype(np.int64)
+
+
+def interpolate(
+    points: Sequence[int], values: NDArray[np.int64], at: Sequence[int] = (0,), prime: int = P
+) -> NDArray[np.int64]:
+    """The polynomials of degree below ``len(points)`` through ``values`` (points, N), evaluated ``at``: (at, N)."""
+    weights = np.empty((len(at), len(points)))
+    for row, x in enumerate(at):
+        for column, i in enumerate(points):
+            top = bottom = 1
+            for j in points:
+                if j != i:
+                    top, bottom = top * (x - j) % prime, bottom * (i - j) % prime
+            weights[row, column] = top * pow(bottom, -1, prime) % prime
+    return (weights @ values.astype(np.float64) % prime).astype(np.int64)
+
+
+def centred(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Residues modulo P as integers in (-P/2, P/2)."""
+    return np.where(values > P // 2, values - P, values)
+
+
+def uniform(count: int) -> NDArray[np.int64]:
+    """``count`` independent uniform integers in [0, P) from the operating system, by rejection."""
+    found = np.empty(0, np.int64)
+    while found.size < count:
+        words = np.frombuffer(os.urandom(2 * (count - found.size) + 64), np.uint16)
+        found = np.concatenate([found, words[words < P].astype(np.int64)])
+    return found[:count]
