@@ -8,7 +8,6 @@ without a header line it would be a record's value.
 from __future__ import annotations
 
 import csv
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ class RawTable:
     Attributes:
         rows: number of rows, at least 1.
         columns: by name, (rows,) each: float64 with NaN for "no value", or texts (object) with "" for "no value".
-        identity: (rows,) codes that are equal where the whole source row is equal, identifiers included.
+        identity: (rows,) codes that are equal where the source rows are, identifiers included, drop columns not.
     """
 
     rows: int
@@ -47,7 +46,9 @@ class RawTable:
 
 
 def read(path: Path, contract: DataContract) -> RawTable:
-    """Read ``path`` (.csv, .parquet or .pq). Identifier and drop columns may be absent and are never kept.
+    """Read ``path`` (.csv, .parquet or .pq). Identifier and drop columns may be absent.
+
+    Drop columns are not read; identifiers only to tell repeated rows apart. Neither is kept.
 
     Raises:
         DataError: no such file, not the expected form, a column missing, unknown or twice, no rows, cells that are not
@@ -63,7 +64,7 @@ def read(path: Path, contract: DataContract) -> RawTable:
     table = _read_csv(path, contract) if kind == ".csv" else _read_parquet(path, contract)
     if table.num_rows == 0:
         raise DataError(f"{path} has a header but no rows")
-    texts = {name: _text(table.column(name), name) for name in table.column_names}
+    texts = {name: _safe_text(table.column(name), name) for name in table.column_names}
     columns = {c.name: _numbers(texts[c.name], c) if c.type == "number" else _leaves(texts[c.name], c)
                for c in contract.loaded}  # fmt: skip
     return RawTable(table.num_rows, columns, _identity([texts[n] for n in table.column_names]))
@@ -86,7 +87,11 @@ def _read_csv(path: Path, contract: DataContract) -> pa.Table:
             path,
             read_options=pacsv.ReadOptions(column_names=names, skip_rows=1),
             parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=refuse_row),
-            convert_options=pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), null_values=[]),
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()),
+                null_values=[],
+                include_columns=[n for n, h in zip(names, header, strict=True) if h in _wanted(contract)],
+            ),
         )
     except (pa.ArrowException, ValueError, OSError):
         table = None
@@ -96,14 +101,19 @@ def _read_csv(path: Path, contract: DataContract) -> pa.Table:
         raise DataError(
             f"{path}: {len(wrong)} rows have another number of cells than the header", hint="quote cells with commas"
         )
-    return table.rename_columns(header)
+    return table.rename_columns([h for h in header if h in _wanted(contract)])
+
+
+def _wanted(contract: DataContract) -> frozenset[str]:
+    return frozenset(c.name for c in contract.columns if c.role != "drop")
 
 
 def _csv_header(path: Path) -> list[str]:
     header = None
     try:
-        with path.open(newline="", encoding="utf-8-sig") as f:
-            header = next(csv.reader(itertools.chain([f.readline(MAX_HEADER_BYTES)]), strict=True), None)
+        with path.open("rb") as f:
+            line = f.readline(MAX_HEADER_BYTES).decode("utf-8-sig")
+        header = next(csv.reader([line], strict=True), None)
     except (UnicodeDecodeError, csv.Error, OSError):
         header = None
     if not header:
@@ -117,7 +127,7 @@ def _read_parquet(path: Path, contract: DataContract) -> pa.Table:
         with pq.ParquetFile(path) as file:
             header = list(file.schema_arrow.names)
             _check_header(path, header, contract)
-            table = file.read()
+            table = file.read(columns=[h for h in header if h in _wanted(contract)])
     except (pa.ArrowException, ValueError, OSError):
         table = None
     if table is None:
@@ -144,15 +154,28 @@ def _check_header(path: Path, header: Sequence[str], contract: DataContract) -> 
         )
 
 
-def _text(values: pa.ChunkedArray, name: str) -> pa.Array:
-    """Trimmed text of every cell, "" for null; one spelling per number."""
+def _safe_text(values: pa.ChunkedArray, name: str) -> pa.Array:
+    text = None
+    try:
+        text = _text(values)
+    except pa.ArrowException:
+        text = None
+    if text is None:
+        raise DataError(f"column {name!r} has cells that are neither numbers nor texts", hint="convert the column")
+    return text
+
+
+def _text(values: pa.ChunkedArray) -> pa.Array | None:
+    """Trimmed text of every cell, "" for null, one spelling per number; None for other types."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         values, kind = values.cast(kind.value_type), kind.value_type
     simple = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer,
-              pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)  # fmt: skip
+              pa.types.is_floating, pa.types.is_decimal, pa.types.is_temporal, pa.types.is_null)  # fmt: skip
     if not any(test(kind) for test in simple):
-        raise DataError(f"column {name!r} has cells that are neither numbers nor texts", hint="convert the column")
+        return None
+    if pa.types.is_float16(kind):
+        values = values.cast(pa.float32())
     if pa.types.is_floating(kind) and bool(pc.all(pc.equal(values, pc.trunc(values))).as_py()):
         # 1.0 in a file that knows only floats is the leaf "1". Casting is exact or refused.
         try:

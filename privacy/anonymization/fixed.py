@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import AnonymityError, DataError
+from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization import codes, criteria
 from fedveil.privacy.anonymization.codes import Codes
 
@@ -55,13 +55,14 @@ class Recoded:
 def recode(columns: Values, rows: int, contract: DataContract) -> Recoded:
     """Apply the contract's levels and, if the contract allows it, suppress whole failing classes.
 
+    Where suppression is not allowed, or would exceed the limit, failing classes stay in the table: the verification of
+    the written file is what refuses them, with advice.
+
     Args:
         columns: the loaded columns, each (rows,): numbers with NaN, texts with "" for "no value".
 
     Raises:
         DataError: a category holds values that are not among its leaves.
-        AnonymityError: more rows than the suppression limit allows lie in failing classes. Without suppression the
-            failing classes stay: the verification of the written file refuses them.
     """
     coded = {c.name: codes.encode(columns[c.name], c) for c in contract.loaded if c.coded}
     for name, code in coded.items():
@@ -101,8 +102,5 @@ def _suppress(table: ReleasedTable, contract: DataContract) -> Recoded:
     groups, bad = failing_classes(table, contract)
     rows = int(groups.sizes[bad].sum())
     if rows > contract.suppression_limit * table.rows:
-        raise AnonymityError(
-            "more rows than the suppression limit allows lie in classes that break k or l",
-            hint="agree coarser levels or a higher suppression limit in a new contract",
-        )
+        return Recoded(table, 0)
     return Recoded(table.take(np.flatnonzero(~bad[groups.inverse])), rows)

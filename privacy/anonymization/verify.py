@@ -96,6 +96,8 @@ def require(path: Path, contract: DataContract) -> Verdict:
     parts = [f"k = {contract.k} " + ("holds" if verdict.k_met else f"fails in {verdict.k_failing} classes")]
     for name, failing in verdict.l_failing.items():
         parts.append(f"l = {contract.l} for {name!r} " + (f"fails in {failing} classes" if failing else "holds"))
+    if contract.suppression_limit > 0:
+        parts.append("suppression within the contract's limit cannot repair it")
     ways = passing_levels(verdict.classes, contract)
     hint = " or ".join(ways) + " would pass" if ways else "no combination of the contract's levels passes"
     raise AnonymityError("the released table is not anonymous enough: " + "; ".join(parts), hint=hint)
