@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+
+# gRPC reads this when it is first imported. Its own complaints about a peer's handshake are not for a user's
+# terminal: what matters of them reaches the user as a TransportError.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @dataclass(frozen=True)

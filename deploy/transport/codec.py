@@ -69,10 +69,15 @@ def encode(message: Message) -> list[bytes]:
 
 
 def chunks(message: Message, size: int = CHUNK) -> Iterator[bytes]:
-    """The stream in chunks of exactly ``size`` bytes (the last one: 1 to ``size``); each byte is copied once."""
+    """The stream in chunks of exactly ``size`` bytes (the last one: 1 to ``size``)."""
+    return cut(encode(message), size)
+
+
+def cut(pieces: Iterable[bytes], size: int = CHUNK) -> Iterator[bytes]:
+    """The pieces of a stream as chunks of exactly ``size`` bytes but for the last; each byte is copied once."""
     parts: list[bytes | memoryview] = []
     room = size
-    for piece in encode(message):
+    for piece in pieces:
         view = memoryview(piece)
         while len(view) >= room:
             parts.append(view[:room])

@@ -1,0 +1,303 @@
+"""The site's half of our transport: dial the server, answer its messages with the locally installed ClientApp.
+
+No code is received. Messages are handled one after the other in the caller's thread; when the connection breaks,
+the site dials again, and a message that it had answered already is answered with the same bytes without asking
+the app.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedveil.common import canonical
+from fedveil.common import flwr_adapter as flower
+from fedveil.common.errors import RunAborted, TransportError, WireError
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits
+from fedveil.deploy.transport import TlsFiles
+from fedveil.deploy.transport.codec import Decoder, cut, encode
+from fedveil.deploy.transport.grpc_grid import INSTANCE, OPTIONS, SERVICE, read_tls
+
+_LOG = logging.getLogger("fedveil.transport")
+_OPTIONS: list[tuple[str, Any]] = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.05, 5.0
+_STOP_POLL_S = 0.2
+_CONTROL_LIMIT = 4096
+_PROBES, _PROBE_S = 3, 3.0
+
+
+def run_site(
+    client_app: ClientApp,
+    *,
+    address: str,
+    tls: TlsFiles,
+    site: SiteId,
+    node_config: Mapping[str, Any],
+    run_config: Mapping[str, Any] | None = None,
+    stop: threading.Event,
+    on_status: Callable[[str], None] | None = None,
+    wait: float = 60.0,
+    takeover: float = 20.0,
+    limits: Limits | None = None,
+) -> None:
+    """Serve one run: returns when the server says that it is over, or soon after ``stop`` is set.
+
+    Args:
+        address: ``host:port`` of the server; its certificate must name the host.
+        node_config: the app's ``context.node_config``; ``run_config`` likewise. The context's ``state`` lives as
+            long as this call and is in memory only.
+        stop: a message being worked on is still answered after it is set.
+        on_status: told ``connecting``, ``connected``, ``working``, ``waiting``, ``lost``, ``finished``, ``aborted``
+            and ``stopped``, from this thread.
+        wait: seconds without a server, at the start or after a loss, before giving up.
+        takeover: seconds to wait while another process holds this identity; over 15 covers a predecessor whose
+            machine vanished without closing its connection.
+        limits: what a message from the server may measure.
+
+    Raises:
+        TransportError: no server within ``wait``; a certificate is refused by either side; the certificate
+            is not on the roster or is another site's; another process is connected under this identity.
+        RunAborted: the server ended the run by an error.
+        WireError: the server broke the protocol.
+    """
+    flower.quiet_flower()
+    worker = _Site(client_app, address, tls, site, stop, on_status or (lambda _: None), limits or Limits())
+    worker.context = Context(0, flower.node_id(site), dict(node_config), RecordDict(), dict(run_config or {}))
+    watcher = threading.Thread(target=worker.watch, name=f"fedveil-stop-{site}", daemon=True)
+    watcher.start()
+    try:
+        worker.run(wait, takeover)
+    finally:
+        worker.over.set()
+        watcher.join()
+
+
+class _Lost(Exception):
+    """The session broke without a gRPC status; dial again."""
+
+
+class _Site:
+    context: Context
+
+    def __init__(
+        self,
+        app: ClientApp,
+        address: str,
+        tls: TlsFiles,
+        site: SiteId,
+        stop: threading.Event,
+        on_status: Callable[[str], None],
+        limits: Limits,
+    ) -> None:
+        self._app, self._address, self._tls, self._site = app, address, tls, site
+        self._stop, self._status, self._limits = stop, on_status, limits
+        self._metadata = ((INSTANCE, secrets.token_hex(16)),)
+        self._last: tuple[str, list[bytes]] = ("", [])
+        self._lock = threading.Lock()
+        self._idle_call: grpc.Call | None = None
+        self._connected = False
+        self.over = threading.Event()
+
+    def watch(self) -> None:
+        """Until the end: once ``stop`` is set, break off a call that only waits."""
+        while not self.over.is_set():
+            if self._stop.wait(_STOP_POLL_S):
+                with self._lock:
+                    if self._idle_call is not None:
+                        self._idle_call.cancel()
+                self.over.wait(_STOP_POLL_S)
+
+    def run(self, wait: float, takeover: float) -> None:
+        """Dial, work, dial again."""
+        since, held_since, delay = time.monotonic(), None, _FIRST_DELAY_S
+        self._status("connecting")
+        while not self._stop.is_set():
+            try:
+                status = self._session()
+            except (grpc.RpcError, _Lost) as e:
+                if self._stop.is_set():
+                    break
+                now = time.monotonic()
+                if self._connected:
+                    self._status("lost")
+                    since, held_since, delay, self._connected = now, None, _FIRST_DELAY_S, False
+                held = isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.ALREADY_EXISTS
+                held_since = (held_since or now) if held else None
+                problem = self._problem(e)
+                if problem is not None and (held_since is None or now - held_since >= takeover):
+                    raise problem from e
+                if held_since is None and now - since >= wait:
+                    raise TransportError(
+                        f"no server answered at {self._address} for {wait:g} seconds",
+                        hint="check the address, the network and whether the server runs",
+                    ) from e
+                self._stop.wait(delay * (0.5 + secrets.randbelow(1000) / 1000))
+                delay = min(2 * delay, _MAX_DELAY_S)
+            else:
+                self._status(status)
+                if status == "aborted":
+                    raise RunAborted(
+                        "the server ended the run by an error before its plan was carried out",
+                        hint="see the server's log",
+                    )
+                return
+        self._status("stopped")
+
+    def _session(self) -> str:
+        ca, certificate, key = read_tls(self._tls)
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        with grpc.secure_channel(self._address, credentials, _OPTIONS) as channel:
+            call = channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=self._metadata)
+            reply = channel.stream_unary(f"/{SERVICE}/Reply")
+            try:
+                self._welcome(self._frame(call))
+                while True:
+                    self._status("waiting")
+                    control = _control(self._frame(call))
+                    if control.get("t") == "end" and control.get("status") in ("finished", "aborted"):
+                        return control["status"]
+                    if control.get("t") != "message":
+                        raise WireError("the server sent an unknown control frame")
+                    self._send(reply, self._work(call))
+                    if self._stop.is_set():
+                        raise _Lost
+            finally:
+                call.cancel()
+
+    def _frame(self, call: Any) -> bytes:
+        """The next frame; the only place where this side waits for the server, and where ``stop`` breaks in."""
+        with self._lock:
+            self._idle_call = call
+        try:
+            return next(call)
+        except StopIteration:
+            raise _Lost from None
+        finally:
+            with self._lock:
+                self._idle_call = None
+
+    def _welcome(self, frame: bytes) -> None:
+        control = _control(frame)
+        run = control.get("run")
+        if control.get("t") != "welcome" or control.get("v") != 1 or not isinstance(run, str) or len(run) > 20:
+            raise WireError("the server does not speak this protocol", hint="install the same version on both sides")
+        if control.get("site") != self._site:
+            raise TransportError(
+                f"the certificate in use is not that of {self._site!r}",
+                hint="point to this site's own TLS files, or correct the site's name",
+            )
+        self.context.run_id = int(run) if run.isdecimal() else 0
+        self._connected = True
+        self._status("connected")
+
+    def _work(self, call: Any) -> list[bytes]:
+        decoder = Decoder(self._limits)
+        while not decoder.complete:
+            decoder.feed(self._frame(call))
+        message = decoder.result()
+        message_id = message.metadata.message_id
+        if message_id != self._last[0]:
+            self._status("working")
+            self._last = ("", [])
+            self._last = (message_id, _encoded(flower.answer(self._app, message, self.context), message))
+        return self._last[1]
+
+    def _send(self, reply: grpc.StreamUnaryMultiCallable, pieces: list[bytes]) -> None:
+        try:
+            reply(cut(pieces), metadata=self._metadata)
+        except grpc.RpcError as e:
+            code = e.code() if isinstance(e, grpc.Call) else None
+            if code == grpc.StatusCode.INVALID_ARGUMENT:
+                _LOG.error("the server refused a reply: %s", _details(e))
+            elif code != grpc.StatusCode.UNAVAILABLE:
+                raise _Lost from e
+            # If the connection is gone, reading the next frame says so, or that the run is over.
+
+    def _problem(self, error: Exception) -> TransportError | None:
+        """What makes it pointless to dial again, in words; None if dialling again may help."""
+        if not isinstance(error, grpc.Call):
+            return None
+        code = error.code()
+        if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.ALREADY_EXISTS):
+            told = flower.parse_error(error.details() or "")
+            return TransportError(
+                f"the server at {self._address} refuses {self._site!r}: {told.message}", hint=told.hint
+            )
+        if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT):
+            return TransportError(
+                f"the server at {self._address} does not speak this protocol",
+                hint="install the same version of fedveil on both sides",
+            )
+        return _handshake_problem(self._address, self._tls) if code == grpc.StatusCode.UNAVAILABLE else None
+
+
+def _encoded(out: Message, request: Message) -> list[bytes]:
+    try:
+        return encode(out)
+    except WireError as e:
+        _LOG.error("%s gave a reply that cannot be sent: %s", request.metadata.message_type, e)
+        error = flower.error_reply(e, request)
+        flower.stamp(error)
+        return encode(error)
+
+
+def _control(frame: bytes) -> dict[str, Any]:
+    value = canonical.loads(frame, limit=_CONTROL_LIMIT)
+    if not isinstance(value, dict):
+        raise WireError("the server sent a malformed control frame")
+    return value
+
+
+def _details(error: grpc.RpcError) -> str:
+    return str(flower.parse_error(error.details() or "")) if isinstance(error, grpc.Call) else ""
+
+
+def _handshake_problem(address: str, tls: TlsFiles) -> TransportError | None:
+    """Do the TLS handshake again by hand, because gRPC does not say why one failed."""
+    try:
+        if not all(_closed_at_once(address, tls) for _ in range(_PROBES)):
+            return None
+    except ssl.SSLCertVerificationError as e:
+        return TransportError(
+            f"the server's certificate at {address} is not accepted: {e.verify_message}",
+            hint="use the ca.pem of this consortium and the host name that the server was provisioned with",
+        )
+    except (OSError, ValueError):
+        return None
+    return TransportError(
+        f"the server at {address} does not accept this site's certificate",
+        hint="use the TLS files that this consortium issued for the site, and check that they have not expired",
+    )
+
+
+def _closed_at_once(address: str, tls: TlsFiles) -> bool:
+    """Whether the server hangs up without a word after the handshake.
+
+    With TLS 1.3 its verdict on our certificate comes after our own handshake is complete. gRPC's verdict is to
+    close; a server that accepts us speaks first.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    context = ssl.create_default_context(cafile=str(tls.ca))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(tls.certificate, tls.key)
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((host, int(port)), timeout=_PROBE_S) as raw,
+        context.wrap_socket(raw, server_hostname=host) as connection,
+    ):
+        try:
+            return not connection.recv(1)
+        except (ssl.SSLError, ConnectionError):
+            return True

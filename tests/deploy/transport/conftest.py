@@ -1,0 +1,135 @@
+"""A real consortium on loopback: one server thread, site threads, real certificates."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedveil.common import flwr_adapter as flower
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits, Packet
+from fedveil.deploy.provision import load_roster, load_tls, make_consortium
+from fedveil.deploy.transport.grpc_grid import GrpcGrid, serve
+from fedveil.deploy.transport.grpc_site import run_site
+
+SITES = ["north", "south", "west"]
+
+
+class Task(threading.Thread):
+    """A thread whose exception is kept for the test to look at."""
+
+    def __init__(self, target: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._work = target
+        self.error: BaseException | None = None
+        self.result: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self._work()
+        except BaseException as e:
+            self.error = e
+
+    def ended(self, timeout: float = 20) -> BaseException | None:
+        """Wait for the end; returns the exception, if any."""
+        self.join(timeout)
+        assert not self.is_alive(), "the thread did not end"
+        return self.error
+
+
+def echo_app() -> ClientApp:
+    """Sends back what it gets, with the site's name."""
+    app = ClientApp()
+
+    @app.train("echo")
+    def echo(message: Message, context: Context) -> Message:
+        packet = flower.from_record(message.content, Limits())
+        return flower.reply(Packet({"kind": "echo", "site": context.node_config["site"]}, packet.buffers), message)
+
+    return app
+
+
+class World:
+    """Starts servers and sites and ends every one of them with the test."""
+
+    def __init__(self, pki: Path) -> None:
+        self.pki, self.roster = pki, load_roster(pki / "server")
+        self.port = 0
+        self.stop = threading.Event()
+        self.tasks: list[Task] = []
+        self.statuses: dict[str, list[str]] = {}
+
+    def server(self, main: Callable[[GrpcGrid], Any], *, port: int = 0, **options: Any) -> Task:
+        """Serve an app that does ``main``; its return value is the task's result."""
+        app, ports, results = ServerApp(), queue.Queue[int](), []
+
+        @app.main()
+        def run(grid: Grid, context: Context) -> None:
+            assert isinstance(grid, GrpcGrid)
+            results.append(main(grid))
+
+        def work() -> Any:
+            tls = load_tls(self.pki / "server")
+            serve(app, address=f"127.0.0.1:{port}", tls=tls, roster=self.roster, ready=ports.put, **options)
+            return results[0]
+
+        task = Task(work)
+        self.tasks.append(task)
+        self.port = ports.get(timeout=10)
+        return task
+
+    def site(
+        self, name: str, app: ClientApp | None = None, *, folder: Path | None = None, stop: Any = None, **options: Any
+    ) -> Task:
+        """Run a site against the server started last."""
+        address = options.pop("address", f"127.0.0.1:{self.port}")
+        tls = load_tls(folder or self.pki / "sites" / name)
+        seen = self.statuses.setdefault(name, [])
+        arguments: dict[str, Any] = {"wait": 10, "takeover": 0.3, "node_config": {"site": name}, **options}
+        task = Task(
+            lambda: run_site(
+                app or echo_app(),
+                address=address,
+                tls=tls,
+                site=SiteId(name),
+                stop=stop or self.stop,
+                on_status=seen.append,
+                **arguments,
+            )
+        )
+        self.tasks.append(task)
+        return task
+
+    def close(self) -> None:
+        """End what still runs."""
+        self.stop.set()
+        for task in self.tasks:
+            task.join(15)
+        assert not [t for t in self.tasks if t.is_alive()]
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sites' and the server's folders."""
+    out = tmp_path_factory.mktemp("pki")
+    make_consortium(out, SITES, consortium="test")
+    return out
+
+
+@pytest.fixture
+def world(pki: Path) -> Iterator[World]:
+    """See :class:`World`."""
+    made = World(pki)
+    try:
+        yield made
+    finally:
+        made.close()
