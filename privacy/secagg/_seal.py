@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import struct
 from collections.abc import Iterator
@@ -25,11 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import SecureSumError
+from fedveil.common.errors import SecureSumError, WireError
+from fedveil.privacy.secagg.params import CKKS_SCALE_BITS, N, Q
 
 VERSION = "0.3.18"
-N = 4096
-Q = 1012 * (1 << 46) + 1
 _GROUP = 16  # SEAL holds at most 16 polynomials in one ciphertext; a large group amortises every call's overhead
 _MAGIC = b"\x5e\xa1\x10\x04\x03"  # SEAL's stream header: magic, header size 16, version 4.3 of the stream's writer
 _NONE, _ZSTD = 0, 2
@@ -192,17 +192,20 @@ def engine(plain_bits: int) -> Engine:
 
 
 @cache
-def _sealapi() -> ModuleType:
+def _tenseal() -> ModuleType:
     try:
         import tenseal
-        from tenseal import sealapi
     except ImportError as e:
         raise SecureSumError("TenSEAL is not installed", hint="pip install 'fedveil[client]'") from e
     if tenseal.__version__ != VERSION:
         raise SecureSumError(
             f"TenSEAL {tenseal.__version__} is installed", hint=f"this release needs exactly {VERSION}"
         )
-    return sealapi
+    return tenseal
+
+
+def _sealapi() -> Any:
+    return importlib.import_module(f"{_tenseal().__name__}.sealapi")
 
 
 @cache
@@ -276,3 +279,74 @@ def _self_test(made: Engine) -> None:
     made.add_into(held, np.mod(noise, Q).astype(np.uint64))
     if not np.array_equal(made.decrypt(made.decryptor(s), made.total(held, 2), plain), message):
         raise SecureSumError("SEAL's decryption failed its known-answer test")
+
+
+def ckks_key() -> bytes:
+    """A fresh symmetric CKKS key with its parameters (4096, [54, 55], scale 2^21) as TenSEAL's bytes: a secret."""
+    return _fresh_ckks().serialize(save_secret_key=True)
+
+
+def _fresh_ckks() -> Any:
+    ts = _tenseal()
+    context = ts.context(
+        ts.SCHEME_TYPE.CKKS, N, coeff_mod_bit_sizes=[54, 55], encryption_type=ts.ENCRYPTION_TYPE.SYMMETRIC
+    )
+    context.global_scale = 2.0**CKKS_SCALE_BITS
+    return context
+
+
+class Ckks:
+    """TenSEAL's CKKS vectors of up to 2048 integers.
+
+    Args:
+        key: what :func:`ckks_key` returned; None for a server, which adds and cannot open. TenSEAL's
+            ``make_context_public`` leaves a working decryptor in memory, so that a public context is always read
+            from bytes that never held the key.
+
+    Raises:
+        SecureSumError: the key is not one.
+    """
+
+    def __init__(self, key: bytes | None) -> None:
+        self._ts = _tenseal()
+        try:
+            self._context = self._ts.context_from(
+                _fresh_ckks().serialize(save_secret_key=False) if key is None else key
+            )
+        except (ValueError, RuntimeError, TypeError) as e:
+            raise SecureSumError("the shared key is malformed") from e
+        if self._context.is_private() != (key is not None):
+            raise SecureSumError("the shared key is malformed")
+
+    def encrypt(self, values: NDArray[np.int64]) -> bytes:
+        """One ciphertext of up to 2048 integers below 2^31 in size, under fresh randomness of SEAL."""
+        return self._ts.ckks_vector(self._context, values.astype(np.float64)).serialize()
+
+    def load(self, data: bytes, slots: int) -> Any:
+        """A ciphertext of ``slots`` values; :class:`WireError` if the bytes are not one."""
+        try:
+            vector = self._ts.ckks_vector_from(self._context, data)
+            size = vector.size()
+        except (ValueError, RuntimeError, TypeError) as e:
+            raise WireError("bytes that are no CKKS ciphertext") from e
+        if size != slots:
+            raise WireError(f"a ciphertext of {size} values instead of {slots}")
+        return vector
+
+    def add(self, a: Any, b: Any) -> Any:
+        """a + b, both left as they are; :class:`WireError` if they do not fit together."""
+        try:
+            return a + b
+        except (ValueError, RuntimeError, TypeError) as e:
+            raise WireError("CKKS ciphertexts that cannot be added") from e
+
+    def decrypt(self, data: bytes, slots: int) -> NDArray[np.int64]:
+        """The ``slots`` integers in a ciphertext; :class:`SecureSumError` if they are none."""
+        try:
+            values = np.asarray(self.load(data, slots).decrypt(), np.float64)
+        except (ValueError, RuntimeError) as e:
+            raise SecureSumError("a sum that does not open under the shared key") from e
+        whole = np.rint(values)
+        if not (np.isfinite(values).all() and np.abs(values).max() < 2.0**53 and np.abs(values - whole).max() < 0.25):
+            raise SecureSumError("a sum that does not open to integers under the shared key")
+        return whole.astype(np.int64)

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +35,8 @@ _DOMAINS = {
     CONTRIBUTION: "fedveil/contribution/1",
     AGREEMENT: "fedveil/agree/1",
     ANSWER: "fedveil/answer/1",
+    "sharedkey/sealed": "fedveil/contribution/1",
+    "sharedkey/opened": "fedveil/answer/1",
 }
 
 
@@ -142,27 +143,3 @@ def check_request(spec: SumSpec, packet: Packet, kind: str) -> int:
     if type(round) is not int or not 0 <= round <= spec.rounds:
         raise WireError("a request without a planned round")
     return round
-
-
-def to_bytes(packet: Packet) -> bytes:
-    """A packet as one byte string, for the store."""
-    head = canonical.dumps(
-        {"header": packet.header, "buffers": [[name, len(data)] for name, data in packet.buffers.items()]}
-    )
-    return b"".join([struct.pack("<I", len(head)), head, *packet.buffers.values()])
-
-
-def from_bytes(data: bytes) -> Packet:
-    """The packet of :func:`to_bytes`; the store is trusted, yet a damaged file is a :class:`SecureSumError`."""
-    try:
-        (size,) = struct.unpack_from("<I", data)
-        head = canonical.loads(data[4 : 4 + size])
-        at, buffers = 4 + size, dict[str, bytes]()
-        for name, length in head["buffers"]:
-            buffers[name] = data[at : at + length]
-            at += length
-        if at != len(data):
-            raise ValueError
-        return Packet(head["header"], buffers)
-    except (struct.error, WireError, KeyError, TypeError, ValueError) as e:
-        raise SecureSumError("a stored message is damaged", hint="the site sits this round out") from e

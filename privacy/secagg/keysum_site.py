@@ -22,6 +22,7 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal, lattice, shamir
 from fedveil.privacy.secagg import keysum_common as messages
+from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_bytes
 from fedveil.privacy.secagg.interface import READY, SiteSum, SumSpec
 from fedveil.privacy.secagg.params import N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
@@ -36,7 +37,7 @@ class KeysumSite(SiteSum):
         self._params = choose(spec)
         self._engine = _seal.engine(self._params.plain_bits)
         self._session = SessionKey(spec, site, store)
-        self._first_kept = 0
+        self._contributions = Contributions(self._session, store)
 
     def join_fields(self) -> dict[str, Any]:
         """``{"x25519": hex}``: this session's public key."""
@@ -55,16 +56,9 @@ class KeysumSite(SiteSum):
         """See :meth:`SiteSum.contribute`: encrypt, share the key, seal, sign, store."""
         self._spec.check_round(round, nonce)
         joins = self._joined()
-        held = self.replay(round)
+        held = self._contributions.held(round, nonce)
         if held is not None:
-            if held.header["nonce"] != nonce:
-                raise SecureSumError(
-                    f"round {round} was contributed to under another nonce",
-                    hint="a second contribution under the same key would reveal the difference: start a new round",
-                )
             return held
-        if round < self._first_kept or self._store.get(self._session.name("spent", round)) is not None:
-            raise SecureSumError(f"round {round} was contributed to and is over", hint="rounds only go forward")
         values = self._spec.vector(values)
         secret = lattice.small(lattice.Stream.fresh(), (N,))
         try:
@@ -78,14 +72,11 @@ class KeysumSite(SiteSum):
         packet = Packet(
             messages.sign_header(self._signing_key, header), {"ciphertext": ciphertext, "shares": b"".join(boxes)}
         )
-        self._store.put(self._session.name("contribution", round), messages.to_bytes(packet))
-        self._retire(round)
-        return packet
+        return self._contributions.keep(round, packet)
 
     def replay(self, round: int) -> Packet | None:
         """See :meth:`SiteSum.replay`."""
-        data = self._store.get(self._session.name("contribution", round))
-        return None if data is None else messages.from_bytes(data)
+        return self._contributions.replay(round)
 
     def agree(self, request: Packet) -> Packet:
         """See :meth:`SiteSum.agree`: sign the announced members, one set per round."""
@@ -116,19 +107,19 @@ class KeysumSite(SiteSum):
             self._check_agreements(request, round, promise["digest"])
             held = self._store.get(self._session.name("answer", round))
             if held is not None:
-                return messages.from_bytes(held)
+                return from_bytes(held)
             answer = self._sum_of_shares(request, round, promise)
         except (WireError, IdentityError, SecureSumError) as e:
             raise _refusal(e) from e
         header = messages.answer_header(self._spec, round, self._site, promise["digest"], sha256(answer))
         packet = Packet(messages.sign_header(self._signing_key, header), {"answer": answer})
-        self._store.put(self._session.name("answer", round), messages.to_bytes(packet))
+        self._store.put(self._session.name("answer", round), to_bytes(packet))
         return packet
 
     def end(self) -> None:
         """Destroy the session's X25519 key: sealed shares that somebody recorded stay sealed for ever."""
         self._session.destroy()
-        self._store.erase(self._session.name("contribution", self._first_kept))
+        self._contributions.drop()
 
     def _joined(self) -> Joins:
         if self._session.joins is None or self._session.ended:
@@ -162,16 +153,6 @@ class KeysumSite(SiteSum):
         ]
         shares.fill(0)
         return boxes
-
-    def _retire(self, round: int) -> None:
-        """Mark the round as contributed to, and drop the ciphertexts of earlier rounds, which nobody may ask for."""
-        self._store.put(self._session.name("spent", round), b"spent")
-        for old in range(self._first_kept, round):
-            spent, contribution = self._session.name("spent", old), self._session.name("contribution", old)
-            if self._store.get(spent) is None and self._store.get(contribution) is not None:
-                self._store.put(spent, b"spent")  # a crash came between the two
-            self._store.erase(contribution)
-        self._first_kept = round
 
     def _check_members(self, request: Packet) -> tuple[int, list[messages.Contribution]]:
         spec, joins = self._spec, self._joined()

@@ -30,6 +30,7 @@ _MIN_PLAIN_BITS = 44
 CKKS_SLOTS = 2048
 CKKS_SCALE_BITS = 21
 CKKS_MAX_BOUND = (1 << 30) - 1
+CKKS_MAX_VALUE = (1 << 31) - 1
 
 
 @dataclass(frozen=True)

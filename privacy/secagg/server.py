@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedveil.common.errors import SecureSumError
 from fedveil.privacy.secagg.interface import ServerSum, SumSpec
 from fedveil.privacy.secagg.keysum_server import KeysumServer
 from fedveil.privacy.secagg.plain import PlainServer
+from fedveil.privacy.secagg.sharedkey_server import SharedKeyServer
 
 
 def server_sum(spec: SumSpec) -> ServerSum:
@@ -14,4 +14,4 @@ def server_sum(spec: SumSpec) -> ServerSum:
         return PlainServer(spec)
     if spec.protocol == "keysum":
         return KeysumServer(spec)
-    raise SecureSumError(f"unknown protocol {spec.protocol!r}")
+    return SharedKeyServer(spec)

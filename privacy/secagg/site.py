@@ -10,6 +10,7 @@ from fedveil.common.units import SiteId
 from fedveil.privacy.secagg.interface import SiteSum, SumSpec
 from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.plain import PlainSite
+from fedveil.privacy.secagg.sharedkey_site import SharedKeySite
 from fedveil.privacy.secagg.store import Store
 
 
@@ -32,4 +33,4 @@ def site_sum(spec: SumSpec, site: SiteId, key: Ed25519PrivateKey, store: Store) 
         raise SecureSumError(f"the signing key of {site!r} is not the one on the roster")
     if spec.protocol == "keysum":
         return KeysumSite(spec, site, key, store)
-    raise SecureSumError(f"unknown protocol {spec.protocol!r}")
+    return SharedKeySite(spec, site, key, store)

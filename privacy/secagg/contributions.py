@@ -1,0 +1,82 @@
+"""What a site contributed: one contribution a round, the same bytes for ever, rounds only go forward."""
+
+from __future__ import annotations
+
+import struct
+
+from fedveil.common import canonical
+from fedveil.common.errors import SecureSumError, WireError
+from fedveil.common.wire import Packet
+from fedveil.privacy.secagg.sealed import SessionKey
+from fedveil.privacy.secagg.store import Store
+
+
+class Contributions:
+    """One site's contributions to one session, in its store. The latest complete packet is kept; older are marked."""
+
+    def __init__(self, session: SessionKey, store: Store) -> None:
+        self._session, self._store = session, store
+        self._first_kept = 0
+
+    def replay(self, round: int) -> Packet | None:
+        """The complete contribution of ``round``, bit for bit, if it is kept."""
+        data = self._store.get(self._session.name("contribution", round))
+        return None if data is None else from_bytes(data)
+
+    def held(self, round: int, nonce: str) -> Packet | None:
+        """What was contributed to ``round`` under ``nonce``, or None if a contribution may be made.
+
+        Raises:
+            SecureSumError: the round was contributed to under another nonce, or is over.
+        """
+        packet = self.replay(round)
+        if packet is not None:
+            if packet.header["nonce"] != nonce:
+                raise SecureSumError(
+                    f"round {round} was contributed to under another nonce",
+                    hint="a second contribution under the same key would reveal the difference: start a new round",
+                )
+            return packet
+        if round < self._first_kept or self._store.get(self._session.name("spent", round)) is not None:
+            raise SecureSumError(f"round {round} was contributed to and is over", hint="rounds only go forward")
+        return None
+
+    def keep(self, round: int, packet: Packet) -> Packet:
+        """Store ``packet``, mark the round, and drop the packets of earlier rounds, which nobody may ask for."""
+        name = self._session.name
+        self._store.put(name("contribution", round), to_bytes(packet))
+        self._store.put(name("spent", round), b"spent")
+        for old in range(self._first_kept, round):
+            if self._store.get(name("spent", old)) is None and self._store.get(name("contribution", old)) is not None:
+                self._store.put(name("spent", old), b"spent")  # a crash came between the two
+            self._store.erase(name("contribution", old))
+        self._first_kept = round
+        return packet
+
+    def drop(self) -> None:
+        """Drop the packet that is still kept."""
+        self._store.erase(self._session.name("contribution", self._first_kept))
+
+
+def to_bytes(packet: Packet) -> bytes:
+    """A packet as one byte string."""
+    head = canonical.dumps(
+        {"header": packet.header, "buffers": [[name, len(data)] for name, data in packet.buffers.items()]}
+    )
+    return b"".join([struct.pack("<I", len(head)), head, *packet.buffers.values()])
+
+
+def from_bytes(data: bytes) -> Packet:
+    """The packet of :func:`to_bytes`; the store is trusted, yet a damaged file is a :class:`SecureSumError`."""
+    try:
+        (size,) = struct.unpack_from("<I", data)
+        head = canonical.loads(data[4 : 4 + size])
+        at, buffers = 4 + size, dict[str, bytes]()
+        for name, length in head["buffers"]:
+            buffers[name] = data[at : at + length]
+            at += length
+        if at != len(data):
+            raise ValueError
+        return Packet(head["header"], buffers)
+    except (struct.error, WireError, KeyError, TypeError, ValueError) as e:
+        raise SecureSumError("a stored message is damaged", hint="the site sits this round out") from e
