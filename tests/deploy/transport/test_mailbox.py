@@ -1,0 +1,146 @@
+"""The mailbox without a network: who is owed what, and when waiting ends."""
+
+import threading
+import time
+
+import pytest
+from flwr.app import Message
+
+from fedveil.common import flwr_adapter as flower
+from fedveil.common.errors import TransportError, WireError
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits, Packet
+from fedveil.deploy.transport.codec import decode
+from fedveil.deploy.transport.mailbox import Mailbox, Parcel, Session
+
+A, B = SiteId("a"), SiteId("b")
+
+
+def message(n: int = 0, ttl: float = 60) -> Message:
+    return flower.request(Packet({"kind": "q", "n": n}), to=5, action="query", round=n, ttl=ttl)
+
+
+def given(box: Mailbox, site: SiteId, session: Session) -> Message:
+    parcel = box.next_parcel(site, session)
+    assert isinstance(parcel, Parcel)
+    return decode(parcel.pieces, Limits())
+
+
+def answer(box: Mailbox, site: SiteId, m: Message) -> bool:
+    return box.accept(site, m.metadata.message_id, flower.reply(Packet({"kind": "a"}), m))
+
+
+def test_one_message_at_a_time_in_order_and_again_after_a_new_session() -> None:
+    box = Mailbox([A], grace=1)
+    first = box.attach(A, "one")
+    ids = [box.put(A, message(n)) for n in range(3)]
+    m = given(box, A, first)
+    box.detach(A, first)
+    assert box.next_parcel(A, first) == ""
+    second = box.attach(A, "two")
+    again = given(box, A, second)
+    assert again.metadata.message_id == m.metadata.message_id == ids[0]
+    order = [again]
+    for _ in range(2):
+        assert answer(box, A, order[-1])
+        order.append(given(box, A, second))
+    assert [x.metadata.message_id for x in order] == ids
+    assert not answer(box, A, order[0]), "an answer counts once"
+    assert len(box.take(ids)) == 2
+    assert box.take(ids) == []
+
+
+def test_a_session_ends_what_it_replaces_and_nothing_else() -> None:
+    box = Mailbox([A, B], grace=1)
+    old = box.attach(A, "one")
+    with pytest.raises(TransportError, match="another process"):
+        box.attach(A, "two")
+    new = box.attach(A, "one")
+    assert not old.alive
+    box.detach(A, old)
+    assert box.connected() == [A]
+    assert new.alive
+    box.attach(B, "two")
+    assert box.connected() == [A, B]
+    box.detach(A, new)
+    box.attach(A, "two")
+
+
+def test_answers_are_taken_from_the_debtor_only() -> None:
+    box = Mailbox([A, B], grace=1)
+    session = box.attach(A, "one")
+    message_id = box.put(A, message())
+    m = given(box, A, session)
+    assert not answer(box, B, m)
+    assert not box.owes(B, message_id)
+    assert box.owes(A, message_id)
+    with pytest.raises(TransportError):
+        box.begin_reply(B, "one")
+    box.begin_reply(A, "one")
+    with pytest.raises(TransportError, match="under way"):
+        box.begin_reply(A, "one")
+    box.end_reply(A)
+    box.begin_reply(A, "one")
+
+
+def test_an_unreadable_answer_is_an_error_for_the_app() -> None:
+    box = Mailbox([A], grace=1)
+    message_id = box.put(A, message())
+    assert box.accept(A, message_id, WireError("too large"))
+    [reply] = box.collect([message_id], None)
+    assert isinstance(flower.reply_error(reply), WireError)
+
+
+def test_waiting_ends_by_grace_by_timeout_or_at_once() -> None:
+    box = Mailbox([A], grace=0.2)
+    time.sleep(0.3)
+    start = time.monotonic()
+    ids = [box.put(A, message())]
+    assert box.collect(ids, None) == []  # never connected: the grace runs from the message
+    assert 0.15 < time.monotonic() - start < 2
+    session = box.attach(A, "one")
+    start = time.monotonic()
+    assert box.collect([box.put(A, message())], 0.3) == []  # connected and silent: the timeout rules
+    assert 0.25 < time.monotonic() - start < 2
+    timer = threading.Timer(0.1, lambda: box.detach(A, session))
+    timer.start()
+    start = time.monotonic()
+    assert box.collect([box.put(A, message())], 30) == []  # leaves while it is waited for
+    assert 0.25 < time.monotonic() - start < 5
+    timer.join()
+    assert box.collect([], None) == []
+    session = box.attach(A, "one")
+    box.put(A, message(9))
+    assert given(box, A, session).metadata.group_id == "9", "what was waited for in vain is withdrawn"
+
+
+def test_expired_messages_are_not_delivered() -> None:
+    box = Mailbox([A], grace=60)
+    stale = box.put(A, message(1, ttl=0.01))
+    fresh = box.put(A, message(2))
+    time.sleep(0.05)
+    assert given(box, A, box.attach(A, "one")).metadata.message_id == fresh
+    start = time.monotonic()
+    assert box.collect([stale], None) == []
+    assert time.monotonic() - start < 1
+
+
+def test_the_end_reaches_every_session() -> None:
+    box = Mailbox([A, B], grace=1)
+    sessions = {s: box.attach(s, s) for s in (A, B)}
+    box.put(A, message())
+    given(box, A, sessions[A])
+    ends: dict[str, object] = {}
+
+    def stream(site: SiteId) -> None:
+        ends[site] = box.next_parcel(site, sessions[site])
+        box.detach(site, sessions[site])
+
+    threads = [threading.Thread(target=stream, args=(s,)) for s in (A, B)]
+    for t in threads:
+        t.start()
+    box.end("finished", 5)
+    for t in threads:
+        t.join(5)
+    assert ends == {A: "finished", B: "finished"}
+    assert box.connected() == []
