@@ -1,0 +1,73 @@
+"""The builder: a run's folder and the server's key give ``report.json``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import fedveil
+from fedveil.common import canonical, identity
+from fedveil.common.errors import VerificationError
+from fedveil.privacy import plan as plans
+from fedveil.privacy.report import bundle as bundles
+from fedveil.privacy.report.bundle import PLAN, REPORT, Bundle, journal_name
+from fedveil.privacy.report.charges import compose
+from fedveil.privacy.report.derive import Facts, derive
+from fedveil.privacy.report.history import replay
+
+DOMAIN = "fedveil/report/1"
+
+
+def build_report(run: Path, server_key: Ed25519PrivateKey) -> dict[str, Any]:
+    """Derive the report of a finished run from its folder, sign it, write ``report.json`` beside the journals.
+
+    Args:
+        run: the run's folder (plan, roster, joins, journals).
+        server_key: the key that the roster names for the server.
+
+    Returns:
+        The signed document ``{"payload", "signer", "signature"}``.
+
+    Raises:
+        VerificationError: the folder is incomplete or a journal in it does not hold.
+        PlanError: the plan is inconsistent.
+    """
+    facts = open_facts(bundles.read(run))
+    if identity.public_hex(server_key) != facts.roster.server.signing_key:
+        raise VerificationError(
+            "the key is not the one that the roster names for the server", hint="use the server's signing.key"
+        )
+    payload = {**derive(facts), "software": software(), "written_at": int(time.time())}
+    document = identity.signed(server_key, DOMAIN, payload)
+    partial = run / f".{REPORT}.part"
+    partial.write_bytes(canonical.dumps(document) + b"\n")
+    os.replace(partial, run / REPORT)
+    return document
+
+
+def open_facts(bundle: Bundle) -> Facts:
+    """Everything a payload is derived from, journals verified with the roster's keys."""
+    roster = bundles.open_roster(bundle, bundle.pin)
+    plan = plans.from_json(bundle.json(PLAN))
+    rows = bundle.server_rows(roster)
+    history = replay(rows)
+    delivered: list[str] = [m.site for m in roster.sites if journal_name(m.site) in bundle.files]
+    charges = {s: compose(bundle.site_rows(roster, s), history.session) for s in delivered}
+    head = (len(rows), rows[-1].hash) if rows else (0, "0" * 64)
+    return Facts(plan, roster, history, charges, head, bundle.metrics(), bundle.digests)
+
+
+def software() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    return {
+        "fedveil": fedveil.__version__,
+        "dp-accounting": version("dp-accounting"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,183 @@
+"""What one site's ledger says about one session, and about everything before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedveil.common.errors import BudgetExhausted, VerificationError
+from fedveil.common.journal import Row
+from fedveil.privacy.dp.accounting import ORDERS
+from fedveil.privacy.dp.events import SampledGaussian, from_json
+from fedveil.privacy.ledger import Tally
+from fedveil.privacy.report import fields
+
+MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
+_MAX_CRITERIA = 64
+
+
+@dataclass(frozen=True)
+class Released:
+    """What ``data.released`` says of the table: pass or fail, never a count.
+
+    Attributes:
+        contract_hash: of the contract the table was checked against; empty if it is not stated.
+        criteria: by name, what was required and whether it was met.
+        stability_factor: how many released records one original record can change; None if that is not bounded.
+    """
+
+    contract_hash: str
+    criteria: dict[str, dict[str, Any]]
+    stability_factor: int | None
+    unit: str
+
+
+@dataclass(frozen=True)
+class Charges:
+    """One ledger, composed again from its rows.
+
+    Attributes:
+        order: Rényi order of the filter, fixed when the ledger was opened.
+        epsilon_before, epsilon_after: ε spent by the filter before this session's first charge, and at the end.
+        spends: by round of this session, the row that charged it.
+        accepted: the session's ``plan.accepted`` row, if there is one.
+        earlier_sessions: how many other sessions were charged before this one.
+        exhausted: the budget refused a step of this session.
+        models: this session's ``model`` rows.
+        events: every charge of all sessions, in order.
+    """
+
+    lineage: str
+    unit: str
+    cap: float
+    delta: float
+    order: float
+    epsilon_before: float
+    epsilon_after: float
+    spends: dict[int, Row]
+    committed: int
+    accepted: Row | None
+    earlier_sessions: int
+    exhausted: bool
+    models: tuple[Row, ...]
+    released: Released | None
+    events: tuple[SampledGaussian, ...]
+    head: tuple[int, str]
+
+
+def compose(rows: list[Row], session: str) -> Charges:
+    """Replay a verified ledger under the rules that bound its owner.
+
+    Raises:
+        VerificationError: naming the first row that breaks a rule: spending before opening, twice for one round,
+            past the cap, after the budget refused or after the session's end; numbers outside the closed table.
+    """
+    tally, state = Tally(), _State(session)
+    for row in rows:
+        _bounded(row)
+        before = tally.epsilon
+        try:
+            tally.feed(row)
+        except ArithmeticError as e:
+            raise VerificationError(f"row {row.n} ({row.kind[:32]}) has numbers that cannot be composed") from e
+        state.feed(row, before)
+    f = tally.filter
+    if f is None:
+        raise VerificationError("the ledger was never opened")
+    mine = state.before is not None
+    return Charges(
+        lineage=tally.lineage[:128], unit=tally.unit[:128], cap=f.epsilon, delta=f.delta, order=f.order,
+        epsilon_before=state.before if state.before is not None else tally.epsilon, epsilon_after=tally.epsilon,
+        spends=state.spends, committed=sum(1 for s, _ in tally.committed if s == session),
+        accepted=state.accepted, earlier_sessions=len(state.earlier if mine else state.others),
+        exhausted=state.exhausted, models=tuple(state.models), released=state.released,
+        events=tuple(tally.by_round.values()), head=(len(rows), rows[-1].hash),
+    )  # fmt: skip
+
+
+class _State:
+    """What :func:`compose` collects beside the tally."""
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+        self.before: float | None = None
+        self.others: set[str] = set()
+        self.earlier: set[str] = set()
+        self.spends: dict[int, Row] = {}
+        self.accepted: Row | None = None
+        self.exhausted = self.ended = False
+        self.models: list[Row] = []
+        self.released: Released | None = None
+
+    def feed(self, row: Row, before: float) -> None:
+        if row.kind == "data.released" and not self.spends:
+            self.released = _released(row)
+        if row.kind == "spend" and row.body["session"] != self.session:
+            self.others.add(str(row.body["session"]))
+        if row.body.get("session") != self.session:
+            return
+        if row.kind == "plan.accepted":
+            self.accepted = self.accepted or row
+        elif row.kind == "refused":
+            self.exhausted |= row.body.get("reason") == BudgetExhausted.__name__
+        elif row.kind == "session.end":
+            self.ended = True
+        elif row.kind == "model":
+            self.models.append(row)
+        elif row.kind == "spend":
+            self._spend(row, before)
+
+    def _spend(self, row: Row, before: float) -> None:
+        if self.exhausted:
+            raise VerificationError(f"row {row.n} spends after the budget had refused a step of the same session")
+        if self.ended:
+            raise VerificationError(f"row {row.n} spends after the session had ended")
+        if self.before is None:
+            self.before, self.earlier = before, set(self.others)
+        self.spends[fields.integer(row.body, "round", f"row {row.n}", low=1, high=1 << 20)] = row
+
+
+def _bounded(row: Row) -> None:
+    """Refuse numbers that no honest ledger has and that would keep an accountant busy for hours."""
+    where = f"row {row.n} ({row.kind[:32]})"
+    if row.kind == "ledger.open":
+        if row.body.get("order") not in ORDERS:
+            raise VerificationError(f"{where}: the Rényi order is not in the table")
+        fields.number(row.body, "delta", where, low=1e-300, high=0.01)
+        fields.text(row.body, "lineage", where)
+        fields.text(row.body, "unit", where)
+    if row.kind in ("ledger.open", "ledger.cap"):
+        fields.number(row.body, "cap_epsilon", where, low=1e-9, high=1000)
+    if row.kind in ("spend", "commit"):
+        fields.text(row.body, "session", where)
+        fields.integer(row.body, "round", where, high=1 << 20)
+    if row.kind == "spend" and from_json(row.body.get("event")).noise_multiplier < MIN_NOISE:
+        raise VerificationError(f"{where}: a noise multiplier below {MIN_NOISE:g} gives no privacy to account for")
+
+
+def _released(row: Row) -> Released:
+    where, b = f"row {row.n} (data.released)", row.body
+    raw = b.get("criteria")
+    criteria: dict[str, dict[str, Any]] = {}
+    if isinstance(raw, dict):
+        if len(raw) > _MAX_CRITERIA:
+            raise VerificationError(f"{where}: more than {_MAX_CRITERIA} criteria")
+        for name, c in raw.items():
+            entry = fields.mapping(c, where)
+            if type(entry.get("met")) is not bool or not _plain(entry.get("required")) or len(name) > 64:
+                raise VerificationError(f"{where}: a criterion does not say what was required and whether it was met")
+            criteria[name] = {"required": entry.get("required"), "met": entry["met"]}
+    factor = b.get("stability_factor")
+    if factor is not None:
+        factor = fields.integer(b, "stability_factor", where, low=1, high=1 << 30)
+    stated = "contract_hash" if "contract_hash" in b else "contract"
+    return Released(
+        fields.hexadecimal(b, stated, where) if stated in b else "",
+        criteria,
+        factor,
+        fields.text(b, "unit", where, limit=1024) if "unit" in b else "",
+    )
+
+
+def _plain(value: Any) -> bool:
+    return value is None or type(value) in (int, float, bool) or (isinstance(value, str) and len(value) <= 128)

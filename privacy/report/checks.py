@@ -1,0 +1,386 @@
+"""The verifier's checks, one method each: it returns what it found, or raises what is wrong.
+
+Order matters. First who may speak (roster, signatures), then what was said in which order (journals), then whether it
+adds up (charges, ε). A plan is composed by an accountant only after every site's signature under its hash held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import VerificationError
+from fedveil.common.identity import Roster
+from fedveil.common.journal import GENESIS, Row
+from fedveil.privacy import plan as plans
+from fedveil.privacy.joining import JOIN
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import bundle as bundles
+from fedveil.privacy.report import claims, fields, recompute
+from fedveil.privacy.report.build import DOMAIN
+from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
+from fedveil.privacy.report.charges import Charges, compose
+from fedveil.privacy.report.derive import Facts, derive
+from fedveil.privacy.report.history import COMPLETED, EXHAUSTED, History, replay
+
+_CONTRACT = "fedveil/contract/1"
+_REPORT_LIMIT = 1 << 28
+_OWN = ("software", "written_at")  # what only the builder knows
+
+Step = tuple[str, str, Callable[[], str]]
+
+
+class NotReached(VerificationError):
+    """A check that needs something which an earlier check did not establish."""
+
+
+class Audit:
+    """One verification under way; :meth:`steps` gives the checks in order."""
+
+    def __init__(self, report: Path, consortium_key: str | None) -> None:
+        self._report, self._key = report, consortium_key
+        self._bundle: Bundle | None = None
+        self._document: Any = None
+        self._roster: Roster | None = None
+        self._payload: dict[str, Any] | None = None
+        self._rows: list[Row] | None = None
+        self._history: History | None = None
+        self._joins: dict[str, dict[str, Any]] | None = None
+        self._plan: PrivacyPlan | None = None
+        self._charges: dict[str, Charges] = {}
+
+    @property
+    def claim(self) -> str:
+        """The claimed sentence."""
+        return str((self._payload or {}).get("claim", {}).get("sentence", ""))
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run protected nobody."""
+        return bool((self._plan and self._plan.simulated) or (self._history and self._history.simulated))
+
+    def steps(self) -> Iterator[Step]:
+        """``(name, what is compared, the check)``; made one after the other, each once."""
+        yield "files", "the report and the files beside it are there, plain and within bounds", self._files
+        yield "roster", "signature of the roster by the consortium's key", self._open_roster
+        yield "report signature", "signature of the report by the server's key on the roster", self._open_report
+        yield "server journal", "numbering, hash chain and signature of every row; head in the report", self._chain
+        yield "order of events", "forward only: open, join, rounds, end; nothing afterwards", self._order
+        yield "join statements", "every site signed this plan, roster, contract and session", self._signed_joins
+        yield "plan", "hash equal to the signed one everywhere; consistent in itself", self._check_plan
+        yield "contract", "signed by the consortium; hash equal to the plan's", self._contract
+        yield (
+            "rounds",
+            "every sum has at least n - d sites; realised noise; not more than the planned steps",
+            self._sums,
+        )
+        yield "model chain", "every round starts from the model before; the last one is the report's", self._models
+        if self._roster and self._history and self._history.end:
+            for m in self._roster.sites:
+                if m.site in self._history.end.heads or self._has(journal_name(m.site)):
+                    what = "chain, signatures, head, budget never exceeded, no step charged twice"
+                    yield f"ledger of {m.site}", what, partial(self._ledger, m.site)
+        yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
+        yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
+        yield (
+            "epsilon by PLD",
+            "claimed against recomputed: all planned steps at h shares",
+            partial(self._on, claims.pld),
+        )
+        yield "epsilon by RDP", "the second accountant bounds the claim", partial(self._on, claims.rdp)
+        yield "fallback epsilon", "a site's own share only", partial(self._on, claims.fallback)
+        yield (
+            "privacy curve",
+            "every point of the curve, and the attack risk drawn from it",
+            partial(self._on, claims.curve),
+        )
+        yield "budgets", "each site's spending over all its runs, by the filter's order", self._budgets
+        yield "metrics file", "rounds in order; the spent epsilon it states", self._metrics
+        yield "every field", "the report's fields against the same derivation from the journals", self._fields
+
+    # -- who may speak ------------------------------------------------------------------------------------------
+
+    def _files(self) -> str:
+        self._document = canonical.loads(bundles.read_bounded(self._report, _REPORT_LIMIT), limit=_REPORT_LIMIT)
+        self._bundle = bundles.read(self._report.parent)
+        return f"{len(self._bundle.files)} files"
+
+    def _open_roster(self) -> str:
+        bundle = self._got("files", self._bundle)
+        roster = bundles.open_roster(bundle, self._key or bundle.pin)
+        self._key, pinned = self._key or bundle.pin, self._key is not None
+        self._roster = roster
+        how = "the key you gave" if pinned else f"key {self._key[:16]}... taken from the bundle, NOT pinned"
+        return f"{roster.consortium[:64]!r}, {len(roster.sites)} sites; {how}"
+
+    def _open_report(self) -> str:
+        roster = self._got("roster", self._roster)
+        payload = identity.opened(self._document, DOMAIN, roster.server.signing_key, what=REPORT)
+        if fields.mapping(payload, REPORT).get("v") != 1:
+            raise VerificationError("the report is of an unknown version", hint="use the same version of fedveil")
+        self._payload = payload
+        return f"key {roster.server.signing_key[:16]}..."
+
+    # -- what was said, in which order --------------------------------------------------------------------------
+
+    def _chain(self) -> str:
+        rows = self._got("files", self._bundle).server_rows(self._got("roster", self._roster))
+        payload = self._got("report signature", self._payload)
+        claimed = fields.head(payload["hashes"]["heads"]["server"], "the report's head of the server")
+        if claimed != (found := (len(rows), rows[-1].hash if rows else GENESIS)):
+            raise VerificationError(
+                f"the report names a head of {claimed[0]} rows, the journal has another of {found[0]}"
+            )
+        self._rows = rows
+        return f"{len(rows)} rows"
+
+    def _order(self) -> str:
+        history = replay(self._got("server journal", self._rows))
+        end = history.ended
+        outcomes = [r.outcome for r in history.rounds]
+        applied, finished = outcomes.count("applied"), len(outcomes) - outcomes.count("interrupted")
+        if end.steps_done not in (applied, finished, len(outcomes)):
+            raise VerificationError(
+                f"run.end speaks of {end.steps_done} steps, the journal of {applied} applied rounds"
+            )
+        self._history = history
+        return f"{end.status}, {len(outcomes)} rounds, {applied} applied"
+
+    def _signed_joins(self) -> str:
+        bundle, roster, h = self._got("files", self._bundle), self._got("roster", self._roster), self._ended()
+        documents = fields.mapping(bundle.json(JOINS), JOINS)
+        names = {m.site for m in roster.sites}
+        if set(documents) != names or set(h.joined) != names:
+            raise VerificationError("the join statements are not those of exactly the roster's sites")
+        if canonical.digest(documents) != h.joins_digest:
+            raise VerificationError(f"{JOINS} is not the one that the server's journal names")
+        wanted = {"v": 1, "session": h.session, "roster_hash": roster.hash, "contract_hash": h.contract_hash}
+        wanted["plan_hash"] = canonical.digest(bundle.json(PLAN))
+        if (h.plan_hash, h.roster_hash) != (wanted["plan_hash"], roster.hash):
+            raise VerificationError(
+                "the server's journal opens the run with another plan or roster than the bundle holds"
+            )
+        joins = {}
+        for m in roster.sites:
+            statement = identity.opened(documents[m.site], JOIN, m.signing_key, what=f"the join statement of {m.site}")
+            for key, value in {**wanted, "site": m.site}.items():
+                if fields.mapping(statement, JOINS).get(key) != value:
+                    raise VerificationError(f"{m.site} signed another {key.replace('_', ' ')}")
+            fields.head(statement.get("head"), f"the join statement of {m.site}")
+            joins[m.site] = statement
+        self._joins = joins
+        return f"{len(joins)} signatures under plan {wanted['plan_hash'][:16]}..."
+
+    def _check_plan(self) -> str:
+        self._got("join statements", self._joins)
+        value = self._got("files", self._bundle).json(PLAN)
+        p = plans.PrivacyPlan.model_validate_json(canonical.dumps(value))
+        recompute.refuse_absurd(p.event.sample_rate, p.noise_multiplier, p.steps, p.delta, p.epsilon)
+        p = p.check()
+        if p.hash != canonical.digest(value):
+            raise VerificationError("the plan's file leaves out fields that its hash covers")
+        if p.sites != len(self._got("roster", self._roster).sites):
+            raise VerificationError(f"the plan speaks of {p.sites} sites, the roster of {len(self._joins or {})}")
+        if p.contract_hash != self._ended().contract_hash:
+            raise VerificationError("the plan was made for another contract than the one the sites signed")
+        self._plan = p
+        return f"mode {p.mode}, sum {p.sum}, n = {p.sites}, t = {p.colluders}, d = {p.dropouts}, h = {p.honest}"
+
+    def _contract(self) -> str:
+        plan, bundle = self._got("plan", self._plan), self._got("files", self._bundle)
+        if CONTRACT not in bundle.files:
+            if not self.simulated:
+                raise VerificationError(f"{CONTRACT} is missing")
+            return "no contract in this simulated run"
+        p = identity.opened(bundle.json(CONTRACT), _CONTRACT, self._key or "", what="the data contract")
+        inner = p.get("contract") if isinstance(p, dict) and p.get("hash") == plan.contract_hash else None
+        if plan.contract_hash not in (canonical.digest(p), canonical.digest(inner)):
+            raise VerificationError("the contract is not the one that the plan names")
+        return f"hash {plan.contract_hash[:16]}..."
+
+    def _sums(self) -> str:
+        plan, roster, h = self._got("plan", self._plan), self._got("roster", self._roster), self._ended()
+        if len(h.rounds) > plan.steps:
+            raise VerificationError(f"{len(h.rounds)} rounds were opened, {plan.steps} steps were planned")
+        if h.ended.status == COMPLETED and len(h.rounds) != plan.steps:
+            raise VerificationError(f"the run is said to be complete after {len(h.rounds)} of {plan.steps} steps")
+        known, fewest = {m.site for m in roster.sites}, plan.sites
+        for r in h.rounds:
+            if r.members is not None and not known.issuperset(r.members):
+                raise VerificationError(f"round {r.number} names a member that is not on the roster")
+            if r.outcome != "applied" or r.members is None:
+                continue
+            if len(r.members) < plan.sites - plan.dropouts:
+                raise VerificationError(f"the sum of round {r.number} has {len(r.members)} sites, fewer than n - d")
+            honest = len(r.members) - (0 if plan.mode == "local" else plan.colluders)
+            sigma = plan.noise_multiplier * (honest / plan.honest) ** 0.5
+            if r.noise_multiplier is None or abs(r.noise_multiplier - sigma) > 1e-9 * sigma:
+                raise VerificationError(
+                    f"round {r.number} states another realised noise than its {len(r.members)} sites give"
+                )
+            fewest = min(fewest, len(r.members))
+        return f"{len(h.rounds)} of {plan.steps} steps; at least {fewest} of {plan.sites} sites in every sum"
+
+    def _models(self) -> str:
+        h = self._ended()
+        now = h.model_hash or None
+        for r in h.rounds:
+            if now is not None and r.model_in != now:
+                raise VerificationError(f"round {r.number} does not start from the model before it")
+            now = r.model_out if r.outcome == "applied" else r.model_in
+        if now is not None and h.ended.model_hash != now:
+            raise VerificationError("the model at the end is not the one that the last round gave")
+        if self._got("report signature", self._payload)["hashes"]["model"] != h.ended.model_hash:
+            raise VerificationError("the report names another final model than the server's journal")
+        return f"final model {h.ended.model_hash[:16]}..."
+
+    # -- whether it adds up -------------------------------------------------------------------------------------
+
+    def _ledger(self, site: str) -> str:
+        bundle, plan, h = self._got("files", self._bundle), self._got("plan", self._plan), self._ended()
+        rows = bundle.site_rows(self._got("roster", self._roster), site)
+        head = (len(rows), rows[-1].hash if rows else GENESIS)
+        if head != h.ended.heads.get(site):
+            raise VerificationError("its head is not the one that the server's journal names at the end of the run")
+        named = self._got("report signature", self._payload)["hashes"]["heads"].get(site)
+        if head != fields.head(named, "the report's head"):
+            raise VerificationError("its head is not the one that the report names")
+        joined = fields.head(self._got("join statements", self._joins)[site]["head"], "the join statement")
+        if joined[0] > len(rows) or joined[1] != (rows[joined[0] - 1].hash if joined[0] else GENESIS):
+            raise VerificationError("it does not continue the ledger that the site had when it joined")
+        c = compose(rows, h.session)
+        if c.unit != plan.unit:
+            raise VerificationError(f"the ledger counts each {c.unit!r}, the plan each {plan.unit!r}")
+        _accepted(c, h)
+        for n, row in c.spends.items():
+            if row.n < joined[0]:
+                raise VerificationError(f"row {row.n} charges round {n} before the site joined")
+        _known_models(c, h)
+        self._charges[site] = c
+        return f"{len(rows)} rows, {len(c.spends)} steps charged, filter epsilon {c.epsilon_after:.4f} of {c.cap:g}"
+
+    def _delivered(self) -> str:
+        h, roster, plan = self._ended(), self._got("roster", self._roster), self._got("plan", self._plan)
+        names = {m.site for m in roster.sites}
+        if not names.issuperset(h.ended.heads):
+            raise VerificationError("the run's end names the ledger of a stranger")
+        missing = sorted(names - set(h.ended.heads))
+        if len(missing) > plan.dropouts:
+            raise VerificationError(f"{len(missing)} ledgers are missing, at most {plan.dropouts} sites may drop out")
+        if h.ended.status == EXHAUSTED and not missing and not any(c.exhausted for c in self._charges.values()):
+            raise VerificationError("the run is said to have ended for lack of budget, but no ledger refused a step")
+        return f"not delivered: {', '.join(missing)}" if missing else f"all {len(names)}"
+
+    def _spends(self) -> str:
+        plan, h = self._got("plan", self._plan), self._ended()
+        opened, count = {r.number for r in h.rounds}, 0
+        for site in h.ended.heads:
+            for n, row in self._charged(site).spends.items():
+                if n not in opened:
+                    raise VerificationError(f"{site} charged round {n}, which the server never opened")
+                if row.body["event"] != plan.event.to_json() or row.body.get("plan_hash") != plan.hash:
+                    raise VerificationError(f"{site} charged round {n} with another event or plan than the signed one")
+                count += 1
+        for r in h.applied:
+            for site in r.members or ():
+                if site in h.ended.heads and r.number not in self._charged(site).spends:
+                    raise VerificationError(f"{site} is in the sum of round {r.number}, but its ledger was not charged")
+        return f"{count} charges of SGM(q = {plan.event.sample_rate:g}, sigma = {plan.noise_multiplier:.6g})"
+
+    def _budgets(self) -> str:
+        claimed = self._got("report signature", self._payload)["sites"]
+        for site in self._ended().ended.heads:
+            c, row = self._charged(site), fields.mapping(claimed[site], f"the report's entry of {site}")
+            own = recompute.by_filter(c.events, c.order, c.delta)
+            if abs(own - c.epsilon_after) > 1e-6 * max(1.0, own):
+                raise VerificationError(
+                    f"{site}: the filter's epsilon is {own:.6f}, its ledger composes to {c.epsilon_after:.6f}"
+                )
+            if fields.number(row, "epsilon_after", site) < own - 1e-6:
+                raise VerificationError(f"{site}: the report states {row['epsilon_after']:.6f} spent, it is {own:.6f}")
+            if own > c.cap * (1 + 1e-6) and c.spends:
+                raise VerificationError(f"{site}: {own:.6f} was spent under a cap of {c.cap:g}")
+        return "; ".join(
+            f"{s} {c.epsilon_before:.3f} to {c.epsilon_after:.3f}" for s, c in [*self._charges.items()][:8]
+        )
+
+    def _metrics(self) -> str:
+        plan, h = self._got("plan", self._plan), self._ended()
+        rows = self._got("files", self._bundle).metrics()
+        numbers = [r["round"] for r in rows]
+        if numbers != sorted(set(numbers)) or (numbers and numbers[-1] > len(h.rounds)):
+            raise VerificationError("its rounds are not those of the server's journal, in order")
+        sampled = {*range(0, len(rows), max(1, len(rows) // 8)), len(rows) - 1} if rows else set()
+        for i in sorted(sampled):
+            own = recompute.by_pld(plan.event.sample_rate, plan.noise_multiplier, rows[i]["round"], plan.delta)
+            if abs(rows[i]["epsilon"] - own) > 1e-6 * max(1.0, own):
+                raise VerificationError(
+                    f"round {rows[i]['round']}: it states epsilon = {rows[i]['epsilon']:.6f}, not {own:.6f}"
+                )
+        return f"{len(rows)} rows, {len(sampled)} recomputed"
+
+    def _fields(self) -> str:
+        payload = dict(self._got("report signature", self._payload))
+        software = fields.mapping(payload.get("software"), "software")
+        if len(software) > 16 or any(not isinstance(v, str) or len(v) > 64 for v in software.values()):
+            raise VerificationError("the versions of the software are malformed")
+        fields.integer(payload, "written_at", REPORT)
+        for key in _OWN:
+            payload.pop(key)
+        rows, bundle = self._got("server journal", self._rows), self._got("files", self._bundle)
+        facts = Facts(
+            self._got("plan", self._plan), self._got("roster", self._roster), self._ended(), self._in_order(),
+            (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests,
+        )  # fmt: skip
+        claims.same(payload, canonical.loads(canonical.dumps(derive(facts))), REPORT)
+        return (
+            f"written with dp-accounting {software.get('dp-accounting', '?')}, fedveil {software.get('fedveil', '?')}"
+        )
+
+    def _on(self, check: Callable[[dict[str, Any], PrivacyPlan], str]) -> str:
+        payload = self._got("report signature", self._payload)
+        return check(fields.mapping(payload.get("claim"), "claim"), self._got("plan", self._plan))
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _got(self, name: str, value: Any) -> Any:
+        if value is None:
+            raise NotReached(name)
+        return value
+
+    def _ended(self) -> History:
+        return self._got("order of events", self._history)
+
+    def _charged(self, site: str) -> Charges:
+        return self._got(f"ledger of {site}", self._charges.get(site))
+
+    def _in_order(self) -> dict[str, Charges]:
+        return {
+            s: self._charged(s)
+            for s in (m.site for m in self._got("roster", self._roster).sites)
+            if s in self._ended().ended.heads
+        }
+
+    def _has(self, name: str) -> bool:
+        return self._bundle is not None and name in self._bundle.files
+
+
+def _accepted(c: Charges, h: History) -> None:
+    if not c.spends:
+        return
+    row = c.accepted
+    if row is None or row.n > min(r.n for r in c.spends.values()):
+        raise VerificationError("it was charged for a session that the site had not accepted")
+    for key in ("plan_hash", "roster_hash", "contract_hash"):
+        if row.body.get(key) != getattr(h, key):
+            raise VerificationError(f"row {row.n} accepts another {key.replace('_', ' ')}")
+
+
+def _known_models(c: Charges, h: History) -> None:
+    known = {r.model_in for r in h.rounds} | {r.model_out for r in h.applied} | {h.ended.model_hash}
+    for row in c.models:
+        if row.body.get("model_hash") not in known:
+            raise VerificationError(f"row {row.n} names a model that the server's journal does not have")

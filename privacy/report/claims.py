@@ -1,0 +1,104 @@
+"""The claimed numbers against the verifier's own accountants (:mod:`fedveil.privacy.report.recompute`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedveil.common.errors import VerificationError
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import fields, recompute
+
+_CLOSE = 1e-6
+_TOO_MUCH = 2000.0
+
+
+def pld(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+    """The claimed ε is not below what PLD gives for all planned steps, nor a different number."""
+    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
+    claimed = fields.number(claim, "epsilon", "claim", high=1e6)
+    if claim.get("delta") != plan.delta:
+        raise VerificationError(f"delta = {claim.get('delta')!r} is claimed, the plan says {plan.delta:g}")
+    if claimed < own - _CLOSE:
+        raise VerificationError(f"epsilon = {claimed:.6f} is claimed, but the journals give {own:.6f}")
+    if claimed > own + _CLOSE * max(1.0, own):
+        raise VerificationError(f"epsilon = {claimed:.6f} is claimed, which is not the {own:.6f} of this plan")
+    if q == 1 and (exact := recompute.gaussian_delta(sigma, plan.steps, claimed)) > plan.delta * (1 + _CLOSE):
+        raise VerificationError(f"the closed form gives delta = {exact:.3g} at the claimed epsilon")
+    return f"claimed {claimed:.6f}, recomputed {own:.6f}" + (", closed form agrees" if q == 1 else "")
+
+
+def rdp(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+    """The second accountant: an upper bound of the first, and the one that the report states."""
+    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    first = recompute.by_pld(q, sigma, plan.steps, plan.delta)
+    second = recompute.by_rdp(q, sigma, plan.steps, plan.delta)
+    stated = fields.number(claim, "epsilon_rdp", "claim", high=1e6)
+    if not first - 0.01 <= second <= 2 * first + 1:
+        raise VerificationError(f"the two accountants disagree: PLD {first:.4f}, RDP {second:.4f}")
+    if not first - 0.01 <= stated <= second + _CLOSE:
+        raise VerificationError(f"epsilon by RDP is stated as {stated:.6f}; PLD gives {first:.6f}, RDP {second:.6f}")
+    if fields.number(claim, "epsilon", "claim", high=1e6) > second + 0.01:
+        raise VerificationError("the claim is above what the second accountant bounds")
+    return f"stated {stated:.6f}, bounded by {second:.6f} (PLD {first:.6f})"
+
+
+def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+    """ε when a site can count on nothing but its own share of the noise."""
+    q, sigma = plan.event.sample_rate, plan.noise_multiplier / math.sqrt(plan.honest)
+    stated = fields.number(claim, "fallback_epsilon", "claim", high=1e12)
+    own = recompute.by_rdp(q, sigma, plan.steps, plan.delta)
+    if own <= 1.1 * _TOO_MUCH and claim.get("fallback_accountant") == "PLD":
+        own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
+    # By RDP the report may use more orders than this check: then its value is a little lower, never by 5 %.
+    low = own * (0.95 if claim.get("fallback_accountant") == "RDP" else 1) - _CLOSE * max(1.0, own)
+    if not low <= stated <= own + _CLOSE * max(1.0, own):
+        raise VerificationError(f"the fallback is stated as {stated:.6f}, it is {own:.6f}")
+    return f"stated {stated:.6f}, recomputed {own:.6f}"
+
+
+def curve(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+    """No point of the curve promises more than the accountant; the attack risk follows from the points."""
+    points = claim.get("curve")
+    if not isinstance(points, list) or not 2 <= len(points) <= 1024:
+        raise VerificationError("the curve has no points, or too many")
+    for p in points:
+        pair = dict(zip("ed", p, strict=True))
+        fields.number(pair, "e", "curve", high=1e4)
+        fields.number(pair, "d", "curve", high=1)
+    exact = recompute.deltas_by_pld(
+        plan.event.sample_rate, plan.noise_multiplier, plan.steps, tuple(p[0] for p in points)
+    )
+    for (e, d), own in zip(points, exact, strict=True):
+        if d < own * (1 - _CLOSE) - 1e-12:
+            raise VerificationError(f"the curve promises delta = {d:.3g} at epsilon = {e:.3f}, it is {own:.3g}")
+    rates = claim.get("attack")
+    if not isinstance(rates, list) or not rates:
+        raise VerificationError("the attack risk is not stated")
+    for r in rates:
+        fpr, tpr = (fields.number(r, k, "attack", high=1) for k in ("false_positive_rate", "true_positive_rate"))
+        if tpr < recompute.detection(points, fpr) - _CLOSE:
+            raise VerificationError(f"the attack risk at {fpr:.0%} false alarms is stated too low")
+    return f"{len(points)} points; " + ", ".join(
+        f"{r['true_positive_rate']:.3f} at {r['false_positive_rate']:g}" for r in rates
+    )
+
+
+def same(found: Any, derived: Any, where: str) -> None:
+    """Two JSON values are equal, floats to 1e-6; raises naming the first place where they are not."""
+    if isinstance(derived, float) and type(found) in (int, float):
+        if not math.isclose(found, derived, rel_tol=_CLOSE, abs_tol=1e-9):
+            raise VerificationError(f"{where} is {found!r}, the journals give {derived!r}")
+    elif isinstance(derived, dict) and isinstance(found, dict):
+        if odd := sorted(set(found) ^ set(derived)):
+            raise VerificationError(f"{where}: {odd[0][:64]!r} is in only one of the report and the derivation")
+        for key, value in derived.items():
+            same(found[key], value, f"{where}: {key}")
+    elif isinstance(derived, list) and isinstance(found, list):
+        if len(found) != len(derived):
+            raise VerificationError(f"{where} has {len(found)} entries, the journals give {len(derived)}")
+        for i, (a, b) in enumerate(zip(found, derived, strict=True)):
+            same(a, b, f"{where}[{i}]")
+    elif type(found) is not type(derived) or found != derived:
+        raise VerificationError(f"{where} is not what the journals give")

@@ -1,0 +1,242 @@
+"""From plan and journals to a report's payload: one pure function, run by the builder and again by the verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedveil.common.identity import Roster
+from fedveil.privacy.dp.accounting import PLD_INTERVAL, epsilon_pld, epsilon_rdp
+from fedveil.privacy.plan import MODULUS_BITS, PrivacyPlan
+from fedveil.privacy.report import loss, wording
+from fedveil.privacy.report.charges import Charges
+from fedveil.privacy.report.history import History, Round
+
+MAX_METRIC_POINTS = 256
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a payload is derived from.
+
+    Attributes:
+        charges: by site, for every ledger that was delivered.
+        server_head: rows and last hash of the server's journal.
+        metrics: rows of ``metrics.jsonl``.
+        digests: SHA-256 of every file of the bundle.
+    """
+
+    plan: PrivacyPlan
+    roster: Roster
+    history: History
+    charges: Mapping[str, Charges]
+    server_head: tuple[int, str]
+    metrics: list[dict[str, Any]]
+    digests: Mapping[str, str]
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the results protect nobody: said by the plan, or by the engine."""
+        return self.plan.simulated or self.history.simulated
+
+    @property
+    def missing(self) -> list[str]:
+        """Sites whose ledger was not delivered, in the roster's order."""
+        return [m.site for m in self.roster.sites if m.site not in self.charges]
+
+
+def derive(f: Facts) -> dict[str, Any]:
+    """The payload without what only its builder knows (versions of its software, the time).
+
+    Raises:
+        VerificationError: the server's journal has no end.
+    """
+    plan, end = f.plan, f.history.ended
+    earlier = {s: c.earlier_sessions for s, c in f.charges.items()}
+    return {
+        "v": 1,
+        "session": f.history.session,
+        "consortium": f.roster.consortium,
+        "status": end.status,
+        "simulated": f.simulated,
+        "notice": wording.SIMULATED if f.simulated else "",
+        "claim": _claim(plan),
+        "trust": _trust(plan),
+        "mechanism": _mechanism(plan),
+        "steps": _steps(f),
+        "rounds": [_round(f, r) for r in f.history.rounds],
+        "accounting": _accounting(f),
+        "sites": {m.site: _site(f, m.site) for m in f.roster.sites},
+        "ledgers_missing": f.missing,
+        "tuning": {"earlier_sessions": earlier, "sentence": wording.tuning(earlier)},
+        "public_data": wording.public_data(plan),
+        "covered": wording.covered(plan),
+        "not_covered": wording.not_covered(plan, f.missing),
+        "deviations": wording.deviations(plan, f.simulated),
+        "audit": None,
+        "model": plan.model.model_dump(mode="json") | {"parameters": plan.model.parameters},
+        "optimizer": plan.optimizer.model_dump(mode="json"),
+        "metrics": _metrics(f),
+        "hashes": _hashes(f),
+    }
+
+
+def _claim(plan: PrivacyPlan) -> dict[str, Any]:
+    points = loss.curve(plan.event, plan.steps, plan.delta, plan.claim)
+    rates = [(fpr, loss.attack_rate(points, fpr)) for fpr in loss.FALSE_ALARMS]
+    weakest, accountant = loss.fallback(plan)
+    return {
+        "sentence": wording.claim(plan),
+        "unit": plan.unit,
+        "adjacency": plan.adjacency,
+        "epsilon": plan.claim,
+        "epsilon_planned": plan.epsilon,
+        "delta": plan.delta,
+        "epsilon_rdp": epsilon_rdp([(plan.event, plan.steps)], plan.delta),
+        "fallback_epsilon": weakest,
+        "fallback_accountant": accountant,
+        "fallback_sentence": wording.fallback(plan, weakest),
+        "filter_epsilon": plan.filter_epsilon(),
+        "curve": [list(p) for p in points],
+        "attack": [{"false_positive_rate": a, "true_positive_rate": b} for a, b in rates],
+        "attack_sentence": wording.attack(rates),
+    }
+
+
+def _trust(plan: PrivacyPlan) -> dict[str, Any]:
+    return {
+        "mode": plan.mode,
+        "sum": plan.sum,
+        "protects": wording.protects(plan),
+        "against": wording.against(plan),
+        "sites": plan.sites,
+        "colluders": plan.colluders,
+        "dropouts": plan.dropouts,
+        "honest": plan.honest,
+        "members": plan.members,
+        "threshold": plan.threshold,
+    }
+
+
+def _mechanism(plan: PrivacyPlan) -> dict[str, Any]:
+    return {
+        "name": "per-record clipping, Poisson sampling, discrete Gaussian noise in shares, one sum",
+        "clip": plan.clip,
+        "sensitivity": plan.sensitivity,
+        "inflation": plan.inflation,
+        "noise_multiplier": plan.noise_multiplier,
+        "fallback_noise_multiplier": plan.fallback_event.noise_multiplier,
+        "grid": plan.grid,
+        "clamp": plan.clamp,
+        "share_std_in_grid_units": plan.share_std,
+        "bound_in_grid_units": plan.bound,
+        "modulus_bits": MODULUS_BITS,
+        "sampling": "poisson" if plan.event.sample_rate < 1 else "every record in every step",
+        "sample_rate": plan.event.sample_rate,
+        "records_declared": plan.records,
+        "divisor": plan.divisor,
+        "local_steps": plan.local_steps,
+    }
+
+
+def _steps(f: Facts) -> dict[str, Any]:
+    outcomes = [r.outcome for r in f.history.rounds]
+    return {
+        "planned": f.plan.steps,
+        "opened": len(outcomes),
+        "applied": outcomes.count("applied"),
+        "aborted": outcomes.count("aborted"),
+        "interrupted": outcomes.count("interrupted"),
+        "restarts": f.history.restarts,
+        "refusals": f.history.refusals,
+        "repairs": f.history.repairs,
+    }
+
+
+def _round(f: Facts, r: Round) -> dict[str, Any]:
+    members = set(r.members or ())
+    return {
+        "round": r.number,
+        "outcome": r.outcome,
+        "members": len(members),
+        "missing": [] if r.members is None else [m.site for m in f.roster.sites if m.site not in members],
+        "noise_multiplier": f.plan.realised_noise_multiplier(len(members)) if r.outcome == "applied" else None,
+        "model_hash": r.model_out,
+        "reason": r.reason,
+    }
+
+
+def _accounting(f: Facts) -> dict[str, Any]:
+    plan, opened = f.plan, len(f.history.rounds)
+    spent = [(plan.event, opened)]
+    return {
+        "claim_by": f"PLD (dp-accounting, discretisation {PLD_INTERVAL:g}), all planned steps, at h shares",
+        "second": "RDP (dp-accounting), best of a fixed table of orders",
+        "across_runs": "RDP filter, order fixed when the ledger was opened (Feldman & Zrnic 2021)",
+        "epsilon_spent_pld": epsilon_pld(spent, plan.delta),
+        "epsilon_spent_rdp": epsilon_rdp(spent, plan.delta),
+        "by_step": loss.by_step(plan.event, plan.steps, plan.delta),
+    }
+
+
+def _site(f: Facts, site: str) -> dict[str, Any] | None:
+    c = f.charges.get(site)
+    if c is None:
+        return None
+    return {
+        "lineage": c.lineage,
+        "unit": c.unit,
+        "cap_epsilon": c.cap,
+        "delta": c.delta,
+        "order": c.order,
+        "epsilon_before": c.epsilon_before,
+        "epsilon_after": c.epsilon_after,
+        "charged": len(c.spends),
+        "committed": c.committed,
+        "earlier_sessions": c.earlier_sessions,
+        "exhausted": c.exhausted,
+        "anonymisation": _anonymisation(f.plan, c),
+    }
+
+
+def _anonymisation(plan: PrivacyPlan, c: Charges) -> dict[str, Any] | None:
+    r = c.released
+    if r is None or not (r.criteria or r.unit):
+        return None
+    factor = r.stability_factor
+    return {
+        "same_contract": r.contract_hash == plan.contract_hash,
+        "criteria": r.criteria,
+        "all_met": all(x["met"] for x in r.criteria.values()),
+        "stability_factor": factor,
+        "unit": r.unit,
+        "epsilon_of_original_record": None if factor is None else loss.group_epsilon(plan, factor),
+    }
+
+
+def _metrics(f: Facts) -> dict[str, Any]:
+    rows = f.metrics
+    every = max(1, -(-len(rows) // MAX_METRIC_POINTS))
+    shown = [r for i, r in enumerate(rows) if (len(rows) - 1 - i) % every == 0]
+    total = lambda key: sum(r[key] for r in rows if r[key] is not None)  # noqa: E731
+    return {
+        "final": f.history.ended.metrics,
+        "by_round": [[r["round"], r["metrics"]] for r in shown],
+        "bytes_sent": total("bytes_sent"),
+        "bytes_received": total("bytes_received"),
+        "seconds": total("seconds"),
+    }
+
+
+def _hashes(f: Facts) -> dict[str, Any]:
+    heads = {site: list(c.head) for site, c in f.charges.items()}
+    return {
+        "plan": f.plan.hash,
+        "roster": f.roster.hash,
+        "contract": f.plan.contract_hash,
+        "model": f.history.ended.model_hash,
+        "joins": f.history.joins_digest,
+        "heads": {"server": list(f.server_head), **heads},
+        "files": dict(f.digests),
+    }

@@ -1,0 +1,94 @@
+"""ε once more, for the verifier: written apart from :mod:`fedveil.privacy.dp.accounting`, straight on dp-accounting.
+
+A mistake in the code that made a claim must not repeat itself in the code that checks it. Shared are only the library
+and, where it applies (every record in every step), a closed form that needs no library at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from fedveil.common.errors import VerificationError
+from fedveil.privacy.dp.events import SampledGaussian
+
+# An own, coarser table of orders than the ledger's: a bound need not be the best one to be a bound.
+_ORDERS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, *map(float, range(4, 65)), 80.0, 128.0, 256.0, 512.0, 1024.0)
+
+
+def _mechanism(q: float, sigma: float) -> dp_event.DpEvent:
+    gaussian = dp_event.GaussianDpEvent(sigma)
+    return gaussian if q == 1 else dp_event.PoissonSampledDpEvent(q, gaussian)
+
+
+@lru_cache(maxsize=256)
+def by_pld(q: float, sigma: float, steps: int, delta: float) -> float:
+    """ε of ``steps`` times SGM(q, σ) by privacy loss distributions; 0 for no steps."""
+    if steps == 0:
+        return 0.0
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    accountant.compose(_mechanism(q, sigma), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=64)
+def deltas_by_pld(q: float, sigma: float, steps: int, epsilons: tuple[float, ...]) -> tuple[float, ...]:
+    """δ at each of ``epsilons``."""
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    accountant.compose(_mechanism(q, sigma), steps)
+    return tuple(float(accountant.get_delta(e)) for e in epsilons)
+
+
+@lru_cache(maxsize=256)
+def by_rdp(q: float, sigma: float, steps: int, delta: float) -> float:
+    """ε of ``steps`` times SGM(q, σ) by Rényi DP; 0 for no steps."""
+    if steps == 0:
+        return 0.0
+    accountant = RdpAccountant(orders=list(_ORDERS))
+    accountant.compose(_mechanism(q, sigma), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def by_filter(events: Iterable[SampledGaussian], order: float, delta: float) -> float:
+    """ε of a whole ledger at one Rényi order: what its filter must say."""
+    return _at_order(tuple(sorted(Counter((e.sample_rate, e.noise_multiplier) for e in events).items())), order, delta)
+
+
+@lru_cache(maxsize=256)
+def _at_order(counted: tuple[tuple[tuple[float, float], int], ...], order: float, delta: float) -> float:
+    if not counted:
+        return 0.0
+    accountant = RdpAccountant(orders=[order])
+    for (q, sigma), times in counted:
+        accountant.compose(_mechanism(q, sigma), times)
+    return float(accountant.get_epsilon(delta))
+
+
+def gaussian_delta(sigma: float, steps: int, epsilon: float) -> float:
+    """Exact δ at ε of ``steps`` Gaussian releases of every record (Balle & Wang 2018, Theorem 8)."""
+    mu = math.sqrt(steps) / sigma
+    tail = lambda x: 0.5 * math.erfc(x / math.sqrt(2))  # noqa: E731
+    return tail(epsilon / mu - mu / 2) - math.exp(epsilon) * tail(epsilon / mu + mu / 2)
+
+
+def detection(points: Sequence[Sequence[float]], false_alarms: float) -> float:
+    """Largest rate at which members are found when ``false_alarms`` of the others are accused, by (ε, δ) points."""
+    limits = [1.0]
+    for e, d in points:
+        limits += [false_alarms * math.exp(e) + d, 1 - (1 - d - false_alarms) / math.exp(e)]
+    return max(false_alarms, min(limits))
+
+
+def refuse_absurd(q: float, sigma: float, steps: int, delta: float, epsilon: float) -> None:
+    """Raise for a plan whose composition would keep an accountant busy for hours and could not hold anyway."""
+    if sigma < 0.1:
+        raise VerificationError(f"a noise multiplier of {sigma:g} is below any that calibration gives")
+    rough = by_rdp(q, sigma, steps, delta)
+    if rough > 3 * epsilon + 1:
+        raise VerificationError(f"{steps} steps cost about epsilon = {rough:.3g}, far above the plan's {epsilon:g}")

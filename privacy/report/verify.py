@@ -1,0 +1,111 @@
+"""The verifier: everything a report claims, computed again from the signed journals that lie beside it.
+
+Needs the ``audit`` extra alone: no model, no data, no network, no server. It trusts one thing, the consortium's
+public key; unless that key is given, it is taken from the bundle, and the result says so.
+
+What a passed verification means, and what not: the journals are complete and in order, every site signed this plan
+and charged its ledger for every sum it was part of, and the numbers of the report follow from them. It does not mean
+that a site's program drew the noise (the conformance audit of the running program speaks of that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.privacy.report.checks import Audit, NotReached
+
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: stable name, by which a failure is reported.
+        compared: what was held against what.
+        passed: whether it holds.
+        detail: the numbers, or the reason of the failure.
+    """
+
+    name: str
+    compared: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result: every check in the order in which it was made.
+
+    Attributes:
+        claim: the claimed sentence; empty unless every check passed.
+        simulated: the run protected nobody (it was a study on one machine).
+        pinned: the consortium's key was given, not taken from the bundle.
+    """
+
+    checks: tuple[Check, ...]
+    claim: str
+    simulated: bool
+    pinned: bool
+
+    @property
+    def ok(self) -> bool:
+        """Every check passed."""
+        return all(c.passed for c in self.checks)
+
+    @property
+    def failed(self) -> Check | None:
+        """The first check that failed."""
+        return next((c for c in self.checks if not c.passed), None)
+
+    def raise_for_failure(self) -> None:
+        """Raise :class:`VerificationError` naming the first check that failed, if one did."""
+        if bad := self.failed:
+            raise VerificationError(
+                f"{bad.name}: {bad.detail}", hint="do not rely on this report; ask the consortium for the journals"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON form for programs."""
+        return {
+            "v": 1,
+            "ok": self.ok,
+            "claim": self.claim,
+            "simulated": self.simulated,
+            "consortium_key_pinned": self.pinned,
+            "checks": [dict(c.__dict__) for c in self.checks],
+        }
+
+
+def verify_report(report: Path, *, consortium_key: str | None = None) -> Verification:
+    """Check ``report.json`` against the files beside it.
+
+    Args:
+        report: the report; its folder is the bundle.
+        consortium_key: the consortium's Ed25519 public key, 64 hexadecimal digits, from a source other than the bundle.
+
+    Returns:
+        A :class:`Verification`; nothing in the files makes this function raise.
+    """
+    audit = Audit(report, consortium_key.strip().lower() if consortium_key else None)
+    checks: list[Check] = []
+    for name, compared, step in audit.steps():
+        checks.append(_run(name, compared, step))
+    ok = all(c.passed for c in checks)
+    return Verification(tuple(checks), audit.claim if ok else "", audit.simulated, consortium_key is not None)
+
+
+def _run(name: str, compared: str, step: Callable[[], str]) -> Check:
+    try:
+        return Check(name, compared, True, step())
+    except NotReached as e:
+        return Check(name, compared, False, f"could not be checked, because this failed before: {e}")
+    except FedveilError as e:
+        return Check(name, compared, False, e.message)
+    except _MALFORMED as e:
+        return Check(name, compared, False, f"malformed ({type(e).__name__})")

@@ -1,0 +1,211 @@
+"""A run's folder made by hand: real keys, real ledgers, a real server journal; no model and no network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.common import canonical, identity
+from fedveil.common.identity import Member, Roster
+from fedveil.common.journal import Journal
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.units import Delta, Epsilon, SiteId
+from fedveil.privacy.dp.accounting import epsilon_pld
+from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.report.build import build_report
+
+SITES = ("alba", "berg", "cava", "dorn")
+SESSION = "5e" * 32
+CONTRACT = {"v": 1, "contract": {"name": "heart", "k": 5}, "hash": canonical.digest({"name": "heart", "k": 5})}
+
+
+def plan_of(**changes: Any) -> PrivacyPlan:
+    values: dict[str, Any] = {
+        "sites": 4, "records": 800, "epsilon": 2.0, "steps": 4, "clip": 1.0, "contract_hash": CONTRACT["hash"],
+        "model": ModelSpec(name="logistic", inputs=12, classes=2), "optimizer": Optimizer(learning_rate=0.5),
+    }  # fmt: skip
+    return make_plan(**{**values, **changes})
+
+
+def model(n: int) -> str:
+    return canonical.sha256_hex(f"model {n}".encode())
+
+
+@dataclass
+class World:
+    """Everybody's keys and one run; change a field before :meth:`write` to make a different run."""
+
+    folder: Path
+    plan: PrivacyPlan
+    session: str = SESSION
+    cap: float = 8.0
+    earlier_steps: int = 0
+    simulated: bool = False
+    absent: dict[int, set[str]] = field(default_factory=dict)
+    aborted: set[int] = field(default_factory=set)
+    released: dict[str, Any] = field(
+        default_factory=lambda: {
+            "v": 1, "contract": CONTRACT["hash"], "recoding": "fixed",
+            "criteria": {
+                "k-anonymity": {"required": 5, "met": True},
+                "distinct l-diversity": {"required": 2, "met": True},
+            },
+            "stability_factor": 1, "unit": "one patient", "commitments": {"source": "c" * 64},
+        }
+    )  # fmt: skip
+    consortium: Ed25519PrivateKey = field(default_factory=identity.new_signing_key)
+    server: Ed25519PrivateKey = field(default_factory=identity.new_signing_key)
+    sites: dict[str, Ed25519PrivateKey] = field(default_factory=lambda: {s: identity.new_signing_key() for s in SITES})
+
+    @property
+    def roster(self) -> Roster:
+        members = tuple(Member(SiteId(s), identity.public_hex(k)) for s, k in self.sites.items())
+        return Roster("the four", Member(identity.SERVER, identity.public_hex(self.server)), members)
+
+    @property
+    def public(self) -> str:
+        return identity.public_hex(self.consortium)
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.json"
+
+    def json(self, name: str, value: Any) -> None:
+        (self.folder / name).write_bytes(canonical.dumps(value))
+
+    def members(self, round_: int) -> list[str]:
+        return [s for s in self.sites if s not in self.absent.get(round_, ())]
+
+    def write(self) -> World:
+        """Carry the run out and write its folder, report included."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.json("plan.json", self.plan.to_json())
+        self.json("roster.json", identity.sign_roster(self.roster, self.consortium))
+        self.json("contract.json", identity.signed(self.consortium, "fedveil/contract/1", CONTRACT))
+        (self.folder / "consortium.pub").write_text(self.public + "\n")
+        ledgers = {s: self.open_ledger(s) for s in self.sites}
+        joins = {s: self.join(s, ledger) for s, ledger in ledgers.items()}
+        self.json("joins.json", joins)
+        journal = Journal.open(self.folder / "journal.jsonl", "server", self.server, durable=False, clock=lambda: 1e9)
+        self.serve(journal, joins, ledgers)
+        journal.close()
+        build_report(self.folder, self.server)
+        return self
+
+    def open_ledger(self, site: str) -> Ledger:
+        ledger = Ledger.open(
+            self.folder / "journals" / f"{site}.jsonl", site, self.sites[site], lineage=f"{site}-patients",
+            cap=Epsilon(self.cap), delta=Delta(self.plan.delta), unit=self.plan.unit, durable=False, clock=lambda: 1e9,
+        )  # fmt: skip
+        for n in range(self.earlier_steps):
+            ledger.reserve("earlier", n + 1, "e" * 64, self.plan.event)
+        ledger.note("data.released", **self.released)
+        hashes = {"plan_hash": self.plan.hash, "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"]}
+        ledger.note("plan.accepted", session=self.session, **hashes)
+        return ledger
+
+    def join(self, site: str, ledger: Ledger) -> dict[str, Any]:
+        payload = {
+            "v": 1, "session": self.session, "site": site, "plan_hash": self.plan.hash,
+            "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"], "fields": {},
+            "head": list(ledger.head),
+        }  # fmt: skip
+        return identity.signed(self.sites[site], "fedveil/join/1", payload)
+
+    def serve(self, journal: Journal, joins: dict[str, Any], ledgers: dict[str, Ledger]) -> None:
+        add = lambda kind, **body: journal.append(kind, {"session": self.session, **body})  # noqa: E731
+        add(
+            "run.open", plan_hash=self.plan.hash, roster_hash=self.roster.hash, contract_hash=CONTRACT["hash"],
+            simulated=self.simulated, model_hash=model(0), engine="grpc",
+        )  # fmt: skip
+        add("run.joined", joins_digest=canonical.digest(joins), sites=list(joins))
+        now, lines, applied = 0, [], 0
+        for r in range(1, self.plan.steps + 1):
+            add("round.open", round=r, nonce=f"{r:032x}", model_hash=model(now))
+            members = self.members(r)
+            for s in members:
+                ledgers[s].reserve(self.session, r, self.plan.hash, self.plan.event)
+                ledgers[s].commit(self.session, r)
+            add("round.set", round=r, members=members)
+            if r in self.aborted:
+                add("round.aborted", round=r, reason="too few answers")
+            else:
+                now, applied = r, applied + 1
+                sigma = self.plan.realised_noise_multiplier(len(members))
+                add(
+                    "round.applied",
+                    round=r,
+                    members=members,
+                    noise_multiplier=sigma,
+                    model_hash=model(r),
+                    checkpoint="x",
+                )
+            spent = epsilon_pld([(self.plan.event, r)], self.plan.delta)
+            lines.append(
+                {"round": r, "epsilon": spent, "members": len(members), "metrics": {"accuracy": 0.5 + 0.05 * r},
+                 "bytes_sent": 100 * r, "bytes_received": 200 * r, "seconds": 0.25}
+            )  # fmt: skip
+        heads = {}
+        for s, ledger in ledgers.items():
+            ledger.note("model", session=self.session, round=applied, model_hash=model(now))
+            ledger.note("session.end", session=self.session, status="COMPLETED")
+            heads[s] = list(ledger.head)
+            ledger.close()
+        add(
+            "run.end",
+            status="COMPLETED",
+            steps_done=applied,
+            model_hash=model(now),
+            heads=heads,
+            metrics={"accuracy": 0.7},
+        )
+        (self.folder / "metrics.jsonl").write_bytes(b"".join(canonical.dumps(x) + b"\n" for x in lines))
+
+    def copy(self, folder: Path) -> World:
+        """The same run elsewhere, to be spoilt."""
+        shutil.copytree(self.folder, folder)
+        return World(
+            folder, self.plan, session=self.session, consortium=self.consortium, server=self.server, sites=self.sites
+        )
+
+    def rewrite(self, name: str, owner: str, change: Callable[[list[tuple[str, dict[str, Any]]]], Any]) -> None:
+        """Sign a whole journal anew after ``change`` edited its ``(kind, body)`` list: its owner cheats."""
+        path, key = self.folder / name, self.server if owner == "server" else self.sites[owner]
+        rows = [canonical.loads(line) for line in path.read_bytes().splitlines()]
+        items = [(r["kind"], r["body"]) for r in rows]
+        change(items)
+        path.unlink()
+        with Journal.open(path, owner, key, durable=False, clock=lambda: 1e9) as journal:
+            for kind, body in items:
+                journal.append(kind, body)
+
+
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """One honest, finished run; do not change it."""
+    return World(
+        tmp_path_factory.mktemp("honest") / "run", plan_of(), earlier_steps=2, absent={2: {"dorn"}}, aborted={3}
+    ).write()
+
+
+@pytest.fixture
+def spoilt(honest: World, tmp_path: Path) -> World:
+    """A copy of the honest run, to be changed."""
+    return honest.copy(tmp_path / "run")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., World]:
+    """``make(plan=..., ...)``: another run, finished."""
+
+    def build(plan: PrivacyPlan | None = None, **changes: Any) -> World:
+        return World(tmp_path / "made", plan or plan_of(), **changes).write()
+
+    return build

@@ -1,0 +1,184 @@
+"""The numbers of a report: lowered, embellished or signed by somebody else, each is caught by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import VerificationError
+from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
+from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.report import loss, recompute
+from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.verify import verify_report
+
+DOMAIN = "fedveil/report/1"
+
+
+def edit(w, change, key=None) -> str:
+    """Change the payload, sign it (by default with the server's own key), name the first failed check."""
+    payload = canonical.loads(w.report.read_bytes())["payload"]
+    change(payload)
+    w.report.write_bytes(canonical.dumps(identity.signed(key or w.server, DOMAIN, payload)))
+    v = verify_report(w.report, consortium_key=w.public)
+    assert v.failed is not None
+    return v.failed.name
+
+
+def lower(payload: dict[str, Any]) -> None:
+    payload["claim"]["epsilon"] *= 0.9
+
+
+def test_a_lower_epsilon_without_a_new_signature(spoilt) -> None:
+    document = canonical.loads(spoilt.report.read_bytes())
+    lower(document["payload"])
+    spoilt.report.write_bytes(canonical.dumps(document))
+    failed = verify_report(spoilt.report).failed
+    assert failed is not None
+    assert failed.name == "report signature"
+
+
+def test_a_lower_epsilon_signed_by_a_stranger(spoilt) -> None:
+    assert edit(spoilt, lower, identity.new_signing_key()) == "report signature"
+
+
+def test_a_lower_epsilon_signed_by_a_site(spoilt) -> None:
+    assert edit(spoilt, lower, spoilt.sites["alba"]) == "report signature"
+
+
+def test_a_lower_epsilon_signed_by_the_server(spoilt) -> None:
+    assert edit(spoilt, lower) == "epsilon by PLD"
+
+
+def test_a_bundle_of_strangers_passes_only_without_a_pinned_key(make, honest) -> None:
+    """Whoever makes all the keys can make a consistent story; the pinned key is what ties it to a consortium."""
+    forged = make()
+    assert verify_report(forged.report).ok
+    v = verify_report(forged.report, consortium_key=honest.public)
+    assert v.failed is not None
+    assert v.failed.name == "roster"
+    assert not verify_report(forged.report, consortium_key="not a key").ok
+
+
+EDITS = {
+    "delta": ("epsilon by PLD", lambda p: p["claim"].update(delta=1e-6)),
+    "a little lower": ("epsilon by PLD", lambda p: p["claim"].update(epsilon=p["claim"]["epsilon"] - 1e-5)),
+    "higher": ("epsilon by PLD", lambda p: p["claim"].update(epsilon=p["claim"]["epsilon"] + 0.1)),
+    "no number": ("epsilon by PLD", lambda p: p["claim"].update(epsilon="2")),
+    "true": ("epsilon by PLD", lambda p: p["claim"].update(epsilon=True)),
+    "no claim": ("epsilon by PLD", lambda p: p.update(claim=None)),
+    "second accountant": ("epsilon by RDP", lambda p: p["claim"].update(epsilon_rdp=1.0)),
+    "fallback": ("fallback epsilon", lambda p: p["claim"].update(fallback_epsilon=2.0)),
+    "fallback by another name": ("fallback epsilon", lambda p: p["claim"].update(fallback_accountant="RDP")),
+    "curve": ("privacy curve", lambda p: p["claim"]["curve"][3].__setitem__(1, 1e-9)),
+    "curve of one point": ("privacy curve", lambda p: p["claim"].update(curve=[[1, 1]])),
+    "attack": ("privacy curve", lambda p: p["claim"]["attack"][0].update(true_positive_rate=0.011)),
+    "budget": ("budgets", lambda p: p["sites"]["cava"].update(epsilon_after=1.0)),
+    "budget before": ("every field", lambda p: p["sites"]["cava"].update(epsilon_before=0.0)),
+    "sentence": ("every field", lambda p: p["claim"].update(sentence="Nobody learns anything.")),
+    "rounds": ("every field", lambda p: p["rounds"][1].update(missing=[])),
+    "realised noise": ("every field", lambda p: p["rounds"][0].update(noise_multiplier=9.0)),
+    "colluders": ("every field", lambda p: p["trust"].update(colluders=3)),
+    "a criterion": ("every field", lambda p: p["sites"]["alba"]["anonymisation"]["criteria"].clear()),
+    "a deviation left out": ("every field", lambda p: p["deviations"].pop()),
+    "not covered": ("every field", lambda p: p["not_covered"].clear()),
+    "metrics": ("every field", lambda p: p["metrics"]["final"].update(accuracy=0.99)),
+    "a metric on the way": ("every field", lambda p: p["metrics"]["by_round"][0][1].update(accuracy=0.99)),
+    "a field more": ("every field", lambda p: p.update(certified=True)),
+    "a field less": ("every field", lambda p: p.pop("tuning")),
+    "a hash": ("every field", lambda p: p["hashes"]["files"].update({"plan.json": "0" * 64})),
+    "software": ("every field", lambda p: p.update(software={"fedveil": 1})),
+    "version": ("report signature", lambda p: p.update(v=2)),
+    "no heads": ("server journal", lambda p: p["hashes"].pop("heads")),
+    "a site's head": ("ledger of alba", lambda p: p["hashes"]["heads"]["alba"].__setitem__(0, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_no_field_can_be_embellished_even_by_the_server(spoilt, what) -> None:
+    check, change = EDITS[what]
+    assert edit(spoilt, change) == check
+
+
+def _leaves(value: Any, path: tuple = ()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield path
+        return
+    for key, x in items:
+        yield from _leaves(x, (*path, key))
+
+
+def test_every_single_leaf_of_the_payload_is_checked(spoilt) -> None:
+    """Exhaustively: whichever leaf is replaced, the server's signature does not help. The builder's own are named."""
+    payload = canonical.loads(spoilt.report.read_bytes())["payload"]
+    free = []
+    for path in _leaves(payload):
+        changed = canonical.loads(canonical.dumps(payload))
+        *way, last = path
+        inner = changed
+        for key in way:
+            inner = inner[key]
+        old = inner[last]
+        inner[last] = (not old) if isinstance(old, bool) else old + 1 if isinstance(old, (int, float)) else f"{old}x"
+        spoilt.report.write_bytes(canonical.dumps(identity.signed(spoilt.server, DOMAIN, changed)))
+        if verify_report(spoilt.report).ok:
+            free.append(path[0])
+    assert set(free) == {"software", "written_at"}
+
+
+def test_the_metrics_file_cannot_understate_what_was_spent(spoilt) -> None:
+    path = spoilt.folder / "metrics.jsonl"
+    rows = [canonical.loads(x) for x in path.read_bytes().splitlines()]
+    rows[-1]["epsilon"] = 0.5
+    path.write_bytes(b"".join(canonical.dumps(r) + b"\n" for r in rows))
+    build_report(spoilt.folder, spoilt.server)
+    failed = verify_report(spoilt.report).failed
+    assert failed is not None
+    assert failed.name == "metrics file"
+
+
+def test_the_builder_wants_the_servers_key(spoilt) -> None:
+    with pytest.raises(VerificationError, match="roster names"):
+        build_report(spoilt.folder, spoilt.sites["alba"])
+
+
+def test_the_verifiers_own_accountants_agree_with_the_closed_form() -> None:
+    for sigma, steps in ((1.0, 1), (5.0, 100), (20.0, 100)):
+        exact = gaussian_epsilon(math.sqrt(steps) / sigma, 1e-5)
+        assert recompute.gaussian_delta(sigma, steps, exact) == pytest.approx(1e-5, rel=1e-6)
+        assert exact - 1e-4 <= recompute.by_pld(1.0, sigma, steps, 1e-5) <= exact + 2e-3
+        assert exact <= recompute.by_rdp(1.0, sigma, steps, 1e-5) <= 1.25 * exact
+    assert recompute.by_pld(0.5, 1.0, 0, 1e-5) == recompute.by_rdp(0.5, 1.0, 0, 1e-5) == 0.0
+
+
+def test_an_absurd_plan_is_refused_before_an_accountant_sees_it() -> None:
+    with pytest.raises(VerificationError, match="below any"):
+        recompute.refuse_absurd(0.5, 1e-6, 1 << 20, 1e-5, 1.0)
+    with pytest.raises(VerificationError, match="far above"):
+        recompute.refuse_absurd(1.0, 0.2, 1 << 20, 1e-5, 1000.0)
+
+
+@pytest.mark.parametrize("mu", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("false_alarms", [0.01, 0.1, 0.4])
+def test_the_attack_rate_bounds_the_best_test_and_is_not_far_from_it(mu: float, false_alarms: float) -> None:
+    """Against the exact trade-off function of the Gaussian mechanism (Dong, Roth & Su 2022): Φ(Φ^-1(fpr) + mu)."""
+    from statistics import NormalDist
+
+    n, claim = NormalDist(), epsilon_pld([(SampledGaussian(1.0, 1 / mu), 1)], 1e-5)
+    best = n.cdf(n.inv_cdf(false_alarms) + mu)
+    points = loss.curve(SampledGaussian(1.0, 1 / mu), 1, 1e-5, claim)
+    got = loss.attack_rate(points, false_alarms)
+    assert best - 1e-9 <= got <= best + 0.03
+    assert recompute.detection(points, false_alarms) == pytest.approx(got, abs=1e-12)
+
+
+def test_a_group_of_records_is_accounted_as_a_group(honest) -> None:
+    plan = honest.plan
+    exact = gaussian_epsilon(5 * math.sqrt(plan.steps) / plan.noise_multiplier, plan.delta)
+    assert loss.group_epsilon(plan, 1) == plan.claim
+    assert loss.group_epsilon(plan, 5) == pytest.approx(exact, rel=2e-3)
+    assert exact > 5 * plan.claim
