@@ -127,7 +127,7 @@ class Engine:
             for j in range(len(c0)):
                 decryptor.decrypt(self._load(source, np.stack([c0[j], c1[j]]), ntt=False), plain)
                 plain.save(_path(target))
-                raw = _read(target)
+                raw = _read(target, 8 * N + 4096)
                 # parms_id, coefficient count, scale, nested header, word count
                 (count,) = struct.unpack_from("<Q", raw, 64)
                 if not 0 <= count <= N or len(raw) < 72 + 8 * count:
@@ -242,14 +242,13 @@ def _stream(body: bytes) -> bytes:
     return _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + len(body)) + body
 
 
-def _read(fd: int) -> memoryview:
-    """The body of the SEAL stream in ``fd``, decompressed."""
+def _read(fd: int, room: int = 8 * _GROUP * N + 4096) -> memoryview:
+    """The body of the SEAL stream in ``fd``, decompressed; at most ``room`` bytes."""
     data = os.pread(fd, os.fstat(fd).st_size, 0)
     if len(data) < _HEADER or data[:5] != _MAGIC or data[5] not in (_NONE, _ZSTD):
         raise SecureSumError("SEAL wrote a stream of unknown form", hint=f"TenSEAL {VERSION} is needed")
     if data[5] == _NONE:
         return memoryview(data)[_HEADER:]
-    room = _GROUP * N * 8 + 4096
     out = np.empty(room, np.uint8)
     size = _zstd().ZSTD_decompress(out.ctypes.data, room, data[_HEADER:], len(data) - _HEADER)
     if _zstd().ZSTD_isError(size):

@@ -213,7 +213,7 @@ class KeysumServer(ServerSum):
                 return None
             values = lattice.unpack_values(message, p)
             out[first * per_block : (first + len(c0)) * per_block] = values.reshape(-1)
-        return out[:length].copy()
+        return out[:length]
 
     def _name_suspects(self, trusted: tuple[SiteId, ...]) -> None:
         """Sites whose answer is not on the polynomial of those that opened the sum."""
