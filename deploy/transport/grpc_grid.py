@@ -249,7 +249,8 @@ class _Service:
                 _abort(context, grpc.StatusCode.ABORTED, WireError("the reply's stream ended early"))
             reply = decoder.result()
         except WireError as e:
-            self._mailbox.accept(site, message_id, e)
+            if decoder.metadata is not None:
+                self._mailbox.accept(site, decoder.metadata.reply_to_message_id, e)
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, e)
         return b"ok" if self._mailbox.accept(site, message_id, reply) else b"stale"
 
