@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedveil.common.errors import FedveilError
 
@@ -18,8 +19,12 @@ def build() -> typer.Typer:
 
     A sub-command that lacks a library stays visible and says which extra to install.
     """
+    # Locals of a crash can be record values: they are never printed.
     app = typer.Typer(
-        no_args_is_help=True, add_completion=False, help="Federated learning with a checkable privacy claim."
+        pretty_exceptions_show_locals=False,
+        no_args_is_help=True,
+        add_completion=False,
+        help="Federated learning with a checkable privacy claim.",
     )
     for ep in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         try:
@@ -51,7 +56,7 @@ def main() -> None:
         build()(standalone_mode=True)
     except FedveilError as e:
         console = Console(stderr=True)
-        console.print(f"[bold red]{e.code}[/]: ", e.message, sep="", markup=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{e.code}[/]: {escape(e.message)}", highlight=False, soft_wrap=True)
         if e.hint:
             console.print("  what to do:", e.hint, markup=False, highlight=False, soft_wrap=True)
         sys.exit(e.exit_code)

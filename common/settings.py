@@ -88,6 +88,7 @@ class SiteSection(BaseModel):
     id: str = Field(description="the site's name on the roster")
     server: str = Field(description="host:port of the server; the site dials out")
     identity: Path = Field(description="folder with the site's keys, certificate and the pinned roster")
+    contract: Path = Field(description="the data contract, signed by the consortium")
     data: Path = Field(description="the site's own table: CSV or Parquet")
     lineage: str = Field(min_length=1, max_length=128, description="name of the data set the budget belongs to")
     state: Path = Field(default=Path("state"), description="folder for the ledger and what stays at the site")

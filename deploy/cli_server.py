@@ -1,0 +1,59 @@
+"""``fedveil server``: the coordinator's side."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Coordinate a run: admit sites, add ciphertexts, open only sums.")
+
+Settings = Annotated[Path, typer.Argument(help="federation.toml")]
+
+
+@app.command()
+def start(
+    settings: Settings,
+    run: Annotated[Path | None, typer.Option(help="run folder; default <runs>/<time>")] = None,
+) -> None:
+    """Start a run and serve until it has ended; leaves a run folder with a report."""
+    from fedveil.common import settings as files
+    from fedveil.deploy import server_process
+    from fedveil.deploy.display import Display
+
+    _logging()
+    federation = files.load(settings, files.Federation)
+    folder = run or federation.federation.runs / time.strftime("%Y%m%d-%H%M%S")
+    with Display(federation.federation.name, federation.privacy.steps) as display:
+        server_process.start(federation, folder, progress=display.progress)
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def resume(settings: Settings, run: Annotated[Path, typer.Argument(help="the run folder to go on with")]) -> None:
+    """Go on with a run whose server was stopped; no finished round is charged again."""
+    from fedveil.common import settings as files
+    from fedveil.deploy import server_process
+    from fedveil.deploy.display import Display
+
+    _logging()
+    federation = files.load(settings, files.Federation)
+    with Display(federation.federation.name, federation.privacy.steps) as display:
+        server_process.resume(federation, run, progress=display.progress)
+    typer.echo(f"report: {run / 'report.html'}")
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Show where a run stands."""
+    from fedveil.deploy import server_process
+
+    for name, value in server_process.status(run).items():
+        typer.echo(f"{name}: {value}")
+
+
+def _logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")

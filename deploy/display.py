@@ -1,0 +1,77 @@
+"""What a person sees while a run is under way, and when it has ended."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedveil.deploy.simulate import Outcome
+
+CONSOLE = Console(soft_wrap=True)
+
+
+class Display:
+    """A progress bar over rounds with ε spent, the public metric and bytes so far."""
+
+    def __init__(self, title: str, steps: int | None = None) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=CONSOLE,
+        )
+        self._task = self._progress.add_task(title, total=steps, facts="waiting for the sites")
+
+    def __enter__(self) -> Display:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._progress.__exit__(*exc)
+
+    def progress(self, kind: str, facts: dict[str, Any]) -> None:
+        """Told of the run's events."""
+        if kind == "joined":
+            self._progress.update(self._task, facts=f"{len(facts['sites'])} sites signed the plan")
+        elif kind == "round":
+            metrics = "  ".join(f"{k} {v:.3f}" for k, v in facts["metrics"].items())
+            megabytes = (facts["bytes_sent"] + facts["bytes_received"]) / 1e6
+            text = f"ε {facts['epsilon']:.3f}  {metrics}  {megabytes:.1f} MB"
+            self._progress.update(self._task, completed=facts["round"], facts=text)
+        elif kind == "aborted":
+            self._progress.console.print(
+                f"round {facts['round']} aborted (charged): {facts['reason']}", highlight=False
+            )
+
+
+def summary(outcomes: list[Outcome]) -> None:
+    """The table after ``fedveil simulate``."""
+    first = outcomes[0]
+    plan = first.plan
+    table = Table(title="SIMULATED (one process, no real institutions)", show_header=False)
+    table.add_row("ending", first.status)
+    table.add_row("steps applied", f"{first.steps} of {plan.steps}")
+    table.add_row(
+        "mode, sum", f"{plan.mode}, {plan.sum}" + ("  (no encryption)" if plan.sum in ("plain", "none") else "")
+    )
+    table.add_row("sites, colluders t, drop-outs d", f"{plan.sites}, {plan.colluders}, {plan.dropouts}")
+    table.add_row(
+        "claim", f"ε = {plan.claim:.4f} at δ = {plan.delta:g} for each {plan.unit} (fallback ε {plan.fallback:.2f})"
+    )
+    for name in first.metrics:
+        values = [o.metrics[name] for o in outcomes]
+        spread = ""
+        if len(values) > 1:
+            error = statistics.stdev(values) / len(values) ** 0.5
+            spread = f" ± {error:.4f} (mean and standard error over {len(values)} seeds)"
+        table.add_row(f"test {name}", f"{statistics.mean(values):.4f}{spread}")
+    table.add_row("seconds", f"{first.seconds:.1f}")
+    table.add_row("run folder", str(first.run))
+    CONSOLE.print(table)

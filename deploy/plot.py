@@ -1,0 +1,33 @@
+"""The picture of a run: public metric and ε over rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def write_curve(run: Path) -> Path:
+    """Draw ``metrics.jsonl`` of ``run`` into ``curve.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rounds = [x["round"] for x in lines]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in sorted({k for x in lines for k in x["metrics"]}):
+        axis.plot(rounds, [x["metrics"].get(name, float("nan")) for x in lines], label=f"test {name}")
+    axis.set_xlabel("round")
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("public test metric")
+    other = axis.twinx()
+    other.plot(rounds, [x["epsilon"] for x in lines], color="tab:red", linestyle="--", label="ε spent")
+    other.set_ylabel("ε spent (PLD)")
+    other.set_ylim(bottom=0)
+    handles = [h for a in (axis, other) for h in a.get_legend_handles_labels()[0]]
+    axis.legend(handles=handles, loc="lower right")
+    path = run / "curve.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,115 @@
+"""Virtual sites: the same client app over many sites in one process, or over Ray.
+
+What a simulation leaves out is durability (no fsync; state in memory) and identity checks by TLS. Plans, charges,
+noise, clipping and the secure sum are the real ones; with ``plain`` the sum itself is the only stand-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context
+from numpy.typing import NDArray
+
+from fedveil.client.session import Site
+from fedveil.common import identity
+from fedveil.common.identity import SERVER, Member, Roster
+from fedveil.common.settings import LimitsSection
+from fedveil.common.units import Delta, Epsilon, SiteId
+from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore, Store
+
+LINEAGE = "simulated"
+
+
+@dataclass(frozen=True)
+class World:
+    """A simulated consortium: fresh keys for its members."""
+
+    consortium: Ed25519PrivateKey
+    server: Ed25519PrivateKey
+    keys: tuple[Ed25519PrivateKey, ...]
+    roster: Roster
+
+    @classmethod
+    def make(cls, clients: int) -> World:
+        """Keys and a roster for ``clients`` sites named site-0001, site-0002, ..."""
+        keys = tuple(identity.new_signing_key() for _ in range(clients))
+        server = identity.new_signing_key()
+        members = tuple(Member(SiteId(f"site-{i + 1:04d}"), identity.public_hex(k)) for i, k in enumerate(keys))
+        roster = Roster("simulated", Member(SERVER, identity.public_hex(server)), members)
+        return cls(identity.new_signing_key(), server, keys, roster)
+
+    @property
+    def sites(self) -> list[SiteId]:
+        """The sites' names in roster order."""
+        return [m.site for m in self.roster.sites]
+
+    def documents(self) -> dict[str, Any]:
+        """What a run folder keeps of the consortium."""
+        return {
+            "roster.json": identity.sign_roster(self.roster, self.consortium),
+            "consortium.pub": identity.public_hex(self.consortium) + "\n",
+        }
+
+
+def make_site(
+    roster: Roster,
+    index: int,
+    key: Ed25519PrivateKey,
+    plan: PrivacyPlan,
+    X: NDArray[np.float32],
+    y: NDArray[np.int64],
+    state: Path,
+    *,
+    cap: float,
+    engine: str = "auto",
+    durable: bool = False,
+) -> Site:
+    """One virtual site; its limits allow what the simulation asks for, its cap is enforced like any other."""
+    member = roster.sites[index]
+    ledger = Ledger.open(
+        state / "ledgers" / f"{member.site}.jsonl", member.site, key, lineage=LINEAGE,
+        cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, durable=durable,
+    )  # fmt: skip
+    limits = LimitsSection(
+        max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, modes=(plan.mode,),
+        sums=(plan.sum,), min_sites=1, min_honest=1,
+    )  # fmt: skip
+    stores: dict[str, Store] = {}
+
+    def store_for(session: str) -> Store:
+        if durable:
+            return DirectoryStore(state / "stores" / member.site / session)
+        return stores.setdefault(session, MemoryStore())
+
+    return Site(
+        id=member.site, key=key, roster=roster, contract_hash=plan.contract_hash,
+        width=X.shape[1], classes=plan.model.classes, limits=limits, X=X, y=y,
+        evidence={"contract_hash": plan.contract_hash, "criteria": {}, "stability_factor": 1,
+                  "unit": f"one {plan.unit} of the simulated data", "commitments": {}},
+        ledger=ledger, store_for=store_for, engine=engine,
+    )  # fmt: skip
+
+
+def keep(make: Callable[[int], Site]) -> tuple[Callable[[Context], AbstractContextManager[Site]], list[Site]]:
+    """For the in-process engine: sites made when first spoken to, and kept; the list fills as they are made."""
+    made: dict[int, Site] = {}
+    sites: list[Site] = []
+
+    @contextmanager
+    def resolve(context: Context) -> Iterator[Site]:
+        index = int(context.node_config["partition-id"])
+        if index not in made:
+            made[index] = make(index)
+            sites.append(made[index])
+        yield made[index]
+
+    return resolve, sites

@@ -1,0 +1,164 @@
+"""One run at the server: its folder, its journal, its numbers; and how a crashed one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.common import canonical
+from fedveil.common.errors import JournalError
+from fedveil.common.identity import SERVER, Roster
+from fedveil.common.journal import Journal
+from fedveil.common.models import build, flatten
+from fedveil.privacy import plan as plans
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.server import checkpoints
+from fedveil.server.evaluate import Evaluator
+from fedveil.server.optim import ModelState
+
+COMPLETED, EXHAUSTED, ABORTED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED"
+Progress = Callable[[str, dict[str, Any]], None]
+
+
+def _silent(kind: str, facts: dict[str, Any]) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Job:
+    """Everything the server app needs.
+
+    Attributes:
+        run: the run's folder.
+        session: 64 hexadecimal digits, fresh for every run.
+        journal: the server's signed journal of this run, open.
+        first_round, state, nonce: where to go on; ``nonce`` is set when a round was open at a crash.
+        durable: False in the simulator (no checkpoints, no fsync).
+        progress: told of events (``joined``, ``round``, ``aborted``, ``end``) and their public numbers.
+    """
+
+    run: Path
+    session: str
+    plan: PrivacyPlan
+    roster: Roster
+    key: Ed25519PrivateKey
+    journal: Journal
+    state: ModelState
+    evaluate: Evaluator | None = None
+    first_round: int = 1
+    nonce: str = ""
+    joins: dict[str, Any] = field(default_factory=dict)
+    join_timeout: float = 300.0
+    round_timeout: float = 120.0
+    durable: bool = True
+    progress: Progress = _silent
+
+    def checkpoint(self) -> str:
+        """Keep the state for a restart; returns its content hash."""
+        if not self.durable:
+            return self.state.hash
+        return checkpoints.save(self.run / "checkpoints", self.state)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with (self.run / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def create(
+    run: Path,
+    plan: PrivacyPlan,
+    roster: Roster,
+    key: Ed25519PrivateKey,
+    *,
+    documents: dict[str, Any],
+    durable: bool = True,
+    engine: str = "grpc",
+    **options: Any,
+) -> Job:
+    """A new run in the new folder ``run``.
+
+    Args:
+        documents: file name -> JSON document or text to keep beside the journal (signed roster, signed contract).
+        options: further fields of :class:`Job`.
+
+    Raises:
+        JournalError: the folder holds a run already.
+    """
+    if (run / "journal.jsonl").exists():
+        raise JournalError(f"{run} holds a run already", hint="'fedveil server resume' goes on with it")
+    run.mkdir(parents=True, exist_ok=True)
+    documents = {"plan.json": plan.to_json(), **documents}
+    for name, value in documents.items():
+        (run / name).write_bytes(value.encode() if isinstance(value, str) else canonical.dumps(value))
+    session = secrets.token_hex(32)
+    journal = Journal.open(run / "journal.jsonl", SERVER, key, durable=durable)
+    state = ModelState.start(flatten(build(plan.model)))
+    body = {
+        "session": session,
+        "plan_hash": plan.hash,
+        "roster_hash": roster.hash,
+        "contract_hash": plan.contract_hash,
+        "simulated": engine in ("inprocess", "ray"),
+        "engine": engine,
+        "model_hash": state.hash,
+    }
+    job = Job(run, session, plan, roster, key, journal, state, durable=durable, **options)
+    job.journal.append("run.open", {**body, "checkpoint": job.checkpoint()})
+    return job
+
+
+def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) -> Job:
+    """Go on with a run after its server stopped.
+
+    A round that was open is asked for again under the same nonce, so that every site answers with the bytes it
+    kept and charges nothing; finished rounds are not touched.
+
+    Raises:
+        JournalError: no run, a finished run, or altered files.
+    """
+    path = run / "journal.jsonl"
+    if not path.exists():
+        raise JournalError(f"{run} holds no run")
+    journal = Journal.open(path, SERVER, key)
+    opened = next(journal.of_kind("run.open"), None)
+    if opened is None or any(True for _ in journal.of_kind("run.end")):
+        journal.close()
+        raise JournalError(f"the run in {run} has ended or never began", hint="start a new one")
+    plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
+    if plan.hash != opened.body["plan_hash"]:
+        journal.close()
+        raise JournalError(f"{run / 'plan.json'} is not the plan this run was opened with")
+    last = opened
+    first, nonce = 1, ""
+    for row in journal.of_kind("round.open", "round.applied", "round.aborted"):
+        if row.kind == "round.open":
+            nonce = row.body["nonce"]
+        else:
+            first, nonce = int(row.body["round"]) + 1, ""
+            last = row if row.kind == "round.applied" else last
+    state = checkpoints.load(run / "checkpoints", last.body["checkpoint"])
+    joins = run / "joins.json"
+    job = Job(run, opened.body["session"], plan, roster, key, journal, state, first_round=first, nonce=nonce, **options)
+    if any(True for _ in journal.of_kind("run.joined")) and joins.exists():
+        job.joins = canonical.loads(joins.read_bytes())
+    journal.append("run.resumed", {"session": job.session, "round": first})
+    return job
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file that is whole or absent after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path)

@@ -1,0 +1,5 @@
+"""``python -m fedveil``: the command line."""
+
+from fedveil.common.cli import main
+
+main()
