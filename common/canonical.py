@@ -13,11 +13,13 @@ from typing import Any
 
 from fedveil.common.errors import WireError
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
 
 def dumps(value: Any) -> bytes:
     """Canonical bytes of a JSON value (dict with string keys, list, str, int, float, bool, None)."""
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return _ENCODER.encode(value).encode()
     except (TypeError, ValueError) as e:
         raise WireError(f"value has no canonical JSON form: {type(e).__name__}") from e
 

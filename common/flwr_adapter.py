@@ -84,12 +84,13 @@ def to_record(packet: Packet) -> RecordDict:
     Raises:
         WireError: the packet is outside the default bounds of names and counts, or a buffer is not ``bytes``.
     """
-    wire.check(packet, Limits(header=wire.Limits.header, buffers=sys.maxsize))
+    header = canonical.dumps(packet.header)
+    wire.check(packet, Limits(header=wire.Limits.header, buffers=sys.maxsize), header_bytes=len(header))
     for name, data in packet.buffers.items():
         if type(data) is not bytes:
             raise WireError(f"the buffer {name!r} is {type(data).__name__}, not bytes")
     arrays = {name: Array("uint8", (len(data),), STYPE, data) for name, data in packet.buffers.items()}
-    return RecordDict({HEADER: ConfigRecord({_JSON: canonical.dumps(packet.header)}), BUFFERS: ArrayRecord(arrays)})
+    return RecordDict({HEADER: ConfigRecord({_JSON: header}), BUFFERS: ArrayRecord(arrays)})
 
 
 def from_record(content: RecordDict, limits: Limits) -> Packet:
@@ -118,19 +119,22 @@ def from_record(content: RecordDict, limits: Limits) -> Packet:
     header = canonical.loads(raw, limit=limits.header)
     if not isinstance(header, dict) or canonical.dumps(header) != raw:
         raise WireError("a packet's header is not a canonical JSON object")
-    return wire.check(Packet(header, {name: array.data for name, array in arrays.items()}), limits)
+    buffers = {name: array.data for name, array in arrays.items()}
+    return wire.check(Packet(header, buffers), limits, header_bytes=len(raw))
 
 
-def request(packet: Packet, *, to: int, action: str, round: int, ttl: float | None = None) -> Message:
+def request(packet: Packet | RecordDict, *, to: int, action: str, round: int, ttl: float | None = None) -> Message:
     """A message to node ``to`` for the handler ``action``.
 
     Args:
+        packet: what to send; or its :func:`to_record`, made once, where many nodes get the same.
         action: Flower's message type, such as ``"train.contribute"``.
         round: becomes the message's ``group_id``.
         ttl: seconds during which message and reply are worth delivering; None: Flower's 12 hours.
     """
     _ensure_identity()
-    return Message(to_record(packet), to, action, ttl=ttl, group_id=str(round))
+    content = packet if isinstance(packet, RecordDict) else to_record(packet)
+    return Message(content, to, action, ttl=ttl, group_id=str(round))
 
 
 def reply(packet: Packet, to: Message) -> Message:

@@ -62,8 +62,12 @@ class Packet:
         return data
 
 
-def check(packet: Packet, limits: Limits) -> Packet:
-    """Raise :class:`WireError` unless ``packet`` is within ``limits``."""
+def check(packet: Packet, limits: Limits, *, header_bytes: int | None = None) -> Packet:
+    """Raise :class:`WireError` unless ``packet`` is within ``limits``.
+
+    Args:
+        header_bytes: length of the header's canonical form, where the caller has it already.
+    """
     if len(packet.buffers) > MAX_BUFFERS:
         raise WireError(f"{len(packet.buffers)} buffers are over the limit of {MAX_BUFFERS}")
     for name in packet.buffers:
@@ -72,7 +76,7 @@ def check(packet: Packet, limits: Limits) -> Packet:
     total = sum(map(len, packet.buffers.values()))
     if total > limits.buffers:
         raise WireError(f"buffers of {total} bytes are over the limit of {limits.buffers}")
-    size = len(canonical.dumps(packet.header))
+    size = len(canonical.dumps(packet.header)) if header_bytes is None else header_bytes
     if size > limits.header:
         raise WireError(f"a header of {size} bytes is over the limit of {limits.header}")
     return packet

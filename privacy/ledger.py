@@ -188,7 +188,8 @@ class Ledger:
                 f"round {round_} was charged before and its answer is not at hand",
                 hint="the site sits this round out; the budget stays spent",
             )
-        if self.affords(event) < 1:
+        f = self.tally.filter
+        if f is None or not f.admits(self.tally.spent + rdp(event, f.order)):
             self.note("refused", session=session, reason=BudgetExhausted.__name__)
             raise BudgetExhausted(
                 f"round {round_} does not fit into the privacy budget of {self.tally.lineage!r}",

@@ -218,7 +218,8 @@ class SecureSumStrategy(Strategy):
                     raise RunAborted(f"these sites did not join in time: {', '.join(missing)}")
                 time.sleep(_POLL)
                 continue
-            messages = [flwr_adapter.request(Packet(header), to=n, action="query.join", round=0) for n in new]
+            record = flwr_adapter.to_record(Packet(header))
+            messages = [flwr_adapter.request(record, to=n, action="query.join", round=0) for n in new]
             for reply in self._send(messages, job.join_timeout):
                 self._admit(grid, reply)
         job.joins = {m.site: job.joins[m.site] for m in job.roster.sites}
@@ -305,8 +306,10 @@ class SecureSumStrategy(Strategy):
         return ArrayRecord({"weights": Array("float32", (len(data) // 4,), "fedveil.raw.1", data)})
 
     def _messages(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
+        """Requests to the sites that have a node; a packet that goes to many is turned into a record once."""
+        records = {id(p): flwr_adapter.to_record(p) for p in {id(p): p for p in packets.values()}.values()}
         return [
-            flwr_adapter.request(p, to=self._nodes[s], action=action, round=round_)
+            flwr_adapter.request(records[id(p)], to=self._nodes[s], action=action, round=round_)
             for s, p in packets.items()
             if s in self._nodes
         ]
