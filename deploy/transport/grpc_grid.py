@@ -38,6 +38,7 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", CHUNK + 4096),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # without it a dead line is noticed after a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedveil.common import canonical
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.deploy.provision import load_roster, load_tls, make_consortium
-from fedveil.deploy.transport.grpc_grid import GrpcGrid, serve
+from fedveil.deploy.transport.codec import Decoder
+from fedveil.deploy.transport.grpc_grid import INSTANCE, OPTIONS, SERVICE, GrpcGrid, read_tls, serve
 from fedveil.deploy.transport.grpc_site import run_site
 
+PING = Packet({"kind": "ping"})
 SITES = ["north", "south", "west"]
 
 
@@ -58,8 +63,40 @@ def echo_app() -> ClientApp:
     return app
 
 
+class Wire:
+    """A site driven by hand."""
+
+    def __init__(self, world: World, site: str, instance: str) -> None:
+        ca, certificate, key = read_tls(load_tls(world.pki / "sites" / site))
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self.channel = grpc.secure_channel(f"127.0.0.1:{world.port}", credentials, options)
+        self.metadata = ((INSTANCE, instance),)
+        self.work = self.channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=self.metadata)
+        assert canonical.loads(next(self.work))["t"] == "welcome"
+
+    def message(self) -> Message:
+        """The next message."""
+        assert canonical.loads(next(self.work)) == {"t": "message"}
+        decoder = Decoder(Limits())
+        while not decoder.complete:
+            decoder.feed(next(self.work))
+        return decoder.result()
+
+    def reply(self, chunks: Any) -> bytes:
+        """Send ``chunks`` as one reply, whatever they are."""
+        return self.channel.stream_unary(f"/{SERVICE}/Reply")(iter(chunks), metadata=self.metadata, timeout=10)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.work.cancel()
+        self.channel.close()
+
+
 class World:
     """Starts servers and sites and ends every one of them with the test."""
+
+    PING = PING
 
     def __init__(self, pki: Path) -> None:
         self.pki, self.roster = pki, load_roster(pki / "server")
@@ -108,6 +145,52 @@ class World:
         )
         self.tasks.append(task)
         return task
+
+    def wire(self, site: str, instance: str = "one") -> Wire:
+        """Connect by hand."""
+        return Wire(self, site, instance)
+
+    @staticmethod
+    def requests(grid: GrpcGrid, packet: Packet = PING, sites: list[str] | None = None) -> list[Message]:
+        """The same question for ``sites`` (None: all that are connected)."""
+        nodes = grid.get_node_ids() if sites is None else [flower.node_id(SiteId(s)) for s in sites]
+        return [flower.request(packet, to=n, action="train.echo", round=1) for n in nodes]
+
+    @classmethod
+    def ask(
+        cls, grid: GrpcGrid, packet: Packet = PING, sites: list[str] | None = None, timeout: float | None = 20
+    ) -> dict[str, Message]:
+        """Replies by site."""
+        out = grid.send_and_receive(cls.requests(grid, packet, sites), timeout=timeout)
+        return {grid.site_of(m.metadata.src_node_id): m for m in out}
+
+    @staticmethod
+    def opened(message: Message) -> Packet:
+        """The packet in a message."""
+        return flower.from_record(message.content, Limits())
+
+    @staticmethod
+    def waiting(grid: GrpcGrid, done: threading.Event) -> list[SiteId]:
+        """A server app that does nothing until ``done``; gives the sites that were connected then."""
+        assert done.wait(20)
+        return grid.mailbox.connected()
+
+    @staticmethod
+    def refused(call: Callable[[], Any], code: grpc.StatusCode) -> str:
+        """Check that ``call`` ends with ``code``; returns the details."""
+        with pytest.raises(grpc.RpcError) as e:
+            call()
+        assert isinstance(e.value, grpc.Call)
+        assert e.value.code() == code
+        return e.value.details() or ""
+
+    @staticmethod
+    def until(condition: Callable[[], bool], timeout: float = 10) -> None:
+        """Wait for a condition."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, "the condition did not come true"
+            time.sleep(0.01)
 
     def close(self) -> None:
         """End what still runs."""
