@@ -177,14 +177,7 @@ def _compare(seeds: int) -> tuple[dict[str, list[Metrics]], PrivacyPlan]:
             }
             for name, metrics in row.items():
                 out.setdefault(name, []).append(metrics)
-            facts = {
-                "round": seed + 1,
-                "epsilon": 1.0,
-                "metrics": row[_FEDERATED],
-                "bytes_sent": 0,
-                "bytes_received": 0,
-            }
-            display.progress("round", facts)
+            display.count(seed + 1, f"split {seed}: federated accuracy {row[_FEDERATED]['accuracy']:.3f}")
     return out, plans["federated"]
 
 
@@ -232,7 +225,7 @@ def _results(run: Path, comparison: dict[str, list[Metrics]], plan: PrivacyPlan,
     for name, values in comparison.items():
         table.add_row(name, *(_spread([m[k] for m in values]) for k in ("accuracy", "auc")))
     CONSOLE.print(table)
-    sent, received = last["bytes_sent"], last["bytes_received"]
+    sent, received = (sum(r[k] for r in rows) for k in ("bytes_sent", "bytes_received"))
     CONSOLE.print(
         f"every patient: ε = {plan.claim:.3f} at δ = {plan.delta:g} against the server, outsiders and any "
         f"{plan.colluders} hospital; fallback ε = {plan.fallback:.2f} if everybody else colludes\n"

@@ -27,6 +27,7 @@ class Display:
             TimeElapsedColumn(),
             console=CONSOLE,
         )
+        self._bytes = 0
         self._task = self._progress.add_task(title, total=steps, facts="waiting for the sites")
 
     def __enter__(self) -> Display:
@@ -42,13 +43,17 @@ class Display:
             self._progress.update(self._task, facts=f"{len(facts['sites'])} sites signed the plan")
         elif kind == "round":
             metrics = "  ".join(f"{k} {v:.3f}" for k, v in facts["metrics"].items())
-            megabytes = (facts["bytes_sent"] + facts["bytes_received"]) / 1e6
-            text = f"ε {facts['epsilon']:.3f}  {metrics}  {megabytes:.1f} MB"
+            self._bytes += facts["bytes_sent"] + facts["bytes_received"]
+            text = f"ε {facts['epsilon']:.3f}  {metrics}  {self._bytes / 1e6:.1f} MB"
             self._progress.update(self._task, completed=facts["round"], facts=text)
         elif kind == "aborted":
             self._progress.console.print(
                 f"round {facts['round']} aborted (charged): {facts['reason']}", highlight=False
             )
+
+    def count(self, done: int, facts: str) -> None:
+        """Anything else that is counted."""
+        self._progress.update(self._task, completed=done, facts=facts)
 
 
 def summary(outcomes: list[Outcome]) -> None:

@@ -52,6 +52,7 @@ class SecureSumStrategy(Strategy):
         self.status = COMPLETED
         self._nodes: dict[SiteId, int] = {}
         self._exhausted: set[SiteId] = set()
+        self._counted = (0, 0)
         self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster))
         self._round: Round | None = None
         self._grid: Grid | None = None
@@ -366,16 +367,18 @@ class SecureSumStrategy(Strategy):
 
     def _record(self, number: int, metrics: MetricRecord | None, seconds: float) -> None:
         traffic = getattr(self._grid, "traffic", {})
+        sent, received = (sum(t[k] for t in traffic.values()) for k in ("sent", "received"))
         facts = dict(metrics or {})
         line = {
             "round": number,
             "epsilon": epsilon_pld([(self.plan.event, number)], self.plan.delta),
             "members": facts.pop("members", 0),
             "metrics": facts,
-            "bytes_sent": sum(t["sent"] for t in traffic.values()),
-            "bytes_received": sum(t["received"] for t in traffic.values()),
+            "bytes_sent": sent - self._counted[0],
+            "bytes_received": received - self._counted[1],
             "seconds": round(seconds, 6),
         }
+        self._counted = (sent, received)
         self.job.metrics(line)
         self.job.progress("round", line)
 

@@ -1,3 +1,9 @@
 """fedveil: federated learning whose privacy claim anybody can check."""
 
+import os
+
 __version__ = "0.1.0"
+
+# gRPC reads this once, at its first import, whoever makes it: its own complaints about a peer's handshake are not
+# for a user's terminal, and what matters of them is raised as a TransportError.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
