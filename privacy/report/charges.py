@@ -74,7 +74,7 @@ def compose(rows: list[Row], session: str) -> Charges:
     """
     tally, state = Tally(), _State(session)
     for row in rows:
-        _bounded(row)
+        bounded(row)
         before = tally.epsilon
         try:
             tally.feed(row)
@@ -137,7 +137,7 @@ class _State:
         self.spends[fields.integer(row.body, "round", f"row {row.n}", low=1, high=1 << 20)] = row
 
 
-def _bounded(row: Row) -> None:
+def bounded(row: Row) -> None:
     """Refuse numbers that no honest ledger has and that would keep an accountant busy for hours."""
     where = f"row {row.n} ({row.kind[:32]})"
     if row.kind == "ledger.open":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedveil.privacy.plan import PrivacyPlan
 
-SIMULATED = "SIMULATED: sums were computed in the clear on one machine. Nothing real was protected; for study only."
+SIMULATED = "SIMULATED: every site ran on one machine, in one hand. Nothing real was protected; for study only."
 
 
 def protects(plan: PrivacyPlan) -> str:
@@ -22,13 +22,12 @@ def against(plan: PrivacyPlan) -> list[str]:
     if plan.sum == "sharedkey":
         return [
             "the server, as long as no site works with it",
-            f"up to {plan.colluders} sites working together, as long as the server is not among them",
+            f"{_others(plan)}, as long as the server is not with them",
             receiver,
             "outsiders",
         ]
-    if plan.mode == "client":
-        return ["the server", receiver, "outsiders"]
-    return ["the server", f"up to {plan.colluders} of the other sites working together with it", receiver, "outsiders"]
+    others = f"{_others(plan)} working together with it" if plan.colluders else "any other site by itself"
+    return ["the server", others, receiver, "outsiders"]
 
 
 def claim(plan: PrivacyPlan) -> str:
@@ -39,17 +38,20 @@ def claim(plan: PrivacyPlan) -> str:
         return f"Nobody, not even all other participants together, learns more about one {unit} than {numbers}."
     if plan.sum == "plain":
         return f"Whoever receives only the model learns no more about one {unit} than {numbers}."
-    group = f"a group of up to {plan.colluders} of the other sites" if plan.colluders else "any other site by itself"
     if plan.sum == "sharedkey":
         return (
-            f"Neither the server alone, nor {group} without the server, nor whoever gets the model, "
+            f"Neither the server alone, nor {_others(plan)} without the server, nor whoever gets the model, "
             f"learns more about one {unit} than {numbers}."
         )
-    together = " and the server together" if plan.mode == "distributed" and plan.colluders else ""
+    together = f" together with {_others(plan)}" if plan.colluders else " by itself, nor any other site by itself"
     return (
-        f"Nobody, not the server, not {group}{together}, not whoever gets the model, "
+        f"Nobody, not even the server{together}, nor whoever gets the model, "
         f"learns more about one {unit} than {numbers}."
     )
+
+
+def _others(plan: PrivacyPlan) -> str:
+    return "one of the other sites" if plan.colluders <= 1 else f"up to {plan.colluders} of the other sites"
 
 
 def fallback(plan: PrivacyPlan, epsilon: float) -> str:
@@ -145,6 +147,8 @@ def deviations(plan: PrivacyPlan, simulated: bool) -> list[str]:
         )
     if plan.sum == "none":
         out.append("There is no secure sum: the server sees every update, protected by the site's own noise alone.")
+    if plan.sum == "plain":
+        out.append("The sums of this run were computed in the clear.")
     if plan.mode == "client" and plan.few_clients:
         out.append("Fewer clients than this mode is meant for were insisted upon: the noise may drown the model.")
     if simulated:

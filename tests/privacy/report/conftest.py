@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, identity
+from fedveil.common.errors import BudgetExhausted
 from fedveil.common.identity import Member, Roster
 from fedveil.common.journal import Journal
 from fedveil.common.model_spec import ModelSpec
@@ -50,6 +51,9 @@ class World:
     simulated: bool = False
     absent: dict[int, set[str]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    restart_in: int = 0
+    stop_after: int | None = None
     released: dict[str, Any] = field(
         default_factory=lambda: {
             "v": 1, "contract": CONTRACT["hash"], "recoding": "fixed",
@@ -126,47 +130,53 @@ class World:
             simulated=self.simulated, model_hash=model(0), engine="grpc",
         )  # fmt: skip
         add("run.joined", joins_digest=canonical.digest(joins), sites=list(joins))
-        now, lines, applied = 0, [], 0
+        now, lines, applied, status = 0, [], 0, "COMPLETED"
         for r in range(1, self.plan.steps + 1):
+            if r - 1 == self.stop_after:
+                status = "ABORTED"
+                break
             add("round.open", round=r, nonce=f"{r:032x}", model_hash=model(now))
-            members = self.members(r)
-            for s in members:
-                ledgers[s].reserve(self.session, r, self.plan.hash, self.plan.event)
-                ledgers[s].commit(self.session, r)
+            members = [s for s in self.members(r) if self.charge(ledgers[s], r, add)]
+            if len(members) < self.plan.members:
+                add("round.aborted", round=r, reason="too few sites")
+                status = "BUDGET_EXHAUSTED"
+                break
             add("round.set", round=r, members=members)
+            if r == self.restart_in:
+                add("run.resumed", round=r)
+                add("round.set", round=r, members=members)
             if r in self.aborted:
                 add("round.aborted", round=r, reason="too few answers")
             else:
                 now, applied = r, applied + 1
                 sigma = self.plan.realised_noise_multiplier(len(members))
-                add(
-                    "round.applied",
-                    round=r,
-                    members=members,
-                    noise_multiplier=sigma,
-                    model_hash=model(r),
-                    checkpoint="x",
-                )
+                facts = {"members": members, "noise_multiplier": sigma, "model_hash": model(r), "checkpoint": "x"}
+                add("round.applied", round=r, **facts)
             spent = epsilon_pld([(self.plan.event, r)], self.plan.delta)
             lines.append(
-                {"round": r, "epsilon": spent, "members": len(members), "metrics": {"accuracy": 0.5 + 0.05 * r},
+                {"round": r, "epsilon": spent, "members": len(members), "metrics": {"accuracy": 0.9 - 0.4 / r},
                  "bytes_sent": 100 * r, "bytes_received": 200 * r, "seconds": 0.25}
             )  # fmt: skip
         heads = {}
         for s, ledger in ledgers.items():
             ledger.note("model", session=self.session, round=applied, model_hash=model(now))
-            ledger.note("session.end", session=self.session, status="COMPLETED")
-            heads[s] = list(ledger.head)
+            ledger.note("session.end", session=self.session, status=status)
             ledger.close()
-        add(
-            "run.end",
-            status="COMPLETED",
-            steps_done=applied,
-            model_hash=model(now),
-            heads=heads,
-            metrics={"accuracy": 0.7},
-        )
+            if s in self.lost:
+                ledger.journal.path.unlink()
+            else:
+                heads[s] = list(ledger.head)
+        add("run.end", status=status, steps_done=applied, model_hash=model(now), heads=heads, metrics={"accuracy": 0.7})
         (self.folder / "metrics.jsonl").write_bytes(b"".join(canonical.dumps(x) + b"\n" for x in lines))
+
+    def charge(self, ledger: Ledger, round_: int, add: Callable[..., Any]) -> bool:
+        try:
+            ledger.reserve(self.session, round_, self.plan.hash, self.plan.event)
+        except BudgetExhausted as e:
+            add("site.refused", round=round_, site=ledger.journal.owner, code=e.code)
+            return False
+        ledger.commit(self.session, round_)
+        return True
 
     def copy(self, folder: Path) -> World:
         """The same run elsewhere, to be spoilt."""

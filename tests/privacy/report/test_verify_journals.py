@@ -88,13 +88,14 @@ def test_no_byte_of_a_journal_can_change(honest, data) -> None:
     _fails_with(honest, name, original[:at] + bytes([new]) + original[at + 1 :])
 
 
-def test_every_byte_of_one_row_in_every_bit(honest) -> None:
-    """One whole row, exhaustively over the case bit, which hexadecimal digits do not notice by themselves."""
+def test_the_case_of_no_letter_of_a_row_can_change(honest) -> None:
+    """One whole row, every letter: hexadecimal digits do not notice their case by themselves."""
     name = "journals/cava.jsonl"
     original = (honest.folder / name).read_bytes()
     start = original.index(b"\n") + 1
     for at in range(start, original.index(b"\n", start) + 1):
-        _fails_with(honest, name, original[:at] + bytes([original[at] ^ 0x20]) + original[at + 1 :])
+        if original[at : at + 1].isalpha():
+            _fails_with(honest, name, original[:at] + bytes([original[at] ^ 0x20]) + original[at + 1 :])
 
 
 def _fails_with(honest, name: str, data: bytes) -> None:

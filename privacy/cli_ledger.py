@@ -1,0 +1,170 @@
+"""``fedveil ledger``: read a site's budget. Nothing here spends or writes to a ledger."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedveil.common import canonical
+from fedveil.common.errors import FedveilError, UsageError, VerificationError
+from fedveil.common.journal import Row, parse, verify_rows
+from fedveil.privacy.ledger import Tally
+from fedveil.privacy.report.bundle import read_bounded
+from fedveil.privacy.report.charges import bounded
+
+app = typer.Typer(no_args_is_help=True, help="Read a site's privacy ledger: what was spent, what is left.")
+_LIMIT = 1 << 28
+
+File = Annotated[Path, typer.Argument(help="A site's ledger (journal.jsonl).")]
+Public = Annotated[str | None, typer.Option(help="The site's public key (64 hex digits): checks chain and signatures.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def show(file: File, public: Public = None, as_json: Json = False) -> None:
+    """Lineage, cap, ε spent and left, and what each session cost."""
+    rows = _read(file, public)
+    found = summary(rows, checked=public is not None)
+    if as_json:
+        sys.stdout.write(canonical.dumps(found).decode() + "\n")
+        return
+    _show(found)
+
+
+@app.command()
+def verify(
+    file: File,
+    public: Annotated[str, typer.Option(help="The site's public key, 64 hex digits.")],
+    as_json: Json = False,
+) -> None:
+    """Check numbering, chain, every signature and that the budget was never exceeded. Exit code 60 if not."""
+    found = summary(_read(file, public), checked=True)
+    if as_json:
+        sys.stdout.write(canonical.dumps(found).decode() + "\n")
+        return
+    Console(highlight=False).print(
+        f"{found['head'][0]} rows, chain and signatures hold; filter ε = {found['epsilon_spent']:.4f} "
+        f"of {found['cap_epsilon']:g}; head {found['head'][1]}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    file: File,
+    public: Public = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; by default to standard output.")] = None,
+) -> None:
+    """The ledger as one JSON document: summary, head and every row. All of it may leave the site."""
+    rows = _read(file, public)
+    document = {
+        "v": 1,
+        "summary": summary(rows, checked=public is not None),
+        "rows": [canonical.loads(r.line()) for r in rows],
+    }
+    data = canonical.dumps(document) + b"\n"
+    if out is None:
+        sys.stdout.write(data.decode())
+        return
+    try:
+        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+            f.write(data)
+    except OSError as e:
+        raise UsageError(f"{out} cannot be written: {e.strerror}", hint="choose a new file name") from e
+
+
+def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
+    """What a ledger adds up to, as JSON.
+
+    Args:
+        rows: a parsed ledger.
+        checked: whether its chain and signatures were verified; only repeated in the result.
+
+    Raises:
+        VerificationError: a row that the ledger's rules do not allow.
+    """
+    tally, sessions = Tally(), dict[str, dict[str, Any]]()
+    for row in rows:
+        bounded(row)
+        tally.feed(row)
+        name = row.body.get("session")
+        if not isinstance(name, str):
+            continue
+        s = sessions.setdefault(
+            name[:128], {"accepted": False, "refused": 0, "status": "", "committed": 0, "events": {}}
+        )
+        if row.kind == "plan.accepted":
+            s["accepted"] = True
+        elif row.kind == "refused":
+            s["refused"] += 1
+        elif row.kind == "commit":
+            s["committed"] += 1
+        elif row.kind == "session.end":
+            s["status"] = str(row.body.get("status", ""))[:32]
+        elif row.kind == "spend":
+            event = row.body["event"]
+            key = f"q={event['sample_rate']:g} sigma={event['noise_multiplier']:.6g}"
+            s["events"][key] = s["events"].get(key, 0) + 1
+            s["epsilon_after"] = tally.epsilon
+    if tally.filter is None:
+        raise VerificationError("the ledger was never opened")
+    f = tally.filter
+    return {
+        "lineage": tally.lineage,
+        "owner": rows[0].owner,
+        "unit": tally.unit,
+        "cap_epsilon": f.epsilon,
+        "delta": f.delta,
+        "order": f.order,
+        "epsilon_spent": tally.epsilon,
+        "fraction_left": max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0,
+        "steps": len(tally.by_round),
+        "sessions": sessions,
+        "head": [len(rows), rows[-1].hash],
+        "signatures_checked": checked,
+    }
+
+
+def _read(file: Path, public: str | None) -> list[Row]:
+    try:
+        rows = parse(read_bounded(file, _LIMIT))
+        if not rows:
+            raise VerificationError("the ledger is empty")
+        return verify_rows(rows, public.strip(), owner=rows[0].owner) if public is not None else rows
+    except FedveilError as e:
+        raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    head = Table(title=f"Ledger of {_plain(found['lineage'])}", title_justify="left", show_header=False, box=None)
+    head.add_column(style="dim")
+    head.add_column(overflow="fold")
+    head.add_row("site, unit", f"{_plain(found['owner'])}, {_plain(found['unit'])}")
+    head.add_row("cap", f"ε = {found['cap_epsilon']:g} at δ = {found['delta']:g}, Rényi order {found['order']:g}")
+    head.add_row("spent", f"ε = {found['epsilon_spent']:.4f} over {found['steps']} steps (RDP filter, all runs)")
+    head.add_row("left", f"{found['fraction_left']:.1%} of the Rényi budget")
+    checked = "chain and signatures hold" if found["signatures_checked"] else "NOT checked (give --public)"
+    head.add_row("journal", f"{found['head'][0]} rows, {checked}")
+    console.print(head)
+    if not found["sessions"]:
+        return
+    table = Table("session", "steps", "mechanism", "ε after", "handed on", "ended", header_style="bold")
+    for name, s in found["sessions"].items():
+        after = f"{s['epsilon_after']:.4f}" if "epsilon_after" in s else "-"
+        refused = f" (refused {s['refused']} times)" if s["refused"] else ""
+        table.add_row(
+            _plain(name[:16]), str(sum(s["events"].values())), "\n".join(s["events"]) or "-", after,
+            str(s["committed"]), _plain(s["status"] or "open") + refused,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text).replace("[", "\\[")

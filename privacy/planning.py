@@ -1,0 +1,144 @@
+"""From ``federation.toml`` and the data contract to the privacy plan, and what a planner wants to know of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedveil.common.contract import DataContract
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.settings import Federation
+from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_rdp
+from fedveil.privacy.plan import MODULUS_BITS, Optimizer, PrivacyPlan, make_plan
+
+COEFFICIENT_BYTES = 7  # a ciphertext coefficient of the secure sum: 56 bits
+HIGH_EPSILON = 10.0
+HIGH_FALLBACK = 1000.0  # what a site accepts unless its owner says otherwise
+NOISY = 1.0
+
+
+def plan_from_settings(federation: Federation, contract: DataContract, sites: int) -> PrivacyPlan:
+    """The plan of a run: settings decide what is asked for, the contract the model's inputs and classes.
+
+    Args:
+        federation: ``federation.toml``.
+        contract: the agreed contract; its hash goes into the plan.
+        sites: number of sites on the roster.
+
+    Raises:
+        PlanError: with the reason and the nearest consistent plan.
+    """
+    p, m, o = federation.privacy, federation.model, federation.optimizer
+    return make_plan(
+        mode=p.mode,
+        sum=p.sum,
+        sites=sites,
+        records=p.records,
+        epsilon=p.epsilon,
+        delta=p.delta,
+        steps=p.steps,
+        clip=p.clip,
+        model=ModelSpec(name=m.name, inputs=contract.width, classes=contract.classes, hidden=m.hidden, seed=m.seed),
+        optimizer=Optimizer(learning_rate=o.learning_rate, momentum=o.momentum),
+        contract_hash=contract.hash,
+        sample_rate=p.sample_rate,
+        local_steps=p.local_steps,
+        colluders=p.colluders,
+        dropouts=p.dropouts,
+    )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan will cost and give, before anything runs.
+
+    Attributes:
+        filter_epsilon: smallest cap of a site's ledger that carries every planned step.
+        noise_per_parameter: standard deviation of the noise in one coordinate of the averaged gradient, divided by
+            the clip, when every site answers.
+        noise_to_signal: L2 norm of that noise over all parameters, divided by the clip: the averaged gradient is at
+            most one clip long.
+        bytes_per_parameter: what a site sends per parameter and step under ``keysum``; None for other sums.
+        cap, affordable: a cap that was asked about, and the steps of this plan that it carries.
+        warnings: sentences.
+    """
+
+    plan: PrivacyPlan
+    epsilon_rdp: float
+    filter_epsilon: float
+    noise_per_parameter: float
+    noise_to_signal: float
+    bytes_per_parameter: float | None
+    cap: float | None
+    affordable: int | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON form for programs."""
+        p = self.plan
+        return {
+            "plan": p.to_json(),
+            "plan_hash": p.hash,
+            "epsilon_pld": p.claim,
+            "epsilon_rdp": self.epsilon_rdp,
+            "filter_epsilon": self.filter_epsilon,
+            "fallback_epsilon": p.fallback,
+            "honest": p.honest,
+            "members": p.members,
+            "threshold": p.threshold,
+            "noise_per_parameter": self.noise_per_parameter,
+            "noise_to_signal": self.noise_to_signal,
+            "bytes_per_parameter": self.bytes_per_parameter,
+            "cap": self.cap,
+            "affordable_steps": self.affordable,
+            "warnings": list(self.warnings),
+        }
+
+
+def forecast(plan: PrivacyPlan, *, cap: float | None = None) -> Forecast:
+    """Everything ``fedveil plan`` prints.
+
+    Args:
+        plan: a checked plan.
+        cap: ε of a site's ledger that has spent nothing yet, at the plan's δ.
+    """
+    total = plan.noise_multiplier * plan.sensitivity * math.sqrt(plan.sites / plan.honest)
+    each = total / plan.divisor / plan.clip
+    f = Filter(cap, plan.delta, best_order(cap, plan.delta)) if cap is not None else None
+    return Forecast(
+        plan,
+        epsilon_rdp([(plan.event, plan.steps)], plan.delta),
+        plan.filter_epsilon(),
+        each,
+        each * math.sqrt(plan.model.parameters),
+        COEFFICIENT_BYTES / values_per_coefficient(plan.bound) if plan.sum == "keysum" else None,
+        cap,
+        f.affords(plan.event) if f else None,
+        _warnings(plan, each * math.sqrt(plan.model.parameters)),
+    )
+
+
+def values_per_coefficient(bound: int) -> int:
+    """How many sums in ±``bound`` fit side by side into one coefficient of the secure sum (at least 1)."""
+    return max(1, math.floor(MODULUS_BITS / math.log2(2 * bound + 1)))
+
+
+def _warnings(plan: PrivacyPlan, noise_to_signal: float) -> tuple[str, ...]:
+    out = []
+    if plan.epsilon > HIGH_EPSILON:
+        out.append(f"epsilon = {plan.epsilon:g} is more than {HIGH_EPSILON:g}: a formality rather than a protection")
+    if plan.fallback > HIGH_FALLBACK:
+        out.append(
+            f"the fallback epsilon of {plan.fallback:.0f} is above {HIGH_FALLBACK:g}, which sites refuse by default"
+        )
+    if noise_to_signal > NOISY:
+        out.append(
+            f"each step's noise is {noise_to_signal:.1f} times the longest possible gradient: more records, a larger "
+            "epsilon, fewer parameters or fewer, larger steps"
+        )
+    if plan.sum == "sharedkey":
+        out.append("sum = 'sharedkey': one curious site together with the server reads every update")
+    if plan.mode != "local" and plan.colluders == 0:
+        out.append("colluders = 0: a site that knows its own share of the noise sees a sum with too little of it")
+    return tuple(out)

@@ -1,0 +1,88 @@
+"""``fedveil audit`` as a user meets it."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import UsageError, VerificationError
+from fedveil.privacy.report.cli import app
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def test_verify_says_what_was_checked(honest) -> None:
+    result = call("verify", honest.report, "--consortium-key", honest.public)
+    assert result.exit_code == 0
+    assert "Every check passed" in result.stdout
+    assert "model chain" in result.stdout
+    assert "not pinned" not in result.stdout.lower()
+
+
+def test_verify_takes_the_folder_and_a_key_file_and_warns_without_one(honest, tmp_path) -> None:
+    pin = tmp_path / "consortium.pub"
+    pin.write_text(honest.public + "\n")
+    assert call("verify", honest.folder, "--consortium-key", pin).exit_code == 0
+    result = call("verify", honest.folder)
+    assert result.exit_code == 0
+    assert "NOT pinned" in result.stdout
+    assert "taken from the bundle" in result.stdout
+    assert isinstance(call("verify", honest.folder, "--consortium-key", "abc").exception, UsageError)
+
+
+def test_a_failed_check_is_named_and_has_the_exit_code(spoilt) -> None:
+    path = spoilt.folder / "journals" / "cava.jsonl"
+    path.write_bytes(path.read_bytes()[:-10])
+    result = call("verify", spoilt.report)
+    assert isinstance(result.exception, VerificationError)
+    assert result.exception.exit_code == 60
+    assert "ledger of cava" in result.exception.message
+    assert "FAILED" in result.stdout
+    assert "Every check passed" not in result.stdout
+
+
+def test_json_is_for_programs(spoilt) -> None:
+    found = canonical.loads(call("verify", spoilt.report, "--json").stdout)
+    assert found["ok"] is True
+    assert found["consortium_key_pinned"] is False
+    (spoilt.folder / "joins.json").write_bytes(b"{}")
+    result = call("verify", spoilt.report, "--json")
+    found = canonical.loads(result.stdout)
+    assert found["ok"] is False
+    assert found["claim"] == ""
+    assert isinstance(result.exception, VerificationError)
+
+
+def test_markup_in_a_report_does_not_reach_the_terminal(spoilt) -> None:
+    path = spoilt.folder / "journals" / "[bold]x[/].jsonl"
+    try:
+        path.write_bytes(b"")
+    except FileNotFoundError:
+        path = spoilt.folder / "journals" / "[bold]x.jsonl"
+        path.write_bytes(b"")
+    result = call("verify", spoilt.report)
+    assert "[bold]x" in result.stdout
+
+
+def test_a_report_can_be_written_again_and_shown(spoilt, tmp_path) -> None:
+    key = tmp_path / "signing.key"
+    identity.save_signing_key(key, spoilt.server)
+    before = canonical.loads(spoilt.report.read_bytes())["payload"]
+    spoilt.report.unlink()
+    result = call("report", spoilt.folder, "--key", key)
+    assert result.exit_code == 0, result.exception
+    after = canonical.loads(spoilt.report.read_bytes())["payload"]
+    assert {**before, "written_at": 0} == {**after, "written_at": 0}
+    (spoilt.folder / "report.html").unlink()
+    result = call("render", spoilt.report)
+    assert result.exit_code == 0
+    assert str(spoilt.folder / "report.html") in result.stdout.replace("\n", "")
+    assert (spoilt.folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("command", [["verify"], ["report", "x"], ["render"]])
+def test_missing_arguments_are_usage_errors(command) -> None:
+    assert call(*command).exit_code == 2
