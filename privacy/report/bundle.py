@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fedveil.privacy.report import fields
 
 PLAN, ROSTER, JOINS, CONTRACT = "plan.json", "roster.json", "joins.json", "contract.json"
 PIN, JOURNAL, JOURNALS, METRICS, REPORT = "consortium.pub", "journal.jsonl", "journals", "metrics.jsonl", "report.json"
+MODEL = "model.f32"  # the final weights, float32 little-endian; may be left out of what an auditor gets
 MAX_METRIC_ROWS = 1 << 20
 _REQUIRED = (PLAN, ROSTER, JOINS, PIN, JOURNAL)
 _OPTIONAL = (CONTRACT, METRICS)
@@ -144,6 +146,19 @@ def read_bounded(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise VerificationError(f"{path.name} is over the limit of {limit} bytes")
     return data
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 (hex) of a plain file of any size, read in pieces; None if there is none."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise VerificationError(f"{path.name} is not a plain file")
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise VerificationError(f"{path.name} cannot be read: {e.strerror}") from e
 
 
 def open_roster(bundle: Bundle, consortium_key: str) -> Roster:

@@ -77,7 +77,11 @@ class Audit:
             "every sum has at least n - d sites; realised noise; not more than the planned steps",
             self._sums,
         )
-        yield "model chain", "every round starts from the model before; the last one is the report's", self._models
+        yield (
+            "model chain",
+            "every round starts from the model before; the last is the report's and the file's",
+            self._models,
+        )
         if self._roster and self._history and self._history.end:
             for m in self._roster.sites:
                 if m.site in self._history.end.heads or self._has(journal_name(m.site)):
@@ -235,7 +239,10 @@ class Audit:
             raise VerificationError("the model at the end is not the one that the last round gave")
         if self._got("report signature", self._payload)["hashes"]["model"] != h.ended.model_hash:
             raise VerificationError("the report names another final model than the server's journal")
-        return f"final model {h.ended.model_hash[:16]}..."
+        found = bundles.file_digest(self._report.parent / bundles.MODEL)
+        if found not in (None, h.ended.model_hash):
+            raise VerificationError(f"{bundles.MODEL} is not the model that the journals and the report speak of")
+        return f"final model {h.ended.model_hash[:16]}..., {'its file too' if found else 'no model file here'}"
 
     # -- whether it adds up -------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from fedveil.privacy.report.verify import Verification, verify_report
 
 app = typer.Typer(no_args_is_help=True, help="Check a privacy report from its journals alone, or write it again.")
 
+_SHOWN = 24
+
 
 @app.command()
 def verify(
@@ -75,11 +77,17 @@ def _show(result: Verification) -> None:
     table = Table(title="fedveil audit verify", title_justify="left", show_lines=False, header_style="bold")
     for name in ("", "check", "what was compared", "found"):
         table.add_column(name, overflow="fold")
+    ledgers = 0
     for c in result.checks:
+        ledgers += c.passed and c.name.startswith("ledger of ")
+        if c.passed and c.name.startswith("ledger of ") and ledgers > _SHOWN:
+            continue
         table.add_row(
             "[green]ok[/]" if c.passed else "[bold red]FAILED[/]", _plain(c.name), _plain(c.compared), _plain(c.detail)
         )
     console.print(table)
+    if ledgers > _SHOWN:
+        console.print(f"{ledgers - _SHOWN} more ledgers passed and are not listed.")
     if not result.ok:
         return
     if result.simulated:

@@ -275,6 +275,15 @@ def test_a_missing_folder_a_folder_and_a_pipe(spoilt, tmp_path) -> None:
     assert failed(verify_report(spoilt.report)) == "files"
 
 
+def test_a_model_file_must_be_the_model_of_the_journals(spoilt) -> None:
+    path = spoilt.folder / "model.f32"
+    path.write_bytes(b"model 4")
+    detail = next(c.detail for c in verify_report(spoilt.report).checks if c.name == "model chain")
+    assert "its file too" in detail
+    path.write_bytes(b"model 5")
+    assert failed(verify_report(spoilt.report)) == "model chain"
+
+
 def test_the_journal_of_a_stranger(spoilt) -> None:
     shutil.copy(spoilt.folder / "journals/alba.jsonl", spoilt.folder / "journals/evil.jsonl")
     assert failed(verify_report(spoilt.report)) == "roster"
