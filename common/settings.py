@@ -67,6 +67,7 @@ class RunSection(BaseModel):
 
     model_config = _FROZEN
     join_timeout: float = Field(default=300, gt=0, description="wait for every site to join")
+    grace: float = Field(default=10, gt=0, description="wait for a site whose connection broke")
     round_timeout: float = Field(default=120, gt=0, description="wait for the answers of one step of a round")
 
 

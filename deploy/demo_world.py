@@ -188,5 +188,6 @@ momentum = {r.momentum}
 
 [run]
 join_timeout = 60
+grace = 5
 round_timeout = 30
 """

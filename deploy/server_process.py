@@ -83,7 +83,7 @@ def _serve(job: Job, federation: Federation) -> Job:
     server, strategy = make_app(job)
     f = federation.federation
     try:
-        serve(server, address=f.address, tls=load_tls(f.identity), roster=job.roster)
+        serve(server, address=f.address, tls=load_tls(f.identity), roster=job.roster, grace=federation.run.grace)
     finally:
         job.journal.close()
     build_report(job.run, job.key)

@@ -36,7 +36,6 @@ class Parcel:
 
     message: Message
     pieces: list[bytes]
-    since: float
 
 
 @dataclass
@@ -54,7 +53,8 @@ class Mailbox:
 
     Args:
         sites: whoever may connect; each has its queue from the start.
-        grace: seconds after which :meth:`collect` gives up a site that is not connected.
+        grace: seconds after which :meth:`collect` gives up a site that is not connected, counted from when it
+            left (from the start if it never came): a site that is gone costs one wait, not one in every round.
     """
 
     def __init__(self, sites: Iterable[SiteId], grace: float) -> None:
@@ -87,7 +87,7 @@ class Mailbox:
             WireError: the message cannot be encoded within the stream's bounds.
         """
         message_id = flower.stamp(message)
-        parcel = Parcel(message, encode(message), time.monotonic())
+        parcel = Parcel(message, encode(message))
         with self._lock:
             link = self._links[site]
             link.owed[message_id] = parcel
@@ -225,7 +225,7 @@ class Mailbox:
                 continue
             if link.session is not None:
                 return math.inf
-            rest = max(rest, max(link.gone_since, link.owed[message_id].since) + self._grace - now)
+            rest = max(rest, link.gone_since + self._grace - now)
         return rest
 
     def _first(self, link: _Link) -> str:
