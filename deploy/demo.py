@@ -154,12 +154,13 @@ def _say_data_checks(home: Path) -> None:
 
 def _compare(seeds: int) -> tuple[dict[str, list[Metrics]], PrivacyPlan]:
     """The federated model and its alternatives over ``seeds`` fresh splits, in this process."""
-    from fedveil.deploy import baselines, demo_world
+    from fedveil.deploy import baselines, demo_world, simulation
     from fedveil.server.evaluate import Evaluator
 
     X, y = demo_world.encoded(demo_world.records())
     out: dict[str, list[Metrics]] = {}
     plans = {name: _plan(r) for name, r in _recipes().items()}
+    simulation.fit_threads(plans["federated"].model.parameters)
     with Display("comparison", seeds) as display:
         for seed in range(seeds):
             s = demo_world.split(seed)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedveil.privacy.planning import plan_from_settings
-from fedveil.privacy.report.render import render_report
 from numpy.typing import NDArray
 
 from fedveil.client.ingest import encode, quality, sources
@@ -20,7 +18,9 @@ from fedveil.common.settings import Federation
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import serve
 from fedveil.privacy.anonymization import fixed
+from fedveil.privacy.planning import plan_from_settings
 from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.render import render_report
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app
 from fedveil.server.evaluate import Evaluator

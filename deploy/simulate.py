@@ -131,6 +131,7 @@ def run_split(
     from fedveil.server.evaluate import Evaluator
 
     flwr_adapter.quiet_flower()
+    simulation.fit_threads(plan.model.parameters)
     started = time.perf_counter()
     world = simulation.World.make(config.clients)
     cap = config.cap or plan.filter_epsilon()
@@ -180,10 +181,9 @@ def _drops(rate: float):
 
 
 def _write_report(out: Path, key: Any) -> None:
-    from fedveil.privacy.report.render import render_report
-
     from fedveil.deploy.plot import write_curve
     from fedveil.privacy.report.build import build_report
+    from fedveil.privacy.report.render import render_report
 
     build_report(out, key)
     render_report(out / "report.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 from numpy.typing import NDArray
@@ -27,6 +28,13 @@ from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore, Store
 
 LINEAGE = "simulated"
+_SMALL = 200_000
+
+
+def fit_threads(parameters: int) -> None:
+    """One torch thread for networks whose steps last less than waking a second one."""
+    if parameters < _SMALL:
+        torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
