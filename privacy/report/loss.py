@@ -13,7 +13,8 @@ from fedveil.privacy.plan import PrivacyPlan
 CURVE_POINTS = 33
 STEP_POINTS = 16
 FALSE_ALARMS = (0.01, 0.1)
-_TOO_MUCH = 2000.0
+# Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and so it is named.
+_TOO_MUCH, _TOO_LITTLE_NOISE = 1000.0, 0.05
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -52,7 +53,9 @@ def fallback(plan: PrivacyPlan) -> tuple[float, str]:
     the RDP value, an upper bound too, is given.
     """
     rough = epsilon_rdp([(plan.fallback_event, plan.steps)], plan.delta)
-    return (plan.fallback, "PLD") if rough <= _TOO_MUCH else (rough, "RDP")
+    if rough > _TOO_MUCH or plan.fallback_event.noise_multiplier < _TOO_LITTLE_NOISE:
+        return rough, "RDP"
+    return plan.fallback, "PLD"
 
 
 def group_epsilon(plan: PrivacyPlan, records: int) -> float | None:
@@ -63,4 +66,5 @@ def group_epsilon(plan: PrivacyPlan, records: int) -> float | None:
         return None
     event = SampledGaussian(1.0, plan.noise_multiplier / records)
     rough = epsilon_rdp([(event, plan.steps)], plan.delta)
-    return epsilon_pld([(event, plan.steps)], plan.delta) if rough <= _TOO_MUCH else rough
+    wide = rough > _TOO_MUCH or event.noise_multiplier < _TOO_LITTLE_NOISE
+    return rough if wide else epsilon_pld([(event, plan.steps)], plan.delta)

@@ -19,7 +19,7 @@ from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.events import SampledGaussian
 
 # An own, coarser table of orders than the ledger's: a bound need not be the best one to be a bound.
-_ORDERS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, *map(float, range(4, 65)), 80.0, 128.0, 256.0, 512.0, 1024.0)
+_ORDERS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, *map(float, range(4, 65)), 80.0, 128.0, 256.0, 512.0, 1024.0)
 
 
 def _mechanism(q: float, sigma: float) -> dp_event.DpEvent:
