@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from fedveil.common.errors import WireError
@@ -20,16 +21,20 @@ def dumps(value: Any) -> bytes:
     """Canonical bytes of a JSON value (dict with string keys, list, str, int, float, bool, None)."""
     try:
         return _ENCODER.encode(value).encode()
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise WireError(f"value has no canonical JSON form: {type(e).__name__}") from e
 
 
 def loads(data: bytes | str, *, limit: int = 1 << 26) -> Any:
-    """Parse JSON of at most ``limit`` bytes; duplicate keys, NaN and infinities are refused."""
-    if len(data) > limit:
-        raise WireError(f"JSON of {len(data)} bytes is over the limit of {limit}")
+    """Parse UTF-8 JSON of at most ``limit`` bytes; duplicate keys, NaN and infinities are refused."""
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        data = data.encode() if isinstance(data, str) else data
+        if len(data) > limit:
+            raise WireError(f"JSON of {len(data)} bytes is over the limit of {limit}")
+        # decoded here, because json.loads would also take UTF-16 and UTF-32
+        return json.loads(
+            data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as e:
         raise WireError("malformed JSON") from e
 
@@ -49,6 +54,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise ValueError("duplicate key")
     return out
+
+
+def _finite(text: str) -> float:
+    """A float; ``1e999`` would silently become an infinity."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("out of range")
+    return value
 
 
 def _no_constant(name: str) -> Any:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedveil.common import canonical
-from fedveil.common.errors import IdentityError
+from fedveil.common.errors import ConfigError, IdentityError
 from fedveil.common.units import MAX_SITES, SiteId, site_id
 
 SERVER = SiteId("server")
@@ -176,8 +176,10 @@ def roster_from_payload(payload: Any) -> Roster:
         if payload["v"] != 1:
             raise IdentityError(f"roster version {payload['v']!r} is not known")
         member = lambda m: Member(site_id(m["site"]), _hex32(m["signing_key"]), _hex32(m["tls_key"], empty=True))  # noqa: E731
-        return Roster(str(payload["consortium"]), member(payload["server"]), tuple(map(member, payload["sites"])))
-    except (KeyError, TypeError, AttributeError) as e:
+        if type(payload["consortium"]) is not str or type(payload["sites"]) is not list:
+            raise TypeError
+        return Roster(payload["consortium"], member(payload["server"]), tuple(map(member, payload["sites"])))
+    except (KeyError, TypeError, AttributeError, ConfigError) as e:
         raise IdentityError("the roster is malformed") from e
 
 

@@ -12,7 +12,9 @@ removal or reordering of earlier rows; a cut tail shows against a head kept else
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ DOMAIN = "fedveil/journal/1"
 GENESIS = "0" * 64
 MAX_ROW_BYTES = 1 << 20
 MAX_ROWS = 1 << 22
+_HEX = re.compile("[0-9a-f]*")
 _FIELDS = frozenset({"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"})
 
 
@@ -66,6 +69,7 @@ class Journal:
         self.path, self.owner, self.rows = path, owner, list[Row]()
         self._key, self._durable, self._clock = key, durable, clock
         self._fd: int | None = None
+        self._pid = os.getpid()
         self._pending: list[bytes] = []
 
     @classmethod
@@ -90,7 +94,9 @@ class Journal:
         self = cls(path, owner, key, durable=durable, clock=clock)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not durable:
-            self._load(path.read_bytes() if path.exists() else b"")
+            if torn := self._load(path.read_bytes() if path.exists() else b""):
+                os.truncate(path, path.stat().st_size - torn)
+                self.append("journal.repaired", {"dropped_bytes": torn})
             return self
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -108,6 +114,8 @@ class Journal:
     def append(self, kind: str, body: dict[str, Any]) -> Row:
         """Sign and write one row; it is on disk when this returns (if durable)."""
         head = self.head
+        if head.rows >= MAX_ROWS:
+            raise JournalError(f"{self.path} is full", hint=f"a journal holds at most {MAX_ROWS} rows")
         at = int(self._clock())
         core = {"v": 1, "n": head.rows, "owner": self.owner, "at": at, "kind": kind, "body": body, "prev": head.hash}
         digest = canonical.digest(core)
@@ -120,6 +128,8 @@ class Journal:
         if self._durable:
             if self._fd is None:
                 raise JournalError(f"{self.path} is closed")
+            if os.getpid() != self._pid:
+                raise JournalError(f"{self.path} was opened by another process", hint="a fork shares its lock")
             try:
                 _write_all(self._fd, line)
                 os.fsync(self._fd)
@@ -144,9 +154,12 @@ class Journal:
     def flush(self) -> None:
         """Write what a non-durable journal holds back."""
         if self._pending:
-            with self.path.open("ab") as f:
-                f.writelines(self._pending)
-            self._pending.clear()
+            pending, self._pending = self._pending, []
+            try:
+                with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as f:
+                    f.writelines(pending)
+            except OSError as e:
+                raise JournalError(f"{self.path} could not be written: {e.strerror}", hint="free disk space") from e
 
     def close(self) -> None:
         """Flush and release the lock."""
@@ -174,6 +187,10 @@ class Journal:
     def _load(self, data: bytes) -> int:
         """Verify the complete lines into ``rows``; returns the length of a torn last line."""
         end = data.rfind(b"\n") + 1
+        if _is_more_than_a_row(data[end:]):
+            raise JournalError(
+                f"{self.path}: the last row's end was changed", hint="keep the file as evidence; do not edit it"
+            )
         try:
             self.rows = verify_rows(parse(data[:end]), public_hex(self._key), owner=self.owner)
         except FedveilError as e:
@@ -223,11 +240,21 @@ def _row(i: int, line: bytes) -> Row:
             if type(d[name]) is not kind:
                 raise ValueError
         for name, length in (("prev", 64), ("hash", 64), ("sig", 128)):
-            if type(d[name]) is not str or len(d[name]) != length:
+            # lower case only: otherwise a signature could be written in many ways
+            if type(d[name]) is not str or len(d[name]) != length or not _HEX.fullmatch(d[name]):
                 raise ValueError
     except (ValueError, TypeError, FedveilError) as e:
         raise VerificationError(f"row {i} is not a well-formed journal row") from e
     return Row(**d)
+
+
+def _is_more_than_a_row(tail: bytes) -> bool:
+    """Whether an unfinished line holds a whole row and then something: an interrupted write cannot leave that."""
+    text = tail.decode(errors="replace")
+    try:
+        return json.JSONDecoder().raw_decode(text)[1] < len(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_all(fd: int) -> bytes:

@@ -7,6 +7,7 @@ lengths and meaning the header's ``kind`` fixes. Nothing is ever unpickled and n
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedveil.common.errors import WireError
 VERSION = 1
 MAX_BUFFERS = 64
 MAX_NAME = 64
+_NAME = re.compile(f"[a-z0-9_]{{1,{MAX_NAME}}}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def check(packet: Packet, limits: Limits, *, header_bytes: int | None = None) ->
     if len(packet.buffers) > MAX_BUFFERS:
         raise WireError(f"{len(packet.buffers)} buffers are over the limit of {MAX_BUFFERS}")
     for name in packet.buffers:
-        if not (0 < len(name) <= MAX_NAME and name.isascii() and name.replace("_", "a").isalnum()):
+        if not _NAME.fullmatch(name):
             raise WireError("a buffer has an invalid name")
     total = sum(map(len, packet.buffers.values()))
     if total > limits.buffers:

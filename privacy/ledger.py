@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
 from fedveil.common.journal import Head, Journal, Row
 from fedveil.common.units import Delta, Epsilon
-from fedveil.privacy.dp.accounting import Filter, best_order, rdp
+from fedveil.privacy.dp.accounting import ORDERS, Filter, best_order, rdp
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 
 
@@ -56,22 +56,24 @@ class Tally:
                 self._open(row)
             elif row.kind == "ledger.cap":
                 f = self._filter(row)
-                self.filter = Filter(float(b["cap_epsilon"]), f.delta, f.order)
+                self.filter = Filter(_number(b["cap_epsilon"]), f.delta, f.order)
             elif row.kind == "spend":
                 self._spend(row)
             elif row.kind == "commit":
-                key = (str(b["session"]), int(b["round"]))
+                key = _key(b)
                 if key not in self.by_round:
                     raise VerificationError(f"row {row.n} commits a round that was never charged")
                 self.committed.add(key)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
             raise VerificationError(f"row {row.n} ({row.kind}) is malformed") from e
 
     def _open(self, row: Row) -> None:
         if self.filter is not None:
             raise VerificationError(f"row {row.n} opens a ledger that is open")
         b = row.body
-        self.filter = Filter(float(b["cap_epsilon"]), float(b["delta"]), float(b["order"]))
+        if b["order"] not in ORDERS:
+            raise VerificationError(f"row {row.n} names a Rényi order that is not in the table")
+        self.filter = Filter(_number(b["cap_epsilon"]), _number(b["delta"]), _number(b["order"]))
         self.lineage, self.unit = str(b["lineage"]), str(b["unit"])
 
     def _filter(self, row: Row) -> Filter:
@@ -81,7 +83,7 @@ class Tally:
 
     def _spend(self, row: Row) -> None:
         f = self._filter(row)
-        key, event = (str(row.body["session"]), int(row.body["round"])), from_json(row.body["event"])
+        key, event = _key(row.body), from_json(row.body["event"])
         if key in self.by_round:
             raise VerificationError(f"row {row.n} charges round {key[1]} a second time")
         after = self.spent + rdp(event, f.order)
@@ -97,6 +99,19 @@ class Tally:
     def session_events(self, session: str) -> list[SampledGaussian]:
         """The events charged to one session."""
         return [e for (s, _), e in self.by_round.items() if s == session]
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)
+
+
+def _key(body: dict[str, Any]) -> tuple[str, int]:
+    session, round_ = body["session"], body["round"]
+    if type(session) is not str or type(round_) is not int:
+        raise TypeError
+    return session, round_
 
 
 class Ledger:
@@ -161,13 +176,14 @@ class Ledger:
             self._append("ledger.cap", cap_epsilon=cap)
 
     def _append(self, kind: str, **body: Any) -> Row:
-        row = self.journal.append(kind, body)
-        self.tally.feed(row)
-        return row
+        # Counted before it is written: a row that the rules refuse must never reach the disk, where it would make
+        # the ledger unreadable, and a charge whose writing failed is better kept than forgotten.
+        self.tally.feed(Row(self.head.rows, self.journal.owner, 0, kind, body, self.head.hash, "", ""))
+        return self.journal.append(kind, body)
 
     def note(self, kind: str, **body: Any) -> Row:
         """Add a row that spends nothing (``plan.accepted``, ``data.released``, ``refused``, ``model``, ...)."""
-        if kind in ("spend", "ledger.open", "ledger.cap"):
+        if kind in ("spend", "commit", "ledger.open", "ledger.cap"):
             raise JournalError(f"a row of kind {kind!r} cannot be added as a note")
         return self._append(kind, **body)
 
@@ -198,7 +214,9 @@ class Ledger:
         self._append("spend", session=session, round=round_, plan_hash=plan_hash, event=event.to_json())
 
     def commit(self, session: str, round_: int) -> None:
-        """Record that the value reserved for was handed on."""
+        """Record that the value reserved for was handed on; :class:`JournalError` for a round never reserved."""
+        if (session, round_) not in self.tally.by_round:
+            raise JournalError(f"round {round_} was never charged")
         self._append("commit", session=session, round=round_)
 
     @property

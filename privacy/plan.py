@@ -11,13 +11,13 @@ N the declared number of records (a public constant: never the length of a data 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedveil.common import canonical
-from fedveil.common.errors import PlanError
+from fedveil.common.errors import PlanError, WireError
 from fedveil.common.model_spec import ModelSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld
 from fedveil.privacy.dp.calibrate import noise_multiplier
@@ -33,6 +33,7 @@ MIN_CLIENTS = 1000
 _AIM_INFLATION = 0.01
 _TAIL = 2.0**-40
 _MIN_SHARE_STD = 64.0
+_MAX_CAP = 1e6
 
 
 class Optimizer(BaseModel):
@@ -135,34 +136,44 @@ class PrivacyPlan(BaseModel):
         """What one step costs when every other participant is against the site: its own share only."""
         return SampledGaussian(self.event.sample_rate, self.noise_multiplier / math.sqrt(self.honest))
 
-    @cached_property
+    @property
     def claim(self) -> float:
         """ε of all planned steps by PLD: what the plan claims, recomputed."""
         return epsilon_pld([(self.event, self.steps)], self.delta)
 
-    @cached_property
+    @property
     def fallback(self) -> float:
         """ε when all trust is broken; finite, because every site adds a share of its own."""
         return epsilon_pld([(self.fallback_event, self.steps)], self.delta)
 
     def filter_epsilon(self) -> float:
-        """The smallest cap under which a site's RDP filter carries every planned step."""
-        low, high = self.epsilon, 3 * self.epsilon + 1
-        for _ in range(40):
+        """The smallest cap under which a site's RDP filter carries every planned step (to a relative 1e-10).
+
+        Raises:
+            PlanError: no cap up to 10^6 does.
+        """
+        low, high = 0.0, self.epsilon
+        while not self._carried(high):
+            low, high = high, 2 * high
+            if high > _MAX_CAP:
+                raise PlanError("no cap of a site's ledger carries this plan", hint="a larger noise, or fewer steps")
+        while high - low > 1e-10 * high:
             mid = (low + high) / 2
-            f = Filter(mid, self.delta, best_order(mid, self.delta))
-            low, high = (low, mid) if f.affords(self.event) >= self.steps else (mid, high)
+            low, high = (low, mid) if self._carried(mid) else (mid, high)
         return high
+
+    def _carried(self, cap: float) -> bool:
+        return Filter(cap, self.delta, best_order(cap, self.delta)).affords(self.event) >= self.steps
 
     def realised_noise_multiplier(self, members: int) -> float:
         """σ of a sum in which ``members`` sites took part and t of them are ruled out: information, no claim."""
         honest = members if self.mode == "local" else members - self.colluders
         return self.noise_multiplier * math.sqrt(max(honest, 0) / self.honest)
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """SHA-256 (hex) of the canonical plan: what every participant signs."""
-        return canonical.digest(self.to_json())
+        return _digest(self)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """The canonical JSON form."""
@@ -191,30 +202,53 @@ class PrivacyPlan(BaseModel):
             raise PlanError(
                 f"the grid widens the sensitivity by {self.inflation:.1%}, more than {MAX_INFLATION:.0%}",
                 hint="a finer grid or fewer parameters",
-                nearest={"grid": MAX_INFLATION / 2 * self.clip / math.sqrt(self.model.parameters)},
+                nearest=self._regrid(),
             )
         if self.share_std < _MIN_SHARE_STD:
             raise PlanError(
                 f"a share of noise of {self.share_std:.1f} grid units is too coarse to count as Gaussian",
                 hint=f"at least {_MIN_SHARE_STD:g} (Kairouz, Liu & Steinke 2021, Theorem 1)",
-                nearest={"grid": self.grid * self.share_std / _MIN_SHARE_STD},
+                nearest=self._regrid(),
             )
         if 2 * self.bound + 1 > 1 << MODULUS_BITS:
             raise PlanError(
-                f"sums of up to {self.bound} grid units do not fit into {MODULUS_BITS} bits",
-                nearest={"grid": self.grid * self.bound / 2.0 ** (MODULUS_BITS - 2)},
+                f"sums of up to {self.bound:.3g} grid units do not fit into {MODULUS_BITS} bits",
+                nearest=self._regrid(),
             )
         return self
+
+    def _regrid(self) -> dict[str, object]:
+        """The grid and clamp that :func:`make_plan` would choose for this plan's other numbers."""
+        share, D = self.noise_multiplier / math.sqrt(self.honest), self.model.parameters
+        per_site = _per_site(self.mode, self.sample_rate, self.records, self.sites)
+        grid, clamp = _grid(self.sites, self.clip, share, D, self.steps, per_site)
+        return {"grid": grid, "clamp": clamp}
+
+
+@lru_cache(maxsize=64)
+def _digest(plan: PrivacyPlan) -> str:
+    return canonical.digest(plan.to_json())
+
+
+def _per_site(mode: Mode, sample_rate: float, records: int, sites: int) -> float:
+    """How many clips long one site's sum may ordinarily be in one coordinate: twice its even share of the records."""
+    return 1.0 if mode == "client" else max(1.0, 2 * sample_rate * records / sites)
 
 
 def from_json(value: Any) -> PrivacyPlan:
     """Parse and check a plan from elsewhere; :class:`PlanError` for anything malformed or inconsistent."""
     try:
         plan = PrivacyPlan.model_validate_json(canonical.dumps(value))
+    except WireError as e:
+        raise PlanError(f"the plan is malformed: {e.message}") from None
     except ValidationError as e:
-        where = ", ".join(sorted({".".join(map(str, x["loc"])) for x in e.errors(include_input=False)}))
-        raise PlanError(f"the plan is malformed in: {where}") from None
+        raise PlanError(f"the plan is malformed in: {_where(e)}") from None
     return plan.check()
+
+
+def _where(error: ValidationError) -> str:
+    """The names of the wrong fields; cut, because an unknown field's name is its sender's choice."""
+    return ", ".join(sorted({".".join(map(str, x["loc"]))[:64] for x in error.errors(include_input=False)}))[:512]
 
 
 def default_tolerance(sites: int) -> tuple[int, int]:
@@ -259,19 +293,29 @@ def make_plan(
     """
     t, d = default_tolerance(sites) if mode != "local" else (0, max(0, sites - 1) // 3)
     t, d = t if colluders is None else colluders, d if dropouts is None else dropouts
+    given: dict[str, Any] = {
+        "mode": mode, "sum": sum, "sites": sites, "colluders": t, "dropouts": d, "records": records,
+        "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "epsilon": epsilon,
+        "delta": delta, "model": model, "optimizer": optimizer, "contract_hash": contract_hash,
+        "few_clients": few_clients,
+    }  # fmt: skip
+    _check_given(given)
     if problem := model.problem():
         raise PlanError(f"model {model.name!r}: {problem}")
     _check_shape(mode, sites, t, d)
     sigma = noise_multiplier(epsilon, delta, 1.0 if mode == "client" else sample_rate, steps)
     honest = 1 if mode == "local" else sites - t - d
-    per_site = 1.0 if mode == "client" else max(1.0, 2 * sample_rate * records / sites)
+    per_site = _per_site(mode, sample_rate, records, sites)
     grid, clamp = _grid(sites, clip, sigma / math.sqrt(honest), model.parameters, steps, per_site)
-    return PrivacyPlan(
-        mode=mode, sum=sum, sites=sites, colluders=t, dropouts=d, records=records, sample_rate=float(sample_rate),
-        steps=steps, local_steps=local_steps, clip=float(clip), noise_multiplier=sigma, epsilon=float(epsilon),
-        delta=delta, grid=grid, clamp=clamp, model=model, optimizer=optimizer, contract_hash=contract_hash,
-        few_clients=few_clients,
-    ).check()  # fmt: skip
+    return PrivacyPlan(**given, noise_multiplier=sigma, grid=grid, clamp=clamp).check()
+
+
+def _check_given(given: dict[str, Any]) -> None:
+    """Bounds and types of what the caller chose, before anything is derived from it."""
+    try:
+        PrivacyPlan(**given, noise_multiplier=1.0, grid=1.0, clamp=1.0)
+    except ValidationError as e:
+        raise PlanError(f"out of bounds: {_where(e)}", hint="see the fields of PrivacyPlan") from None
 
 
 def _grid(sites: int, clip: float, share: float, D: int, steps: int, per_site: float) -> tuple[float, float]:
@@ -284,7 +328,7 @@ def _grid(sites: int, clip: float, share: float, D: int, steps: int, per_site: f
     wanted = min(per_site, 24.0, max(4.0, 480.0 / sites))
     for values in (4, 3, 2, 1):
         room = (1 << (MODULUS_BITS // values)) // 2 - 1
-        grid = _AIM_INFLATION * clip / math.sqrt(D)
+        grid = min(_AIM_INFLATION * clip / math.sqrt(D), share * clip / _MIN_SHARE_STD)
         if values == 1:
             grid /= 16
         noise = _tail_factor(D * steps) * math.sqrt(sites) * share * clip * (1 + _AIM_INFLATION)
@@ -303,14 +347,18 @@ def _tail_factor(draws: int) -> float:
 
 
 def _bound(sites: int, clamp: float, grid: float, share_std: float, draws: int) -> int:
-    return math.ceil(sites * (clamp / grid + 1) + _tail_factor(draws) * math.sqrt(sites) * share_std)
+    bound = sites * (clamp / grid + 1) + _tail_factor(draws) * math.sqrt(sites) * share_std
+    return math.ceil(min(bound, 2.0**1000))  # a hostile grid may make it infinite
 
 
 def _check_shape(mode: Mode, n: int, t: int, d: int) -> None:
+    if mode == "local":
+        if not (0 <= t < n and 0 <= d and n - d >= (n + t) // 2 + 1):
+            raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
+        return
+    default_tolerance(n)
     if t < 0 or d < 0 or n - d < 1:
         raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
-    if mode == "local":
-        return
     h, T = n - t - d, (n + t) // 2 + 1
     if h < 2 or h <= t or n - d < T:
         best = min(t, max(0, (n - 2) // 3))
@@ -318,7 +366,7 @@ def _check_shape(mode: Mode, n: int, t: int, d: int) -> None:
         raise PlanError(
             f"{n} sites with {t} colluders and {d} drop-outs leave {h} honest shares and need {T} answers of {n - d}",
             hint="at least two honest shares, more than the colluders, and no more answers than survivors",
-            nearest={"colluders": best, "dropouts": fits[0]} if fits else {"sites": 3, "colluders": 1, "dropouts": 0},
+            nearest={"colluders": best, "dropouts": fits[0]},
         )
 
 
@@ -344,5 +392,5 @@ def _check_trust(plan: PrivacyPlan) -> None:
 
 
 def _round_down(x: float) -> float:
-    exponent = math.floor(math.log10(x))
-    return math.floor(x / 10.0**exponent) * 10.0**exponent
+    digits = f"{x:.0e}"
+    return float(digits) if float(digits) <= x else x / 2

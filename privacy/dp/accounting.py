@@ -30,6 +30,12 @@ ORDERS: tuple[float, ...] = (
     *map(float, range(11, 64)),
     *map(float, (72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024, 2048)),
 )
+# Below this noise, or above this number of steps at noise 1, a loss distribution would need gigabytes.
+_MIN_PLD_NOISE, _MAX_PLD_STEPS, _MAX_PLD_EPSILON = 0.05, 2e4, 1000.0
+# What the sum in log space can round away of one step's divergence, charged on top of it.
+_ROUNDING = 1e-12
+_REPEAT = 1 << 60
+_TOLERANCE = 1e-9
 # dp-accounting warns through absl for every order it cannot use; the orders above are chosen, not tuned.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -50,10 +56,20 @@ def _pld(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float
 def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
     """ε at ``delta`` of non-adaptively chosen ``(event, steps)`` pairs, by privacy loss distributions.
 
-    An upper bound: the discretisation of 1e-3 rounds pessimistically. 0 for no events.
+    An upper bound: the discretisation of 1e-3 rounds pessimistically. 0 for no events. Where the distribution
+    would be too wide to hold (σ < 0.05, or an ε above 1000), the bound by Rényi DP is returned instead, so that a
+    hostile plan costs neither memory nor time.
     """
     merged = _merge(events)
-    return _pld(merged, delta) if merged else 0.0
+    if not merged:
+        return 0.0
+    if any(e.noise_multiplier < _MIN_PLD_NOISE for e, _ in merged):
+        return epsilon_rdp([(SampledGaussian(1.0, e.noise_multiplier), steps) for e, steps in merged], delta)
+    if sum(steps / e.noise_multiplier**2 for e, steps in merged) > _MAX_PLD_STEPS:
+        bound = epsilon_rdp(merged, delta)
+        if bound > _MAX_PLD_EPSILON:
+            return bound
+    return _pld(merged, delta)
 
 
 def epsilon_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
@@ -88,13 +104,24 @@ def _merge(events: Iterable[tuple[SampledGaussian, int]]) -> tuple[tuple[Sampled
 
 @lru_cache(maxsize=65536)
 def rdp(event: SampledGaussian, order: float) -> float:
-    """Rényi divergence of order ``order`` of one step (Mironov, Talwar & Zhang 2019, through dp-accounting)."""
+    """Rényi divergence of order ``order`` of one step (Mironov, Talwar & Zhang 2019, through dp-accounting).
+
+    Never below the true value and never 0: exact for q = 1; below it 1e-12 covers the rounding of a sum of terms
+    near 1, in which the divergence of a very small q/σ would drown. Infinite where it cannot be computed.
+    """
+    sigma = event.noise_multiplier
+    if event.sample_rate == 1:
+        return order / 2 / sigma / sigma if sigma > 1e-150 else math.inf
     accountant = RdpAccountant(orders=[order])
-    accountant.compose(_event(event), 1)
-    # get_epsilon is rdp + conversion, clipped at 0; at a tiny delta it is never clipped, which gives rdp back.
-    tiny = 1e-300
-    value = float(accountant.get_epsilon(tiny)) - conversion(order, tiny)
-    return max(value, 0.0)
+    try:
+        # get_epsilon is rdp + conversion. Composed so often, the divergence outweighs the conversion and comes back
+        # with all its digits; of a single step, the subtraction would leave an absolute error of 1e-14.
+        accountant.compose(_event(event), _REPEAT)
+        tiny = 1e-300
+        value = (float(accountant.get_epsilon(tiny)) - conversion(order, tiny)) / _REPEAT
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
+    return math.inf if math.isnan(value) else max(value, 0.0) + _ROUNDING
 
 
 def conversion(order: float, delta: float) -> float:
@@ -137,8 +164,10 @@ class Filter:
     order: float
 
     def __post_init__(self) -> None:
-        if not self.order > 1:
-            raise VerificationError(f"a filter's order must be above 1, not {self.order!r}")
+        if not (1 < self.order < math.inf and 0 < self.delta < 1 and 0 < self.epsilon < math.inf):
+            raise VerificationError(
+                f"no filter has epsilon = {self.epsilon!r}, delta = {self.delta!r}, order = {self.order!r}"
+            )
 
     @property
     def budget(self) -> float:
@@ -150,19 +179,16 @@ class Filter:
         return max(0.0, spent + conversion(self.order, self.delta)) if spent > 0 else 0.0
 
     def affords(self, event: SampledGaussian, spent: float = 0.0) -> int:
-        """How many more steps of ``event`` fit under the cap."""
-        cost = rdp(event, self.order)
-        # The same comparison as `admits`, so that a plan accepted here is never stopped one step early by rounding.
-        steps = int(max(0.0, self.budget - spent) / cost)
-        while self.admits(spent + (steps + 1) * cost):
-            steps += 1
-        while steps > 0 and not self.admits(spent + steps * cost):
-            steps -= 1
-        return steps
+        """How many more steps of ``event`` fit under the cap.
+
+        Half of the tolerance of :meth:`admits` stays unused, so that a number promised here is never cut by the
+        rounding of the sum that grows step by step.
+        """
+        return int(max(0.0, self.budget * (1 + _TOLERANCE / 2) - spent) / rdp(event, self.order))
 
     def admits(self, total: float) -> bool:
         """Whether ``total`` RDP stays under the cap (a relative 1e-9 absorbs the rounding of long sums)."""
-        return total <= self.budget * (1 + 1e-9)
+        return total <= self.budget * (1 + _TOLERANCE)
 
 
 def best_order(epsilon: float, delta: float) -> float:

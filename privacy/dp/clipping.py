@@ -29,7 +29,7 @@ from fedveil.common.errors import ModelError
 Engine = Literal["opacus", "closed"]
 FLOAT_SLACK = 1e-6
 _TINY = 1e-30
-_COUPLED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_COUPLED = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the common base of every BatchNorm, lazy ones included
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,14 @@ class Clipper:
 
         Guarantee: adding or removing one record changes ``values`` by at most ``clip`` in L2 norm (up to
         :data:`FLOAT_SLACK` relative), whatever the record holds. Records whose gradient is not finite are left
-        out and the sum is taken again without them, since 0 · NaN is NaN.
+        out and the sum is taken again without them, since 0 · NaN is NaN; so are records whose class does not exist.
         """
-        finite = np.isfinite(X).all(axis=1)
-        excluded = int((~finite).sum())
+        usable = np.isfinite(X).all(axis=1) & (y >= 0)
+        if usable.any():
+            usable &= y < self._classes(X[usable][:1])
+        excluded = int((~usable).sum())
         if excluded:
-            X, y = X[finite], y[finite]
+            X, y = X[usable], y[usable]
         while len(X):
             values, bad = self._sum(torch.from_numpy(X), torch.from_numpy(y), clip)
             if not bad.any():
@@ -106,6 +108,10 @@ class Clipper:
         if not np.linalg.norm(values) <= len(X) * clip * (1 + FLOAT_SLACK):
             raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
         return ClippedSum(values, len(X), excluded)
+
+    @torch.no_grad()
+    def _classes(self, X: NDArray[np.float32]) -> int:
+        return self.model(torch.from_numpy(X).to(self.device, torch.float64)).shape[1]
 
     def _sum(self, X: torch.Tensor, y: torch.Tensor, clip: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         X, y = X.to(self.device, torch.float64), y.to(self.device)
@@ -156,10 +162,12 @@ def _dense_layers(model: nn.Module) -> list[nn.Linear] | None:
     if not isinstance(model, nn.Sequential):
         return None
     modules = list(model)
+    if len({id(m) for m in modules}) != len(modules) or any(m.bias is None for m in modules if type(m) is nn.Linear):
+        return None
     expected = [nn.Linear if i % 2 == 0 else nn.Tanh for i in range(len(modules))]
     if len(modules) % 2 == 0 or any(type(m) is not e for m, e in zip(modules, expected, strict=True)):
         return None
-    return [m for m in modules if isinstance(m, nn.Linear) and m.bias is not None]
+    return [m for m in modules if isinstance(m, nn.Linear)]
 
 
 def choose(make: Callable[[], nn.Module], inputs: int, classes: int, device: str = "cpu") -> Clipper:

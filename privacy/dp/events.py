@@ -6,13 +6,13 @@ accountant's input (``dp_accounting.DpEvent.from_named_tuple`` imports modules b
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from fedveil.common.errors import VerificationError
 
 SGM = "sampled-gaussian"
+_MAX_NOISE = 1e9
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SampledGaussian:
     def __post_init__(self) -> None:
         if not (0 < self.sample_rate <= 1):
             raise VerificationError(f"sample rate {self.sample_rate!r} is not in (0, 1]")
-        if not (math.isfinite(self.noise_multiplier) and 0 < self.noise_multiplier <= 1e9):
+        if not 0 < self.noise_multiplier <= _MAX_NOISE:
             raise VerificationError(f"noise multiplier {self.noise_multiplier!r} is not in (0, 1e9]")
 
     def to_json(self) -> dict[str, Any]:
@@ -45,4 +45,6 @@ def from_json(value: Any) -> SampledGaussian:
     q, sigma = value.get("sample_rate"), value.get("noise_multiplier")
     if type(q) not in (int, float) or type(sigma) not in (int, float):
         raise VerificationError("a privacy event without its numbers")
+    if not (0 < q <= 1 and 0 < sigma <= _MAX_NOISE):  # type: ignore[operator]
+        raise VerificationError("a privacy event whose numbers are out of bounds")
     return SampledGaussian(float(q), float(sigma))  # type: ignore[arg-type]
