@@ -44,7 +44,7 @@ class Contributions:
     def keep(self, round: int, packet: Packet) -> Packet:
         """Store ``packet``, mark the round, and drop the packets of earlier rounds, which nobody may ask for."""
         name = self._session.name
-        self._store.put(name("contribution", round), to_bytes(packet))
+        self._store.put(name("contribution", round), *to_parts(packet))
         self._store.put(name("spent", round), b"spent")
         for old in range(self._first_kept, round):
             if self._store.get(name("spent", old)) is None and self._store.get(name("contribution", old)) is not None:
@@ -58,16 +58,16 @@ class Contributions:
         self._store.erase(self._session.name("contribution", self._first_kept))
 
 
-def to_bytes(packet: Packet) -> bytes:
-    """A packet as one byte string."""
+def to_parts(packet: Packet) -> list[bytes]:
+    """A packet as byte strings to be stored one after the other."""
     head = canonical.dumps(
         {"header": packet.header, "buffers": [[name, len(data)] for name, data in packet.buffers.items()]}
     )
-    return b"".join([struct.pack("<I", len(head)), head, *packet.buffers.values()])
+    return [struct.pack("<I", len(head)), head, *packet.buffers.values()]
 
 
 def from_bytes(data: bytes) -> Packet:
-    """The packet of :func:`to_bytes`; the store is trusted, yet a damaged file is a :class:`SecureSumError`."""
+    """The packet of :func:`to_parts`; the store is trusted, yet a damaged file is a :class:`SecureSumError`."""
     try:
         (size,) = struct.unpack_from("<I", data)
         head = canonical.loads(data[4 : 4 + size])

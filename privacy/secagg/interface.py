@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 
 PROTOCOLS = ("keysum", "sharedkey", "plain", "none")
+REVEAL_TO = ("server", "sites")
 MAX_LENGTH = 1 << 30
 MAX_NONCE = 128
 READY = "sum/ready"
@@ -41,13 +43,17 @@ class SumSpec:
         protocol: ``keysum``, ``sharedkey``, ``plain`` or ``none``.
         session: 64 hexadecimal digits, unique per run.
         plan_hash: hash of the signed privacy plan, 64 hexadecimal digits.
-        roster: the members; the order of its sites gives the Shamir indices 1..n.
+        roster: the members; all signatures are checked against it.
         threshold: T, the number of answers that open a sum.
         min_members: n - d; a sum of fewer sites is never opened.
         length: D, the number of integers in a vector.
         bound: largest absolute value of any coordinate of any opened sum; the caller guarantees it except
             with negligible probability. One site's values may exceed it.
         rounds: the number of planned rounds, aborted ones included; rounds are numbered within 0..rounds.
+        colluders: c, how many sites may collude with the server; T must exceed half of helpers and colluders.
+        helpers: the committee that receives shares and opens sums, in roster order; empty for all sites. It must
+            have been drawn at random, by nobody's choice, from sites whose collusion does not depend on it.
+        reveal_to: who learns the sum: the ``server``, or only the ``sites`` (``keysum`` alone; see ``blinding``).
     """
 
     protocol: str
@@ -59,6 +65,9 @@ class SumSpec:
     length: int
     bound: int
     rounds: int
+    colluders: int = 0
+    helpers: tuple[SiteId, ...] = ()
+    reveal_to: str = "server"
 
     def __post_init__(self) -> None:
         n = len(self.roster.sites)
@@ -68,7 +77,8 @@ class SumSpec:
             if not is_hex(value, 64):
                 raise SecureSumError(f"the {what} is not 64 lower-case hexadecimal digits")
         for what, value, low, high in (
-            ("threshold", self.threshold, 1, n),
+            ("threshold", self.threshold, 1, len(self.all_helpers)),
+            ("number of colluders", self.colluders, 0, n - 1),
             ("smallest number of members", self.min_members, 1, n),
             ("length", self.length, 1, MAX_LENGTH),
             ("bound", self.bound, 0, (1 << 62) - 1),
@@ -76,6 +86,34 @@ class SumSpec:
         ):
             if not low <= value <= high:
                 raise SecureSumError(f"the {what} of a secure sum, {value}, is outside {low}..{high}")
+        order = [self.roster.index(site) for site in self.helpers]
+        if any(a >= b for a, b in pairwise(order)):
+            raise SecureSumError("the helpers of a secure sum are not distinct sites in roster order")
+        if self.reveal_to not in REVEAL_TO or (self.reveal_to != "server" and self.protocol != "keysum"):
+            raise SecureSumError(
+                f"the protocol {self.protocol!r} cannot reveal its sums to {self.reveal_to[:32]!r}",
+                hint="'server', or with keysum 'sites'",
+            )
+
+    @property
+    def all_helpers(self) -> tuple[SiteId, ...]:
+        """Who receives shares: the committee, or all sites; their order gives the Shamir indices 1..m."""
+        return self.helpers or tuple(m.site for m in self.roster.sites)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What two sites must have in common beside session, plan and roster; bound into every contribution."""
+        return {
+            "protocol": self.protocol,
+            "threshold": self.threshold,
+            "min_members": self.min_members,
+            "length": self.length,
+            "bound": self.bound,
+            "rounds": self.rounds,
+            "colluders": self.colluders,
+            "helpers": list(self.helpers),
+            "reveal_to": self.reveal_to,
+        }
 
     def check_round(self, round: int, nonce: str) -> None:
         """Raise :class:`SecureSumError` unless ``round`` is planned and ``nonce`` is 1 to 128 ASCII characters."""
@@ -135,6 +173,14 @@ class SiteSum(ABC):
     def open(self, request: Packet) -> Packet:
         """Help to open the agreed sum; :class:`HelperRefusal` otherwise."""
 
+    def unblind(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """The sum in :meth:`ServerSum.blinded`'s packet, (D,) int64, and its members.
+
+        Raises:
+            SecureSumError, WireError: sums are revealed to the server, or the packet does not hold.
+        """
+        raise SecureSumError("this session's sums are not blinded", hint='it needs reveal_to = "sites"')
+
     @abstractmethod
     def end(self) -> None:
         """Destroy the session's secrets. Calling it again does nothing."""
@@ -190,9 +236,21 @@ class ServerSum(ABC):
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """The opened sum, (D,) int64, and its members; :class:`SecureSumError` says why there is none."""
 
+    def blinded(self) -> Packet:
+        """The opened sum as only the sites can read it, for all of them (``reveal_to = "sites"``).
+
+        Raises:
+            SecureSumError: it says why there is none.
+        """
+        raise SecureSumError("this session's sums are not blinded", hint='it needs reveal_to = "sites"')
+
     @property
     def suspects(self) -> tuple[SiteId, ...]:
-        """Sites whose answers were wrong in the last opened round, in roster order."""
+        """Sites whose answers were wrong in the last opened round, in roster order.
+
+        A member that dealt a helper a wrong share makes that helper's answer wrong: grounds to ask others instead
+        (:class:`~fedveil.privacy.secagg.conduct.Conduct`), no proof.
+        """
         return ()
 
 

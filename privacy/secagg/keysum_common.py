@@ -1,13 +1,16 @@
 """Messages of the sum of keys, as both sides build and check them (docs/protocol.md).
 
 =======================  ==================================================================================
+``keysum/deal``          lead -> server: buffer ``boxes``, the sealed group key for every other joined site
+``keysum/group``         server -> site: buffer ``box``, the receiver's (both for blinded sums only)
 ``keysum/contribution``  site -> server: buffers ``ciphertext`` (7 bytes a coefficient) and ``shares`` (one box of
-                         8208 bytes for each joined site, in roster order); the header binds both by hash
-``keysum/members``       server -> sites: the members' signed headers
-``keysum/agreement``     site -> server: a signature of the digest of session, round and members
-``keysum/open``          server -> sites: T agreements on one digest; buffer ``shares``, the members' boxes
+                         8208 bytes for each joined helper, in roster order); the header binds both by hash
+``keysum/members``       server -> helpers: the members' signed headers
+``keysum/agreement``     helper -> server: a signature of the digest of session, round and members
+``keysum/open``          server -> helpers: T agreements on one digest; buffer ``shares``, the members' boxes
                          for the receiver
-``keysum/answer``        site -> server: buffer ``answer``, the sum of the shares modulo 65521, 2 bytes a coefficient
+``keysum/answer``        helper -> server: buffer ``answer``, the sum of the shares modulo 65521, 2 bytes a coefficient
+``keysum/blinded``       server -> sites: members, T agreements; buffer ``blinded``, 7 bytes a coefficient
 =======================  ==================================================================================
 """
 
@@ -29,6 +32,7 @@ from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
 
 CONTRIBUTION, MEMBERS, AGREEMENT = "keysum/contribution", "keysum/members", "keysum/agreement"
 OPEN, ANSWER = "keysum/open", "keysum/answer"
+DEAL, GROUP, BLINDED = "keysum/deal", "keysum/group", "keysum/blinded"
 SHARE_BYTES = 2 * N
 BOX_BYTES = SHARE_BYTES + TAG_BYTES
 _DOMAINS = {
@@ -105,7 +109,7 @@ def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, head
         if type(header[name]) is not type(value) or header[name] != value:
             raise SecureSumError(f"the contribution of {site!r} has another {name} than this round's")
     shares = header["shares"]
-    if not (is_hex(header["ciphertext"], 64) and isinstance(shares, list) and len(shares) == len(joins.sites)):
+    if not (is_hex(header["ciphertext"], 64) and isinstance(shares, list) and len(shares) == len(joins.helpers)):
         raise WireError(f"the contribution of {site!r} has a malformed header")
     if not all(is_hex(h, 64) for h in shares):
         raise WireError(f"the contribution of {site!r} has a malformed header")

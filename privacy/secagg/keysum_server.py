@@ -1,12 +1,13 @@
 """The server's half of the sum of keys (docs/protocol.md).
 
 It adds ciphertexts, never sees a key of a site, and opens one sum per round: with T sites' answers it interpolates
-the sum of the members' keys and nothing else. Wrong answers cannot be told from right ones beforehand; they show
-when the sum is opened, as errors that no sum of honest errors could have.
+the sum of the members' keys and nothing else. Wrong answers cannot be told from right ones beforehand. They show when
+there are more than T (Reed-Solomon), or when the sum is opened, as errors that no sum of honest errors could have.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice
 from typing import Any
@@ -17,17 +18,14 @@ from numpy.typing import NDArray
 from fedveil.common.errors import SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, shamir
+from fedveil.privacy.secagg import _seal, lattice, opening, reed_solomon, shamir
 from fedveil.privacy.secagg import keysum_common as messages
+from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec
-from fedveil.privacy.secagg.params import HALF_BITS, VARIANCE, N, Q, choose
+from fedveil.privacy.secagg.params import HALF_BITS, N, choose
 from fedveil.privacy.secagg.sealed import Joins
 
 MAX_TRIES = 256
-# A block's mean squared error stays below 1.5 times its variance except with probability exp(-193): errors are
-# strictly sub-Gaussian (sums of Rademacher variables), so that the chi-square bound 1.5^2048 * exp(-1024) holds.
-# Under a wrong key it is about delta^2 / 12, at least ten times as much for any parameters that choose() returns.
-EXCESS = 1.5
 
 
 class KeysumServer(ServerSum):
@@ -45,13 +43,24 @@ class KeysumServer(ServerSum):
     def begin(
         self, joins: Mapping[SiteId, Mapping[str, Any]], replies: Mapping[SiteId, Packet]
     ) -> dict[SiteId, Packet]:
-        """See :meth:`ServerSum.begin`; nothing is relayed."""
+        """See :meth:`ServerSum.begin`; for blinded sums the first site's sealed group key is relayed to all others."""
         self._joins = Joins(self._spec, joins)
+        blinds = self._spec.reveal_to == "sites"
+        lead, *others = self._joins.sites
         for site, packet in replies.items():
             if site not in self._joins.keys:
                 raise SecureSumError(f"a reply of {site!r}, which did not join")
-            packet.expect(READY)
-        return {}
+            packet.expect(messages.DEAL if blinds and site == lead else READY)
+        if not blinds:
+            return {}
+        if lead not in replies:
+            raise SecureSumError(f"{lead!r}, which makes the group key, has not replied")
+        boxes = replies[lead].buffer("boxes", GROUP_BOX_BYTES * len(others))
+        header = {"kind": messages.GROUP, "session": self._spec.session, "round": 0}
+        return {
+            site: Packet(header, {"box": boxes[i * GROUP_BOX_BYTES : (i + 1) * GROUP_BOX_BYTES]})
+            for i, site in enumerate(others)
+        }
 
     def start_round(self, round: int, nonce: str) -> None:
         """See :meth:`ServerSum.start_round`."""
@@ -75,7 +84,7 @@ class KeysumServer(ServerSum):
             raise SecureSumError(f"{site!r} contributed to round {round} before")
         said = messages.check_contribution(self._spec, joins, round, self._nonce, packet.header)
         data = packet.buffer("ciphertext", self._params.ciphertext_bytes)
-        boxes = packet.buffer("shares", messages.BOX_BYTES * len(joins.sites))
+        boxes = packet.buffer("shares", messages.BOX_BYTES * len(joins.helpers))
         if sha256(data) != said.ciphertext:
             raise SecureSumError(f"the ciphertext of {site!r} is not the one it signed")
         for i, expected in enumerate(said.shares):
@@ -100,7 +109,8 @@ class KeysumServer(ServerSum):
         self._digest = messages.members_digest(self._spec, round, self._digests)
         header = {"kind": messages.MEMBERS, "session": self._spec.session, "round": round, "nonce": self._nonce}
         header["members"] = [self._headers[site] for site in self.members]
-        return {site: Packet(header) for site in joins.sites}
+        self._announced = header
+        return {site: Packet(header) for site in joins.helpers}
 
     def add_agreement(self, site: SiteId, packet: Packet) -> None:
         """See :meth:`ServerSum.add_agreement`."""
@@ -110,7 +120,7 @@ class KeysumServer(ServerSum):
         self._agreements[site] = header["signature"]
 
     def open_requests(self) -> dict[SiteId, Packet]:
-        """See :meth:`ServerSum.open_requests`: to every site that agreed, as only those will answer."""
+        """See :meth:`ServerSum.open_requests`: to every helper that agreed, as only those will answer."""
         round, joins = self._open_round()
         if len(self._agreements) < self._spec.threshold:
             raise SecureSumError(
@@ -121,7 +131,7 @@ class KeysumServer(ServerSum):
         header["agreements"] = dict(self._agreements)
         requests = dict[SiteId, Packet]()
         for site in self._agreements:
-            at = joins.sites.index(site) * messages.BOX_BYTES
+            at = joins.helpers.index(site) * messages.BOX_BYTES
             boxes = [self._boxes[member][at : at + messages.BOX_BYTES] for member in self.members]
             requests[site] = Packet(header, {"shares": b"".join(boxes)})
         return requests
@@ -141,6 +151,27 @@ class KeysumServer(ServerSum):
 
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`ServerSum.result`. Beyond T answers, wrong ones are set aside and named in ``suspects``."""
+        if self._spec.reveal_to != "server":
+            raise SecureSumError("the sum is revealed to the sites only", hint="send them what blinded() returns")
+        round, opened = self._opened_round()
+        if not isinstance(opened, np.ndarray):
+            raise SecureSumError(f"round {round} was opened as a blinded sum")
+        return opened.copy(), self.members
+
+    def blinded(self) -> Packet:
+        """See :meth:`ServerSum.blinded`."""
+        if self._spec.reveal_to != "sites":
+            return super().blinded()
+        _, opened = self._opened_round()
+        header = self._announced | {"kind": messages.BLINDED, "digest": self._digest}
+        return Packet(header | {"agreements": dict(self._agreements)}, {"blinded": bytes(opened)})
+
+    @property
+    def suspects(self) -> tuple[SiteId, ...]:
+        """See :attr:`ServerSum.suspects`."""
+        return self._suspects
+
+    def _opened_round(self) -> tuple[int, NDArray[np.int64] | bytes]:
         round, _ = self._open_round()
         if self._opened is None:
             if len(self._answers) < self._spec.threshold:
@@ -149,81 +180,92 @@ class KeysumServer(ServerSum):
                 )
             self._opened = self._open(round)
             self._held, self._boxes = [], {}
-        return self._opened.copy(), self.members
+        return round, self._opened
 
-    @property
-    def suspects(self) -> tuple[SiteId, ...]:
-        """See :attr:`ServerSum.suspects`."""
-        return self._suspects
-
-    def _open(self, round: int) -> NDArray[np.int64]:
+    def _open(self, round: int) -> NDArray[np.int64] | bytes:
         sums = self._engine.total(self._held, self._params.blocks)
-        for sites, key in self._candidates():
+        read = self._decrypt if self._spec.reveal_to == "server" else self._blinded_sum
+        for trusted, wrong in self._candidates():
+            key = self._key(trusted)
             try:
-                values = self._decrypt(round, sums, key)
+                # No honest sum of keys is zero or this large, and SEAL refuses products with zero.
+                opened = read(round, sums, key) if 0 < np.abs(key).max() <= HALF_BITS * len(self._headers) else None
             finally:
                 key.fill(0)
-            if values is not None:
-                self._name_suspects(sites)
+            if opened is not None:
+                self._suspects = wrong if wrong is not None else self._not_on_the_polynomial_of(trusted)
                 self._answers = {}
-                return values
+                return opened
         raise SecureSumError(
             f"the shares that opened round {round} were wrong: the errors in the sum are not those of honest sites",
             hint="the round is lost; a site that sent wrong shares or answers must be found and excluded",
         )
 
-    def _candidates(self) -> Iterator[tuple[tuple[SiteId, ...], NDArray[np.int64]]]:
-        """Sums of keys by T answers each: first without anybody left out, then without one, two, ... sites."""
-        answered = sorted(self._answers, key=self._spec.roster.index)
-        spare = len(answered) - self._spec.threshold
+    def _candidates(self) -> Iterator[tuple[tuple[SiteId, ...], tuple[SiteId, ...] | None]]:
+        """T answers to open with, and the wrong ones among all where these are known.
+
+        First by Reed-Solomon: up to (R - T) / 2 wrong ones among R. Then, where the errors in the sum can tell right
+        from wrong, by leaving out one, two, ... sites, which finds more of them in small sessions.
+        """
+        answered, threshold = self._answered(), self._spec.threshold
+        rows = reed_solomon.wrong_rows(
+            [self._point(site) for site in answered], np.stack([self._answers[site] for site in answered]), threshold
+        )
+        if rows is not None:
+            wrong = tuple(answered[row] for row in rows)
+            yield tuple(site for site in answered if site not in wrong)[:threshold], wrong
+        if self._spec.reveal_to != "server":
+            return
         choices = (
-            tuple(site for site in answered if site not in left_out)[: self._spec.threshold]
-            for count in range(spare + 1)
+            tuple(site for site in answered if site not in left_out)[:threshold]
+            for count in range(len(answered) - threshold + 1)
             for left_out in combinations(answered, count)
         )
-        largest = HALF_BITS * len(self._headers)
         seen = set[tuple[SiteId, ...]]()
         for sites in islice(choices, MAX_TRIES):
-            if sites in seen:
-                continue
-            seen.add(sites)
-            points = [self._spec.roster.index(site) + 1 for site in sites]
-            key = shamir.centred(shamir.interpolate(points, np.stack([self._answers[site] for site in sites]))[0])
-            # No honest sum of keys is zero, and SEAL refuses products with zero.
-            if 0 < np.abs(key).max() <= largest:
-                yield sites, key
+            if sites not in seen:
+                seen.add(sites)
+                yield sites, None
+
+    def _answered(self) -> list[SiteId]:
+        return sorted(self._answers, key=self._spec.roster.index)
+
+    def _point(self, site: SiteId) -> int:
+        return self._spec.all_helpers.index(site) + 1
+
+    def _key(self, sites: tuple[SiteId, ...]) -> NDArray[np.int64]:
+        """The sum of the members' keys by T answers."""
+        answers = np.stack([self._answers[site] for site in sites])
+        return shamir.centred(shamir.interpolate([self._point(site) for site in sites], answers)[0])
 
     def _decrypt(self, round: int, sums: NDArray[np.uint64], key: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """The opened values, or None as soon as a block's errors are not those of a sum of honest sites."""
-        p, length = self._params, self._spec.length
+        p = self._params
         public = lattice.PublicPolynomials(self._spec.session, round, self._nonce)
-        decryptor = self._engine.decryptor(key)
-        shift = np.uint64(p.delta * lattice.message_offset(p))
-        allowed = EXCESS * VARIANCE * len(self._headers)
         per_block = p.per_coefficient * N
         out = np.empty(p.blocks * per_block, np.int64)
-        for first in range(0, p.blocks, lattice.CHUNK):
-            c0 = (sums[first : first + lattice.CHUNK] + shift) % np.uint64(Q)
-            a = public.take(len(c0))
-            noisy = lattice.reduce((c0 + self._engine.multiply(a, key)).view(np.int64))
-            message = self._engine.decrypt(decryptor, c0, self._engine.inverse(a))
-            error = (noisy - np.uint64(p.delta) * message).view(np.int64)
-            error = np.where(error > Q // 2, error - Q, error).astype(np.float64)
-            if float(np.mean(error * error, axis=1).max()) > allowed:
+        for first, noisy in opening.phases(self._engine, p, sums, public, key):
+            values = opening.values(noisy, p, len(self._headers))
+            if values is None:
                 return None
-            values = lattice.unpack_values(message, p)
-            out[first * per_block : (first + len(c0)) * per_block] = values.reshape(-1)
-        return out[:length]
+            out[first * per_block : (first + len(values)) * per_block] = values.reshape(-1)
+        return opening.bounded(out[: self._spec.length], self._spec.bound)
 
-    def _name_suspects(self, trusted: tuple[SiteId, ...]) -> None:
-        """Sites whose answer is not on the polynomial of those that opened the sum."""
-        others = [site for site in self._answers if site not in trusted]
-        if others:
-            index = self._spec.roster.index
-            known = np.stack([self._answers[site] for site in trusted])
-            right = shamir.interpolate([index(s) + 1 for s in trusted], known, [index(s) + 1 for s in others])
-            wrong = [s for s, row in zip(others, right, strict=True) if not np.array_equal(row, self._answers[s])]
-            self._suspects = tuple(sorted(wrong, key=index))
+    def _blinded_sum(self, round: int, sums: NDArray[np.uint64], key: NDArray[np.int64]) -> bytes:
+        """What the sites unblind, packed; whether its errors are honest only they can see."""
+        public = lattice.PublicPolynomials(self._spec.session, round, self._nonce)
+        out = io.BytesIO()
+        for _, noisy in opening.phases(self._engine, self._params, sums, public, key):
+            out.write(lattice.to_bytes(noisy))
+        return out.getvalue()
+
+    def _not_on_the_polynomial_of(self, trusted: tuple[SiteId, ...]) -> tuple[SiteId, ...]:
+        others = [site for site in self._answered() if site not in trusted]
+        if not others:
+            return ()
+        known = np.stack([self._answers[site] for site in trusted])
+        right = shamir.interpolate([self._point(s) for s in trusted], known, [self._point(s) for s in others])
+        return tuple(s for s, row in zip(others, right, strict=True) if not np.array_equal(row, self._answers[s]))
 
     def _check_signed(self, site: SiteId, header: dict[str, Any], expected: dict[str, Any]) -> None:
         if {k: v for k, v in header.items() if k != "signature"} != expected:
@@ -239,8 +281,8 @@ class KeysumServer(ServerSum):
         round, joins = self._open_round()
         if self._digest is None:
             raise SecureSumError(f"the members of round {round} are not announced yet")
-        if site not in joins.keys:
-            raise SecureSumError(f"a message of {site!r}, which did not join")
+        if site not in joins.helpers:
+            raise SecureSumError(f"a message of {site!r}, which is no helper or did not join")
         return round, self._digest
 
     def _forget(self) -> None:
@@ -251,5 +293,6 @@ class KeysumServer(ServerSum):
         self._digest: str | None = None
         self._agreements = dict[SiteId, str]()
         self._answers = dict[SiteId, NDArray[np.int64]]()
-        self._opened: NDArray[np.int64] | None = None
+        self._opened: NDArray[np.int64] | bytes | None = None
+        self._announced = dict[str, Any]()
         self._suspects: tuple[SiteId, ...] = ()

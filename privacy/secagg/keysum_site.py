@@ -8,6 +8,7 @@ the same key, not another set of members.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -20,11 +21,13 @@ from fedveil.common import canonical
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, shamir
+from fedveil.privacy.secagg import _seal, lattice, opening, shamir
 from fedveil.privacy.secagg import keysum_common as messages
-from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_bytes
+from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
+from fedveil.privacy.secagg.blinding import GroupKey
+from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_parts
 from fedveil.privacy.secagg.interface import READY, SiteSum, SumSpec
-from fedveil.privacy.secagg.params import N, choose
+from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
 from fedveil.privacy.secagg.store import Store
 
@@ -38,19 +41,27 @@ class KeysumSite(SiteSum):
         self._engine = _seal.engine(self._params.plain_bits)
         self._session = SessionKey(spec, site, store)
         self._contributions = Contributions(self._session, store)
+        self._group = GroupKey(self._session, store) if spec.reveal_to == "sites" else None
 
     def join_fields(self) -> dict[str, Any]:
         """``{"x25519": hex}``: this session's public key."""
         return {"x25519": self._session.public()}
 
     def begin(self, joins: Mapping[SiteId, Mapping[str, Any]]) -> Packet:
-        """See :meth:`SiteSum.begin`."""
-        self._session.join(joins)
-        return Packet({"kind": READY})
+        """See :meth:`SiteSum.begin`; for blinded sums the first joined site deals the group key."""
+        lead, *others = self._session.join(joins).sites
+        if self._group is None or self._site != lead:
+            return Packet({"kind": READY})
+        header = {"kind": messages.DEAL, "session": self._spec.session, "round": 0, "site": self._site}
+        return Packet(header, {"boxes": b"".join(self._group.deal(others))})
 
     def receive(self, packet: Packet) -> None:
-        """Nothing is relayed in this protocol."""
-        raise SecureSumError("an unexpected message in the protocol 'keysum'")
+        """Take the group key, if sums are blinded and another site deals it."""
+        joins = self._joined()
+        if self._group is None or self._site == joins.sites[0]:
+            raise SecureSumError("a key that this site did not expect")
+        messages.check_request(self._spec, packet, messages.GROUP)
+        self._group.take(joins.sites[0], packet.buffer("box", GROUP_BOX_BYTES))
 
     def contribute(self, round: int, nonce: str, values: NDArray[np.int64]) -> Packet:
         """See :meth:`SiteSum.contribute`: encrypt, share the key, seal, sign, store."""
@@ -81,12 +92,15 @@ class KeysumSite(SiteSum):
     def agree(self, request: Packet) -> Packet:
         """See :meth:`SiteSum.agree`: sign the announced members, one set per round."""
         try:
-            round, members = self._check_members(request)
+            joins = self._joined()
+            if self._site not in joins.helpers:
+                raise SecureSumError("this site is not on the committee that opens sums")
+            round, members = self._check_members(request, messages.MEMBERS)
+            self._check_own(round, members)
         except (WireError, IdentityError, SecureSumError) as e:
             raise _refusal(e) from e
         digest = messages.members_digest(self._spec, round, {m.site: m.digest for m in members})
-        joins = self._joined()
-        mine = joins.sites.index(self._site)
+        mine = joins.helpers.index(self._site)
         promise = {
             "digest": digest,
             "nonce": members[0].nonce,
@@ -113,11 +127,35 @@ class KeysumSite(SiteSum):
             raise _refusal(e) from e
         header = messages.answer_header(self._spec, round, self._site, promise["digest"], sha256(answer))
         packet = Packet(messages.sign_header(self._signing_key, header), {"answer": answer})
-        self._store.put(self._session.name("answer", round), to_bytes(packet))
+        self._store.put(self._session.name("answer", round), *to_parts(packet))
         return packet
 
+    def unblind(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """See :meth:`SiteSum.unblind`: T helpers agreed on the members, and the errors are those of honest sites."""
+        if self._group is None:
+            return super().unblind(packet)
+        round, found = self._check_members(packet, messages.BLINDED)
+        members, p = tuple(m.site for m in found), self._params
+        digest = messages.members_digest(self._spec, round, {m.site: m.digest for m in found})
+        self._check_agreements(packet, round, digest)
+        data = memoryview(packet.buffer("blinded", p.ciphertext_bytes))
+        blinds = self._group.streams(self._spec.session, round, found[0].nonce, members)
+        step, per_block = lattice.CHUNK * N * COEFFICIENT_BYTES, p.per_coefficient * N
+        out = np.empty(p.blocks * per_block, np.int64)
+        for first in range(0, p.blocks, lattice.CHUNK):
+            x = lattice.from_bytes(data[first // lattice.CHUNK * step :][:step])
+            for blind in blinds:
+                x = lattice.reduce((x - blind.take(len(x))).view(np.int64))
+            values = opening.values(x, p, len(members))
+            if values is None:
+                raise SecureSumError(f"the blinded sum of round {round} does not open to a sum of honest sites")
+            out[first * per_block : (first + len(x)) * per_block] = values.reshape(-1)
+        return opening.bounded(out[: self._spec.length], self._spec.bound), members
+
     def end(self) -> None:
-        """Destroy the session's X25519 key: sealed shares that somebody recorded stay sealed for ever."""
+        """Destroy the session's keys: sealed shares that somebody recorded stay sealed for ever."""
+        if self._group is not None:
+            self._group.destroy()
         self._session.destroy()
         self._contributions.drop()
 
@@ -127,11 +165,15 @@ class KeysumSite(SiteSum):
         return self._session.joins
 
     def _encrypt(self, round: int, nonce: str, values: NDArray[np.int64], secret: NDArray[np.int64]) -> bytes:
-        """delta * m + e - a * s modulo q, chunk by chunk, packed."""
+        """delta * m + e - a * s modulo q, and the blinding if there is one, chunk by chunk, packed.
+
+        Written into one growing buffer, so that there is one copy of the ciphertext.
+        """
         p = self._params
         public, errors = lattice.PublicPolynomials(self._spec.session, round, nonce), lattice.Stream.fresh()
+        blind = None if self._group is None else self._group.stream(self._spec.session, round, nonce, self._site)
         per_block = p.per_coefficient * N
-        out = list[bytes]()
+        out = io.BytesIO()
         for first in range(0, p.blocks, lattice.CHUNK):
             blocks = min(lattice.CHUNK, p.blocks - first)
             piece = values[first * per_block : (first + blocks) * per_block]
@@ -140,23 +182,28 @@ class KeysumSite(SiteSum):
             x = lattice.encode(piece.reshape(blocks, p.per_coefficient, N), p)
             x += lattice.small(errors, (blocks, N))
             x -= self._engine.multiply(public.take(blocks), secret).view(np.int64)
-            out.append(lattice.to_bytes(lattice.reduce(x)))
-        return b"".join(out)
+            if blind is not None:
+                x += blind.take(blocks).view(np.int64)
+            out.write(lattice.to_bytes(lattice.reduce(x)))
+        return out.getvalue()
 
     def _seal_shares(self, joins: Joins, round: int, nonce: str, digest: str, secret: NDArray[np.int64]) -> list[bytes]:
-        """One box per joined site, this one included, in roster order."""
-        shares = shamir.share(secret, self._spec.threshold, len(self._spec.roster.sites))
+        """One box per joined helper, in the helpers' order."""
+        helpers = self._spec.all_helpers
+        shares = shamir.share(secret, self._spec.threshold, len(helpers))
         context = messages.box_context(round, nonce, digest)
         boxes = [
-            self._session.seal(site, context, shares[self._spec.roster.index(site)].astype("<u2").tobytes())
-            for site in joins.sites
+            self._session.seal(site, context, row.astype("<u2").tobytes())
+            for site, row in zip(helpers, shares, strict=True)
+            if site in joins.keys
         ]
         shares.fill(0)
         return boxes
 
-    def _check_members(self, request: Packet) -> tuple[int, list[messages.Contribution]]:
+    def _check_members(self, request: Packet, kind: str) -> tuple[int, list[messages.Contribution]]:
+        """The round and the announced members, every header verified."""
         spec, joins = self._spec, self._joined()
-        round = messages.check_request(spec, request, messages.MEMBERS)
+        round = messages.check_request(spec, request, kind)
         headers, nonce = request.header.get("members"), request.header.get("nonce")
         if not isinstance(headers, list) or not isinstance(nonce, str) or len(headers) > len(joins.sites):
             raise WireError("the announced members are malformed")
@@ -167,12 +214,14 @@ class KeysumSite(SiteSum):
         order = [spec.roster.index(m.site) for m in members]
         if any(a >= b for a, b in pairwise(order)):
             raise SecureSumError("a site is announced twice, or the members are out of order")
+        return round, members
+
+    def _check_own(self, round: int, members: list[messages.Contribution]) -> None:
         for m in members:
             if m.site == self._site:
                 own = self.replay(round)
                 if own is None or canonical.digest(own.header) != m.digest:
                     raise SecureSumError("this site is announced with a contribution that it did not make")
-        return round, members
 
     def _promise(self, round: int) -> dict[str, Any]:
         self._joined()
@@ -182,17 +231,17 @@ class KeysumSite(SiteSum):
         return canonical.loads(data)
 
     def _check_agreements(self, request: Packet, round: int, digest: str) -> None:
-        """T signatures of distinct sites on the members this site itself agreed to."""
+        """T signatures of distinct helpers on ``digest``."""
         if request.header.get("digest") != digest:
             raise SecureSumError(f"other members than those agreed for round {round}")
         agreements = request.header.get("agreements")
-        if not isinstance(agreements, dict) or len(agreements) > len(self._spec.roster.sites):
+        if not isinstance(agreements, dict) or len(agreements) > len(self._spec.all_helpers):
             raise WireError("the agreements are malformed")
         if len(agreements) < self._spec.threshold:
             raise SecureSumError(f"{len(agreements)} agreements are fewer than the threshold {self._spec.threshold}")
         for site, signature in agreements.items():
-            if site not in self._joined().keys:
-                raise SecureSumError("an agreement of a site that did not join")
+            if site not in self._joined().helpers:
+                raise SecureSumError("an agreement of a site that is no helper or did not join")
             header = messages.agreement_header(self._spec, round, site, digest)
             messages.check_signature(self._spec, site, {**header, "signature": signature})
 

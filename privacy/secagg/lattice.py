@@ -45,16 +45,14 @@ class Stream:
         return out[: 8 * count].view("<u8")
 
 
-class PublicPolynomials:
-    """The round's public polynomials a_1, a_2, ... in SEAL's transform domain, uniform in [0, q).
+class Uniform:
+    """Polynomials with coefficients uniform in [0, q), from a stream by rejection of words of 56 bits.
 
-    They come from H("a" || session || round || nonce) by AES-256-CTR and rejection of words of 56 bits, in one
-    sequence: the server chooses labels, not polynomials, and the size of the pieces read does not matter.
+    They come in one sequence: the size of the pieces taken does not matter.
     """
 
-    def __init__(self, session: str, round: int, nonce: str) -> None:
-        label = f"fedveil/keysum/a/1|{session}|{round}|{nonce}"
-        self._stream = Stream(hashlib.sha256(label.encode()).digest())
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self._left = np.empty(0, np.uint64)
 
     def take(self, blocks: int) -> NDArray[np.uint64]:
@@ -71,6 +69,17 @@ class PublicPolynomials:
         joined = np.concatenate(found)
         self._left = joined[need:].copy()
         return joined[:need].reshape(blocks, N)
+
+
+class PublicPolynomials(Uniform):
+    """The round's public polynomials a_1, a_2, ... in SEAL's transform domain.
+
+    The stream's key is H("a" || session || round || nonce): the server chooses labels, not polynomials.
+    """
+
+    def __init__(self, session: str, round: int, nonce: str) -> None:
+        label = f"fedveil/keysum/a/1|{session}|{round}|{nonce}"
+        super().__init__(Stream(hashlib.sha256(label.encode()).digest()))
 
 
 def small(stream: Stream, shape: tuple[int, ...]) -> NDArray[np.int64]:
@@ -146,7 +155,7 @@ def to_bytes(coefficients: NDArray[np.uint64]) -> bytes:
     return coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES].tobytes()
 
 
-def from_bytes(data: bytes) -> NDArray[np.uint64]:
+def from_bytes(data: bytes | memoryview) -> NDArray[np.uint64]:
     """The (blocks, N) coefficients of :func:`to_bytes`; :class:`WireError` if one is not below q."""
     wide = np.zeros((len(data) // COEFFICIENT_BYTES, 8), np.uint8)
     wide[:, :COEFFICIENT_BYTES] = np.frombuffer(data, np.uint8).reshape(-1, COEFFICIENT_BYTES)

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from fedveil.common.errors import SecureSumError
+from fedveil.privacy.secagg.committee import colluders as committee_colluders
 from fedveil.privacy.secagg.interface import SumSpec
 
 N = 4096
@@ -23,9 +24,10 @@ Q = 1012 * (1 << LOG_DELTA_T) + 1
 COEFFICIENT_BYTES = 7  # q has 56 bits
 HALF_BITS = 42  # an error is the difference of two sums of so many bits: variance 21, at most 42
 VARIANCE = HALF_BITS / 2
-MAX_SITES = 200  # shares grow with n^2; a committee would be needed beyond
+MAX_SITES = 1000  # the announcement of the members, 700 + 67 m bytes each, must fit into a header of 4 MiB
+MAX_HELPERS = 200  # every site sends every helper a share of 8 KB
 MAX_FAILURE_LOG2 = -40
-_MIN_PLAIN_BITS = 44
+_MIN_PLAIN_BITS = 43
 
 CKKS_SLOTS = 2048
 CKKS_SCALE_BITS = 21
@@ -40,7 +42,8 @@ class KeysumParams:
     Attributes:
         plain_bits: t = 2^plain_bits.
         delta: (q - 1) / t, what a message is multiplied with.
-        base: B = 2 * bound + 1, the distance between values packed into one coefficient.
+        base: B, odd and at least 2 * bound + 1, the distance between values packed into one coefficient; as large as
+            k values allow, so that a sum that leaves its bound is noticed in each of them.
         per_coefficient: k, values per coefficient; B^k <= t.
         blocks: polynomials per vector.
         failure_log2: log2 of the bound on the probability that any coefficient of the run decrypts wrongly.
@@ -65,14 +68,10 @@ def choose(spec: SumSpec) -> KeysumParams:
     Raises:
         SecureSumError: the threshold, the number of sites, the bound or the failure bound cannot hold.
     """
-    n, t = len(spec.roster.sites), spec.threshold
+    n = len(spec.roster.sites)
     if not 2 <= n <= MAX_SITES:
         raise SecureSumError(f"keysum over {n} sites", hint=f"it is made for 2 to {MAX_SITES}")
-    if not n < 2 * t <= 2 * n:
-        raise SecureSumError(
-            f"a threshold of {t} for {n} sites",
-            hint="more than half of the sites, or two different sums could be opened",
-        )
+    _check_helpers(spec, n)
     if spec.min_members < 2:
         raise SecureSumError("a sum of one site would be opened", hint="min_members must be at least 2")
     for plain_bits in range(LOG_DELTA_T, _MIN_PLAIN_BITS - 1, -1):
@@ -85,19 +84,33 @@ def choose(spec: SumSpec) -> KeysumParams:
     )
 
 
+def _check_helpers(spec: SumSpec, n: int) -> None:
+    """Two sets of members can never both be agreed upon: 2T > m + c_m, the helpers and those of them who collude."""
+    m, threshold = len(spec.all_helpers), spec.threshold
+    if m > MAX_HELPERS:
+        raise SecureSumError(f"keysum with {m} helpers", hint=f"name a committee of at most {MAX_HELPERS}")
+    colluding = committee_colluders(n, spec.colluders, m)
+    if not m + colluding < 2 * threshold <= 2 * m:
+        raise SecureSumError(
+            f"a threshold of {threshold} for {m} helpers of whom {colluding} may collude",
+            hint="more than half of helpers and colluders together, or two different sums could be opened",
+        )
+
+
 def _with(spec: SumSpec, n: int, plain_bits: int) -> KeysumParams | None:
-    base = 2 * spec.bound + 1
-    packings = [k for k in (4, 3, 2, 1) if base**k <= 1 << plain_bits]
-    if not packings:
+    k = next((k for k in (4, 3, 2, 1) if (2 * spec.bound + 1) ** k <= 1 << plain_bits), 0)
+    if not k:
         return None
+    base = int(2 ** (plain_bits / k))
+    base -= 1 - base % 2
     delta = (Q - 1) >> plain_bits
-    blocks = -(-spec.length // (packings[0] * N))
+    blocks = -(-spec.length // (k * N))
     # One less than half of delta for the rounding inside the decryption.
     exponent = (delta / 2 - 1) ** 2 / (HALF_BITS * n)
     failure = 1 + math.log2(blocks * N) + math.log2(spec.rounds + 1) - exponent / math.log(2)
     if failure > MAX_FAILURE_LOG2:
         return None
-    return KeysumParams(plain_bits, delta, base, packings[0], blocks, failure)
+    return KeysumParams(plain_bits, delta, base, k, blocks, failure)
 
 
 def check_sharedkey(spec: SumSpec) -> None:

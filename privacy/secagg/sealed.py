@@ -28,7 +28,9 @@ _NONCE = bytes(12)
 
 
 class Joins:
-    """The X25519 keys of the joined sites, in roster order; one digest stands for all of them.
+    """The X25519 keys of the joined sites, in roster order; one digest stands for them and the session's figures.
+
+    ``helpers`` are the joined sites that receive shares.
 
     Raises:
         SecureSumError: a site is not on the roster, a key is malformed or used twice, or too few sites joined.
@@ -46,14 +48,16 @@ class Joins:
             raise SecureSumError("a site that is not on the roster joined")
         if len(set(keys.values())) != len(keys):
             raise SecureSumError("two sites joined with one X25519 key", hint="every site makes its own")
-        if len(keys) < max(spec.threshold, spec.min_members):
-            raise SecureSumError(
-                f"{len(keys)} sites joined; {max(spec.threshold, spec.min_members)} are needed",
-                hint="wait for more sites",
-            )
         self.keys = keys
         self.sites = tuple(keys)
-        self.digest = canonical.digest(keys)
+        self.helpers = tuple(site for site in spec.all_helpers if site in keys)
+        for what, have, need in (
+            ("sites", len(keys), spec.min_members),
+            ("helpers", len(self.helpers), spec.threshold),
+        ):
+            if have < need:
+                raise SecureSumError(f"{have} {what} joined; {need} are needed", hint="wait for more sites")
+        self.digest = canonical.digest([spec.figures, keys])
 
 
 class SessionKey:

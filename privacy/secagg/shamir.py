@@ -1,9 +1,9 @@
 """Shamir's secret sharing of small polynomials, coefficient by coefficient, modulo a 16-bit prime.
 
-Site i (1..n in roster order) receives f(i) for a polynomial f of degree T - 1 with f(0) = the secret and uniform
-other coefficients: T - 1 shares are uniform and independent of the secret, T give it (Shamir, CACM 1979). Shares of
-a sum are the sum of shares. Products of two 16-bit numbers, at most 2^21 of them added, are exact in float64,
-so that matrix products run in BLAS.
+Helper i (1..n in the helpers' order) receives f(i) for a polynomial f of degree T - 1 with f(0) = the secret and
+uniform other coefficients: T - 1 shares are uniform and independent of the secret, T give it (Shamir, CACM 1979).
+Shares of a sum are the sum of shares. Products of two 16-bit numbers, at most 2^21 of them added, are exact in
+float64, so that matrix products run in BLAS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def share(secret: NDArray[np.int64], threshold: int, n: int) -> NDArray[np.uint1
         n: number of shares, below P.
 
     Returns:
-        (n, N): row i - 1 is site i's.
+        (n, N): row i - 1 is helper i's.
     """
     if not 1 <= threshold <= n < P:
         raise SecureSumError(f"{threshold} of {n} is not a valid threshold below {P}")
@@ -52,15 +52,24 @@ def interpolate(
     points: Sequence[int], values: NDArray[np.int64], at: Sequence[int] = (0,), prime: int = P
 ) -> NDArray[np.int64]:
     """The polynomials of degree below ``len(points)`` through ``values`` (points, N), evaluated ``at``: (at, N)."""
-    weights = np.empty((len(at), len(points)))
-    for row, x in enumerate(at):
-        for column, i in enumerate(points):
-            top = bottom = 1
-            for j in points:
-                if j != i:
-                    top, bottom = top * (x - j) % prime, bottom * (i - j) % prime
-            weights[row, column] = top * pow(bottom, -1, prime) % prime
-    return (weights @ values.astype(np.float64) % prime).astype(np.int64)
+    x, places = np.asarray(points, np.int64), np.asarray(at, np.int64)[:, None]
+    top, bottom = np.ones((len(at), len(x)), np.int64), np.ones(len(x), np.int64)
+    for j in range(len(x)):
+        others = np.arange(len(x)) != j
+        top[:, others] = top[:, others] * (places - x[j]) % prime
+        bottom[others] = bottom[others] * (x[others] - x[j]) % prime
+    weights = top * inverse(bottom, prime) % prime
+    return (weights.astype(np.float64) @ values.astype(np.float64) % prime).astype(np.int64)
+
+
+def inverse(values: NDArray[np.int64], prime: int = P) -> NDArray[np.int64]:
+    """1 / values modulo ``prime``, by Fermat: values^(prime - 2); none of them may be zero modulo ``prime``."""
+    out, power, exponent = np.ones_like(values), values % prime, prime - 2
+    while exponent:
+        if exponent & 1:
+            out = out * power % prime
+        power, exponent = power * power % prime, exponent >> 1
+    return out
 
 
 def centred(values: NDArray[np.int64]) -> NDArray[np.int64]:

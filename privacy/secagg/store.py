@@ -18,8 +18,8 @@ class Store(ABC):
     """Named byte strings; what was written once never changes. Names are 1 to 160 characters of a-z, 0-9, '-'."""
 
     @abstractmethod
-    def put(self, name: str, data: bytes) -> None:
-        """Write ``data`` under ``name``; it survives a crash once this returns.
+    def put(self, name: str, *parts: bytes) -> None:
+        """Write the joined ``parts`` under ``name``; they survive a crash once this returns.
 
         Raises:
             SecureSumError: other bytes are stored under ``name`` (equal bytes are fine), or the disk refuses.
@@ -40,8 +40,9 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self._data: dict[str, bytes] = {}
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, *parts: bytes) -> None:
         """See :meth:`Store.put`."""
+        data = b"".join(parts)
         if self._data.setdefault(_checked(name), data) != data:
             raise _conflict(name)
 
@@ -69,12 +70,12 @@ class DirectoryStore(Store):
         except OSError as e:
             raise _unwritable(path, e) from e
 
-    def put(self, name: str, data: bytes) -> None:
-        """See :meth:`Store.put`."""
+    def put(self, name: str, *parts: bytes) -> None:
+        """See :meth:`Store.put`; large parts are written as they are, without a copy."""
         target = self._path / _checked(name)
         held = self.get(name)
         if held is not None:
-            if held != data:
+            if held != b"".join(parts):
                 raise _conflict(name)
             return
         temporary = self._path / f".{name}.{secrets.token_hex(8)}"
@@ -82,7 +83,7 @@ class DirectoryStore(Store):
             try:
                 fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 with os.fdopen(fd, "wb") as f:
-                    f.write(data)
+                    f.writelines(parts)
                     f.flush()
                     os.fsync(f.fileno())
                 # Linking, unlike renaming, fails if another process was faster: write-once holds between processes.
@@ -91,7 +92,7 @@ class DirectoryStore(Store):
                 temporary.unlink(missing_ok=True)
             self._sync()
         except FileExistsError as e:
-            if self.get(name) != data:
+            if self.get(name) != b"".join(parts):
                 raise _conflict(name) from e
         except OSError as e:
             raise _unwritable(target, e) from e

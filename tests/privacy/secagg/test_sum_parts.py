@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.errors import SecureSumError, WireError
-from fedveil.privacy.secagg import keysum_server, keysum_site, lattice, params, shamir
+from fedveil.privacy.secagg import keysum_server, keysum_site, lattice, opening, params, shamir
 from fedveil.privacy.secagg.params import KeysumParams, N, Q
 
 # ---- shamir
@@ -117,7 +117,7 @@ def test_the_test_of_errors_sees_a_narrower_a_shifted_and_a_repeated_error():
 
 def test_the_errors_of_an_opened_sum_have_the_variance_of_its_members(session, monkeypatch):
     def opens(excess: float) -> bool:
-        monkeypatch.setattr(keysum_server, "EXCESS", excess)
+        monkeypatch.setattr(opening, "EXCESS", excess)
         s = session("keysum", 4, length=10)
         try:
             s.sum(1, dict.fromkeys(s.names, np.zeros(10, np.int64)))
@@ -237,9 +237,13 @@ def test_an_encoding_that_reduces_its_message_first_would_reveal_the_split(sessi
 # ---- parameters
 
 
-def _spec(n=10, threshold=7, min_members=8, length=1 << 20, bound=1 << 20, rounds=1000) -> Any:
+def _spec(
+    n=10, threshold=7, min_members=8, length=1 << 20, bound=1 << 20, rounds=1000, colluders=0, helpers=None
+) -> Any:
     return SimpleNamespace(
         roster=SimpleNamespace(sites=range(n)),
+        all_helpers=range(n if helpers is None else helpers),
+        colluders=colluders,
         threshold=threshold,
         min_members=min_members,
         length=length,
