@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench bench-simulate wheel clean
+.PHONY: demo test test-slow check bench bench-secagg bench-round wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -23,6 +23,12 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest -q -m bench tests/bench -s
+
+bench-secagg: $(STAMP)
+	$(BIN)/python tests/bench/secagg_table.py
+
+bench-round: $(STAMP)
+	$(BIN)/python tests/bench/round_ratio.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build

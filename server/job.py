@@ -149,8 +149,18 @@ def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) ->
     job = Job(run, opened.body["session"], plan, roster, key, journal, state, first_round=first, nonce=nonce, **options)
     if any(True for _ in journal.of_kind("run.joined")) and joins.exists():
         job.joins = canonical.loads(joins.read_bytes())
+    _mend_metrics(run / "metrics.jsonl", first)
     journal.append("run.resumed", {"session": job.session, "round": first})
     return job
+
+
+def _mend_metrics(path: Path, first: int) -> None:
+    """Drop a line that a crash tore, and lines of rounds that will be run again."""
+    if not path.exists():
+        return
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    kept = [line for line in lines if json.loads(line)["round"] < first]
+    write_durably(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def write_durably(path: Path, data: bytes) -> None:
