@@ -1,0 +1,199 @@
+"""A server and four hospitals as processes over mTLS: the honest run, and runs in which somebody dies."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fedveil.common.wire import sha256
+from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.privacy.report.verify import Verification, verify_report
+
+EAST, NORTH, SOUTH, WEST = HOSPITALS
+
+
+def verified(c, *, ok: bool = True) -> Verification:
+    """The verification of a run's report under the consortium's key from outside the bundle."""
+    key = (c.home / "pki" / "consortium" / "consortium.pub").read_text()
+    result = verify_report(c.run / "report.json", consortium_key=key)
+    assert result.ok is ok, [x for x in result.checks if not x.passed]
+    return result
+
+
+def check(result: Verification, name: str) -> str:
+    return next(x.detail for x in result.checks if x.name == name)
+
+
+@pytest.fixture(scope="module")
+def honest(consortium):
+    c = consortium("honest", forked=False, steps=6)
+    c.everybody()
+    codes = {name: c.code(name) for name in c.processes}
+    assert set(codes.values()) == {0}, codes
+    return c
+
+
+def test_every_ledger_was_charged_once_for_every_step(honest):
+    for site in HOSPITALS:
+        assert honest.charged(site) == list(range(1, 7))
+
+
+def test_the_server_never_saw_a_sum_of_fewer_than_all(honest):
+    assert [r["members"] for r in honest.of_kind("round.applied")] == [list(HOSPITALS)] * 6
+
+
+def test_the_model_is_the_one_that_the_journal_names(honest):
+    data = (honest.run / "model.f32").read_bytes()
+    assert sha256(data) == honest.of_kind("run.end")[0]["model_hash"]
+    weights = np.frombuffer(data, "<f4")
+    assert np.isfinite(weights).all()
+    assert weights.any()
+
+
+def test_the_report_verifies_as_a_command(honest):
+    key = honest.home / "pki" / "consortium" / "consortium.pub"
+    command = [sys.executable, "-m", "fedveil", "audit", "verify", str(honest.run), "--consortium-key", str(key)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (honest.run / "report.html").stat().st_size > 1000
+
+
+def test_no_record_is_in_what_the_server_holds(honest):
+    # Negative control first: the search does find a value that is there.
+    rows = (honest.home / EAST / "patients.csv").read_text().splitlines()[1:]
+    assert rows[0] in (honest.home / EAST / "patients.csv").read_text()
+    held = b"".join(p.read_bytes() for p in sorted(honest.run.rglob("*")) if p.is_file())
+    for site in HOSPITALS:
+        for row in (honest.home / site / "patients.csv").read_text().splitlines()[1:]:
+            assert row.encode() not in held
+
+
+def test_private_state_is_private(honest):
+    for site in HOSPITALS:
+        for path in (honest.home / site / "state").rglob("*"):
+            if path.name.startswith("quality") or path.is_dir():
+                continue
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.fixture(scope="module")
+def one_dies(consortium):
+    c = consortium("dies", steps=20)
+    c.everybody()
+    c.until_round(3)
+    c.kill(WEST)
+    codes = {name: c.code(name) for name in c.processes if name != WEST}
+    assert set(codes.values()) == {0}, codes
+    return c
+
+
+def test_the_run_completes_without_it(one_dies):
+    assert one_dies.of_kind("run.end")[0]["status"] == "COMPLETED"
+    assert set(one_dies.of_kind("round.applied")[-1]["members"]) == {EAST, NORTH, SOUTH}
+    for site in (EAST, NORTH, SOUTH):
+        assert one_dies.charged(site) == list(range(1, 21))
+
+
+def test_a_dead_site_costs_one_wait_not_one_for_every_message(one_dies):
+    slow = [m["round"] for m in one_dies.metrics() if m["seconds"] > 2]
+    assert len(slow) <= 2, one_dies.metrics()
+
+
+def test_its_ledger_is_named_as_not_handed_over_and_all_else_is_checked(one_dies):
+    result = verified(one_dies)
+    assert check(result, "ledgers delivered") == f"not delivered: {WEST}"
+    assert {f"ledger of {s}" for s in (EAST, NORTH, SOUTH)} < {x.name for x in result.checks}
+    assert WEST not in one_dies.of_kind("run.end")[0]["heads"]
+
+
+@pytest.fixture(scope="module")
+def one_returns(consortium):
+    c = consortium("returns", steps=12)
+    c.everybody()
+    c.until_round(3)
+    # The server stands still while the hospital dies and is started again, so that the run cannot be over first.
+    c.processes["server"].send_signal(signal.SIGSTOP)
+    c.kill(WEST)
+    before = c.log(WEST)
+    c.site(WEST)
+    c.until("the second start", lambda: "connecting" in c.log(WEST)[len(before) :])
+    c.processes["server"].send_signal(signal.SIGCONT)
+    codes = {name: c.code(name) for name in c.processes}
+    assert set(codes.values()) == {0}, codes
+    return c
+
+
+def test_it_takes_part_again(one_returns):
+    assert one_returns.of_kind("run.end")[0]["status"] == "COMPLETED"
+    assert set(one_returns.of_kind("round.applied")[-1]["members"]) == set(HOSPITALS)
+
+
+def test_nothing_was_charged_twice_and_everything_verifies(one_returns):
+    for site in HOSPITALS:
+        assert one_returns.charged(site) == list(range(1, 13))
+    assert check(verified(one_returns), "ledgers delivered") == "all 4"
+
+
+@pytest.fixture(scope="module")
+def resumed(consortium):
+    c = consortium("resumed", steps=20)
+    c.everybody()
+    c.until_round(4)
+    c.kill("server")
+    c.cut = len(c.metrics())
+    c.server("resume")
+    codes = {name: c.code(name) for name in c.processes}
+    assert set(codes.values()) == {0}, codes
+    return c
+
+
+def test_it_goes_on_where_it_stopped(resumed):
+    assert resumed.cut < 20
+    assert len(resumed.of_kind("run.resumed")) == 1
+    assert resumed.of_kind("run.end")[0] | {"steps_done": 20, "status": "COMPLETED"} == resumed.of_kind("run.end")[0]
+    assert [r["round"] for r in resumed.of_kind("round.open")] == list(range(1, 21))
+
+
+def test_no_round_was_charged_twice(resumed):
+    for site in HOSPITALS:
+        assert Counter(resumed.charged(site)) == Counter(range(1, 21))
+    verified(resumed)
+
+
+@pytest.fixture(scope="module")
+def two_die(consortium):
+    c = consortium("aborted", steps=20)
+    c.everybody()
+    c.until_round(3)
+    c.kill(SOUTH, WEST)
+    assert c.code("server") == 90, c.log("server")
+    return c
+
+
+def test_the_run_is_aborted_and_its_rounds_are_charged(two_die):
+    end = two_die.of_kind("run.end")[0]
+    aborted = [r["round"] for r in two_die.of_kind("round.aborted")]
+    assert end["status"] == "ABORTED"
+    assert len(aborted) == 3
+    assert two_die.charged(EAST) == two_die.charged(NORTH) == list(range(1, aborted[-1] + 1))
+
+
+def test_the_last_model_is_kept(two_die):
+    data = (two_die.run / "model.f32").read_bytes()
+    assert sha256(data) == two_die.of_kind("round.applied")[-1]["model_hash"]
+
+
+def test_the_report_names_what_is_missing(two_die):
+    result = verified(two_die, ok=False)
+    bad = [x for x in result.checks if not x.passed]
+    assert [x.name for x in bad] == ["ledgers delivered"]
+    assert "2 ledgers" in bad[0].detail
+
+
+def test_the_others_end_without_an_error(two_die):
+    assert (two_die.code(EAST), two_die.code(NORTH)) == (0, 0)
