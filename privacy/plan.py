@@ -34,6 +34,7 @@ _AIM_INFLATION = 0.01
 _TAIL = 2.0**-40
 _MIN_SHARE_STD = 64.0
 _MAX_CAP = 1e6
+_MAX_EPSILON = 1000
 
 
 class Optimizer(BaseModel):
@@ -63,7 +64,7 @@ class PrivacyPlan(BaseModel):
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
     clip: float = Field(gt=0, le=1e9)
     noise_multiplier: float = Field(gt=0, le=1e6)
-    epsilon: float = Field(gt=0, le=1000)
+    epsilon: float = Field(gt=0, le=_MAX_EPSILON)
     delta: float = Field(gt=0, le=0.01)
     grid: float = Field(gt=0, le=1e6)
     clamp: float = Field(gt=0, le=1e12)
@@ -194,9 +195,8 @@ class PrivacyPlan(BaseModel):
             raise PlanError(
                 f"{self.steps} steps at noise multiplier {self.noise_multiplier:.6g} cost epsilon = {self.claim:.4f}, "
                 f"more than the {self.epsilon:g} this plan claims",
-                nearest={
-                    "noise_multiplier": noise_multiplier(self.epsilon, self.delta, self.event.sample_rate, self.steps)
-                },
+                # the price as it is: a search for the noise would let a stranger's plan cost a minute
+                nearest={"epsilon": self.claim} if self.claim <= _MAX_EPSILON else None,
             )
         if self.inflation > MAX_INFLATION:
             raise PlanError(
