@@ -20,6 +20,7 @@ def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
     return SumSpec(
         protocol=plan.sum, session=session, plan_hash=plan.hash, roster=roster, threshold=plan.threshold,
         min_members=plan.members, length=plan.model.parameters, bound=plan.bound, rounds=plan.steps,
+        colluders=plan.colluders,
     )  # fmt: skip
 
 
