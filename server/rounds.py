@@ -12,6 +12,7 @@ The caller (the strategy) moves messages; this class decides what each one may d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -64,6 +65,11 @@ class Round:
         """U: the sites whose contributions are in the sum."""
         return self._sum.members
 
+    @property
+    def suspects(self) -> tuple[SiteId, ...]:
+        """Helpers whose answers were wrong and corrected."""
+        return self._sum.suspects
+
     def close(self) -> dict[SiteId, Packet]:
         """Fix U; the requests that ask every helper to sign it (none for sums without keys).
 
@@ -104,10 +110,12 @@ class Round:
             raise self._abort(e.message) from e
         if len(members) < self.plan.members:
             raise self._abort(f"the sum holds {len(members)} sites, fewer than {self.plan.members}")
+        for site in self.suspects:
+            self.refuse(site, SecureSumError("a wrong sum of shares, corrected", hint="or it was dealt a wrong share"))
         self.phase = Phase.DONE
         return values.astype(np.float64) * self.plan.grid
 
-    def _try(self, site: SiteId, step) -> None:
+    def _try(self, site: SiteId, step: Callable[[], None]) -> None:
         try:
             step()
         except FedveilError as e:

@@ -22,6 +22,7 @@ from fedveil.common.errors import (
     IdentityError,
     ProtocolError,
     RunAborted,
+    SecureSumError,
     VerificationError,
 )
 from fedveil.common.journal import parse, verify_rows
@@ -29,12 +30,14 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.joining import check_join, check_joins, sum_spec
+from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job, write_durably
 from fedveil.server.rounds import Round
 
 MAX_CONSECUTIVE_ABORTS = 3
+MIN_ABORTS = 3
 _KEYED = ("keysum", "sharedkey")
 _POLL = 0.05
 _LOG = logging.getLogger("fedveil.server")
@@ -52,6 +55,8 @@ class SecureSumStrategy(Strategy):
         self.status = COMPLETED
         self._nodes: dict[SiteId, int] = {}
         self._exhausted: set[SiteId] = set()
+        # A quarter of the planned rounds may be lost; helpers with two wrong answers are not asked again.
+        self._conduct = Conduct(max(MIN_ABORTS, job.plan.steps // 4))
         self._counted = (0, 0)
         self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster))
         self._round: Round | None = None
@@ -96,12 +101,24 @@ class SecureSumStrategy(Strategy):
             if self.plan.sites - len(self._exhausted) < self.plan.members:
                 self.status = EXHAUSTED
                 break
-            if aborts >= MAX_CONSECUTIVE_ABORTS:
+            if aborts >= MAX_CONSECUTIVE_ABORTS or not self._bearable(number, aborted=arrays is None):
                 self.status = ABORTED
                 break
         self._finish(done)
         result.arrays = self._arrays()
         return result
+
+    def _bearable(self, number: int, *, aborted: bool) -> bool:
+        """Book the round; False once more rounds were lost than a run bears."""
+        if not aborted:
+            self._conduct.opened(number, self._sum.suspects)
+            return True
+        try:
+            self._conduct.aborted(number)
+        except SecureSumError as e:
+            _LOG.error("%s", e)
+            return False
+        return True
 
     # --- Flower's hooks -------------------------------------------------------------------------------------
 
@@ -141,8 +158,8 @@ class SecureSumStrategy(Strategy):
             agreements = current.close()
             members = current.members
             job.journal.append("round.set", {"session": job.session, "round": server_round, "members": list(members)})
-            self._take(self._ask(agreements, "train.agree", server_round), current.agree, current)
-            self._take(self._ask(current.ask(), "train.open", server_round), current.answer, current)
+            self._take(self._help(agreements, "train.agree", server_round), current.agree, current)
+            self._take(self._help(current.ask(), "train.open", server_round), current.answer, current)
             job.state = job.state.step(self.plan, current.result())
         except RunAborted as e:
             _LOG.warning("%s", e)
@@ -323,6 +340,11 @@ class SecureSumStrategy(Strategy):
 
     def _ask(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
         return self._send(self._messages(packets, action, round_), self.job.round_timeout)
+
+    def _help(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
+        """Ask the helpers that were not set aside for wrong answers."""
+        aside = set(self._conduct.set_aside)
+        return self._ask({s: p for s, p in packets.items() if s not in aside}, action, round_)
 
     def _sites(self) -> dict[int, SiteId]:
         return {n: s for s, n in self._nodes.items()}
