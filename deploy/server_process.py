@@ -13,11 +13,12 @@ from fedveil.client.ingest import encode, quality, sources
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common import contract as contracts
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import BudgetExhausted, RunAborted
+from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted
 from fedveil.common.settings import Federation
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import serve
 from fedveil.privacy.anonymization import fixed
+from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.planning import plan_from_settings
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.render import render_report
@@ -43,7 +44,7 @@ def start(federation: Federation, run: Path, *, progress: jobs.Progress | None =
     f = federation.federation
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
-    plan = plan_from_settings(federation, contract, len(roster.sites))
+    plan = _plan(federation, contract, len(roster.sites))
     documents: dict[str, Any] = {
         "roster.json": json.loads((f.identity / "roster.json").read_text()),
         "consortium.pub": _pin(f.identity) + "\n",
@@ -60,9 +61,21 @@ def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None 
     f = federation.federation
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
-    plan = plan_from_settings(federation, contract, len(roster.sites))
+    plan = _plan(federation, contract, len(roster.sites))
     key = identity.load_signing_key(f.identity / "signing.key")
     return _serve(jobs.resume(run, roster, key, **_options(federation, contract, plan, progress)), federation)
+
+
+def _plan(federation: Federation, contract: DataContract, sites: int) -> PrivacyPlan:
+    """The plan; a refusal names the nearest one that would hold where a reader sees it."""
+    try:
+        return plan_from_settings(federation, contract, sites)
+    except PlanError as e:
+        if not e.nearest:
+            raise
+        nearest = ", ".join(f"{name} = {value}" for name, value in e.nearest.items())
+        hint = f"{e.hint}; the nearest that holds: {nearest}".removeprefix("; ")
+        raise PlanError(e.message, hint=hint, nearest=e.nearest) from e
 
 
 def _options(

@@ -108,6 +108,7 @@ class Consortium:
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes] | Forked:
         """``fedveil ARGUMENTS`` as a process; what it says goes to ``name.log``."""
         path = self.home / f"{name}.log"
+        path.touch()
         if self.forks is not None:
             self.processes[name] = Forked(self.forks, [*arguments], self.home, path)
         else:

@@ -34,8 +34,8 @@ def child(argv: list[str], cwd: str, log: str) -> NoReturn:
             code = 0
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except BaseException as e:
+            sys.excepthook(type(e), e, e.__traceback__)
             code = 1
     finally:
         sys.stdout.flush()
