@@ -122,6 +122,8 @@ class KeysumServer(ServerSum):
     def open_requests(self) -> dict[SiteId, Packet]:
         """See :meth:`ServerSum.open_requests`: to every helper that agreed, as only those will answer."""
         round, joins = self._open_round()
+        if self._opened is not None:
+            raise SecureSumError(f"round {round} is open already")
         if len(self._agreements) < self._spec.threshold:
             raise SecureSumError(
                 f"{len(self._agreements)} sites agreed on the members of round {round}; "

@@ -39,7 +39,7 @@ def wrong_rows(points: Sequence[int], values: NDArray[np.int64], threshold: int)
     for _ in range(_COMBINATIONS):
         # Products below 2^32, N of them added: exact in float64 up to N = 2^21.
         weights = shamir.uniform(values.shape[1]).astype(np.float64)
-        combined = (values.astype(np.float64) @ weights % P).astype(np.int64)
+        combined = (values.astype(np.float64) @ weights).astype(np.int64) % P
         found = decode(points, combined, threshold)
         if found is None:
             return None

@@ -259,7 +259,7 @@ def round_section(rows: list[tuple[int, dict[str, float]]]) -> list[str]:
     return [
         "## A whole round of 1M parameters",
         "",
-        "Per site: contribution, agreement, answer. At the server: adding one contribution, opening once with T answers.",
+        "Per site: contribution, agreement, answer. At the server: adding one contribution, opening with T answers.",
         "",
         *head("n", "k", "B/param", "contribution s", "Mparam/s/core", "add s", "agreement s", "answer s", "open s"),
         *(
@@ -270,7 +270,7 @@ def round_section(rows: list[tuple[int, dict[str, float]]]) -> list[str]:
             for n, r in rows
         ),
         "",
-        "k values share a coefficient; the plan's bound decides which k fits. The shares, 8.2 KB for each helper, are in",
+        "k values share a coefficient; the plan's bound decides which k fits. The shares, 8.2 KB a helper, are in",
         "B/param: for 100 helpers they are 0.78 of it, which is one reason for a committee.",
     ]
 
@@ -287,8 +287,8 @@ def model_section(net: dict[str, float], extra: float) -> list[str]:
             *(f"{rate:.1f}", f"{net['bytes']:.2f}"),
         ),
         "",
-        "Memory of the client while it makes that contribution (a process of its own, state on disk; the resident set's",
-        "peak less its size before the call):",
+        "Memory of the client while it makes that contribution (a process of its own, state on disk; its resident",
+        "set at the peak less its size before the call):",
         "",
         *head("bytes per parameter", "", "beside the int64 vector it is handed", "beside a float32 update"),
         row(f"{extra:.1f}", "what the call adds", f"{extra / 8:.2f}x", f"{extra / 4:.2f}x"),

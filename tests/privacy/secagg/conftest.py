@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import MemoryStore, Store
 
-KEYS = [new_signing_key() for _ in range(12)]
-NAMES = [SiteId(f"site-{i}") for i in range(12)]
+KEYS = [new_signing_key() for _ in range(101)]
+NAMES = [SiteId(f"site-{i}") for i in range(100)]
 
 
 class Session:
@@ -33,21 +34,28 @@ class Session:
         length: int = 10,
         bound: int = 1000,
         rounds: int = 100,
+        colluders: int = 0,
+        helpers: Iterable[int] = (),
+        reveal_to: str = "server",
         stores: Mapping[SiteId, Store] | None = None,
         restart: bool = False,
     ) -> None:
         sites = tuple(Member(NAMES[i], public_hex(KEYS[i])) for i in range(n))
         roster = Roster("test", Member(SERVER, public_hex(KEYS[-1])), sites)
+        committee = tuple(NAMES[i] for i in helpers)
         self.spec = SumSpec(
             protocol,
             secrets.token_hex(32),
             "b" * 64,
             roster,
-            threshold or n // 2 + 1,
+            threshold or (len(committee) or n) // 2 + 1,
             min_members,
             length,
             bound,
             rounds,
+            colluders,
+            committee,
+            reveal_to,
         )
         self.names = NAMES[:n]
         self.stores = stores or {s: MemoryStore() for s in self.names}
@@ -67,19 +75,28 @@ class Session:
             self._sites[name] = self.fresh(name)
         return self._sites[name]
 
-    def sum(
-        self, round: int, vectors: Mapping[SiteId, NDArray[np.int64]], helpers: Iterable[SiteId] | None = None
-    ) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+    def collect(self, round: int, vectors: Mapping[SiteId, NDArray[np.int64]]) -> None:
+        """A round up to its last contribution."""
         self.server.start_round(round, f"nonce-{round}")
         for s, v in vectors.items():
             self.server.add(s, self.site(s).contribute(round, f"nonce-{round}", v))
+
+    def answers(self, helpers: Iterable[SiteId] | None = None) -> dict[SiteId, Packet]:
+        """The helpers' answers, not yet given to the server."""
         chosen = set(self.names if helpers is None else helpers)
         for s, request in self.server.agree_requests().items():
             if s in chosen:
                 self.server.add_agreement(s, self.site(s).agree(request))
-        for s, request in self.server.open_requests().items():
-            if s in chosen:
-                self.server.add_answer(s, self.site(s).open(request))
+        return {s: self.site(s).open(r) for s, r in self.server.open_requests().items() if s in chosen}
+
+    def sum(
+        self, round: int, vectors: Mapping[SiteId, NDArray[np.int64]], helpers: Iterable[SiteId] | None = None
+    ) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        self.collect(round, vectors)
+        for s, packet in self.answers(helpers).items():
+            self.server.add_answer(s, packet)
+        if self.spec.reveal_to == "sites":
+            return self.site(self.names[-1]).unblind(self.server.blinded())
         return self.server.result()
 
 
