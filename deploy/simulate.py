@@ -34,7 +34,7 @@ class Recipe:
 _DIGITS = {
     1.5: Recipe((32,), 0.4, 0.5, 1.0, 60),
     3.0: Recipe((32,), 0.4, 0.5, 1.0, 60),
-    float("inf"): Recipe((32,), 0.1, 1.0, 0.25, 400),
+    float("inf"): Recipe((32,), 0.2, 1.0, 1.0, 150),
 }
 _TRIVIAL = Recipe((), 0.1, 1.0, 1.0, 3)
 
