@@ -5,6 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import combinations
 from math import comb
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,12 +86,14 @@ def test_a_seed_elects_one_committee_in_roster_order_and_another_seed_another():
 
 
 @pytest.mark.parametrize(("helpers", "threshold", "c"), [(32, 26, 33), (20, 18, 33), (32, 16, 0), (32, 33, 0)])
-def test_a_threshold_below_the_committees_rule_is_refused(session, helpers, threshold, c):
-    spec = type("Spec", (), {"all_helpers": range(helpers), "threshold": threshold, "colluders": c})
+def test_a_threshold_below_the_committees_rule_is_refused(helpers, threshold, c):
+    def check(helpers: int, threshold: int, colluders: int) -> None:
+        spec: Any = SimpleNamespace(all_helpers=range(helpers), threshold=threshold, colluders=colluders)
+        params._check_helpers(spec, 200)
+
+    check(32, 27, 33)
     with pytest.raises(SecureSumError):
-        params._check_helpers(spec, 200)  # type: ignore[arg-type]
-    spec.all_helpers, spec.threshold, spec.colluders = range(32), 27, 33
-    params._check_helpers(spec, 200)  # type: ignore[arg-type]
+        check(helpers, threshold, c)
 
 
 def test_a_committee_opens_sums_of_all_sites_and_nobody_else_is_asked(session):
