@@ -30,8 +30,8 @@ ORDERS: tuple[float, ...] = (
     *map(float, range(11, 64)),
     *map(float, (72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024, 2048)),
 )
-# Below this noise, or above this number of steps at noise 1, a loss distribution would need gigabytes.
-_MIN_PLD_NOISE, _MAX_PLD_STEPS, _MAX_PLD_EPSILON = 0.05, 2e4, 1000.0
+# Below this noise, or above this number of steps at noise 1, a loss distribution would need seconds and gigabytes.
+_MIN_PLD_NOISE, _MAX_PLD_STEPS, _MAX_PLD_EPSILON = 0.05, 1e3, 1000.0
 # What the sum in log space can round away of one step's divergence, charged on top of it.
 _ROUNDING = 1e-12
 _REPEAT = 1 << 60

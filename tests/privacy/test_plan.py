@@ -1,0 +1,273 @@
+"""The privacy plan: what it derives, what it refuses, and that what it proposes instead is accepted."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedveil.client.train import site_sum
+from fedveil.common.errors import PlanError
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.models import build
+from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, gaussian_epsilon, rdp
+from fedveil.privacy.dp.clipping import Clipper
+from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.plan import MAX_INFLATION, Optimizer, PrivacyPlan, default_tolerance, from_json, make_plan
+
+MODEL = ModelSpec(name="logistic", inputs=20, classes=2)
+GIVEN: dict[str, Any] = {
+    "sites": 5, "records": 2000, "epsilon": 2.0, "steps": 30, "clip": 1.0, "model": MODEL,
+    "optimizer": Optimizer(learning_rate=0.5), "contract_hash": "c" * 64,
+}  # fmt: skip
+
+
+def make(*changes: dict[str, Any]) -> PrivacyPlan:
+    """The ordinary plan, with changes."""
+    values: dict[str, Any] = dict(GIVEN)
+    for change in changes:
+        values |= change
+    return make_plan(**values)
+
+
+PLAN = make()
+
+
+def test_the_defaults_of_every_small_federation() -> None:
+    """DESIGN, privacy modes, item 6: t = d = max(1, n // 6) from four sites up; three stand no drop-out."""
+    for n in range(3, 21):
+        t, d = default_tolerance(n)
+        assert (t, d) == ((1, 0) if n == 3 else (max(1, n // 6),) * 2)
+        plan = make({"sites": n})
+        assert (plan.colluders, plan.dropouts) == (t, d)
+        assert plan.honest == n - t - d
+        assert plan.threshold == (n + t) // 2 + 1
+        assert plan.honest >= 2
+        assert plan.honest > t
+        assert plan.threshold <= plan.members == n - d
+    known = {n: make({"sites": n}) for n in (3, 4, 20)}
+    assert [(p.honest, p.threshold) for p in known.values()] == [(2, 3), (2, 3), (14, 12)]
+
+
+@pytest.mark.parametrize("sites", [0, 1, 2])
+@pytest.mark.parametrize("tolerance", [{}, {"colluders": 0, "dropouts": 0}])
+def test_two_sites_have_no_secret_between_them(sites, tolerance) -> None:
+    with pytest.raises(PlanError) as e:
+        make({"sites": sites}, tolerance)
+    assert e.value.nearest is None or e.value.nearest["sites"] == 3
+    with pytest.raises(PlanError):
+        from_json(PLAN.to_json() | {"sites": 2, "colluders": 0, "dropouts": 0, "sum": "sharedkey"})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(3, 60), st.integers(0, 40), st.integers(0, 40))
+def test_an_impossible_tolerance_is_refused_with_one_that_works(n, t, d) -> None:
+    h, T = n - t - d, (n + t) // 2 + 1
+    asked: dict[str, Any] = {"sites": n, "colluders": t, "dropouts": d}
+    if h >= 2 and h > t and n - d >= T:
+        assert make(asked).honest == h
+        return
+    with pytest.raises(PlanError) as e:
+        make(asked)
+    assert e.value.nearest
+    nearest = make(asked, e.value.nearest)
+    assert nearest.colluders <= t
+    assert nearest.dropouts <= d
+
+
+def refusal(asked: dict[str, Any]) -> dict[str, object] | None:
+    """What is proposed instead of a plan; None if it is accepted."""
+    try:
+        make(asked)
+    except PlanError as e:
+        return e.nearest
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"delta": 1e-3, "records": 1000}, "declared records"),
+        ({"delta": 1e-3, "records": 5000}, "declared records"),
+        ({"delta": 5e-4, "records": 10_000}, "declared records"),
+        ({"sum": "none"}, "without a secure sum"),
+        ({"local_steps": 4}, "one gradient evaluation"),
+        ({"mode": "client"}, "drowns"),
+        ({"mode": "client", "local_steps": 4, "sites": 900}, "drowns"),
+        ({"mode": "local", "colluders": 9}, "colluders = 9"),
+        ({"mode": "local", "dropouts": 5}, "dropouts = 5"),
+        ({"mode": "local", "sites": 2, "dropouts": 0}, "secure sum of 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_hold_is_refused_with_what_does(change, message) -> None:
+    asked: dict[str, Any] = GIVEN | change
+    with pytest.raises(PlanError, match=message) as e:
+        make(asked)
+    nearest = e.value.nearest
+    while nearest:  # a second proposal follows where two things were wrong at once
+        asked |= nearest
+        nearest = refusal(asked)
+    assert make(asked)
+
+
+@pytest.mark.parametrize("records", [10**3, 10**4, 10**7, 10**10, 2999, 12_345])
+def test_delta_at_one_over_n_is_refused(records) -> None:
+    """At δ = 1/N publishing one whole record would be allowed."""
+    with pytest.raises(PlanError, match="declared records") as e:
+        make({"records": records, "delta": min(0.01, 1 / records)})
+    assert e.value.nearest
+    proposed = e.value.nearest["delta"]
+    assert isinstance(proposed, float)
+    assert 0.01 / records < proposed <= 0.1 / records
+    assert make({"records": records, "delta": proposed}).claim <= 2.0
+    assert make({"records": records, "delta": 0.99 / records}).delta < 1 / records
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0}, {"steps": 1 << 21}, {"steps": 2.5}, {"delta": 0.0}, {"delta": 0.5}, {"sample_rate": 2.0},
+        {"sample_rate": 0.0}, {"sample_rate": math.nan}, {"epsilon": 0.0}, {"epsilon": -1.0}, {"epsilon": 2000.0},
+        {"epsilon": math.nan}, {"epsilon": math.inf}, {"clip": 0.0}, {"clip": -1.0}, {"clip": math.inf},
+        {"records": 0}, {"records": -5}, {"sites": 5000}, {"colluders": -1}, {"dropouts": -1}, {"mode": "central"},
+        {"sum": "xor"}, {"contract_hash": "x"}, {"contract_hash": "C" * 64}, {"local_steps": 0},
+        {"model": ModelSpec(name="mlp", inputs=3, classes=2)}, {"model": ModelSpec(name="cnn", inputs=10, classes=2)},
+    ],
+)  # fmt: skip
+def test_what_has_no_meaning_is_a_plan_error(change) -> None:
+    with pytest.raises(PlanError):
+        make(change)
+
+
+def test_the_claim_is_the_accountants() -> None:
+    assert PLAN.claim == epsilon_pld([(SampledGaussian(1.0, PLAN.noise_multiplier), 30)], 1e-5)
+    assert 1.99 < PLAN.claim <= 2.0
+    exact = gaussian_epsilon(math.sqrt(30) / PLAN.noise_multiplier, 1e-5)
+    assert exact <= PLAN.claim <= exact + 1e-3
+    fallback = gaussian_epsilon(math.sqrt(30 * PLAN.honest) / PLAN.noise_multiplier, 1e-5)
+    assert PLAN.fallback == pytest.approx(fallback, abs=2e-3)
+    assert PLAN.claim < PLAN.fallback < math.inf
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(3, 60), st.floats(0.3, 4), st.integers(1, 40), st.sampled_from([1.0, 0.1]), st.floats(1e-3, 1e3),
+    st.sampled_from([(20, ()), (784, ()), (30, (64, 32)), (1, ()), (100_000, ())]),
+)  # fmt: skip
+def test_every_plan_keeps_its_promises(sites, epsilon, steps, q, clip, shape) -> None:
+    model = ModelSpec(name="mlp" if shape[1] else "logistic", inputs=shape[0], classes=2, hidden=shape[1])
+    change = {"sites": sites, "epsilon": epsilon, "steps": steps, "sample_rate": q, "clip": clip, "model": model}
+    plan = make(change)
+    assert plan.claim <= epsilon
+    assert 0 < plan.inflation <= MAX_INFLATION
+    assert math.isfinite(plan.fallback)
+    assert plan.fallback >= plan.claim
+    assert 2 * plan.bound + 1 <= 1 << 46
+    assert plan.share_std >= 64
+    # what the h honest shares add up to, in units of the sensitivity on the grid, is σ
+    total = plan.share_std * math.sqrt(plan.honest) * plan.grid
+    assert total / (clip * (1 + 1e-6) + math.sqrt(model.parameters) * plan.grid) == pytest.approx(plan.noise_multiplier)
+    assert plan.divisor == q * 2000
+    assert from_json(plan.to_json()) == plan
+
+
+def test_a_thousand_clients_and_one_alone() -> None:
+    clients = make({"mode": "client", "sites": 1200, "records": 1200, "local_steps": 5, "epsilon": 8.0})
+    assert (clients.unit, clients.divisor, clients.event.sample_rate) == ("client", 1200.0, 1.0)
+    few = make({"mode": "client", "few_clients": True, "records": 5, "local_steps": 5})
+    assert few.unit == "client"
+    local = make({"mode": "local", "sum": "none"})
+    assert (local.unit, local.honest, local.fallback) == ("record", 1, local.claim)
+    assert local.realised_noise_multiplier(3) == pytest.approx(local.noise_multiplier * math.sqrt(3))
+
+
+def test_more_survivors_mean_more_noise_never_less_than_claimed() -> None:
+    for members in range(PLAN.members, PLAN.sites + 1):
+        assert PLAN.realised_noise_multiplier(members) >= PLAN.noise_multiplier
+    assert PLAN.realised_noise_multiplier(PLAN.members) == pytest.approx(PLAN.noise_multiplier)
+    assert PLAN.realised_noise_multiplier(0) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"epsilon": 0.2, "steps": 7}, {"epsilon": 8.0, "steps": 2000}, {"epsilon": 3.0, "steps": 1},
+        {"epsilon": 1.0, "steps": 500, "sample_rate": 0.02}, {"epsilon": 4.0, "steps": 100, "sample_rate": 0.3},
+    ],
+)  # fmt: skip
+def test_filter_epsilon_carries_exactly_the_planned_steps(change) -> None:
+    plan = make(change)
+    cap = plan.filter_epsilon()
+    assert plan.claim <= cap
+    f, spent, steps = Filter(cap, plan.delta, best_order(cap, plan.delta)), 0.0, 0
+    while f.admits(spent + rdp(plan.event, f.order)):
+        spent += rdp(plan.event, f.order)
+        steps += 1
+    assert steps == plan.steps
+    lower = 0.99 * cap
+    assert Filter(lower, plan.delta, best_order(lower, plan.delta)).affords(plan.event) < plan.steps
+    # a σ larger than needed makes a smaller cap sufficient, below the ε that the plan claims
+    generous = plan.model_copy(update={"noise_multiplier": 10 * plan.noise_multiplier})
+    assert generous.filter_epsilon() < plan.epsilon
+
+
+def test_the_number_of_records_a_site_holds_enters_nowhere() -> None:
+    """Neighbouring data sets have the same plan, noise and divisor (only declared constants enter)."""
+    names = set(inspect.signature(make_plan).parameters)
+    assert not names & {"data", "X", "y", "dataset", "loader", "table"}
+    small = make({"model": ModelSpec(name="logistic", inputs=4, classes=2)})
+    before = (small.hash, small.share_std, small.divisor, small.event)
+    X = np.random.default_rng(0).normal(0, 3, (101, 4)).astype(np.float32)
+    y = np.arange(101) % 2
+    engine, weights = Clipper(build(small.model), "closed"), np.zeros(small.model.parameters, np.float32)
+    a, b = (site_sum(engine, small, weights, X[:n], y[:n]) for n in (100, 101))
+    assert 0 < np.linalg.norm(a - b) <= small.clip * (1 + 1e-6)
+    assert before == (small.hash, small.share_std, small.divisor, small.event)
+
+
+def test_equal_plans_have_one_hash_in_every_process() -> None:
+    again = make(dict(reversed(GIVEN.items())))
+    assert (again, again.hash) == (PLAN, PLAN.hash)
+    parsed = from_json(dict(reversed(PLAN.to_json().items())))
+    assert (parsed, parsed.hash) == (PLAN, PLAN.hash)
+    code = (
+        "import sys, json; from fedveil.privacy.plan import PrivacyPlan;"
+        "print(PrivacyPlan.model_validate_json(sys.stdin.read()).hash)"
+    )
+    for seed in ("0", "42"):
+        out = subprocess.run(
+            [sys.executable, "-c", code], input=PLAN.model_dump_json(), env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert out.stdout.strip() == PLAN.hash
+
+
+def test_every_field_is_under_the_hash() -> None:
+    changed = {
+        "mode": "local", "sum": "plain", "sites": 6, "colluders": 0, "dropouts": 0, "records": 2001,
+        "sample_rate": 0.5, "steps": 31, "local_steps": 2, "clip": 1.1, "noise_multiplier": 99.0, "epsilon": 2.1,
+        "delta": 2e-5, "grid": 1e-4, "clamp": 1.0, "model": ModelSpec(name="logistic", inputs=21, classes=2),
+        "optimizer": Optimizer(learning_rate=0.6), "contract_hash": "d" * 64, "few_clients": True,
+    }  # fmt: skip
+    assert set(changed) == set(PrivacyPlan.model_fields) - {"v", "adjacency"}
+    hashes = {PLAN.model_copy(update={k: v}).hash for k, v in changed.items()}
+    assert len(hashes | {PLAN.hash}) == len(changed) + 1
+
+
+def test_a_copy_keeps_nothing_that_was_computed_before() -> None:
+    """A lowered σ must show in the claim and the hash, however often the original was asked for them."""
+    before = (PLAN.claim, PLAN.fallback, PLAN.hash)
+    copy = PLAN.model_copy(update={"noise_multiplier": PLAN.noise_multiplier / 2})
+    assert copy.claim > before[0]
+    assert copy.fallback > before[1]
+    assert copy.hash != before[2]
+    with pytest.raises(PlanError, match="more than the 2"):
+        copy.check()
