@@ -222,7 +222,7 @@ def simulate(
         config = Config(clients, dataset, epsilon, delta, mode, sum, engine, alpha, colluders, dropouts, steps, s,
                         force, cap, drop_rate)  # fmt: skip
         if s == seed:
-            with Display(f"simulate {dataset}") as display:
+            with Display(f"simulate {dataset}", recipe(config).steps) as display:
                 outcomes.append(run(config, folder, progress=display.progress))
         else:
             with tempfile.TemporaryDirectory() as scratch:
