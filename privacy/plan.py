@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedveil.common import canonical
 from fedveil.common.errors import PlanError, WireError
 from fedveil.common.model_spec import ModelSpec
+from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld
 from fedveil.privacy.dp.calibrate import noise_multiplier
 from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS, choose, largest_sum
 
 Mode = Literal["distributed", "local", "client"]
 Sum = Literal["keysum", "sharedkey", "plain", "none"]
+Workload = Annotated[ModelSpec | StatsSpec, Field(discriminator="name")]
 
-MODULUS_BITS = 46
 MAX_INFLATION = 0.02
 FLOAT_SLACK = 1e-6
 MIN_CLIENTS = 1000
-_AIM_INFLATION = 0.01
-_TAIL = 2.0**-40
-_MIN_SHARE_STD = 64.0
 _MAX_CAP = 1e6
 _MAX_EPSILON = 1000
 
@@ -68,7 +67,7 @@ class PrivacyPlan(BaseModel):
     delta: float = Field(gt=0, le=0.01)
     grid: float = Field(gt=0, le=1e6)
     clamp: float = Field(gt=0, le=1e12)
-    model: ModelSpec
+    model: Workload
     optimizer: Optimizer
     contract_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
     few_clients: bool = False
@@ -77,6 +76,18 @@ class PrivacyPlan(BaseModel):
     def unit(self) -> str:
         """Whose presence ε hides: one record of a site, or one client with all it holds."""
         return "client" if self.mode == "client" else "record"
+
+    @property
+    def task(self) -> Literal["train", "stats"]:
+        """What the sums are for: gradients of a network, or statistics."""
+        return "stats" if isinstance(self.model, StatsSpec) else "train"
+
+    @property
+    def network(self) -> ModelSpec:
+        """The network that is trained; :class:`PlanError` in a plan of statistics."""
+        if isinstance(self.model, StatsSpec):
+            raise PlanError("a plan of statistics trains no network")
+        return self.model
 
     @property
     def simulated(self) -> bool:
@@ -119,7 +130,7 @@ class PrivacyPlan(BaseModel):
 
         Exceeding it garbles a coordinate of the result; it never weakens privacy.
         """
-        return _bound(self.sites, self.clamp, self.grid, self.share_std, self.model.parameters * self.steps)
+        return largest_sum(self.sites, self.clamp, self.grid, self.share_std, self.model.parameters * self.steps)
 
     @property
     def divisor(self) -> float:
@@ -185,6 +196,8 @@ class PrivacyPlan(BaseModel):
         if problem := self.model.problem():
             raise PlanError(f"model {self.model.name!r}: {problem}")
         _check_trust(self)
+        if isinstance(self.model, StatsSpec):
+            _check_stats(self, self.model)
         if self.delta >= 1 / self.records:
             raise PlanError(
                 f"delta = {self.delta:g} is not below 1 / {self.records} declared records",
@@ -204,10 +217,10 @@ class PrivacyPlan(BaseModel):
                 hint="a finer grid or fewer parameters",
                 nearest=self._regrid(),
             )
-        if self.share_std < _MIN_SHARE_STD:
+        if self.share_std < MIN_SHARE_STD:
             raise PlanError(
                 f"a share of noise of {self.share_std:.1f} grid units is too coarse to count as Gaussian",
-                hint=f"at least {_MIN_SHARE_STD:g} (Kairouz, Liu & Steinke 2021, Theorem 1)",
+                hint=f"at least {MIN_SHARE_STD:g} (Kairouz, Liu & Steinke 2021, Theorem 1)",
                 nearest=self._regrid(),
             )
         if 2 * self.bound + 1 > 1 << MODULUS_BITS:
@@ -220,8 +233,8 @@ class PrivacyPlan(BaseModel):
     def _regrid(self) -> dict[str, object]:
         """The grid and clamp that :func:`make_plan` would choose for this plan's other numbers."""
         share, D = self.noise_multiplier / math.sqrt(self.honest), self.model.parameters
-        per_site = _per_site(self.mode, self.sample_rate, self.records, self.sites)
-        grid, clamp = _grid(self.sites, self.clip, share, D, self.steps, per_site)
+        per_site = _per_site(self.mode, self.sample_rate, self.records, self.sites, self.model, self.clip)
+        grid, clamp = choose(self.sites, self.clip, share, D, self.steps, per_site, whole=self.task == "stats")
         return {"grid": grid, "clamp": clamp}
 
 
@@ -230,8 +243,13 @@ def _digest(plan: PrivacyPlan) -> str:
     return canonical.digest(plan.to_json())
 
 
-def _per_site(mode: Mode, sample_rate: float, records: int, sites: int) -> float:
-    """How many clips long one site's sum may ordinarily be in one coordinate: twice its even share of the records."""
+def _per_site(mode: Mode, sample_rate: float, records: int, sites: int, model: Workload, clip: float) -> float:
+    """How many clips long one site's sum may ordinarily be in one coordinate: twice its even share of the records.
+
+    Of statistics, each coordinate of which is at most 1 per record: as if one site had all the declared records.
+    """
+    if isinstance(model, StatsSpec):
+        return records / clip
     return 1.0 if mode == "client" else max(1.0, 2 * sample_rate * records / sites)
 
 
@@ -277,7 +295,7 @@ def make_plan(
     delta: float = 1e-5,
     steps: int,
     clip: float,
-    model: ModelSpec,
+    model: Workload,
     optimizer: Optimizer,
     contract_hash: str,
     sample_rate: float = 1.0,
@@ -305,8 +323,9 @@ def make_plan(
     _check_shape(mode, sites, t, d)
     sigma = noise_multiplier(epsilon, delta, 1.0 if mode == "client" else sample_rate, steps)
     honest = 1 if mode == "local" else sites - t - d
-    per_site = _per_site(mode, sample_rate, records, sites)
-    grid, clamp = _grid(sites, clip, sigma / math.sqrt(honest), model.parameters, steps, per_site)
+    per_site = _per_site(mode, sample_rate, records, sites, model, clip)
+    whole = isinstance(model, StatsSpec)
+    grid, clamp = choose(sites, clip, sigma / math.sqrt(honest), model.parameters, steps, per_site, whole=whole)
     return PrivacyPlan(**given, noise_multiplier=sigma, grid=grid, clamp=clamp).check()
 
 
@@ -316,39 +335,6 @@ def _check_given(given: dict[str, Any]) -> None:
         PrivacyPlan(**given, noise_multiplier=1.0, grid=1.0, clamp=1.0)
     except ValidationError as e:
         raise PlanError(f"out of bounds: {_where(e)}", hint="see the fields of PrivacyPlan") from None
-
-
-def _grid(sites: int, clip: float, share: float, D: int, steps: int, per_site: float) -> tuple[float, float]:
-    """Grid width and clamp: the most values per ciphertext coefficient that leave every site its usual range.
-
-    A site's coordinate reaches ``per_site * clip`` only if all its records pull one parameter the same way; a
-    clamp of 24 clips (fewer where many sites hold few records each, or that maximum if it is smaller) is what a
-    packing must leave room for.
-    """
-    wanted = min(per_site, 24.0, max(4.0, 480.0 / sites))
-    for values in (4, 3, 2, 1):
-        room = (1 << (MODULUS_BITS // values)) // 2 - 1
-        grid = min(_AIM_INFLATION * clip / math.sqrt(D), share * clip / _MIN_SHARE_STD)
-        if values == 1:
-            grid /= 16
-        noise = _tail_factor(D * steps) * math.sqrt(sites) * share * clip * (1 + _AIM_INFLATION)
-        clamp = min((room * 0.999 * grid - noise) / sites, per_site * clip)
-        if clamp >= wanted * clip or values == 1:
-            break
-    if clamp <= 0:
-        raise PlanError("the noise alone does not fit into a ciphertext", hint="a larger epsilon or fewer parameters")
-    # The width that just fills the room: a finer grid costs nothing.
-    return grid * min(1.0, (clamp * sites + noise) / (room * 0.999 * grid)), clamp
-
-
-def _tail_factor(draws: int) -> float:
-    """z such that ``draws`` Gaussians all stay below z standard deviations, except with probability 2^-40."""
-    return math.sqrt(2 * math.log(2 * draws / _TAIL))
-
-
-def _bound(sites: int, clamp: float, grid: float, share_std: float, draws: int) -> int:
-    bound = sites * (clamp / grid + 1) + _tail_factor(draws) * math.sqrt(sites) * share_std
-    return math.ceil(min(bound, 2.0**1000))  # a hostile grid may make it infinite
 
 
 def _check_shape(mode: Mode, n: int, t: int, d: int) -> None:
@@ -388,6 +374,23 @@ def _check_trust(plan: PrivacyPlan) -> None:
     if plan.mode != "client" and plan.local_steps != 1:
         raise PlanError(
             "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
+        )
+
+
+def _check_stats(plan: PrivacyPlan, spec: StatsSpec) -> None:
+    """One sum over every record, whole: a clip or a clamp that cuts would bias every estimate unseen."""
+    nearest: dict[str, object] = {}
+    if (plan.steps, plan.sample_rate) != (1, 1.0) or plan.mode == "client":
+        nearest |= {"steps": 1, "sample_rate": 1.0, "mode": "distributed"}
+    if plan.clip < spec.norm_bound:
+        nearest["clip"] = spec.norm_bound
+    if plan.clamp < plan.records:
+        nearest["clamp"] = float(plan.records)
+    if nearest:
+        raise PlanError(
+            f"statistics are one sum of whole records (up to {spec.norm_bound:.4f} long) over all "
+            f"{plan.records} declared ones; this plan cuts or samples them",
+            nearest=nearest,
         )
 
 
