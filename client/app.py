@@ -26,6 +26,7 @@ _SPOKEN = (
     errors.BudgetExhausted,
     errors.ProtocolError,
     errors.IdentityError,
+    errors.ModelError,
 )
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedveil.client.session import Site
+from fedveil.client.session import Session, Site
 from fedveil.client.train import clipper, site_sum
-from fedveil.common import canonical
-from fedveil.common.errors import ProtocolError, WireError
-from fedveil.common.wire import Packet, sha256
+from fedveil.common.errors import BudgetExhausted, ProtocolError, WireError
+from fedveil.common.wire import Packet
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.quantize import to_grid
-from fedveil.privacy.joining import check_joins
+from fedveil.privacy.secagg.interface import MAX_NONCE, is_hex
 
 
 def join(site: Site, request: Packet) -> Packet:
@@ -30,22 +29,16 @@ def join(site: Site, request: Packet) -> Packet:
 def begin(site: Site, request: Packet) -> Packet:
     """Take all sites' statements, each checked against the pinned roster."""
     h = request.expect("begin").header
-    id_, joins = h.get("session", ""), h.get("joins")
-    store = site.store_for(id_)
-    held = store.get("plan")
-    if held is None:
-        raise ProtocolError("this site has not joined that session")
-    plan_hash = sha256(held)
-    fields = check_joins(joins, id_, plan_hash, site.roster)
-    store.put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
-    session = site.session(id_)
-    return session.sum.begin(fields)
+    return site.begin(h.get("session"), h.get("joins"))
 
 
 def deal(site: Site, request: Packet) -> Packet:
     """Take what another site sent this one through the server while the run began."""
     h = request.expect("deal").header
-    site.session(h.get("session")).sum.receive(Packet(h.get("packet", {}), request.buffers))
+    session, inner = site.session(h.get("session")), h.get("packet")
+    if not isinstance(inner, dict):
+        raise WireError("a relayed packet without a header")
+    session.sum.receive(Packet(inner, request.buffers))
     return Packet({"kind": "dealt"})
 
 
@@ -60,8 +53,12 @@ def contribute(site: Site, request: Packet) -> Packet:
     plan, round_ = session.plan, _round(h.get("round"), session.plan.steps)
     if h.get("plan_hash") != plan.hash:
         raise ProtocolError("the request names another plan than the one this site signed")
+    nonce = h.get("nonce")
+    if not (isinstance(nonce, str) and 0 < len(nonce) <= MAX_NONCE and nonce.isascii() and nonce.isprintable()):
+        raise WireError("a malformed nonce")
+    _require_open(session)
     if (again := session.sum.replay(round_)) is not None:
-        if again.header.get("nonce") != h.get("nonce"):
+        if again.header.get("nonce") != nonce:
             raise ProtocolError(f"round {round_} was answered under another nonce")
         return again
     weights = np.frombuffer(request.buffer("weights", 4 * plan.model.parameters), "<f4")
@@ -70,9 +67,13 @@ def contribute(site: Site, request: Packet) -> Packet:
 
     clipped = site_sum(clipper(plan.model, site.engine, site.device), plan, weights, site.X, site.y)
     grid = to_grid(clipped, plan.clamp, plan.grid)
-    site.ledger.reserve(session.id, round_, plan.hash, plan.event)
+    try:
+        site.ledger.reserve(session.id, round_, plan.hash, plan.event)
+    except BudgetExhausted:
+        session.exhausted = True
+        raise
     noisy = grid + discrete_gaussian(plan.share_std, plan.model.parameters)
-    sealed = session.sum.contribute(round_, str(h.get("nonce")), noisy)
+    sealed = session.sum.contribute(round_, nonce, noisy)
     site.ledger.commit(session.id, round_)
     return sealed
 
@@ -92,17 +93,29 @@ def finish(site: Site, request: Packet) -> Packet:
     h = request.expect("finish").header
     session = site.session(h.get("session"))
     model_hash, status = h.get("model_hash"), h.get("status")
-    if not (isinstance(model_hash, str) and len(model_hash) == 64 and isinstance(status, str) and len(status) <= 32):
+    if not (is_hex(model_hash, 64) and isinstance(status, str) and len(status) <= 32 and status.isprintable()):
         raise WireError("a malformed end of session")
-    ended = {r.body["session"] for r in site.ledger.journal.of_kind("session.end")}
-    if session.id not in ended:
+    if not session.ended:
         site.ledger.note(
             "model", session=session.id, round=_round(h.get("round"), session.plan.steps, 0), model_hash=model_hash
         )
         site.ledger.note("session.end", session=session.id, status=status)
+        session.ended = True
     session.sum.end()
     lines = b"".join(row.line() for row in site.ledger.journal.rows)
     return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})
+
+
+def _require_open(session: Session) -> None:
+    """Whatever could not be answered anyway is refused before it is charged."""
+    if session.ended:
+        raise ProtocolError("that session has ended")
+    if session.exhausted:
+        raise BudgetExhausted(
+            "the budget refused a step of this session", hint="a normal ending: the last model is kept"
+        )
+    if not session.begun:
+        raise ProtocolError("this site was not told who joined", hint="the server begins a session before its rounds")
 
 
 def _round(value: object, steps: int, first: int = 1) -> int:

@@ -14,13 +14,15 @@ from fedveil.client import policy
 from fedveil.common import canonical, identity
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
 from fedveil.common.identity import Roster
+from fedveil.common.journal import Row
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
 from fedveil.privacy import plan as plans
-from fedveil.privacy.joining import JOIN, sum_spec
+from fedveil.privacy.joining import JOIN, check_joins, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.secagg.interface import SiteSum
+from fedveil.privacy.secagg.interface import SiteSum, is_hex
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import Store
 
@@ -33,11 +35,17 @@ class Session:
         id: 64 hexadecimal digits.
         plan: what this site signed.
         sum: this site's half of the secure sum.
+        begun: this site has every site's statement, as a sum with keys needs before its first round.
+        exhausted: the budget refused a step: nothing of this session is charged any more.
+        ended: the server ended the session: nothing is charged any more.
     """
 
     id: str
     plan: PrivacyPlan
     sum: SiteSum
+    begun: bool = False
+    exhausted: bool = False
+    ended: bool = False
 
 
 @dataclass
@@ -79,8 +87,7 @@ class Site:
         Raises:
             PlanError, PolicyRefusal, ProtocolError, BudgetExhausted: the site does not take part.
         """
-        if not (isinstance(session, str) and len(session) == 64 and session == session.lower()):
-            raise ProtocolError("a session's name is not 64 lower-case hexadecimal digits")
+        _check_name(session)
         if roster_hash != self.roster.hash:
             raise ProtocolError("the server uses another roster than the one this site has pinned")
         if contract_hash != self.contract_hash:
@@ -98,10 +105,10 @@ class Site:
         known = self._open(session, plan)
         if known.plan.hash != plan.hash:
             raise ProtocolError("another plan was signed for this session")
-        accepted = {r.body.get("session") for r in self.ledger.journal.of_kind("plan.accepted")}
-        if session not in accepted:
+        if not self._noted("plan.accepted", session):
             if self.ledger.affords(plan.event) < 1:
                 self.ledger.note("refused", session=session, reason=BudgetExhausted.__name__)
+                del self._sessions[session]
                 raise BudgetExhausted("the budget of this site's data set does not carry one step of the plan")
             self.ledger.note("data.released", **self.evidence)
             self.ledger.note(
@@ -120,8 +127,16 @@ class Site:
             else:
                 store.put("plan", canonical.dumps(plan.to_json()))
             spec = sum_spec(plan, session, self.roster)
-            self._sessions[session] = Session(session, plan, site_sum(spec, self.id, self.key, store))
+            refused = any(r.body.get("reason") == BudgetExhausted.__name__ for r in self._noted("refused", session))
+            self._sessions[session] = Session(
+                session, plan, site_sum(spec, self.id, self.key, store), begun=plan.sum in ("plain", "none"),
+                exhausted=refused, ended=bool(self._noted("session.end", session)),
+            )  # fmt: skip
         return self._sessions[session]
+
+    def _noted(self, kind: str, session: str) -> list[Row]:
+        """This ledger's rows of one kind about one session."""
+        return [r for r in self.ledger.journal.of_kind(kind) if r.body.get("session") == session]
 
     def session(self, session: Any) -> Session:
         """A session this site has joined, also after a restart.
@@ -131,15 +146,29 @@ class Site:
         """
         if isinstance(session, str) and session in self._sessions:
             return self._sessions[session]
-        if not (isinstance(session, str) and len(session) == 64 and session.isalnum()):
-            raise ProtocolError("a session's name is not 64 lower-case hexadecimal digits")
-        held = self.store_for(session).get("plan")
+        name = _check_name(session)
+        # The ledger is asked first: a name that was never accepted makes no folder.
+        held = self.store_for(name).get("plan") if self._noted("plan.accepted", name) else None
         if held is None:
             raise ProtocolError("this site has not joined that session", hint="start the run again")
-        found = self._open(session, plans.from_json(canonical.loads(held)))
-        if (joins := self.store_for(session).get("joins")) is not None:
+        found = self._open(name, plans.from_json(canonical.loads(held)))
+        if not found.ended and (joins := self.store_for(name).get("joins")) is not None:
             found.sum.begin(canonical.loads(joins))
+            found.begun = True
         return found
+
+    def begin(self, session: Any, joins: Any) -> Packet:
+        """Take all sites' statements, each checked against the pinned roster; the reply to the server.
+
+        Raises:
+            ProtocolError, IdentityError, SecureSumError: a statement does not hold, or others were given before.
+        """
+        found = self.session(session)
+        fields = check_joins(joins, found.id, found.plan.hash, self.roster)
+        self.store_for(found.id).put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
+        reply = found.sum.begin(fields)
+        found.begun = True
+        return reply
 
     def statement(self, session: Session) -> dict[str, Any]:
         """The signed join statement: this site takes part under exactly this plan, roster and contract."""
@@ -157,3 +186,10 @@ class Site:
                 "head": list(self.ledger.head),
             },
         )
+
+
+def _check_name(session: Any) -> str:
+    """A session's name becomes the name of a folder: nothing but hexadecimal digits."""
+    if not isinstance(session, str) or not is_hex(session, 64):
+        raise ProtocolError("a session's name is not 64 lower-case hexadecimal digits")
+    return session

@@ -37,10 +37,20 @@ def save(folder: Path, state: ModelState) -> str:
         f.flush()
         os.fsync(f.fileno())
     temporary.rename(folder / f"{name}.npz")
+    sync_folder(folder)
     old = sorted(folder.glob("*.npz"), key=lambda p: p.stat().st_mtime_ns)[:-KEEP]
     for path in old:
         path.unlink()
     return name
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in ``folder`` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def load(folder: Path, name: str) -> ModelState:

@@ -24,11 +24,21 @@ def area_under_roc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> 
 
 
 class Evaluator:
-    """Accuracy, and AUC for two classes, of flat weights on one public table."""
+    """Accuracy, and AUC for two classes, of flat weights on one public table.
+
+    Raises:
+        DataError: no rows, a class the model does not have, or (of two) one class only.
+    """
 
     def __init__(self, spec: ModelSpec, X: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-        self._model, self._X, self._y = build(spec), X, y
+        # Here, before a run begins, and not after its first charged round.
+        present = np.unique(y)
+        if not len(present) or present[0] < 0 or present[-1] >= spec.classes:
+            raise DataError(f"the public test table holds no rows, or classes outside 0..{spec.classes - 1}")
         self._binary = spec.classes == 2
+        if self._binary and len(present) < 2:
+            raise DataError("the public test table holds one class only", hint="AUC needs both classes")
+        self._model, self._X, self._y = build(spec), X, y
 
     def __call__(self, weights: NDArray[np.float64]) -> dict[str, float]:
         """``{"accuracy": ..., "auc": ...}`` of ``(D,)`` weights."""

@@ -13,7 +13,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
-from fedveil.common.errors import JournalError
+from fedveil.common.errors import JournalError, WireError
 from fedveil.common.identity import SERVER, Roster
 from fedveil.common.journal import Journal
 from fedveil.common.models import build, flatten
@@ -128,14 +128,22 @@ def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) ->
     if not path.exists():
         raise JournalError(f"{run} holds no run")
     journal = Journal.open(path, SERVER, key)
+    try:
+        return _resumed(run, roster, key, journal, **options)
+    except BaseException:
+        journal.close()
+        raise
+
+
+def _resumed(run: Path, roster: Roster, key: Ed25519PrivateKey, journal: Journal, **options: Any) -> Job:
     opened = next(journal.of_kind("run.open"), None)
     if opened is None or any(True for _ in journal.of_kind("run.end")):
-        journal.close()
         raise JournalError(f"the run in {run} has ended or never began", hint="start a new one")
-    plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
+    plan = plans.from_json(_document(run / "plan.json"))
     if plan.hash != opened.body["plan_hash"]:
-        journal.close()
         raise JournalError(f"{run / 'plan.json'} is not the plan this run was opened with")
+    if roster.hash != opened.body["roster_hash"]:
+        raise JournalError(f"the run in {run} was opened with another roster")
     last = opened
     first, nonce = 1, ""
     for row in journal.of_kind("round.open", "round.applied", "round.aborted"):
@@ -145,13 +153,21 @@ def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) ->
             first, nonce = int(row.body["round"]) + 1, ""
             last = row if row.kind == "round.applied" else last
     state = checkpoints.load(run / "checkpoints", last.body["checkpoint"])
-    joins = run / "joins.json"
     job = Job(run, opened.body["session"], plan, roster, key, journal, state, first_round=first, nonce=nonce, **options)
-    if any(True for _ in journal.of_kind("run.joined")) and joins.exists():
-        job.joins = canonical.loads(joins.read_bytes())
+    for row in journal.of_kind("run.joined"):
+        job.joins = _document(run / "joins.json")
+        if canonical.digest(job.joins) != row.body["joins_digest"]:
+            raise JournalError(f"{run / 'joins.json'} is not the one that the journal names")
     _mend_metrics(run / "metrics.jsonl", first)
     journal.append("run.resumed", {"session": job.session, "round": first})
     return job
+
+
+def _document(path: Path) -> Any:
+    try:
+        return canonical.loads(path.read_bytes())
+    except (OSError, WireError) as e:
+        raise JournalError(f"{path} is missing or damaged") from e
 
 
 def _mend_metrics(path: Path, first: int) -> None:
@@ -172,3 +188,4 @@ def write_durably(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     temporary.rename(path)
+    checkpoints.sync_folder(path.parent)

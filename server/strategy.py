@@ -23,9 +23,7 @@ from fedveil.common.errors import (
     ProtocolError,
     RunAborted,
     SecureSumError,
-    VerificationError,
 )
-from fedveil.common.journal import parse, verify_rows
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
@@ -33,6 +31,7 @@ from fedveil.privacy.joining import check_join, check_joins, sum_spec
 from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
+from fedveil.server import delivered
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job, write_durably
 from fedveil.server.rounds import Round
 
@@ -291,18 +290,7 @@ class SecureSumStrategy(Strategy):
             "model_hash": job.state.hash,
         }
         replies = self._packets(self._ask(dict.fromkeys(self._nodes, Packet(header)), "query.finish", 0))
-        heads: dict[str, Any] = {}
-        for site, packet in replies.items():
-            data = packet.buffers.get("journal", b"")
-            try:
-                rows = verify_rows(parse(data), job.roster.member(site).signing_key, owner=site)
-                if not rows:
-                    raise VerificationError("an empty ledger")
-            except VerificationError as e:
-                _LOG.error("the ledger of %s does not hold: %s", site, e)
-                continue
-            write_durably(job.run / "journals" / f"{site}.jsonl", data)
-            heads[site] = [len(rows), rows[-1].hash]
+        heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()})
         metrics = job.evaluate(job.state.weights) if job.evaluate else {}
         write_durably(job.run / "model.f32", job.state.sent())
         body = {
@@ -371,12 +359,13 @@ class SecureSumStrategy(Strategy):
         sites = self._sites()
         for reply in replies:
             site = sites[reply.metadata.src_node_id]
-            error = flwr_adapter.reply_error(reply)
-            if error is None:
+            try:
+                if (error := flwr_adapter.reply_error(reply)) is not None:
+                    raise error
                 out[site] = flwr_adapter.from_record(reply.content, Limits())
-            else:
-                self.job.journal.append("site.refused", {"session": self.job.session, "site": site, "code": error.code})
-                _LOG.warning("%s: %s", site, error)
+            except FedveilError as e:
+                self.job.journal.append("site.refused", {"session": self.job.session, "site": site, "code": e.code})
+                _LOG.warning("%s: %s", site, e)
         return out
 
     def _note_refusals(self, current: Round) -> None:
