@@ -293,7 +293,8 @@ SPEND = {"session": "s", "round": 1, "plan_hash": PLAN, "event": EVENT.to_json()
         [("ledger.open", OPEN), ("spend", {k: v for k, v in SPEND.items() if k != "round"})],
         *[[("ledger.open", OPEN | {k: v})] for k, v in (
             ("cap_epsilon", "inf"), ("cap_epsilon", "nan"), ("cap_epsilon", 0), ("cap_epsilon", -1),
-            ("cap_epsilon", 10**400), ("cap_epsilon", True), ("cap_epsilon", None), ("delta", 0), ("delta", 1), ("delta", "1e-5"), ("order", 1),
+            ("cap_epsilon", 10**400), ("cap_epsilon", True), ("cap_epsilon", None), ("delta", 0), ("delta", 1),
+            ("delta", "1e-5"), ("order", 1),
             ("order", 1e9), ("order", 2.0000001), ("order", "2"), ("order", [2.0]), ("order", "nan"),
         )],
         [("ledger.open", {})],
