@@ -107,19 +107,15 @@ class DirectoryStore(Store):
             raise SecureSumError(f"{self._path / name} cannot be read: {e.strerror}") from e
 
     def erase(self, name: str) -> None:
-        """See :meth:`Store.erase`; short files (keys) are overwritten first, which helps where disks write in place."""
+        """See :meth:`Store.erase`; short files (keys) are overwritten first, which helps where disks write in place.
+
+        What a crash left of an unfinished write of ``name`` goes too.
+        """
         target = self._path / _checked(name)
         try:
-            size = target.stat().st_size
-            if size <= _OVERWRITE_UP_TO:
-                with target.open("r+b") as f:
-                    f.write(bytes(size))
-                    f.flush()
-                    os.fsync(f.fileno())
-            target.unlink()
+            for path in (target, *self._path.glob(f".{name}.*")):
+                _shred(path)
             self._sync()
-        except FileNotFoundError:
-            return
         except OSError as e:
             raise SecureSumError(f"{target} cannot be erased: {e.strerror}", hint="remove it by hand") from e
 
@@ -129,6 +125,19 @@ class DirectoryStore(Store):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _shred(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        if size <= _OVERWRITE_UP_TO:
+            with path.open("r+b") as f:
+                f.write(bytes(size))
+                f.flush()
+                os.fsync(f.fileno())
+        path.unlink()
+    except FileNotFoundError:
+        return
 
 
 def _checked(name: str) -> str:

@@ -92,8 +92,7 @@ def test_the_server_adds_a_site_once_and_only_in_its_round(session, protocol):
         s.server.result()
 
 
-# With several values in one coefficient keysum sees this for the highest of them only, so here there is one.
-@pytest.mark.parametrize(("protocol", "bound"), [("keysum", 1 << 40), ("sharedkey", 10), ("plain", 10), ("none", 10)])
+@pytest.mark.parametrize(("protocol", "bound"), [("keysum", 1 << 40), *((p, 10) for p in PROTOCOLS)])
 def test_a_sum_outside_the_bound_is_refused_not_wrapped(session, protocol, bound):
     s = session(protocol, 2, length=3, bound=bound)
     over = np.array([0, bound // 2 + 1, 0])

@@ -142,6 +142,25 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert DirectoryStore(tmp_path / "s").get("a") == b"2"
 
 
+def test_erasing_also_removes_what_a_crash_left_of_a_write(tmp_path, monkeypatch):
+    store = DirectoryStore(tmp_path / "s")
+
+    def die(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "link", die)
+        m.setattr("pathlib.Path.unlink", lambda self, missing_ok=False: None)
+        with pytest.raises(KeyboardInterrupt):
+            store.put("key", b"secret")
+    (left,) = (tmp_path / "s").iterdir()
+    assert left.read_bytes() == b"secret"
+    assert store.get("key") is None
+    store.put("keys", b"another name")
+    store.erase("key")
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["keys"]
+
+
 def test_a_crash_between_the_two_marks_of_a_contribution_does_not_free_the_round(session):
     s = session("keysum", 2, length=2)
     name, store = s.names[0], s.stores[s.names[0]]
