@@ -13,6 +13,7 @@ def check(plan: PrivacyPlan, limits: LimitsSection) -> None:
     The cap on ε over all runs is not checked here: the ledger enforces it step by step.
     """
     for broken, text in (
+        (plan.task not in limits.tasks, f"task {plan.task!r} is not among the tasks this site allows"),
         (plan.mode not in limits.modes, f"mode {plan.mode!r} is not among the modes this site allows"),
         (plan.sum not in limits.sums, f"sum {plan.sum!r} is not among the sums this site allows"),
         (plan.delta > limits.delta, f"delta = {plan.delta:g} is above this site's {limits.delta:g}"),

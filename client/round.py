@@ -10,8 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from fedveil.client.session import Session, Site
+from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import clipper, site_sum
 from fedveil.common.errors import BudgetExhausted, ProtocolError, WireError
+from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.wire import Packet
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.quantize import to_grid
@@ -22,7 +24,8 @@ def join(site: Site, request: Packet) -> Packet:
     """Accept or refuse a plan; the answer is this site's signed statement."""
     h = request.expect("join").header
     session = site.accept(h.get("session", ""), h.get("plan"), h.get("roster_hash", ""), h.get("contract_hash", ""))
-    clipper(session.plan.model, site.engine, site.device)  # a model that couples records is refused before round 1
+    if session.plan.task == "train":  # a model that couples records is refused before round 1
+        clipper(session.plan.network, site.engine, site.device)
     return Packet({"kind": "joined", "statement": site.statement(session)})
 
 
@@ -65,7 +68,10 @@ def contribute(site: Site, request: Packet) -> Packet:
     if not np.isfinite(weights).all():
         raise WireError("the weights hold a NaN or an infinity")
 
-    clipped = site_sum(clipper(plan.model, site.engine, site.device), plan, weights, site.X, site.y)
+    if isinstance(plan.model, StatsSpec):
+        clipped = statistics_sum(plan, plan.model, request, site.X, site.y)
+    else:
+        clipped = site_sum(clipper(plan.model, site.engine, site.device), plan, weights, site.X, site.y)
     grid = to_grid(clipped, plan.clamp, plan.grid)
     try:
         site.ledger.reserve(session.id, round_, plan.hash, plan.event)

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from fedveil.client import policy
 from fedveil.common import canonical, identity
+from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Row
 from fedveil.common.settings import LimitsSection
+from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy import plan as plans
@@ -63,6 +65,7 @@ class Site:
         evidence: pass/fail and salted commitments of ingestion; may leave.
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
+        contract: the contract itself; None in simulations without one.
     """
 
     id: SiteId
@@ -79,6 +82,7 @@ class Site:
     store_for: Callable[[str], Store]
     engine: str = "auto"
     device: str = "cpu"
+    contract: DataContract | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
 
     def accept(self, session: str, plan_json: Any, roster_hash: str, contract_hash: str) -> Session:
@@ -99,6 +103,8 @@ class Site:
             raise ProtocolError(f"the plan speaks of {plan.sites} sites, the roster of {len(self.roster.sites)}")
         if (plan.model.inputs, plan.model.classes) != (self.width, self.classes):
             raise ProtocolError("the plan's model does not fit the contract's features and classes")
+        if isinstance(plan.model, StatsSpec) and self.contract and (where := plan.model.misfit(self.contract)):
+            raise ProtocolError(f"the statistics read the records otherwise than the contract: {where}")
         if self.ledger.tally.unit != plan.unit:
             raise PolicyRefusal(f"this site's ledger counts each {self.ledger.tally.unit}, the plan each {plan.unit}")
         policy.check(plan, self.limits)

@@ -102,6 +102,7 @@ class LimitsSection(BaseModel):
     max_epsilon: float = Field(gt=0, le=1000, description="cap of the lineage's ledger over all runs")
     delta: float = Field(default=1e-5, gt=0, le=0.01, description="δ of the ledger, fixed when it is opened")
     min_noise_multiplier: float = Field(default=0.5, ge=0, description="smallest σ accepted in a plan")
+    tasks: tuple[Literal["train", "stats"], ...] = Field(default=("train",), description="what sums may be for")
     modes: tuple[Literal["distributed", "local", "client"], ...] = ("distributed",)
     sums: tuple[Literal["keysum", "sharedkey", "plain", "none"], ...] = ("keysum",)
     min_sites: int = Field(default=3, ge=1, description="fewest sites of a plan")

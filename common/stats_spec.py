@@ -30,6 +30,7 @@ from fedveil.common.model_spec import ModelSpec
 MAX_LENGTH = 1 << 15  # of φ; with the texts below, a plan stays under 1 MiB
 MAX_TEXT = 1 << 17
 WHAT = ("count", "mean", "variance", "histogram", "quantiles", "accuracy", "confusion")
+EVALUATED = "evaluated"  # the buffer, and the file <name>.f32, with the weights of the model to evaluate
 DEFAULT_BINS = 10
 DEFAULT_QUANTILES = (0.25, 0.5, 0.75)
 

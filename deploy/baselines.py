@@ -40,8 +40,8 @@ def dp_sgd(
         records: what the gradient sum is divided by (times the sample rate).
         noise: total noise multiplier on the sum; 0 trains without privacy, though still clipped.
     """
-    weights, velocity = _start(plan.model)
-    steps = clipper(plan.model, engine, "cpu")
+    weights, velocity = _start(plan.network)
+    steps = clipper(plan.network, engine, "cpu")
     for _ in range(plan.steps):
         unflatten(steps.model, weights.astype(np.float32))
         mask = poisson_sample(len(table.y), plan.sample_rate)
@@ -99,7 +99,7 @@ def _count(parts: list[Table]) -> int:
 
 def compare(plan: PrivacyPlan, parts: list[Table], test: Table) -> dict[str, dict[str, float]]:
     """Every baseline's public test metrics; ``alone`` is the mean over sites."""
-    evaluate = Evaluator(plan.model, test.X, test.y)
+    evaluate = Evaluator(plan.network, test.X, test.y)
     single = [evaluate(w) for w in alone(plan, parts)]
     return {
         "pooled, no privacy": evaluate(pooled(plan, parts)),

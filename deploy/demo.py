@@ -166,7 +166,7 @@ def _compare(seeds: int) -> tuple[dict[str, list[Metrics]], PrivacyPlan]:
             s = demo_world.split(seed)
             parts = [baselines.Table(X[i], y[i]) for i in s.hospitals]
             test = baselines.Table(X[s.public], y[s.public])
-            score = Evaluator(plans["federated"].model, test.X, test.y)
+            score = Evaluator(plans["federated"].network, test.X, test.y)
             alone = [score(w) for w in baselines.alone(plans["alone"], parts)]
             row: dict[str, Metrics] = {
                 "pooled, no privacy": score(baselines.pooled(plans["pooled"], parts)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from fedveil.client.ingest import encode, quality, sources
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common import contract as contracts
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted
+from fedveil.common.errors import BudgetExhausted, JournalError, PlanError, RunAborted
 from fedveil.common.settings import Federation
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import serve
+from fedveil.privacy import plan as plans
 from fedveil.privacy.anonymization import fixed
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.planning import plan_from_settings
@@ -41,10 +43,29 @@ def start(federation: Federation, run: Path, *, progress: jobs.Progress | None =
     Raises:
         FedveilError: the plan is refused, the port is in use, or the run could not begin or was aborted.
     """
+    return begin(federation, run, lambda c, n: plan_from_settings(federation, c, n), progress=progress)
+
+
+def begin(
+    federation: Federation,
+    run: Path,
+    make: Callable[[DataContract, int], PrivacyPlan],
+    *,
+    attached: dict[str, bytes] | None = None,
+    progress: jobs.Progress | None = None,
+) -> Job:
+    """:func:`start` with any plan: ``make`` is given the contract and the number of sites.
+
+    Args:
+        attached: buffers that go to every site with the weights.
+
+    Raises:
+        FedveilError: as for :func:`start`.
+    """
     f = federation.federation
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
-    plan = _plan(federation, contract, len(roster.sites))
+    plan = _plan(make, contract, len(roster.sites))
     documents: dict[str, Any] = {
         "roster.json": json.loads((f.identity / "roster.json").read_text()),
         "consortium.pub": _pin(f.identity) + "\n",
@@ -52,7 +73,8 @@ def start(federation: Federation, run: Path, *, progress: jobs.Progress | None =
         "config.json": federation.model_dump(mode="json", exclude={"federation": {"identity", "contract", "runs"}}),
     }
     key = identity.load_signing_key(f.identity / "signing.key")
-    job = jobs.create(run, plan, roster, key, documents=documents, **_options(federation, contract, plan, progress))
+    options = _options(federation, contract, plan, progress) | {"attached": attached or {}}
+    job = jobs.create(run, plan, roster, key, documents=documents, **options)
     return _serve(job, federation)
 
 
@@ -61,15 +83,17 @@ def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None 
     f = federation.federation
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
-    plan = _plan(federation, contract, len(roster.sites))
+    if not (run / "plan.json").exists():
+        raise JournalError(f"{run} holds no run")
+    plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
     key = identity.load_signing_key(f.identity / "signing.key")
     return _serve(jobs.resume(run, roster, key, **_options(federation, contract, plan, progress)), federation)
 
 
-def _plan(federation: Federation, contract: DataContract, sites: int) -> PrivacyPlan:
+def _plan(make: Callable[[DataContract, int], PrivacyPlan], contract: DataContract, sites: int) -> PrivacyPlan:
     """The plan; a refusal names the nearest one that would hold where a reader sees it."""
     try:
-        return plan_from_settings(federation, contract, sites)
+        return make(contract, sites)
     except PlanError as e:
         if not e.nearest:
             raise
@@ -79,15 +103,15 @@ def _plan(federation: Federation, contract: DataContract, sites: int) -> Privacy
 
 
 def _options(
-    federation: Federation, contract: DataContract, plan: Any, progress: jobs.Progress | None
+    federation: Federation, contract: DataContract, plan: PrivacyPlan, progress: jobs.Progress | None
 ) -> dict[str, Any]:
     options: dict[str, Any] = {
         "join_timeout": federation.run.join_timeout,
         "round_timeout": federation.run.round_timeout,
     }
-    if federation.federation.public_test is not None:
+    if federation.federation.public_test is not None and plan.task == "train":
         X, y = public_table(federation.federation.public_test, contract)
-        options["evaluate"] = Evaluator(plan.model, X, y)
+        options["evaluate"] = Evaluator(plan.network, X, y)
     return options | ({"progress": progress} if progress else {})
 
 

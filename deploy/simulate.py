@@ -139,7 +139,7 @@ def run_split(
     job = jobs.create(
         out, plan, world.roster, world.server, documents={**world.documents(), "config.json": asdict(config)},
         durable=False, engine=config.engine,
-        evaluate=Evaluator(plan.model, split.X_test, split.y_test), **options,
+        evaluate=Evaluator(plan.network, split.X_test, split.y_test), **options,
     )  # fmt: skip
     server, _ = server_app(job)
     if config.engine == "inprocess":

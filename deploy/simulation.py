@@ -88,8 +88,8 @@ def make_site(
         cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, durable=durable,
     )  # fmt: skip
     limits = LimitsSection(
-        max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, modes=(plan.mode,),
-        sums=(plan.sum,), min_sites=1, min_honest=1,
+        max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, tasks=(plan.task,),
+        modes=(plan.mode,), sums=(plan.sum,), min_sites=1, min_honest=1,
     )  # fmt: skip
     stores: dict[str, Store] = {}
 

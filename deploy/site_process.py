@@ -59,6 +59,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
         engine=settings.training.engine, device=pick_device(settings.training.device),
+        contract=contract,
     ), data  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fedveil.common.contract import DataContract
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import Federation
+from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_rdp
 from fedveil.privacy.plan import MODULUS_BITS, Optimizer, PrivacyPlan, make_plan
 
@@ -44,6 +45,36 @@ def plan_from_settings(federation: Federation, contract: DataContract, sites: in
         contract_hash=contract.hash,
         sample_rate=p.sample_rate,
         local_steps=p.local_steps,
+        colluders=p.colluders,
+        dropouts=p.dropouts,
+    )
+
+
+def plan_of_statistics(
+    federation: Federation, contract: DataContract, sites: int, spec: StatsSpec, *, epsilon: float | None = None
+) -> PrivacyPlan:
+    """The plan of a run of statistics: one sum over all records, the clip being the longest vector there can be.
+
+    Args:
+        spec: what is asked for (:func:`fedveil.common.stats_spec.request`).
+        epsilon: ε of the run; by default what federation.toml says for a training run.
+
+    Raises:
+        PlanError: with the reason and the nearest consistent plan.
+    """
+    p = federation.privacy
+    return make_plan(
+        mode=p.mode,
+        sum=p.sum,
+        sites=sites,
+        records=p.records,
+        epsilon=p.epsilon if epsilon is None else epsilon,
+        delta=p.delta,
+        steps=1,
+        clip=spec.norm_bound,
+        model=spec,
+        optimizer=Optimizer(learning_rate=1.0, momentum=0.0),  # there is no step; the field is the plan's
+        contract_hash=contract.hash,
         colluders=p.colluders,
         dropouts=p.dropouts,
     )

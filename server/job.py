@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
@@ -17,6 +18,7 @@ from fedveil.common.errors import JournalError, WireError
 from fedveil.common.identity import SERVER, Roster
 from fedveil.common.journal import Journal
 from fedveil.common.models import build, flatten
+from fedveil.common.stats_spec import EVALUATED, StatsSpec
 from fedveil.privacy import plan as plans
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.server import checkpoints
@@ -41,6 +43,7 @@ class Job:
         journal: the server's signed journal of this run, open.
         first_round, state, nonce: where to go on; ``nonce`` is set when a round was open at a crash.
         durable: False in the simulator (no checkpoints, no fsync).
+        attached: further buffers that go to every site with the weights.
         progress: told of events (``joined``, ``round``, ``aborted``, ``end``) and their public numbers.
     """
 
@@ -59,6 +62,7 @@ class Job:
     round_timeout: float = 120.0
     durable: bool = True
     progress: Progress = _silent
+    attached: dict[str, bytes] = field(default_factory=dict)
 
     def checkpoint(self) -> str:
         """Keep the state for a restart; returns its content hash."""
@@ -98,9 +102,13 @@ def create(
     documents = {"plan.json": plan.to_json(), **documents}
     for name, value in documents.items():
         (run / name).write_bytes(value.encode() if isinstance(value, str) else canonical.dumps(value))
+    for name, data in options.get("attached", {}).items():
+        write_durably(run / f"{name}.f32", data)
     session = secrets.token_hex(32)
     journal = Journal.open(run / "journal.jsonl", SERVER, key, durable=durable)
-    state = ModelState.start(flatten(build(plan.model)))
+    # The sums of a run of statistics are added to zeros: they stand where a trained model's weights would.
+    first = np.zeros(plan.model.parameters, np.float32) if plan.task == "stats" else flatten(build(plan.network))
+    state = ModelState.start(first)
     body = {
         "session": session,
         "plan_hash": plan.hash,
@@ -154,6 +162,8 @@ def _resumed(run: Path, roster: Roster, key: Ed25519PrivateKey, journal: Journal
             last = row if row.kind == "round.applied" else last
     state = checkpoints.load(run / "checkpoints", last.body["checkpoint"])
     job = Job(run, opened.body["session"], plan, roster, key, journal, state, first_round=first, nonce=nonce, **options)
+    if isinstance(plan.model, StatsSpec) and plan.model.metric is not None:
+        job.attached[EVALUATED] = (run / f"{EVALUATED}.f32").read_bytes()
     for row in journal.of_kind("run.joined"):
         job.joins = _document(run / "joins.json")
         if canonical.digest(job.joins) != row.body["joins_digest"]:

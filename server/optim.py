@@ -37,10 +37,13 @@ class ModelState:
         """SGD with momentum on ``opened / (q·N)``.
 
         In mode ``client`` the sum holds model updates, not gradients: they are averaged and applied as they are.
+        Statistics are their own result: the opened sum is added to zeros.
 
         Raises:
             RunAborted: the weights would not be finite.
         """
+        if plan.task == "stats":
+            return ModelState(self.weights + opened, self.velocity)
         gradient = opened / plan.divisor
         rate = 1.0 if plan.mode == "client" else plan.optimizer.learning_rate
         velocity = plan.optimizer.momentum * self.velocity + gradient

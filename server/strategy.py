@@ -31,7 +31,7 @@ from fedveil.privacy.joining import check_join, check_joins, sum_spec
 from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
-from fedveil.server import delivered
+from fedveil.server import delivered, statistics
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job, write_durably
 from fedveil.server.rounds import Round
 
@@ -142,7 +142,7 @@ class SecureSumStrategy(Strategy):
             "nonce": nonce,
             "plan_hash": self.plan.hash,
         }
-        packet = Packet(header, {"weights": sent})
+        packet = Packet(header, {"weights": sent, **job.attached})
         return self._messages(dict.fromkeys(self._nodes, packet), "train.contribute", server_round)
 
     def aggregate_train(
@@ -293,6 +293,7 @@ class SecureSumStrategy(Strategy):
         heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()})
         metrics = job.evaluate(job.state.weights) if job.evaluate else {}
         write_durably(job.run / "model.f32", job.state.sent())
+        statistics.publish(job)
         body = {
             "session": job.session,
             "status": self.status,
