@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from itertools import combinations
 
 import numpy as np
@@ -11,9 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.errors import SecureSumError
+from fedveil.common.units import SiteId
 from fedveil.privacy.secagg import lattice
+from fedveil.privacy.secagg.committee import committee, elect
 from fedveil.privacy.secagg.params import VARIANCE, N, Q, choose
 
+NAMES = [SiteId(f"site-{i}") for i in range(100)]
 QUICK = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -54,7 +58,7 @@ def test_every_drop_out_pattern_of_six_sites(session):
             assert np.array_equal(got, sum(vectors[m] for m in members))
 
 
-@pytest.mark.parametrize("n", [17, 100])
+@pytest.mark.parametrize("n", [17, 40, pytest.param(100, marks=pytest.mark.slow)])
 def test_drop_outs_drawn_at_random_up_to_a_hundred_sites(session, n):
     """Whoever is missing from the members and whoever else from the helpers, down to the fewest of each."""
     draw = np.random.default_rng(n)
@@ -66,6 +70,20 @@ def test_drop_outs_drawn_at_random_up_to_a_hundred_sites(session, n):
         got, opened = s.sum(round, {m: np.array([s.names.index(m), -1]) for m in members}, helpers)
         assert opened == tuple(members)
         assert got.tolist() == [sum(s.names.index(m) for m in members), -len(members)]
+
+
+def test_a_hundred_sites_and_the_fewest_helpers_of_an_elected_committee(session):
+    figures = committee(100, 16, 16, 32)
+    helpers = [NAMES.index(h) for h in elect(NAMES, figures.size, secrets.token_bytes(32))]
+    s = session(
+        "keysum", 100, threshold=figures.threshold, min_members=84, length=2, bound=9999, colluders=16, helpers=helpers
+    )
+    draw = np.random.default_rng(7)
+    members = [s.names[i] for i in sorted(draw.permutation(100)[:84])]
+    chosen = [s.names[i] for i in draw.permutation(helpers)[: figures.threshold]]
+    got, opened = s.sum(1, {m: np.array([s.names.index(m), -1]) for m in members}, chosen)
+    assert opened == tuple(members)
+    assert got.tolist() == [sum(s.names.index(m) for m in members), -84]
 
 
 def _residuals(s, round: int, vectors) -> np.ndarray:
