@@ -155,25 +155,23 @@ class KeysumServer(ServerSum):
         """See :meth:`ServerSum.result`. Beyond T answers, wrong ones are set aside and named in ``suspects``."""
         if self._spec.reveal_to != "server":
             raise SecureSumError("the sum is revealed to the sites only", hint="send them what blinded() returns")
-        round, opened = self._opened_round()
-        if not isinstance(opened, np.ndarray):
-            raise SecureSumError(f"round {round} was opened as a blinded sum")
-        return opened.copy(), self.members
+        return np.array(self._opened_sum(), np.int64), self.members
 
     def blinded(self) -> Packet:
         """See :meth:`ServerSum.blinded`."""
         if self._spec.reveal_to != "sites":
             return super().blinded()
-        _, opened = self._opened_round()
+        opened = bytes(self._opened_sum())
         header = self._announced | {"kind": messages.BLINDED, "digest": self._digest}
-        return Packet(header | {"agreements": dict(self._agreements)}, {"blinded": bytes(opened)})
+        return Packet(header | {"agreements": dict(self._agreements)}, {"blinded": opened})
 
     @property
     def suspects(self) -> tuple[SiteId, ...]:
         """See :attr:`ServerSum.suspects`."""
         return self._suspects
 
-    def _opened_round(self) -> tuple[int, NDArray[np.int64] | bytes]:
+    def _opened_sum(self) -> NDArray[np.int64] | bytes:
+        """The values, or the blinded sum packed; opened at the first call."""
         round, _ = self._open_round()
         if self._opened is None:
             if len(self._answers) < self._spec.threshold:
@@ -182,7 +180,7 @@ class KeysumServer(ServerSum):
                 )
             self._opened = self._open(round)
             self._held, self._boxes = [], {}
-        return round, self._opened
+        return self._opened
 
     def _open(self, round: int) -> NDArray[np.int64] | bytes:
         sums = self._engine.total(self._held, self._params.blocks)
@@ -210,12 +208,15 @@ class KeysumServer(ServerSum):
         from wrong, by leaving out one, two, ... sites, which finds more of them in small sessions.
         """
         answered, threshold = self._answered(), self._spec.threshold
+        seen = set[tuple[SiteId, ...]]()
         rows = reed_solomon.wrong_rows(
             [self._point(site) for site in answered], np.stack([self._answers[site] for site in answered]), threshold
         )
         if rows is not None:
             wrong = tuple(answered[row] for row in rows)
-            yield tuple(site for site in answered if site not in wrong)[:threshold], wrong
+            sites = tuple(site for site in answered if site not in wrong)[:threshold]
+            seen.add(sites)
+            yield sites, wrong
         if self._spec.reveal_to != "server":
             return
         choices = (
@@ -223,7 +224,6 @@ class KeysumServer(ServerSum):
             for count in range(len(answered) - threshold + 1)
             for left_out in combinations(answered, count)
         )
-        seen = set[tuple[SiteId, ...]]()
         for sites in islice(choices, MAX_TRIES):
             if sites not in seen:
                 seen.add(sites)
