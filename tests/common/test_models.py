@@ -150,7 +150,8 @@ def test_an_inconsistent_network_is_never_built(spec, reason) -> None:
     "change",
     [
         {"name": "my.module:Net"}, {"inputs": 0}, {"inputs": 1 << 25}, {"inputs": "3"}, {"classes": 1},
-        {"classes": True}, {"seed": -1}, {"seed": 1 << 63}, {"hidden": (1,) * 17}, {"hidden": (1.5,)}, {"code": "import os"},
+        {"classes": True}, {"seed": -1}, {"seed": 1 << 63}, {"hidden": (1,) * 17}, {"hidden": (1.5,)},
+        {"code": "import os"},
     ],
 )  # fmt: skip
 def test_a_spec_has_types_and_bounds(change) -> None:

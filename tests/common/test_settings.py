@@ -123,7 +123,8 @@ def test_every_mistake_is_named(tmp_path: Path, old, new, named) -> None:
     [
         ("max_epsilom = 3", "limits.max_epsilom"), ("modes = ['everything']", "limits.modes"),
         ("sums = ['xor']", "limits.sums"), ("min_sites = 0", "limits.min_sites"),
-        ("min_honest = 0", "limits.min_honest"), ("delta = 0.0", "limits.delta"), ("min_noise_multiplier = nan", "limits.min_noise"),
+        ("min_honest = 0", "limits.min_honest"), ("delta = 0.0", "limits.delta"),
+        ("min_noise_multiplier = nan", "limits.min_noise"),
         ("min_noise_multiplier = -1", "limits.min_noise_multiplier"),
         ("max_fallback_epsilon = 0", "limits.max_fallback_epsilon"), ("[training]\nengine = 'none'", "training.engine"),
     ],

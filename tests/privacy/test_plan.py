@@ -157,7 +157,7 @@ def test_the_claim_is_the_accountants() -> None:
     assert PLAN.claim < PLAN.fallback < math.inf
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.integers(3, 60), st.floats(0.3, 4), st.integers(1, 40), st.sampled_from([1.0, 0.1]), st.floats(1e-3, 1e3),
     st.sampled_from([(20, ()), (784, ()), (30, (64, 32)), (1, ()), (100_000, ())]),
@@ -199,7 +199,7 @@ def test_more_survivors_mean_more_noise_never_less_than_claimed() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"epsilon": 0.2, "steps": 7}, {"epsilon": 8.0, "steps": 2000}, {"epsilon": 3.0, "steps": 1},
+        {}, {"epsilon": 0.2, "steps": 7}, {"epsilon": 6.0, "steps": 400}, {"epsilon": 3.0, "steps": 1},
         {"epsilon": 1.0, "steps": 500, "sample_rate": 0.02}, {"epsilon": 4.0, "steps": 100, "sample_rate": 0.3},
     ],
 )  # fmt: skip
@@ -242,12 +242,12 @@ def test_equal_plans_have_one_hash_in_every_process() -> None:
         "import sys, json; from fedveil.privacy.plan import PrivacyPlan;"
         "print(PrivacyPlan.model_validate_json(sys.stdin.read()).hash)"
     )
-    for seed in ("0", "42"):
-        out = subprocess.run(
-            [sys.executable, "-c", code], input=PLAN.model_dump_json(), env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert out.stdout.strip() == PLAN.hash
+    seed = "0" if os.environ.get("PYTHONHASHSEED") == "42" else "42"
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=PLAN.model_dump_json(), env=os.environ | {"PYTHONHASHSEED": seed},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert out.stdout.strip() == PLAN.hash
 
 
 def test_every_field_is_under_the_hash() -> None:

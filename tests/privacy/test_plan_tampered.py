@@ -50,7 +50,7 @@ def test_the_plan_itself_is_accepted() -> None:
         ({"local_steps": 2}, "one gradient"),
         ({"model": JSON["model"] | {"hidden": [3]}}, "no hidden"),
         ({"model": JSON["model"] | {"name": "cnn"}}, "square"),
-        ({"model": JSON["model"] | {"name": "mlp", "hidden": [1 << 60]}}, "width"),
+        ({"model": JSON["model"] | {"name": "mlp", "hidden": [1 << 60]}}, "hidden"),
         ({"model": JSON["model"] | {"inputs": 1 << 24, "classes": 1 << 16}}, "parameters"),
     ],
 )
