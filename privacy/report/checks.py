@@ -82,6 +82,8 @@ class Audit:
             "every round starts from the model before; the last is the report's and the file's",
             self._models,
         )
+        if self._plan and self._plan.task == "stats":
+            yield "statistics", "every estimate against the opened sum, by the same derivation", self._statistics
         if self._roster and self._history and self._history.end:
             for m in self._roster.sites:
                 if m.site in self._history.end.heads or self._has(journal_name(m.site)):
@@ -243,6 +245,9 @@ class Audit:
         if found not in (None, h.ended.model_hash):
             raise VerificationError(f"{bundles.MODEL} is not the model that the journals and the report speak of")
         return f"final model {h.ended.model_hash[:16]}..., {'its file too' if found else 'no model file here'}"
+
+    def _statistics(self) -> str:
+        return claims.statistics(self._got("plan", self._plan), self._ended(), self._report.parent)
 
     # -- whether it adds up -------------------------------------------------------------------------------------
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+from fedveil.common import canonical
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import fields, recompute
+from fedveil.privacy.report.history import History
+from fedveil.privacy.stats_document import STATISTICS, document
 
 _CLOSE = 1e-6
+_STATISTICS_LIMIT = 1 << 25
 _TOO_MUCH = 1200.0  # by this table of orders, for what is at most 1000 by the builder's finer one
 
 
@@ -83,6 +89,21 @@ def curve(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     return f"{len(points)} points; " + ", ".join(
         f"{r['true_positive_rate']:.3f} at {r['false_positive_rate']:g}" for r in rates
     )
+
+
+def statistics(plan: PrivacyPlan, history: History, folder: Path) -> str:
+    """The estimates follow from the opened sum, whose hash the journals hold; nothing to check without their file."""
+    if not (folder / STATISTICS).exists():
+        return "no file of estimates here"
+    if not history.applied:
+        raise VerificationError(f"{STATISTICS} speaks of a sum that was never opened")
+    found = canonical.loads(bundles.read_bounded(folder / STATISTICS, _STATISTICS_LIMIT))
+    sums = bundles.read_bounded(folder / bundles.MODEL, 4 * plan.model.parameters)
+    if canonical.sha256_hex(sums) != history.ended.model_hash:
+        raise VerificationError(f"{bundles.MODEL} is not the sum that the journals speak of")
+    own = document(plan, history.session, len(history.applied[-1].members or ()), sums)
+    same(found, canonical.loads(canonical.dumps(own)), STATISTICS)
+    return f"{plan.model.parameters} sums of {len(history.applied[-1].members or ())} sites, recomputed"
 
 
 def same(found: Any, derived: Any, where: str) -> None:

@@ -121,7 +121,9 @@ def _trust(plan: PrivacyPlan) -> dict[str, Any]:
 
 def _mechanism(plan: PrivacyPlan) -> dict[str, Any]:
     return {
-        "name": "per-record clipping, Poisson sampling, discrete Gaussian noise in shares, one sum",
+        "name": "one vector of statistics per record, clipped; discrete Gaussian noise in shares, one sum"
+        if plan.task == "stats"
+        else "per-record clipping, Poisson sampling, discrete Gaussian noise in shares, one sum",
         "clip": plan.clip,
         "sensitivity": plan.sensitivity,
         "inflation": plan.inflation,

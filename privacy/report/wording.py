@@ -7,6 +7,11 @@ from fedveil.privacy.plan import PrivacyPlan
 SIMULATED = "SIMULATED: every site ran on one machine, in one hand. Nothing real was protected; for study only."
 
 
+def result(plan: PrivacyPlan) -> str:
+    """What a run gives away."""
+    return "statistics" if plan.task == "stats" else "model"
+
+
 def protects(plan: PrivacyPlan) -> str:
     """Whose presence is hidden."""
     return "a whole client with all it holds" if plan.mode == "client" else "every single record of every site"
@@ -14,7 +19,7 @@ def protects(plan: PrivacyPlan) -> str:
 
 def against(plan: PrivacyPlan) -> list[str]:
     """From whom, one line each."""
-    receiver = "whoever receives the model, or any model of the run"
+    receiver = f"whoever receives the {result(plan)}" + (", or any model of the run" if plan.task == "train" else "")
     if plan.mode == "local":
         return ["the server", "all other sites, even if they all work together", receiver, "outsiders"]
     if plan.sum == "plain":
@@ -37,16 +42,16 @@ def claim(plan: PrivacyPlan) -> str:
     if plan.mode == "local":
         return f"Nobody, not even all other participants together, learns more about one {unit} than {numbers}."
     if plan.sum == "plain":
-        return f"Whoever receives only the model learns no more about one {unit} than {numbers}."
+        return f"Whoever receives only the {result(plan)} learns no more about one {unit} than {numbers}."
     if plan.sum == "sharedkey":
         return (
-            f"Neither the server alone, nor {_others(plan)} without the server, nor whoever gets the model, "
-            f"learns more about one {unit} than {numbers}."
+            f"Neither the server alone, nor {_others(plan)} without the server, nor whoever gets the "
+            f"{result(plan)}, learns more about one {unit} than {numbers}."
         )
     together = f" together with {_others(plan)}" if plan.colluders else " by itself, nor any other site by itself"
     return (
-        f"Nobody, not even the server{together}, nor whoever gets the model, "
-        f"learns more about one {unit} than {numbers}."
+        f"Nobody, not even the server{together}, nor whoever gets the "
+        f"{result(plan)}, learns more about one {unit} than {numbers}."
     )
 
 
@@ -85,9 +90,17 @@ def tuning(earlier: dict[str, int]) -> str:
 
 def public_data(plan: PrivacyPlan) -> list[str]:
     """What was used without being charged, because it is public."""
-    return [
+    shared = [
         "the data contract: columns, bounds, categories and levels; none of them was taken from the records",
         f"the declared number of records, {plan.records}: a constant of the plan, not a count",
+    ]
+    if plan.task == "stats":
+        return [
+            *shared,
+            "which statistics were asked for; the weights of a model that was evaluated (charged where it was trained)",
+        ]
+    return [
+        *shared,
         "the initial weights, drawn from a public seed",
         "the table on which the metrics of this report were computed; it belongs to no site",
     ]
@@ -97,7 +110,9 @@ def covered(plan: PrivacyPlan) -> list[str]:
     """What ε speaks of."""
     return [
         f"all {plan.steps} planned steps, aborted ones included, at exactly {plan.honest} honest shares of noise",
-        "every model of the run, the final one included, and anything computed from them",
+        "all statistics together (one joint sensitivity), and anything computed from them"
+        if plan.task == "stats"
+        else "every model of the run, the final one included, and anything computed from them",
         f"adding or removing one {plan.unit} of the released tables",
     ]
 
@@ -113,7 +128,7 @@ def not_covered(plan: PrivacyPlan, missing: list[str]) -> list[str]:
         "whether a site's program added the noise it was charged for: journals prove the charge; the conformance "
         "audit of the running program is separate",
         "what the server alone writes: that these were the members of a sum, and the metrics on the public table",
-        "conclusions about people in general: a model is meant to teach them, with or without one record",
+        f"conclusions about people in general: the {result(plan)} should teach them, with or without one record",
     ]
     if missing:
         out.insert(0, f"the ledgers of {', '.join(missing)}: not delivered, so their earlier spending is not shown")
