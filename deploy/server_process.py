@@ -133,11 +133,19 @@ def _serve(job: Job, federation: Federation) -> Job:
 
 
 def status(run: Path) -> dict[str, Any]:
-    """Where a run stands, from its folder alone."""
+    """Where a run stands, from its folder alone.
+
+    Raises:
+        JournalError: the folder holds no run.
+    """
     metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    plan = canonical.loads((run / "plan.json").read_bytes())
-    rows = (run / "journal.jsonl").read_bytes().splitlines()
+    try:
+        plan = canonical.loads((run / "plan.json").read_bytes())
+        # What follows the last end of line is being written, or was torn by a crash.
+        rows = (run / "journal.jsonl").read_bytes().split(b"\n")[:-1]
+        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    except OSError as e:
+        raise JournalError(f"{run} holds no run: {e.strerror}") from e
     last = canonical.loads(rows[-1]) if rows else {"kind": "", "body": {}}
     ended = last["kind"] == "run.end"
     return {

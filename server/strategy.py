@@ -224,20 +224,19 @@ class SecureSumStrategy(Strategy):
             "roster_hash": job.roster.hash,
             "contract_hash": self.plan.contract_hash,
         }
-        asked: set[int] = set()
+        answered: set[int] = set()  # who was asked and did not answer is asked again when it is there again
         deadline = time.monotonic() + job.join_timeout
         while len(job.joins) < self.plan.sites:
-            new = [node for node in grid.get_node_ids() if node not in asked]
-            asked.update(new)
+            if time.monotonic() > deadline:
+                missing = [m.site for m in job.roster.sites if m.site not in job.joins]
+                raise RunAborted(f"these sites did not join in time: {', '.join(missing)}")
+            new = [node for node in grid.get_node_ids() if node not in answered]
             if not new:
-                if time.monotonic() > deadline:
-                    missing = [m.site for m in job.roster.sites if m.site not in job.joins]
-                    raise RunAborted(f"these sites did not join in time: {', '.join(missing)}")
                 time.sleep(_POLL)
                 continue
-            record = flwr_adapter.to_record(Packet(header))
-            messages = [flwr_adapter.request(record, to=n, action="query.join", round=0) for n in new]
+            messages = [flwr_adapter.request(Packet(header), to=n, action="query.join", round=0) for n in new]
             for reply in self._send(messages, job.join_timeout):
+                answered.add(reply.metadata.src_node_id)
                 self._admit(grid, reply)
         job.joins = {m.site: job.joins[m.site] for m in job.roster.sites}
         write_durably(job.run / "joins.json", canonical.dumps(job.joins))
