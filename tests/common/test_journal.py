@@ -147,7 +147,9 @@ def test_another_sites_journal_is_not_continued(path: Path, owner, key) -> None:
 def test_a_torn_tail_is_dropped_and_recorded_at_every_cut(path: Path, durable) -> None:
     data = write(path, 2)
     ends = [0] + [i + 1 for i, b in enumerate(data) if b == 10]
-    for cut in range(len(data) + 1):
+    near = {e + i for e in ends for i in range(-3, 4)}
+    # without fsync at every position; with it, which takes its time, around the ends of rows and at every ninth
+    for cut in (c for c in range(len(data) + 1) if not durable or c in near or c % 9 == 0):
         path.write_bytes(data[:cut])
         whole = max(e for e in ends if e <= cut)
         with Journal.open(path, "site-a", KEY, durable=durable) as j:

@@ -223,11 +223,12 @@ def test_the_number_of_records_a_site_holds_enters_nowhere() -> None:
     """Neighbouring data sets have the same plan, noise and divisor (only declared constants enter)."""
     names = set(inspect.signature(make_plan).parameters)
     assert not names & {"data", "X", "y", "dataset", "loader", "table"}
-    small = make({"model": ModelSpec(name="logistic", inputs=4, classes=2)})
+    model = ModelSpec(name="logistic", inputs=4, classes=2)
+    small = make({"model": model})
     before = (small.hash, small.share_std, small.divisor, small.event)
     X = np.random.default_rng(0).normal(0, 3, (101, 4)).astype(np.float32)
     y = np.arange(101) % 2
-    engine, weights = Clipper(build(small.model), "closed"), np.zeros(small.model.parameters, np.float32)
+    engine, weights = Clipper(build(model), "closed"), np.zeros(model.parameters, np.float32)
     a, b = (site_sum(engine, small, weights, X[:n], y[:n]) for n in (100, 101))
     assert 0 < np.linalg.norm(a - b) <= small.clip * (1 + 1e-6)
     assert before == (small.hash, small.share_std, small.divisor, small.event)
