@@ -40,6 +40,7 @@ def make_app(resolve: Resolve) -> ClientApp:
         (app.train, "contribute", line.contribute),
         (app.train, "agree", line.agree),
         (app.train, "open", line.open_sum),
+        (app.query, "apply", line.apply),
         (app.query, "finish", line.finish),
     ):
         register(action)(_answering(resolve, handler))

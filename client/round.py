@@ -8,6 +8,7 @@ the session and the round, and carries weights.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
@@ -64,9 +65,7 @@ def contribute(site: Site, request: Packet) -> Packet:
         if again.header.get("nonce") != nonce:
             raise ProtocolError(f"round {round_} was answered under another nonce")
         return again
-    weights = np.frombuffer(request.buffer("weights", 4 * plan.model.parameters), "<f4")
-    if not np.isfinite(weights).all():
-        raise WireError("the weights hold a NaN or an infinity")
+    weights = _weights(site, session, request)
 
     if isinstance(plan.model, StatsSpec):
         clipped = statistics_sum(plan, plan.model, request, site.X, site.y)
@@ -82,6 +81,18 @@ def contribute(site: Site, request: Packet) -> Packet:
     sealed = session.sum.contribute(round_, nonce, noisy)
     site.ledger.commit(session.id, round_)
     return sealed
+
+
+def apply(site: Site, request: Packet) -> Packet:
+    """Where only sites read the sums: unblind one and step this site's model; says where this site stands."""
+    h = request.expect("apply").header
+    session = site.session(h.get("session"))
+    model = site.revealed(session)
+    if (inner := h.get("packet")) is not None:
+        if not isinstance(inner, dict):
+            raise WireError("a relayed packet without a header")
+        model.apply(Packet(inner, request.buffers))
+    return Packet({"kind": "applied", "round": model.round, "model_hash": model.name})
 
 
 def agree(site: Site, request: Packet) -> Packet:
@@ -107,9 +118,25 @@ def finish(site: Site, request: Packet) -> Packet:
         )
         site.ledger.note("session.end", session=session.id, status=status)
         session.ended = True
+        if session.plan.reveal_to == "sites":
+            site.keep(session.id, site.revealed(session).state.sent())
     session.sum.end()
     lines = b"".join(row.line() for row in site.ledger.journal.rows)
     return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})
+
+
+def _weights(site: Site, session: Session, request: Packet) -> NDArray[np.float32]:
+    """Where the step starts: what the server sent, or this site's own model where the server knows none."""
+    plan = session.plan
+    if plan.reveal_to == "sites":
+        model = site.revealed(session)
+        if request.header.get("model_hash") != model.name:
+            raise ProtocolError("this site's model is not the one the round starts from")
+        return np.frombuffer(model.state.sent(), "<f4")
+    weights = np.frombuffer(request.buffer("weights", 4 * plan.model.parameters), "<f4")
+    if not np.isfinite(weights).all():
+        raise WireError("the weights hold a NaN or an infinity")
+    return weights
 
 
 def _require_open(session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil.client import policy
+from fedveil.client.revealed import RevealedModel
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
@@ -40,6 +42,7 @@ class Session:
         begun: this site has every site's statement, as a sum with keys needs before its first round.
         exhausted: the budget refused a step: nothing of this session is charged any more.
         ended: the server ended the session: nothing is charged any more.
+        model: this site's own model, where only the sites read the sums.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Session:
     begun: bool = False
     exhausted: bool = False
     ended: bool = False
+    model: RevealedModel | None = None
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Site:
         evidence: pass/fail and salted commitments of ingestion; may leave.
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
+        models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
     """
 
@@ -82,6 +87,7 @@ class Site:
     store_for: Callable[[str], Store]
     engine: str = "auto"
     device: str = "cpu"
+    models: Path | None = None
     contract: DataContract | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
 
@@ -175,6 +181,19 @@ class Site:
         reply = found.sum.begin(fields)
         found.begun = True
         return reply
+
+    def revealed(self, session: Session) -> RevealedModel:
+        """This site's own model of a session; :class:`ProtocolError` where the server reads the sums."""
+        if session.plan.reveal_to != "sites":
+            raise ProtocolError("the server reads this session's sums")
+        if session.model is None:
+            session.model = RevealedModel(session.plan, session.sum, self.store_for(session.id))
+        return session.model
+
+    def keep(self, session: str, weights: bytes) -> None:
+        """Write a final model, little-endian float32, readable by the owner only; it stays at the site."""
+        if self.models is not None:
+            identity.write_secret(self.models / f"{session}.f32", weights)
 
     def statement(self, session: Session) -> dict[str, Any]:
         """The signed join statement: this site takes part under exactly this plan, roster and contract."""

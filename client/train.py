@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from typing import cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedveil.common.errors import ModelError
 from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, unflatten
+from fedveil.common.models import build, trainable, unflatten
 from fedveil.privacy.dp import clipping
 from fedveil.privacy.dp.sampling import poisson_sample
 from fedveil.privacy.plan import PrivacyPlan
@@ -27,12 +29,18 @@ def pick_device(wanted: str) -> str:
 def clipper(spec: ModelSpec, engine: str, device: str) -> clipping.Clipper:
     """The clipping engine for a network, built once per process: ``auto`` probes parity first, speed second.
 
+    Args:
+        engine: ``auto``, or one of :data:`fedveil.privacy.dp.clipping.Engine`, which is probed for parity too.
+
     Raises:
-        ModelError: the network couples records (BatchNorm) or cannot be clipped per record.
+        ModelError: the network couples records (BatchNorm) or cannot be clipped per record (by that engine).
     """
     if engine == "auto":
-        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device)
-    return clipping.Clipper(build(spec), "closed" if engine == "closed" else "opacus", device)
+        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision="auto")
+    if engine not in get_args(clipping.Engine):
+        raise ModelError(f"unknown engine {engine!r}", hint="auto, " + ", ".join(get_args(clipping.Engine)))
+    named = cast(clipping.Engine, engine)
+    return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, engines=(named,))
 
 
 def site_sum(
@@ -66,19 +74,19 @@ def _client_update(
     engine: clipping.Clipper, plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """DP-FedAvg (McMahan et al. 2018): ``local_steps`` of full-batch descent, the whole update clipped to C."""
-    model = engine.model
-    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    features = torch.from_numpy(X).to(engine.device, torch.float64)
+    model, parameters = engine.model, trainable(engine.model)
+    start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
+    features = torch.from_numpy(X).to(engine.device, parameters[0].dtype)
     labels = torch.from_numpy(y).to(engine.device)
     if not len(X):
         return np.zeros(plan.model.parameters)
     for _ in range(plan.local_steps):
         loss = torch.nn.functional.cross_entropy(model(features), labels)
-        grads = torch.autograd.grad(loss, list(model.parameters()))
+        grads = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
-            for p, g in zip(model.parameters(), grads, strict=True):
+            for p, g in zip(parameters, grads, strict=True):
                 p.sub_(plan.optimizer.learning_rate * g)
-    update = start - torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    update = start - torch.cat([p.detach().reshape(-1) for p in parameters]).double()
     if not bool(torch.isfinite(update).all()):
         return np.zeros(plan.model.parameters)
     return (update * (plan.clip / (update.norm() + 1e-30)).clamp(max=1.0)).cpu().numpy()

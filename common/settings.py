@@ -42,6 +42,7 @@ class PrivacySection(BaseModel):
     clip: float = Field(gt=0, description="L2 bound of one record's gradient")
     colluders: int | None = Field(default=None, ge=0, description="sites that may work together; default n // 6")
     dropouts: int | None = Field(default=None, ge=0, description="sites that may be missing; default n // 6")
+    reveal_to: Literal["server", "sites"] = Field(default="server", description="who reads the sums (sites: keysum)")
     local_steps: int = Field(default=1, ge=1, description="local steps per round (mode client only)")
 
 

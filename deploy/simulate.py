@@ -58,6 +58,7 @@ class Config:
     force: bool = False
     cap: float | None = None
     drop_rate: float = 0.0
+    reveal_to: str = "server"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def make_plan(config: Config, split: Split) -> PrivacyPlan:
                         hidden=r.hidden, seed=config.seed + 7 if r.hidden else 0),
         optimizer=plans.Optimizer(learning_rate=r.learning_rate), contract_hash=contract,
         colluders=config.colluders, dropouts=config.dropouts, few_clients=config.force,
-        local_steps=5 if config.mode == "client" else 1,
+        local_steps=5 if config.mode == "client" else 1, reveal_to=config.reveal_to,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def run_split(
         evaluate=Evaluator(plan.network, split.X_test, split.y_test), **options,
     )  # fmt: skip
     server, _ = server_app(job)
+    looked_at: dict[str, float] = {}
     if config.engine == "inprocess":
         from fedveil.deploy.transport.inprocess import run_inprocess
 
@@ -151,6 +153,9 @@ def run_split(
             )
         )
         run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=_drops(config.drop_rate))
+        if plan.reveal_to == "sites" and job.evaluate is not None:
+            # Only the simulation can look into a site: its own model on the public table.
+            looked_at = job.evaluate(sites[0].revealed(sites[0].session(job.session)).state.weights)
         for site in sites:
             site.ledger.close()
     elif config.engine == "ray":
@@ -163,7 +168,9 @@ def run_split(
     if report:
         _write_report(out, world.server)
     body = end.body
-    return Outcome(body["status"], body["metrics"], body["steps_done"], time.perf_counter() - started, plan, out)
+    return Outcome(
+        body["status"], looked_at or body["metrics"], body["steps_done"], time.perf_counter() - started, plan, out
+    )
 
 
 def _drops(rate: float):
@@ -208,6 +215,7 @@ def simulate(
         float | None, typer.Option(help="cap of every client's ledger; default: what the plan needs")
     ] = None,
     drop_rate: Annotated[float, typer.Option(help="chance that a client misses a round")] = 0.0,
+    reveal_to: Annotated[str, typer.Option(help="who reads the sums: server, or only the sites (keysum)")] = "server",
     force: Annotated[bool, typer.Option(help="mode client below 1000 clients")] = False,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<time>")] = None,
 ) -> None:
@@ -220,7 +228,7 @@ def simulate(
     outcomes: list[Outcome] = []
     for s in range(seed, seed + seeds):
         config = Config(clients, dataset, epsilon, delta, mode, sum, engine, alpha, colluders, dropouts, steps, s,
-                        force, cap, drop_rate)  # fmt: skip
+                        force, cap, drop_rate, reveal_to)  # fmt: skip
         if s == seed:
             with Display(f"simulate {dataset}", recipe(config).steps) as display:
                 outcomes.append(run(config, folder, progress=display.progress))

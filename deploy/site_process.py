@@ -58,7 +58,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         id=site, key=key, roster=roster, contract_hash=contract.hash, width=contract.width,
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
-        engine=settings.training.engine, device=pick_device(settings.training.device),
+        engine=settings.training.engine, device=pick_device(settings.training.device), models=s.state / "models",
         contract=contract,
     ), data  # fmt: skip
 

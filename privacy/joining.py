@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedveil.common import identity
+from fedveil.common import canonical, identity
 from fedveil.common.errors import ProtocolError
 from fedveil.common.identity import Roster
 from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import SumSpec
 
@@ -20,8 +21,14 @@ def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
     return SumSpec(
         protocol=plan.sum, session=session, plan_hash=plan.hash, roster=roster, threshold=plan.threshold,
         min_members=plan.members, length=plan.model.parameters, bound=plan.bound, rounds=plan.steps,
-        colluders=plan.colluders,
+        colluders=plan.colluders, reveal_to=plan.reveal_to,
     )  # fmt: skip
+
+
+def chained(name: str, packet: Packet) -> str:
+    """The name of a model after one more blinded sum: SHA-256 (hex) of the name before and the sum's digests."""
+    buffers = {k: sha256(v) for k, v in packet.buffers.items()}
+    return canonical.digest({"before": name, "header": packet.header, "buffers": buffers})
 
 
 def check_joins(documents: Any, session: str, plan_hash: str, roster: Roster) -> Mapping[SiteId, dict[str, Any]]:

@@ -71,6 +71,7 @@ class PrivacyPlan(BaseModel):
     optimizer: Optimizer
     contract_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
     few_clients: bool = False
+    reveal_to: Literal["server", "sites"] = "server"
 
     @property
     def unit(self) -> str:
@@ -303,6 +304,7 @@ def make_plan(
     colluders: int | None = None,
     dropouts: int | None = None,
     few_clients: bool = False,
+    reveal_to: Literal["server", "sites"] = "server",
 ) -> PrivacyPlan:
     """Derive σ from ε by PLD, the grid from the ciphertext's room, and refuse what cannot hold.
 
@@ -315,7 +317,7 @@ def make_plan(
         "mode": mode, "sum": sum, "sites": sites, "colluders": t, "dropouts": d, "records": records,
         "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "epsilon": epsilon,
         "delta": delta, "model": model, "optimizer": optimizer, "contract_hash": contract_hash,
-        "few_clients": few_clients,
+        "few_clients": few_clients, "reveal_to": reveal_to,
     }  # fmt: skip
     _check_given(given)
     if problem := model.problem():
@@ -365,6 +367,8 @@ def _check_trust(plan: PrivacyPlan) -> None:
         )
     if plan.sum == "keysum" and plan.sites < 3:
         default_tolerance(plan.sites)
+    if plan.reveal_to == "sites" and (plan.sum != "keysum" or plan.task != "train"):
+        raise PlanError("only keysum can hide a training's sums from the server", nearest={"reveal_to": "server"})
     if plan.mode == "client" and plan.sites < MIN_CLIENTS and not plan.few_clients:
         raise PlanError(
             f"mode 'client' hides a whole client: its noise drowns the model of {plan.sites} clients",

@@ -45,6 +45,7 @@ def plan_from_settings(federation: Federation, contract: DataContract, sites: in
         contract_hash=contract.hash,
         sample_rate=p.sample_rate,
         local_steps=p.local_steps,
+        reveal_to=p.reveal_to,
         colluders=p.colluders,
         dropouts=p.dropouts,
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedveil.common.errors import JournalError
 from fedveil.common.wire import sha256
-from fedveil.server.optim import ModelState
+from fedveil.privacy.optim import ModelState
 
 KEEP = 2
 

@@ -20,10 +20,10 @@ from fedveil.common.journal import Journal
 from fedveil.common.models import build, flatten
 from fedveil.common.stats_spec import EVALUATED, StatsSpec
 from fedveil.privacy import plan as plans
+from fedveil.privacy.optim import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.server import checkpoints
 from fedveil.server.evaluate import Evaluator
-from fedveil.server.optim import ModelState
 
 COMPLETED, EXHAUSTED, ABORTED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED"
 Progress = Callable[[str, dict[str, Any]], None]

@@ -101,6 +101,16 @@ class Round:
         self._require(Phase.OPENING)
         self._try(site, lambda: self._sum.add_answer(site, packet))
 
+    def blinded(self) -> Packet:
+        """The opened sum as only the sites can read it; :class:`RunAborted` if it cannot be opened."""
+        self._require(Phase.OPENING)
+        try:
+            packet = self._sum.blinded()
+        except SecureSumError as e:
+            raise self._abort(e.message) from e
+        self._done()
+        return packet
+
     def result(self) -> NDArray[np.float64]:
         """``(D,)``: the opened sum in the gradient's unit; :class:`RunAborted` if it cannot be opened."""
         self._require(Phase.OPENING)
@@ -110,10 +120,13 @@ class Round:
             raise self._abort(e.message) from e
         if len(members) < self.plan.members:
             raise self._abort(f"the sum holds {len(members)} sites, fewer than {self.plan.members}")
+        self._done()
+        return values.astype(np.float64) * self.plan.grid
+
+    def _done(self) -> None:
         for site in self.suspects:
             self.refuse(site, SecureSumError("a wrong sum of shares, corrected", hint="or it was dealt a wrong share"))
         self.phase = Phase.DONE
-        return values.astype(np.float64) * self.plan.grid
 
     def _try(self, site: SiteId, step: Callable[[], None]) -> None:
         try:

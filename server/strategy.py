@@ -32,6 +32,7 @@ from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.server import delivered, statistics
+from fedveil.server.blinded import BlindedSums, blinded_sums
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job, write_durably
 from fedveil.server.rounds import Round
 
@@ -58,6 +59,7 @@ class SecureSumStrategy(Strategy):
         self._conduct = Conduct(max(MIN_ABORTS, job.plan.steps // 4))
         self._counted = (0, 0)
         self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster))
+        self._blinded = blinded_sums(job) if job.plan.reveal_to == "sites" else None
         self._round: Round | None = None
         self._grid: Grid | None = None
 
@@ -107,6 +109,21 @@ class SecureSumStrategy(Strategy):
         result.arrays = self._arrays()
         return result
 
+    @property
+    def _name(self) -> str:
+        """The model's name in journals: the hash of its weights, or of the sums it came from if the server has none."""
+        return self.job.state.hash if self._blinded is None else self._blinded.name
+
+    def _metrics(self) -> dict[str, float]:
+        """Public test metrics; none of a model that only the sites know."""
+        if self.job.evaluate is None or self._blinded is not None:
+            return {}
+        return self.job.evaluate(self.job.state.weights)
+
+    def _share(self, blinded: BlindedSums) -> None:
+        """Bring every site's own model up to date."""
+        blinded.share(self._nodes, lambda packets: self._packets(self._ask(packets, "query.apply", 0)))
+
     def _bearable(self, number: int, *, aborted: bool) -> bool:
         """Book the round; False once more rounds were lost than a run bears."""
         if not aborted:
@@ -126,13 +143,16 @@ class SecureSumStrategy(Strategy):
     ) -> Iterable[Message]:
         """Open the round on the journal (its nonce first) and ask every joined site to contribute."""
         job = self.job
-        sent = arrays["weights"].data
+        sent = {"weights": arrays["weights"].data, **job.attached}
+        if self._blinded is not None:
+            self._share(self._blinded)
+            sent = {}
         nonce, job.nonce = job.nonce, ""
         if not nonce:
             nonce = secrets.token_hex(16)
             job.journal.append(
                 "round.open",
-                {"session": job.session, "round": server_round, "nonce": nonce, "model_hash": job.state.hash},
+                {"session": job.session, "round": server_round, "nonce": nonce, "model_hash": self._name},
             )
         self._round = Round(self.plan, self._sum, server_round, nonce)
         header = {
@@ -141,8 +161,9 @@ class SecureSumStrategy(Strategy):
             "round": server_round,
             "nonce": nonce,
             "plan_hash": self.plan.hash,
+            "model_hash": self._name,
         }
-        packet = Packet(header, {"weights": sent, **job.attached})
+        packet = Packet(header, sent)
         return self._messages(dict.fromkeys(self._nodes, packet), "train.contribute", server_round)
 
     def aggregate_train(
@@ -159,7 +180,10 @@ class SecureSumStrategy(Strategy):
             job.journal.append("round.set", {"session": job.session, "round": server_round, "members": list(members)})
             self._take(self._help(agreements, "train.agree", server_round), current.agree, current)
             self._take(self._help(current.ask(), "train.open", server_round), current.answer, current)
-            job.state = job.state.step(self.plan, current.result())
+            if self._blinded is not None:
+                self._blinded.add(server_round, current.blinded())
+            else:
+                job.state = job.state.step(self.plan, current.result())
         except RunAborted as e:
             _LOG.warning("%s", e)
             self._note_refusals(current)
@@ -174,11 +198,11 @@ class SecureSumStrategy(Strategy):
                 "round": server_round,
                 "members": list(members),
                 "noise_multiplier": self.plan.realised_noise_multiplier(len(members)),
-                "model_hash": job.state.hash,
+                "model_hash": self._name,
                 "checkpoint": job.checkpoint(),
             },
         )
-        metrics = job.evaluate(job.state.weights) if job.evaluate else {}
+        metrics = self._metrics()
         return self._arrays(), MetricRecord({"members": len(members), **metrics})
 
     def configure_evaluate(
@@ -281,23 +305,26 @@ class SecureSumStrategy(Strategy):
     def _finish(self, done: int) -> None:
         """Collect every site's ledger, verify its chain, and close the journal of the run."""
         job = self.job
+        if self._blinded is not None:
+            self._share(self._blinded)
         header = {
             "kind": "finish",
             "session": job.session,
             "status": self.status,
             "round": done,
-            "model_hash": job.state.hash,
+            "model_hash": self._name,
         }
         replies = self._packets(self._ask(dict.fromkeys(self._nodes, Packet(header)), "query.finish", 0))
         heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()})
-        metrics = job.evaluate(job.state.weights) if job.evaluate else {}
-        write_durably(job.run / "model.f32", job.state.sent())
+        metrics = self._metrics()
+        if self._blinded is None:
+            write_durably(job.run / "model.f32", job.state.sent())
         statistics.publish(job)
         body = {
             "session": job.session,
             "status": self.status,
             "steps_done": done,
-            "model_hash": job.state.hash,
+            "model_hash": self._name,
             "heads": heads,
             "metrics": metrics,
         }

@@ -16,10 +16,10 @@ from fedveil.common.errors import DataError, FedveilError, JournalError, RunAbor
 from fedveil.common.journal import Journal
 from fedveil.common.model_spec import ModelSpec
 from fedveil.deploy import server_process, simulation
+from fedveil.privacy.optim import ModelState
 from fedveil.server import checkpoints
 from fedveil.server import job as jobs
 from fedveil.server.evaluate import Evaluator, area_under_roc
-from fedveil.privacy.optim import ModelState
 
 BINARY = ModelSpec(name="logistic", inputs=3, classes=2)
 

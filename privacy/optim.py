@@ -1,4 +1,4 @@
-"""The server's step on an opened sum: post-processing of a private value, so it costs nothing."""
+"""The step on an opened sum, by whoever reads it: post-processing of a private value, so it costs nothing."""
 
 from __future__ import annotations
 
