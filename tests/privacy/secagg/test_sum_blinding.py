@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fedveil.common.errors import ProtocolError, SecureSumError
-from fedveil.common.wire import Packet
-from fedveil.privacy.secagg import lattice
+from fedveil.common.wire import Packet, sha256
+from fedveil.privacy.secagg import lattice, shamir
+from fedveil.privacy.secagg.keysum_common import sign_header
 from fedveil.privacy.secagg.params import N, Q
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore
 
@@ -131,6 +132,32 @@ def test_a_blinded_sum_that_was_changed_or_wrongly_labelled_is_refused(blind):
         with pytest.raises(ProtocolError):
             site.unblind(bad)
     assert site.unblind(packet)[0].tolist() == [0, 4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("seen_by", ["server", "site"])
+def test_a_wrong_answer_among_exactly_enough_is_seen_by_the_server_or_by_the_sites(blind, seen_by):
+    """It can be tuned so that the key stays small; then the errors, which only sites see, give it away."""
+    s = blind(3, length=5)
+    s.collect(1, dict.fromkeys(s.names, np.arange(5)))
+    helpers = s.names[:2]
+    # Interpolating at zero from the points 1 and 2 gives weights 2 and -1.
+    shift = 30_000 if seen_by == "server" else 1
+    for n, packet in s.answers(helpers).items():
+        if n == helpers[1]:
+            wrong = np.frombuffer(packet.buffers["answer"], "<u2").astype(np.int64)
+            wrong[9] = (wrong[9] + shift) % shamir.P
+            data = wrong.astype("<u2").tobytes()
+            header = {k: v for k, v in packet.header.items() if k != "signature"} | {"answer": sha256(data)}
+            packet = Packet(sign_header(s.site(n)._signing_key, header), {"answer": data})
+        s.server.add_answer(n, packet)
+    if seen_by == "server":
+        with pytest.raises(SecureSumError, match="wrong"):
+            s.server.blinded()
+    else:
+        packet = s.server.blinded()
+        for n in s.names:
+            with pytest.raises(SecureSumError, match="honest sites"):
+                s.site(n).unblind(packet)
 
 
 def test_the_deal_is_checked_by_the_server_and_only_keysum_can_blind(blind, session):

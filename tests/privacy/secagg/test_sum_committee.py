@@ -169,6 +169,17 @@ def test_two_hundred_helpers_with_forty_one_liars_in_one_coefficient_each():
     assert reed_solomon.wrong_rows(range(1, n + 1), rows, threshold) is None
 
 
+def test_wrong_answers_that_hide_from_each_other_are_still_counted_together(monkeypatch):
+    """Two liars in two coefficients, and combinations that see one coefficient each: two errors in all."""
+    n, threshold = 5, 3
+    rows = shamir.share(np.array([7, 8]), threshold, n).astype(np.int64)
+    rows[0, 0] = (rows[0, 0] + 1) % shamir.P
+    rows[4, 1] = (rows[4, 1] + 1) % shamir.P
+    weights = iter([np.array([1, 0]), np.array([0, 1])])
+    monkeypatch.setattr(shamir, "uniform", lambda count: next(weights))
+    assert reed_solomon.wrong_rows(range(1, n + 1), rows, threshold) is None
+
+
 @pytest.mark.parametrize("n", [4, 5, 7, 8])
 def test_any_wrong_answers_up_to_the_spare_ones_are_noticed_for_certain(n):
     threshold = 3

@@ -40,6 +40,14 @@ def test_seal_is_refused_when_a_product_a_layout_or_a_version_is_not_the_pinned_
     _seal._tenseal.cache_clear()
 
 
+def test_an_opening_that_seal_decrypts_otherwise_is_refused(session, monkeypatch):
+    s = session("keysum", 3, length=10)
+    real = _seal.Engine.decrypt
+    monkeypatch.setattr(_seal.Engine, "decrypt", lambda e, d, c0, c1: real(e, d, c0, c1) ^ np.uint64(4))
+    with pytest.raises(SecureSumError, match="SEAL's decryption differs"):
+        s.sum(1, dict.fromkeys(s.names, np.zeros(10, np.int64)))
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 15, 16, 17, 33])
 def test_products_and_sums_of_any_number_of_blocks(blocks):
     e = _seal.engine(46)
