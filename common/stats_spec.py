@@ -256,7 +256,8 @@ def request(
     if columns and len(wanted) != len(columns):
         refused = sorted(set(columns) - {c.column for c in wanted})
         raise PlanError(
-            f"column {refused[0]!r} is coded: it has no mean or variance", hint="ask for histogram or quantiles"
+            f"column {refused[0]!r} has none of {', '.join(what)}",
+            hint="coded columns have a histogram, numbers a mean and a variance too",
         )
     if not wanted and (moments or counted):
         raise PlanError("no column of the contract has such a statistic", hint="ask for histogram, or for count alone")
