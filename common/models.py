@@ -51,7 +51,8 @@ def _network(spec: ModelSpec) -> nn.Module:
         vocabulary, width, heads, blocks = spec.hidden
         return Transformer(vocabulary, spec.inputs, width, heads, blocks, spec.classes)
     if spec.name == "lstm":
-        return Lstm(*spec.hidden, spec.classes)
+        vocabulary, width, units = spec.hidden
+        return Lstm(vocabulary, width, units, spec.classes)
     if spec.name == "cnn":
         a, b = spec.hidden
         return nn.Sequential(

@@ -121,7 +121,8 @@ class Transformer(Tokens):
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """(n, classes) logits."""
         ids = X.long()
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device).expand(ids.shape))
+        places = torch.arange(ids.shape[1], device=ids.device).repeat(ids.shape[0], 1)
+        x = self.tokens(ids) + self.positions(places)
         for block in self.blocks:
             x = block(x, ids)
         return self.head(_pool(self.norm(x), ids))

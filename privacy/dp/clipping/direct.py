@@ -1,0 +1,214 @@
+"""Two engines that never build a plain gradient: the closed form of dense chains, and book-keeping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedveil.common.errors import ModelError
+from fedveil.privacy.dp.clipping.engines import Result
+from fedveil.privacy.dp.clipping.pieces import Dense, Limit, Outer, Piece, Rows, clip_pieces
+
+# (before, after) the activation -> its derivative
+_DERIVATIVES: dict[type[nn.Module], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    nn.Tanh: lambda _, a: 1 - a.square(),
+    nn.ReLU: lambda z, _: (z > 0).to(z.dtype),
+    nn.Sigmoid: lambda _, a: a * (1 - a),
+    nn.GELU: lambda z, _: (
+        torch.special.ndtr(z) + z * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)  # Hendrycks & Gimpel 2016
+    ),
+}
+
+
+class Chain:
+    """``Sequential(Linear, activation, Linear, ..., Linear)`` in closed form, of any depth.
+
+    Activations: Tanh, ReLU, Sigmoid, GELU (exact form). Linear layers may lack a bias.
+
+    Raises:
+        ModelError: any other network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model) if isinstance(model, nn.Sequential) else []
+        self._linears = [m for m in modules[::2] if type(m) is nn.Linear and m.weight.requires_grad]
+        self._activations = [m for m in modules[1::2] if type(m) in _DERIVATIVES and _exact(m)]
+        alone = len({id(p) for m in self._linears for p in m.parameters()}) == len(list(model.parameters()))
+        whole = len(self._linears) + len(self._activations) == len(modules) and len(modules) % 2 == 1
+        if not (whole and alone and sum(len(list(m.parameters())) for m in modules) == len(list(model.parameters()))):
+            raise ModelError("the closed form needs a chain of Linear layers and activations", hint="the engine 'auto'")
+
+    @torch.no_grad()
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+        """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
+        inputs, slopes = [X], []
+        for layer, activation in zip(self._linears, self._activations, strict=False):
+            before = layer(inputs[-1])
+            inputs.append(activation(before))
+            slopes.append(_DERIVATIVES[type(activation)](before, inputs[-1]))
+        delta = torch.softmax(self._linears[-1](inputs[-1]), 1)
+        delta[torch.arange(len(y), device=y.device), y] -= 1
+        pieces: list[Piece] = []
+        for at in reversed(range(len(self._linears))):
+            layer = self._linears[at]
+            own: list[Piece] = [Outer(delta, inputs[at])]
+            pieces = own + ([Dense(delta)] if layer.bias is not None else []) + pieces
+            if at:
+                delta = (delta @ layer.weight) * slopes[at - 1]
+        return clip_pieces(pieces, limit)
+
+
+def _exact(module: nn.Module) -> bool:
+    return getattr(module, "approximate", "none") == "none"
+
+
+@dataclass
+class _Use:
+    """One call of a layer: its input and its output (part of the graph)."""
+
+    inward: torch.Tensor
+    output: torch.Tensor
+
+
+class Book:
+    """Book-keeping (Bu et al. 2023, arXiv:2210.00038): one forward pass, one backward pass to the layers' outputs.
+
+    The weights' own gradients are never computed by autograd: the norms and, once these are known, the clipped sum
+    follow from each layer's inputs and output gradients. A layer may be used several times per record.
+
+    Raises:
+        ModelError: a trainable parameter belongs to no Linear, Conv2d, Embedding, LayerNorm or GroupNorm layer, or to
+            two layers (tied weights), or a layer is called without a leading batch dimension.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        owned = [p for m in self._layers for p in m.parameters(recurse=False) if p.requires_grad]
+        if any(type(m) not in _GRADIENTS or not _plain(m) for m in self._layers):
+            raise ModelError("book-keeping knows Linear, Conv2d, Embedding, LayerNorm, GroupNorm", hint="'auto'")
+        if len({id(p) for p in owned}) != len(owned):
+            raise ModelError("book-keeping cannot treat a parameter that two layers share", hint="the engine 'auto'")
+
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+        """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
+        uses = self._forward_backward(X, y)
+        found: dict[int, Piece] = {}
+        with torch.no_grad():
+            for layer, calls in uses.items():
+                found |= {id(p): piece for p, piece in _GRADIENTS[type(layer)](layer, calls) if p.requires_grad}
+        zero = [p for p in self._parameters if id(p) not in found]
+        found |= {id(p): Dense(p.new_zeros(len(X), *p.shape)) for p in zero}
+        return clip_pieces([found[id(p)] for p in self._parameters], limit)
+
+    def _forward_backward(self, X: torch.Tensor, y: torch.Tensor) -> dict[nn.Module, list[_Call]]:
+        uses: list[tuple[nn.Module, _Use]] = []
+
+        def remember(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            if not len(inputs[0]) == len(output) == len(X):
+                raise ModelError(f"a {type(module).__name__} layer is called without a leading batch dimension")
+            # with the weights out of the graph, the first layers' outputs are its leaves
+            output = output if output.requires_grad else output.requires_grad_()
+            uses.append((module, _Use(inputs[0].detach(), output)))
+            return output
+
+        handles = [layer.register_forward_hook(remember) for layer in self._layers]
+        try:
+            for p in self._parameters:
+                p.requires_grad_(False)
+            loss = functional.cross_entropy(self._model(X), y, reduction="sum")
+            deltas = torch.autograd.grad(loss, [u.output for _, u in uses], allow_unused=True)
+        finally:
+            for p in self._parameters:
+                p.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+        calls: dict[nn.Module, list[_Call]] = {}
+        for (module, use), delta in zip(uses, deltas, strict=True):
+            if delta is not None:
+                calls.setdefault(module, []).append((use.inward, delta))
+        return calls
+
+
+_Call = tuple[torch.Tensor, torch.Tensor]  # a layer's input and the gradient at its output
+_Found = list[tuple[torch.Tensor, Piece]]
+
+
+def _linear(layer: nn.Linear, calls: list[_Call]) -> _Found:
+    inward = torch.cat([a.reshape(len(a), -1, a.shape[-1]) for a, _ in calls], 1)
+    delta = torch.cat([d.reshape(len(d), -1, d.shape[-1]) for _, d in calls], 1)
+    if inward.shape[1] == 1:
+        weight: Piece = Outer(delta[:, 0], inward[:, 0])
+    else:
+        weight = Dense(torch.bmm(delta.transpose(1, 2), inward))
+    found: _Found = [(layer.weight, weight)]
+    if layer.bias is not None:
+        found.append((layer.bias, Dense(delta.sum(1))))
+    return found
+
+
+def _conv2d(layer: nn.Conv2d, calls: list[_Call]) -> _Found:
+    groups, (out, inner, *kernel) = layer.groups, layer.weight.shape
+    total, bias = None, None
+    for a, d in calls:
+        patches = functional.unfold(a, kernel, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        flat = d.reshape(len(d) * groups, out // groups, -1)
+        product = torch.bmm(flat, patches.reshape(len(flat), -1, patches.shape[-1]).transpose(1, 2))
+        product = product.reshape(len(d), out, inner, *kernel)
+        total = product if total is None else total + product
+        sums = d.sum((2, 3))
+        bias = sums if bias is None else bias + sums
+    found: _Found = [] if total is None else [(layer.weight, Dense(total))]
+    if layer.bias is not None and bias is not None:
+        found.append((layer.bias, Dense(bias)))
+    return found
+
+
+def _embedding(layer: nn.Embedding, calls: list[_Call]) -> _Found:
+    ids = torch.cat([a.reshape(len(a), -1) for a, _ in calls], 1)
+    delta = torch.cat([d.reshape(len(d), -1, d.shape[-1]) for _, d in calls], 1)
+    if layer.padding_idx is not None:
+        delta = delta * (ids != layer.padding_idx).unsqueeze(-1)
+    return [(layer.weight, Rows(ids, delta, layer.num_embeddings))]
+
+
+def _layer_norm(layer: nn.LayerNorm, calls: list[_Call]) -> _Found:
+    own = len(layer.normalized_shape)
+    products = [(functional.layer_norm(a, layer.normalized_shape, eps=layer.eps) * d, d) for a, d in calls]
+    shape = (len(products[0][1]), -1, *products[0][1].shape[-own:])
+    return _affine(layer, [(p.reshape(shape).sum(1), d.reshape(shape).sum(1)) for p, d in products])
+
+
+def _group_norm(layer: nn.GroupNorm, calls: list[_Call]) -> _Found:
+    products = [(functional.group_norm(a, layer.num_groups, eps=layer.eps) * d, d) for a, d in calls]
+    return _affine(layer, [(p.flatten(2).sum(2), d.flatten(2).sum(2)) for p, d in products])
+
+
+def _affine(layer: nn.LayerNorm | nn.GroupNorm, sums: list[_Call]) -> _Found:
+    found: _Found = [(layer.weight, Dense(torch.stack([w for w, _ in sums]).sum(0)))]
+    if layer.bias is not None:
+        found.append((layer.bias, Dense(torch.stack([b for _, b in sums]).sum(0))))
+    return found
+
+
+_GRADIENTS: dict[type[nn.Module], Callable[..., _Found]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+}
+
+
+def _plain(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if isinstance(module, nn.Embedding):
+        return not module.scale_grad_by_freq and not module.sparse
+    return True
