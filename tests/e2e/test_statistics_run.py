@@ -232,6 +232,21 @@ def test_training_and_evaluation_on_the_same_rows_share_one_ledger(consortium: C
     assert entry["epsilon_before"] > 0
 
 
+def test_a_restarted_server_still_has_the_model_to_evaluate(consortium: Consortium, tmp_path: Path) -> None:
+    network = ModelSpec(name="logistic", inputs=CONTRACT.width, classes=2)
+    weights = np.arange(network.parameters, dtype="<f4").tobytes()
+    metric = MetricSpec(network=network, model_hash=sha256(weights))
+    plan, world = plan_for(request(CONTRACT, ["accuracy"], metric=metric), sum="plain"), consortium.world
+    job = jobs.create(
+        tmp_path / "r", plan, world.roster, world.server, documents=world.documents(), attached={EVALUATED: weights}
+    )
+    job.journal.close()
+    again = jobs.resume(tmp_path / "r", world.roster, world.server)
+    again.journal.close()
+    assert again.attached == {EVALUATED: weights}
+    assert not again.state.weights.any()
+
+
 class TestRefusals:
     """What a site does not do, whatever it is asked."""
 
