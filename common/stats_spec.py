@@ -194,6 +194,8 @@ class StatsSpec(BaseModel):
             n = self.metric.network
             if (n.inputs, n.classes) != (self.inputs, self.classes) or n.problem():
                 return "the model to evaluate does not fit the inputs and classes"
+            if n.base:
+                return "a model on a base from a file cannot be evaluated: the file is not sent"
         if any(not 0 < q < 1 for q in self.quantiles):
             return "a quantile is outside (0, 1)"
         if self.parameters > MAX_LENGTH:

@@ -179,6 +179,12 @@ class TestAsking:
         payload["columns"][2]["high"] = 50.0
         assert "'a'" in spec.misfit(DataContract.model_validate(payload))
 
+    @pytest.mark.parametrize("more", [{"inputs": 3}, {"classes": 3}, {"base": "0" * 64}])
+    def test_models_that_do_not_fit_are_refused(self, more: dict[str, Any]) -> None:
+        network = METRIC.network.model_copy(update=more)
+        with pytest.raises(PlanError):
+            request(CONTRACT, ["accuracy"], metric=METRIC.model_copy(update={"network": network}))
+
     def test_the_same_wish_is_the_same_spec(self) -> None:
         spec = request(CONTRACT, ALL)
         again = StatsSpec.model_validate_json(spec.model_dump_json())
