@@ -123,7 +123,11 @@ def run_split(
     report: bool = True,
     engine: str = "auto",
 ) -> Outcome:
-    """Run ``plan`` over ``split``: the server app and the client app on the engine that ``config`` names."""
+    """Run ``plan`` over ``split``: the server app and the client app on the engine that ``config`` names.
+
+    Raises:
+        FedveilError: ``config`` is inconsistent, or the run could not begin.
+    """
     from fedveil.client.app import make_app as client_app
     from fedveil.common import flwr_adapter
     from fedveil.deploy import simulation
@@ -131,6 +135,7 @@ def run_split(
     from fedveil.server.app import make_app as server_app
     from fedveil.server.evaluate import Evaluator
 
+    _check(config)
     flwr_adapter.quiet_flower()
     simulation.fit_threads(plan.model.parameters)
     started = time.perf_counter()
@@ -158,12 +163,10 @@ def run_split(
             looked_at = job.evaluate(sites[0].revealed(sites[0].session(job.session)).state.weights)
         for site in sites:
             site.ledger.close()
-    elif config.engine == "ray":
+    else:
         from fedveil.deploy.ray_sites import run_over_ray
 
         run_over_ray(server, world, plan, split, out, cap=cap, engine=engine)
-    else:
-        raise UsageError(f"unknown engine {config.engine!r}", hint="inprocess or ray")
     end = next(job.journal.of_kind("run.end"))
     if report:
         _write_report(out, world.server)
@@ -171,6 +174,18 @@ def run_split(
     return Outcome(
         body["status"], looked_at or body["metrics"], body["steps_done"], time.perf_counter() - started, plan, out
     )
+
+
+def _check(config: Config) -> None:
+    """Raise :class:`UsageError` for what would otherwise show only after a run's folder was made, or never."""
+    for wrong, text, hint in (
+        (config.engine not in ("inprocess", "ray"), f"unknown engine {config.engine!r}", "inprocess or ray"),
+        (not 0 <= config.drop_rate <= 1, f"drop rate {config.drop_rate!r} is outside 0..1", ""),
+        (config.drop_rate and config.engine == "ray", "the engine 'ray' has no random drop-outs", "use inprocess"),
+        (config.cap is not None and not config.cap > 0, f"cap = {config.cap!r} must be positive", ""),
+    ):
+        if wrong:
+            raise UsageError(text, hint=hint)
 
 
 def _drops(rate: float):
@@ -210,7 +225,7 @@ def simulate(
     dropouts: Annotated[int | None, typer.Option(help="d, sites that may be missing")] = None,
     steps: Annotated[int | None, typer.Option(help="secure sums; default from the dataset's recipe")] = None,
     seed: Annotated[int, typer.Option(help="seed of the public split and initialisation")] = 0,
-    seeds: Annotated[int, typer.Option(help="repeat over this many seeds and print the mean")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="repeat over this many seeds and print the mean")] = 1,
     cap: Annotated[
         float | None, typer.Option(help="cap of every client's ledger; default: what the plan needs")
     ] = None,
