@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil.client import policy
+from fedveil.client.peers import PeerHeads
 from fedveil.client.revealed import RevealedModel
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
@@ -23,9 +24,10 @@ from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy import plan as plans
-from fedveil.privacy.joining import JOIN, check_joins, sum_spec
+from fedveil.privacy.joining import JOIN, check_joins, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.heads import check_head
 from fedveil.privacy.secagg.interface import SiteSum, is_hex
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import Store
@@ -69,6 +71,7 @@ class Site:
         evidence: pass/fail and salted commitments of ingestion; may leave.
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
+        peers: what this site remembers of the others' journals.
         models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
     """
@@ -88,6 +91,7 @@ class Site:
     engine: str = "auto"
     device: str = "cpu"
     models: Path | None = None
+    peers: PeerHeads = field(default_factory=PeerHeads)
     contract: DataContract | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
 
@@ -177,10 +181,23 @@ class Site:
         """
         found = self.session(session)
         fields = check_joins(joins, found.id, found.plan.hash, self.roster)
+        self._compare_heads(joins)
         self.store_for(found.id).put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
         reply = found.sum.begin(fields)
         found.begun = True
         return reply
+
+    def _compare_heads(self, joins: dict[SiteId, Any]) -> None:
+        """Refuse to help when a peer has seen a later journal of this site: its state was restored from a backup.
+
+        Every site's signed statement is there, so the server cannot hold a copy back; a peer without one has
+        never met this site.
+        """
+        heads = heads_in(joins)
+        rows = self.ledger.journal.rows
+        copies = {s: peers[self.id] for s, (_, peers) in heads.items() if s != self.id and self.id in peers}
+        check_head(self.ledger.head, copies, need=0, hash_at=lambda n: rows[n - 1].hash)
+        self.peers.keep({s: head for s, (head, _) in heads.items() if s != self.id})
 
     def revealed(self, session: Session) -> RevealedModel:
         """This site's own model of a session; :class:`ProtocolError` where the server reads the sums."""
@@ -209,6 +226,7 @@ class Site:
                 "contract_hash": self.contract_hash,
                 "fields": session.sum.join_fields(),
                 "head": list(self.ledger.head),
+                "peers": self.peers.copies(),
             },
         )
 

@@ -14,6 +14,7 @@ from flwr.app import Context
 from fedveil.client.app import make_app
 from fedveil.client.ingest import lineage
 from fedveil.client.ingest.pipeline import Ingested, ingest
+from fedveil.client.peers import PeerHeads
 from fedveil.client.session import Site
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
@@ -59,6 +60,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
         engine=settings.training.engine, device=pick_device(settings.training.device), models=s.state / "models",
+        peers=PeerHeads(s.state / "peers.json"),
         contract=contract,
     ), data  # fmt: skip
 

@@ -8,10 +8,11 @@ from typing import Any
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ProtocolError
 from fedveil.common.identity import Roster
-from fedveil.common.units import SiteId
+from fedveil.common.journal import Head
+from fedveil.common.units import MAX_SITES, SiteId, site_id
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.secagg.interface import SumSpec
+from fedveil.privacy.secagg.interface import SumSpec, is_hex
 
 JOIN = "fedveil/join/1"
 
@@ -57,3 +58,23 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
     if not isinstance(fields, dict):
         raise ProtocolError(f"the join statement of {site!r} is malformed")
     return fields
+
+
+def heads_of(value: Any) -> dict[SiteId, Head]:
+    """Parse ``{site: [rows, hash]}``; :class:`ProtocolError` for anything else."""
+    if not isinstance(value, dict) or len(value) > MAX_SITES:
+        raise ProtocolError("journal heads are malformed")
+    return {site_id(site): _head(pair) for site, pair in value.items()}
+
+
+def heads_in(documents: Mapping[SiteId, Any]) -> dict[SiteId, tuple[Head, dict[SiteId, Head]]]:
+    """Per site, its own journal head and its copies of the others', from statements that were checked already."""
+    payloads = {site: document["payload"] for site, document in documents.items()}
+    return {s: (_head(p.get("head")), heads_of(p.get("peers", {}))) for s, p in payloads.items()}
+
+
+def _head(value: Any) -> Head:
+    ok = isinstance(value, list) and len(value) == 2 and type(value[0]) is int and is_hex(value[1], 64)
+    if not ok or value[0] < 0:
+        raise ProtocolError("a journal head is malformed")
+    return Head(value[0], value[1])

@@ -1,0 +1,52 @@
+"""What this site remembers of the other sites' journals, so that none of them can be wound back unseen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedveil.common import canonical
+from fedveil.common.errors import FedveilError, JournalError
+from fedveil.common.journal import Head
+from fedveil.common.units import SiteId
+from fedveil.privacy.joining import heads_of
+
+MAX_BYTES = 1 << 22
+
+
+class PeerHeads:
+    """The newest journal head of every peer that this site has seen signed; only ever moves forward.
+
+    Args:
+        path: where they are kept; None keeps them in memory (the simulator).
+
+    Raises:
+        JournalError: the file is not what this class wrote.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._heads: dict[SiteId, Head] = {}
+        if path is not None and path.exists():
+            try:
+                self._heads = heads_of(canonical.loads(path.read_bytes(), limit=MAX_BYTES))
+            except FedveilError as e:
+                raise JournalError(f"{path} is not a list of journal heads", hint="restore it, or ask the peers") from e
+
+    def copies(self) -> dict[str, list[int | str]]:
+        """The JSON form that goes into this site's signed join statement."""
+        return {site: [head.rows, head.hash] for site, head in self._heads.items()}
+
+    def keep(self, heads: dict[SiteId, Head]) -> None:
+        """Remember ``heads`` where they are ahead of what is known; on disk when this returns."""
+        ahead = {s: h for s, h in heads.items() if s not in self._heads or h.rows > self._heads[s].rows}
+        if not ahead:
+            return
+        self._heads |= ahead
+        if self._path is not None:
+            temporary = self._path.with_name(f".{self._path.name}.part")
+            with temporary.open("wb") as f:
+                f.write(canonical.dumps(self.copies()))
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.rename(self._path)
