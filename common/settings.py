@@ -43,6 +43,8 @@ class PrivacySection(BaseModel):
     colluders: int | None = Field(default=None, ge=0, description="sites that may work together; default n // 6")
     dropouts: int | None = Field(default=None, ge=0, description="sites that may be missing; default n // 6")
     reveal_to: Literal["server", "sites"] = Field(default="server", description="who reads the sums (sites: keysum)")
+    committee: int = Field(default=0, ge=0, le=200, description="helpers that open sums; 0: all sites (to 200)")
+    committee_seed: str = Field(default="", description="64 hexadecimal digits from a public beacon nobody chose")
     local_steps: int = Field(default=1, ge=1, description="local steps per round (mode client only)")
 
 

@@ -73,7 +73,8 @@ def begin(
         "config.json": federation.model_dump(mode="json", exclude={"federation": {"identity", "contract", "runs"}}),
     }
     key = identity.load_signing_key(f.identity / "signing.key")
-    options = _options(federation, contract, plan, progress) | {"attached": attached or {}}
+    options = _options(federation, contract, plan, progress)
+    options["attached"] = attached or {}
     job = jobs.create(run, plan, roster, key, documents=documents, **options)
     return _serve(job, federation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -59,6 +60,7 @@ class Config:
     cap: float | None = None
     drop_rate: float = 0.0
     reveal_to: str = "server"
+    committee: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def make_plan(config: Config, split: Split) -> PrivacyPlan:
         optimizer=plans.Optimizer(learning_rate=r.learning_rate), contract_hash=contract,
         colluders=config.colluders, dropouts=config.dropouts, few_clients=config.force,
         local_steps=5 if config.mode == "client" else 1, reveal_to=config.reveal_to,  # type: ignore[arg-type]
+        committee=config.committee, committee_seed=secrets.token_hex(32) if config.committee else "",
     )  # fmt: skip
 
 
@@ -192,7 +195,6 @@ def _drops(rate: float):
     """Random drop-outs for experiments: each contribution is lost with probability ``rate``."""
     if not rate:
         return None
-    import secrets
 
     def drop(site: object, message: Any) -> bool:
         meta = message.metadata
@@ -231,6 +233,7 @@ def simulate(
     ] = None,
     drop_rate: Annotated[float, typer.Option(help="chance that a client misses a round")] = 0.0,
     reveal_to: Annotated[str, typer.Option(help="who reads the sums: server, or only the sites (keysum)")] = "server",
+    committee: Annotated[int, typer.Option(help="helpers that open the sums; 0: all sites (up to 200)")] = 0,
     force: Annotated[bool, typer.Option(help="mode client below 1000 clients")] = False,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<time>")] = None,
 ) -> None:
@@ -243,7 +246,7 @@ def simulate(
     outcomes: list[Outcome] = []
     for s in range(seed, seed + seeds):
         config = Config(clients, dataset, epsilon, delta, mode, sum, engine, alpha, colluders, dropouts, steps, s,
-                        force, cap, drop_rate, reveal_to)  # fmt: skip
+                        force, cap, drop_rate, reveal_to, committee)  # fmt: skip
         if s == seed:
             with Display(f"simulate {dataset}", recipe(config).steps) as display:
                 outcomes.append(run(config, folder, progress=display.progress))

@@ -12,6 +12,7 @@ from fedveil.common.journal import Head
 from fedveil.common.units import MAX_SITES, SiteId, site_id
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.committee import elect
 from fedveil.privacy.secagg.interface import SumSpec, is_hex
 
 JOIN = "fedveil/join/1"
@@ -19,10 +20,12 @@ JOIN = "fedveil/join/1"
 
 def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
     """The plan as the secure sum sees it."""
+    sites = [m.site for m in roster.sites]
+    helpers = elect(sites, plan.committee, bytes.fromhex(plan.committee_seed)) if plan.committee else ()
     return SumSpec(
         protocol=plan.sum, session=session, plan_hash=plan.hash, roster=roster, threshold=plan.threshold,
         min_members=plan.members, length=plan.model.parameters, bound=plan.bound, rounds=plan.steps,
-        colluders=plan.colluders, reveal_to=plan.reveal_to,
+        colluders=plan.colluders, reveal_to=plan.reveal_to, helpers=helpers,
     )  # fmt: skip
 
 

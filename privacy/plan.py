@@ -17,13 +17,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedveil.common import canonical
-from fedveil.common.errors import PlanError, WireError
+from fedveil.common.errors import PlanError, SecureSumError, WireError
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld
 from fedveil.privacy.dp.calibrate import noise_multiplier
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS, choose, largest_sum
+from fedveil.privacy.secagg import committee as committees
 
 Mode = Literal["distributed", "local", "client"]
 Sum = Literal["keysum", "sharedkey", "plain", "none"]
@@ -72,6 +73,8 @@ class PrivacyPlan(BaseModel):
     contract_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
     few_clients: bool = False
     reveal_to: Literal["server", "sites"] = "server"
+    committee: int = Field(default=0, ge=0, le=200)
+    committee_seed: str = Field(default="", pattern="^([0-9a-f]{64})?$")
 
     @property
     def unit(self) -> str:
@@ -107,7 +110,9 @@ class PrivacyPlan(BaseModel):
 
     @property
     def threshold(self) -> int:
-        """T = floor((n + t) / 2) + 1: two sets can never both gather so many answers."""
+        """T = floor((n + t) / 2) + 1: two sets can never both gather so many answers; a committee has its own."""
+        if self.committee:
+            return committees.committee(self.sites, self.colluders, self.dropouts, self.committee).threshold
         return (self.sites + self.colluders) // 2 + 1
 
     @property
@@ -305,6 +310,8 @@ def make_plan(
     dropouts: int | None = None,
     few_clients: bool = False,
     reveal_to: Literal["server", "sites"] = "server",
+    committee: int = 0,
+    committee_seed: str = "",
 ) -> PrivacyPlan:
     """Derive σ from ε by PLD, the grid from the ciphertext's room, and refuse what cannot hold.
 
@@ -317,7 +324,8 @@ def make_plan(
         "mode": mode, "sum": sum, "sites": sites, "colluders": t, "dropouts": d, "records": records,
         "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "epsilon": epsilon,
         "delta": delta, "model": model, "optimizer": optimizer, "contract_hash": contract_hash,
-        "few_clients": few_clients, "reveal_to": reveal_to,
+        "few_clients": few_clients, "reveal_to": reveal_to, "committee": committee,
+        "committee_seed": committee_seed,
     }  # fmt: skip
     _check_given(given)
     if problem := model.problem():
@@ -369,6 +377,8 @@ def _check_trust(plan: PrivacyPlan) -> None:
         default_tolerance(plan.sites)
     if plan.reveal_to == "sites" and (plan.sum != "keysum" or plan.task != "train"):
         raise PlanError("only keysum can hide a training's sums from the server", nearest={"reveal_to": "server"})
+    if plan.committee:
+        _check_committee(plan)
     if plan.mode == "client" and plan.sites < MIN_CLIENTS and not plan.few_clients:
         raise PlanError(
             f"mode 'client' hides a whole client: its noise drowns the model of {plan.sites} clients",
@@ -379,6 +389,16 @@ def _check_trust(plan: PrivacyPlan) -> None:
         raise PlanError(
             "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
         )
+
+
+def _check_committee(plan: PrivacyPlan) -> None:
+    """Helpers drawn by a seed that nobody could choose (a public beacon, named in the plan before any key is made)."""
+    if plan.sum != "keysum" or plan.committee > plan.sites or not plan.committee_seed:
+        raise PlanError("a committee needs keysum, at most all sites, and a public seed", nearest={"committee": 0})
+    try:
+        committees.committee(plan.sites, plan.colluders, plan.dropouts, plan.committee)
+    except SecureSumError as e:
+        raise PlanError(e.message, hint=e.hint, nearest={"committee": 0}) from e
 
 
 def _check_stats(plan: PrivacyPlan, spec: StatsSpec) -> None:

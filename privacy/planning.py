@@ -46,6 +46,8 @@ def plan_from_settings(federation: Federation, contract: DataContract, sites: in
         sample_rate=p.sample_rate,
         local_steps=p.local_steps,
         reveal_to=p.reveal_to,
+        committee=p.committee,
+        committee_seed=p.committee_seed,
         colluders=p.colluders,
         dropouts=p.dropouts,
     )

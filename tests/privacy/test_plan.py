@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -257,7 +257,7 @@ def test_every_field_is_under_the_hash() -> None:
         "sample_rate": 0.5, "steps": 31, "local_steps": 2, "clip": 1.1, "noise_multiplier": 99.0, "epsilon": 2.1,
         "delta": 2e-5, "grid": 1e-4, "clamp": 1.0, "model": ModelSpec(name="logistic", inputs=21, classes=2),
         "optimizer": Optimizer(learning_rate=0.6), "contract_hash": "d" * 64, "few_clients": True,
-        "reveal_to": "sites",
+        "reveal_to": "sites", "committee": 3, "committee_seed": "e" * 64,
     }  # fmt: skip
     assert set(changed) == set(PrivacyPlan.model_fields) - {"v", "adjacency"}  # a new field has to be added here
     hashes = {PLAN.model_copy(update={k: v}).hash for k, v in changed.items()}
@@ -273,3 +273,24 @@ def test_a_copy_keeps_nothing_that_was_computed_before() -> None:
     assert copy.hash != before[2]
     with pytest.raises(PlanError, match="more than the 2"):
         copy.check()
+
+
+class TestCommittee:
+    """Helpers of a large consortium: the plan's threshold is the committee's, under its own bound."""
+
+    GIVEN: ClassVar[dict[str, Any]] = {
+        "sites": 200, "colluders": 33, "dropouts": 20, "records": 20000, "epsilon": 2.0, "steps": 5, "clip": 1.0,
+        "model": ModelSpec(name="logistic", inputs=4, classes=2), "optimizer": Optimizer(learning_rate=0.5),
+        "contract_hash": "0" * 64, "committee_seed": "e" * 64,
+    }  # fmt: skip
+
+    def test_the_published_figures(self) -> None:
+        plan = make_plan(committee=32, **self.GIVEN)
+        assert plan.threshold == 27
+
+    @pytest.mark.parametrize(
+        "change", [{"committee": 20}, {"committee": 32, "committee_seed": ""}, {"committee": 32, "sum": "plain"}]
+    )
+    def test_refused(self, change: dict[str, Any]) -> None:
+        with pytest.raises(PlanError):
+            make_plan(**{**self.GIVEN, **change})
