@@ -28,9 +28,8 @@ PLAN = make_plan(
 
 
 def make(world, index, state, peers):
-    site = simulation.make_site(
-        world.roster, index, world.keys[index], PLAN, *SPLIT.parts[index], state, cap=20.0, durable=True
-    )
+    X, y = SPLIT.parts[index]
+    site = simulation.make_site(world.roster, index, world.keys[index], PLAN, X, y, state, cap=20.0, durable=True)
     site.peers = peers
     return site
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.deploy import datasets, simulate, simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
-from fedveil.privacy.plan import Optimizer, make_plan
+from fedveil.privacy.plan import Optimizer, Sum, make_plan
 from fedveil.privacy.report.verify import verify_report
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 
 
-def plan_of(split, reveal_to="sites", sum_="keysum"):
+def plan_of(split, reveal_to: Literal["server", "sites"] = "sites", sum_: Sum = "keysum"):
     return make_plan(
         sum=sum_, sites=4, records=split.records, epsilon=2.0, steps=4, clip=1.0, contract_hash="0" * 64,
         model=ModelSpec(name="logistic", inputs=split.inputs, classes=2), optimizer=Optimizer(learning_rate=0.5),
@@ -30,7 +31,7 @@ def plan_of(split, reveal_to="sites", sum_="keysum"):
     )  # fmt: skip
 
 
-def run(folder: Path, reveal_to: str = "sites", drop=None):
+def run(folder: Path, reveal_to: Literal["server", "sites"] = "sites", drop=None):
     split = datasets.load("trivial", 4, 0)
     plan = plan_of(split, reveal_to)
     world = simulation.World.make(4)
