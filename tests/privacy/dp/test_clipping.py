@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,17 +14,27 @@ from torch import nn
 
 from fedveil.common.errors import ModelError
 from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, flatten, unflatten
-from fedveil.privacy.dp.clipping import FLOAT_SLACK, Clipper, choose, refuse_coupled
-from fedveil.privacy.dp.clipping.core import BACKENDS
+from fedveil.common.models import build, flatten, trainable, unflatten
+from fedveil.privacy.dp.clipping import FLOAT_SLACK, Clipper, Engine
+from fedveil.privacy.dp.clipping.probe import reference
 
 LOGISTIC = ModelSpec(name="logistic", inputs=6, classes=3)
 MLP = ModelSpec(name="mlp", inputs=6, classes=3, hidden=(5, 4), seed=3)
 CNN = ModelSpec(name="cnn", inputs=64, classes=4, hidden=(3, 2), seed=5)
+RESNET = ModelSpec(name="resnet", inputs=3 * 64, classes=3, hidden=(3, 4, 4, 6), seed=6)
+TRANSFORMER = ModelSpec(name="transformer", inputs=6, classes=3, hidden=(12, 8, 2, 2), seed=7)
+LSTM = ModelSpec(name="lstm", inputs=6, classes=3, hidden=(12, 5, 4), seed=8)
+LORA_MLP = ModelSpec(name="lora-mlp", inputs=6, classes=3, hidden=(2, 5, 4), seed=9)
+LORA_TEXT = ModelSpec(name="lora-transformer", inputs=6, classes=3, hidden=(2, 12, 8, 2, 1), seed=10)
+SPECS = [LOGISTIC, MLP, CNN, RESNET, TRANSFORMER, LSTM, LORA_MLP, LORA_TEXT]
+ENGINES: tuple[Engine, ...] = ("closed", "book", "vmap", "opacus", "ghost")
+# the closed form knows dense chains only, ghost no layer that is used in every time step
 CASES = [
-    (LOGISTIC, "opacus"), (LOGISTIC, "closed"), (MLP, "opacus"), (MLP, "closed"), (MLP, "book"), (CNN, "opacus"),
-    (CNN, "book"), (CNN, "vmap"), (CNN, "ghost"),
-]  # fmt: skip
+    pytest.param(s, e, id=f"{s.name}-{e}")
+    for s in SPECS
+    for e in ENGINES
+    if not (e == "closed" and s not in (LOGISTIC, MLP)) and not (e == "ghost" and s is LSTM)
+]
 
 
 def network(spec: ModelSpec, seed: int = 11) -> nn.Module:
@@ -35,6 +46,9 @@ def network(spec: ModelSpec, seed: int = 11) -> nn.Module:
 
 def records(spec: ModelSpec, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
+    if spec.vocabulary:
+        ids = rng.integers(0, spec.vocabulary, (n, spec.inputs)).astype(np.float32)
+        return ids, rng.integers(0, spec.classes, n)
     scale = 10.0 ** rng.uniform(-3, 2, (n, 1))
     return (rng.normal(0, 1, (n, spec.inputs)) * scale).astype(np.float32), rng.integers(0, spec.classes, n)
 
@@ -43,11 +57,12 @@ def brute(spec: ModelSpec, X: np.ndarray, y: np.ndarray, clip: float, seed: int 
     """The definition: each record's own backward pass, its own norm, its own factor."""
     model = network(spec, seed).double()
     total = np.zeros(spec.parameters)
+    parameters = trainable(model)
     for x, label in zip(X, y, strict=True):
         model.zero_grad()
         logits = model(torch.from_numpy(x[None]).double())
         nn.functional.cross_entropy(logits, torch.tensor([label])).backward()
-        g = np.concatenate([p.grad.numpy().ravel() for p in model.parameters() if p.grad is not None])
+        g = np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.numpy().ravel() for p in parameters])
         total += g * min(1.0, clip / max(float(np.linalg.norm(g)), 1e-300))
     return total
 
@@ -61,7 +76,36 @@ def test_the_sum_is_the_one_of_the_definition(spec, engine, clip) -> None:
     assert out.values.dtype == np.float64
     assert out.values.shape == (spec.parameters,)
     assert (out.records, out.excluded) == (12, 0)
-    np.testing.assert_allclose(out.values, expected, rtol=1e-10, atol=1e-12 * clip)
+    scale = float(np.linalg.norm(expected))
+    np.testing.assert_allclose(out.values, expected, rtol=1e-10, atol=1e-11 * scale)
+    np.testing.assert_allclose(reference(network(spec), (X, y), clip), expected, rtol=1e-10, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize(("spec", "engine"), [c for c in CASES if c.values[1] != "ghost"])
+def test_float32_is_the_same_up_to_its_rounding_and_as_strictly_bounded(spec, engine) -> None:
+    X, y = records(spec, 12)
+    if not spec.vocabulary:
+        X /= 10
+    for clip in (1e-3, 0.5):
+        out = Clipper(network(spec), engine, precision="float32").clipped_sum(X, y, clip)
+        expected = brute(spec, X, y, clip)
+        assert np.linalg.norm(out.values - expected) <= 1e-3 * np.linalg.norm(expected)
+        alone = Clipper(network(spec), engine, precision="float32").clipped_sum(X[:1], y[:1], clip)
+        assert np.linalg.norm(alone.values) <= clip
+
+
+def test_ghost_is_not_offered_in_float32() -> None:
+    with pytest.raises(ModelError, match="own precision"):
+        Clipper(network(MLP), "ghost", precision="float32")
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(0, 12), microbatch=st.integers(1, 8), engine=st.sampled_from(ENGINES), seed=st.integers(0, 99))
+def test_every_batch_size_in_every_microbatch(n, microbatch, engine, seed) -> None:
+    X, y = records(MLP, n, seed)
+    out = Clipper(network(MLP), engine, microbatch=microbatch).clipped_sum(X, y, 0.1)
+    assert (out.records, out.excluded) == (n, 0)
+    np.testing.assert_allclose(out.values, brute(MLP, X, y, 0.1), rtol=1e-9, atol=1e-11)
 
 
 def test_without_clipping_the_definition_is_not_met() -> None:
@@ -71,7 +115,10 @@ def test_without_clipping_the_definition_is_not_met() -> None:
     assert np.linalg.norm(plain) > 12 * 1e-3 >= np.linalg.norm(clipped)
 
 
-SHARED = {(s.name, e): Clipper(network(s), e) for s, e in CASES}  # type: ignore[arg-type]
+SHARED: dict[tuple[str, str], Clipper] = {}
+for case in CASES:
+    _spec, _engine = cast(tuple[ModelSpec, Engine], case.values)
+    SHARED[_spec.name, _engine] = Clipper(network(_spec), _engine, microbatch=4)
 HOSTILE = st.sampled_from([0.0, -0.0, 1.0, 1e-30, 1e10, -1e20, 3e38, -3.4e38, float("nan"), float("inf"), 1e-45])
 
 
@@ -92,17 +139,28 @@ def test_one_record_moves_the_sum_by_at_most_the_clip(spec, engine, data) -> Non
     place = data.draw(st.integers(0, n))  # where the record stands does not matter
     order = np.insert(np.arange(n), place, n)
     moved = clipper.clipped_sum(X[order], y[order], clip)
-    np.testing.assert_allclose(moved.values, with_.values, rtol=1e-9, atol=1e-9 * clip)
+    # a record that overflows in float32 only may lose digits; its length stays bounded by the assertion above
+    assert np.linalg.norm(moved.values - with_.values) <= 1e-6 * clip
 
 
 @pytest.mark.parametrize(("spec", "engine"), CASES)
 def test_a_sum_without_clipping_breaks_the_bound(spec, engine) -> None:
-    """Negative control of the property above: with a clip out of reach the same records move the sum further."""
+    """Negative control of the property above: with a clip out of reach a record moves the sum further than 10^-3."""
     X, y = records(spec, 4)
-    X[-1] = 1e4
     clipper = SHARED[spec.name, engine]
     free = clipper.clipped_sum(X, y, 1e30).values - clipper.clipped_sum(X[:-1], y[:-1], 1e30).values
-    assert np.linalg.norm(free) > 1.0 * (1 + FLOAT_SLACK)
+    assert np.linalg.norm(free) > 1e-3 * (1 + FLOAT_SLACK)
+
+
+@pytest.mark.parametrize("spec", [TRANSFORMER, LSTM, LORA_TEXT], ids=lambda s: s.name)
+@pytest.mark.parametrize("bad", [-1.0, 12.0, 0.5, 1e9])
+def test_a_token_that_does_not_exist_stops_nothing(spec, bad) -> None:
+    X, y = records(spec, 5)
+    clean = SHARED[spec.name, "book"].clipped_sum(X[1:], y[1:], 1.0)
+    X[0, 2] = bad
+    out = SHARED[spec.name, "book"].clipped_sum(X, y, 1.0)
+    assert (out.records, out.excluded) == (4, 1)
+    np.testing.assert_allclose(out.values, clean.values, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("spec", "engine"), CASES)
@@ -113,10 +171,10 @@ def test_a_record_without_numbers_is_left_out_and_the_rest_unchanged(spec, engin
     X[3, 2] = bad
     out = SHARED[spec.name, engine].clipped_sum(X, y, 1.0)
     assert (out.records, out.excluded) == (6, 1)
-    np.testing.assert_array_equal(out.values, clean.values)
+    np.testing.assert_allclose(out.values, clean.values, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["opacus", "closed"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_gradient_that_overflows_is_left_out(engine) -> None:
     """Finite features, infinite gradient: 0 · NaN would poison the batch, so the sum is taken again."""
     model = network(MLP).double()
@@ -156,7 +214,7 @@ def test_a_class_that_does_not_exist_stops_nothing(spec, engine, label) -> None:
     y[-1] = label
     out = SHARED[spec.name, engine].clipped_sum(X, y, 1.0)
     assert (out.records, out.excluded) == (3, 1)
-    np.testing.assert_array_equal(out.values, clean.values)
+    np.testing.assert_allclose(out.values, clean.values, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("spec", [LOGISTIC, MLP])
@@ -164,13 +222,13 @@ def test_engines_agree_over_steps(spec) -> None:
     """The same object over many batches: nothing of an earlier one is left in the next."""
     for seed in range(4):
         X, y = records(spec, 3 + 5 * seed, seed)
-        a, b = (SHARED[spec.name, e].clipped_sum(X, y, 0.3).values for e in ("opacus", "closed"))
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
-        np.testing.assert_allclose(a, brute(spec, X, y, 0.3), rtol=1e-10, atol=1e-13)
+        for engine in ENGINES:
+            values = SHARED[spec.name, engine].clipped_sum(X, y, 0.3).values
+            np.testing.assert_allclose(values, brute(spec, X, y, 0.3), rtol=1e-10, atol=1e-12)
 
 
 def test_new_weights_are_used_at_once() -> None:
-    for engine in ("opacus", "closed"):
+    for engine in ENGINES:
         clipper = Clipper(network(MLP, 1), engine)
         X, y = records(MLP, 4)
         first = clipper.clipped_sum(X, y, 1.0).values
@@ -179,60 +237,26 @@ def test_new_weights_are_used_at_once() -> None:
         assert not np.allclose(first, clipper.clipped_sum(X, y, 1.0).values)
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4), nn.SyncBatchNorm(4), nn.LazyBatchNorm1d()]
-)
-def test_batch_norm_is_refused_with_its_replacement(layer) -> None:
-    model = nn.Sequential(nn.Linear(6, 4), layer, nn.Linear(4, 2))
-    with pytest.raises(ModelError, match="mixes the records") as e:
-        Clipper(model, "opacus")
-    assert "GroupNorm" in e.value.hint
-    with pytest.raises(ModelError):
-        refuse_coupled(nn.Sequential(nn.Sequential(model)))
-
-
-def test_other_layers_that_keep_running_sums_are_refused() -> None:
-    with pytest.raises(ModelError, match="running statistics"):
-        Clipper(nn.Sequential(nn.InstanceNorm1d(6, track_running_stats=True, affine=True), nn.Linear(6, 2)), "opacus")
-    refuse_coupled(nn.Sequential(nn.Linear(6, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)))
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        nn.Sequential(nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 2)),
-        nn.Sequential(nn.Linear(6, 4), nn.Tanh()),
-        nn.Sequential(*[nn.Linear(6, 6), nn.Tanh()] * 2, nn.Linear(6, 2)),
-        nn.Linear(6, 2),
-    ],
-    ids=["activation", "ends in tanh", "shared layer", "no chain"],
-)
-def test_the_closed_form_takes_only_what_it_computes(model) -> None:
-    with pytest.raises(ModelError, match="closed form"):
-        Clipper(model, "closed")
-
-
-@pytest.mark.parametrize("spec", [LOGISTIC, MLP, CNN])
-def test_choose_takes_an_engine_that_is_right(spec) -> None:
-    clipper = choose(lambda: network(spec), spec.inputs, spec.classes)
-    X, y = records(spec, 5)
-    np.testing.assert_allclose(clipper.clipped_sum(X, y, 0.2).values, brute(spec, X, y, 0.2), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("engine", ["opacus", "closed"])
-@pytest.mark.parametrize("factor", [1e3, 1.001])
-def test_an_engine_that_clips_too_little_is_caught(engine, factor, monkeypatch) -> None:
-    """Negative control: one that clips at another norm fails the probe; far off, the check of every step as well."""
-    honest = BACKENDS[engine]
-
-    def faulty(model: nn.Module):
-        backend = honest(model)
-        return lambda X, y, limit: backend(X, y, replace(limit, clip=limit.clip * factor))
-
-    monkeypatch.setitem(BACKENDS, engine, faulty)
-    with pytest.raises(ModelError, match="no engine"):
-        choose(lambda: network(MLP), MLP.inputs, MLP.classes, engines=[engine])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_clips_nothing_is_caught_at_run_time(engine, monkeypatch) -> None:
+    clipper = Clipper(network(MLP), engine)
+    honest = clipper._backend
+    monkeypatch.setattr(clipper, "_backend", lambda X, y, limit: honest(X, y, replace(limit, clip=1e9)))
     X, y = records(MLP, 8)
-    y[:], X[:] = y[0], X[0]  # gradients that all point one way: the bound is tight
     with pytest.raises(ModelError, match="longer than its bound"):
-        Clipper(network(MLP), engine).clipped_sum(X, y, 1e-3)
+        clipper.clipped_sum(X, y, 1e-3)
+
+
+def test_arguments_out_of_bounds_are_refused() -> None:
+    X, y = records(LOGISTIC, 2)
+    for clip in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ModelError, match="clip"):
+            Clipper(network(LOGISTIC), "closed").clipped_sum(X, y, clip)
+    for microbatch in (0, 1025):
+        with pytest.raises(ModelError, match="microbatch"):
+            Clipper(network(LOGISTIC), "closed", microbatch=microbatch)
+    with pytest.raises(ModelError, match="unknown engine"):
+        Clipper(network(LOGISTIC), "fast")  # type: ignore[arg-type]
+    many = np.zeros(((1 << 20) + 1, 6), np.float32)
+    with pytest.raises(ModelError, match="2\\^20"):
+        Clipper(network(LOGISTIC), "closed").clipped_sum(many, np.zeros(len(many), np.int64), 1.0)

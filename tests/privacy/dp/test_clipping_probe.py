@@ -1,0 +1,170 @@
+"""The probe that picks an engine, the check of places, the memory of a large batch, and engines on a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedveil.common.errors import ModelError
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.models import build, unflatten
+from fedveil.privacy.dp.clipping import Clipper, choose, core, direct, position_free, probe
+from fedveil.privacy.dp.clipping.pieces import Dense
+from fedveil.privacy.dp.clipping.probe import reference
+
+MLP = ModelSpec(name="mlp", inputs=6, classes=3, hidden=(16, 16), seed=3)
+CNN = ModelSpec(name="cnn", inputs=64, classes=4, hidden=(3, 2), seed=5)
+TEXT = ModelSpec(name="transformer", inputs=8, classes=3, hidden=(12, 16, 2, 1), seed=7)
+LORA = ModelSpec(name="lora-transformer", inputs=8, classes=3, hidden=(2, 12, 8, 2, 1), seed=10)
+
+
+def network(spec: ModelSpec) -> nn.Module:
+    model = build(spec)
+    unflatten(model, np.random.default_rng(5).normal(0, 0.5, spec.parameters).astype(np.float32))
+    return model
+
+
+@pytest.mark.parametrize("spec", [MLP, CNN, TEXT, LORA], ids=lambda s: s.name)
+@pytest.mark.parametrize("precision", ["float64", "float32", "auto"])
+def test_choose_takes_an_engine_that_is_right_and_leaves_the_weights_alone(spec, precision) -> None:
+    clipper = choose(lambda: network(spec), spec.inputs, spec.classes, precision=precision, batch=16)
+    X, y = probe._synthetic(network(spec), spec.inputs, spec.classes, 9)
+    expected = reference(network(spec), (X, y), 0.2)
+    off = np.linalg.norm(clipper.clipped_sum(X, y, 0.2).values - expected) / np.linalg.norm(expected)
+    assert off < (1e-9 if clipper.precision == "float64" else 1e-4)
+    assert precision in ("auto", clipper.precision)
+
+
+@pytest.mark.parametrize("forgotten", range(6))
+def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) -> None:
+    """Negative control: one parameter's gradient missing from the norm, then from the sum, however fast that is."""
+    honest = direct.clip_pieces
+    monkeypatch.setattr(probe, "_seconds", lambda c, records: 0.0 if c.engine == "closed" else 1.0)
+    assert choose(lambda: network(MLP), 6, 3, engines=("closed", "vmap")).engine == "closed"
+
+    class Unmeasured:
+        def __init__(self, piece):
+            self.squares = lambda: torch.zeros_like(piece.squares())
+            self.weighted = piece.weighted
+
+    class Unsummed:
+        def __init__(self, piece):
+            self.squares = piece.squares
+            self.weighted = lambda factor: torch.zeros_like(piece.weighted(factor))
+
+    for fault in (Unmeasured, Unsummed):
+
+        def wrong(pieces, limit, fault=fault):
+            return honest([fault(p) if i == forgotten else p for i, p in enumerate(pieces)], limit)
+
+        monkeypatch.setattr(direct, "clip_pieces", wrong)
+        assert choose(lambda: network(MLP), 6, 3, engines=("closed", "vmap")).engine == "vmap"
+        with pytest.raises(ModelError, match="closed: another sum"):
+            choose(lambda: network(MLP), 6, 3, engines=("closed",))
+
+
+def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) -> None:
+    """Fresh adapters multiply by zero: without moved weights the thin layers below them could be forgotten unseen."""
+    honest = direct.clip_pieces
+    names = [n for n, p in build(LORA).named_parameters() if p.requires_grad]
+    at = next(i for i, n in enumerate(names) if n.endswith("inward.weight"))
+
+    def wrong(pieces, limit):
+        zeroed = Dense(torch.zeros(len(limit.keep), *pieces[at].weighted(limit.keep.double()).shape))
+        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], limit)
+
+    monkeypatch.setattr(direct, "clip_pieces", wrong)
+    with pytest.raises(ModelError, match="another sum"):
+        choose(lambda: build(LORA), LORA.inputs, LORA.classes, engines=("book",))
+
+
+def test_an_engine_that_is_off_by_little_is_rejected(monkeypatch) -> None:
+    honest = direct.clip_pieces
+    monkeypatch.setattr(
+        direct, "clip_pieces", lambda p, limit: [r * (1 + 1e-7 * (r.dim() == 1)) for r in honest(p, limit)]
+    )
+    with pytest.raises(ModelError, match="another sum"):
+        choose(lambda: network(MLP), 6, 3, engines=("book",))
+
+
+class Leaky(nn.Module):
+    """Adds a millionth of a neighbour: too little for the parity check in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.fill_(0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x + 1e-6 * x.roll(1, 0))
+
+
+def test_a_coupling_below_the_tolerance_is_seen_bit_for_bit() -> None:
+    """Negative control of the condition under which float32 may be used."""
+    clipper = Clipper(Leaky(), "book", precision="float32")
+    assert not position_free(clipper, 6, 3)
+    with pytest.raises(ModelError, match="depends on its place"):
+        choose(Leaky, 6, 3, engines=("book",), precision="float32")
+    wide = ModelSpec(name="mlp", inputs=16, classes=16, hidden=(16,), seed=3)
+    assert position_free(Clipper(network(wide), "closed", precision="float32"), 16, 16)
+
+
+def test_the_sum_of_neighbours_differs_by_one_contribution_exactly() -> None:
+    """What float32 rests on: adding the last record changes nothing else, to the accuracy of a float64 sum."""
+    spec = ModelSpec(name="transformer", inputs=8, classes=4, hidden=(50, 16, 4, 1), seed=7)
+    clipper = choose(lambda: network(spec), spec.inputs, spec.classes, precision="float32", engines=("book",))
+    X, y = probe._synthetic(network(spec), spec.inputs, spec.classes, 66)
+    for n in (1, 63, 64, 65):
+        with_, without = (clipper.clipped_sum(X[:k], y[:k], 0.3).values for k in (n + 1, n))
+        alone = clipper.clipped_sum(X[n : n + 1], y[n : n + 1], 0.3).values
+        assert np.linalg.norm(with_ - without - alone) <= 1e-12 * 0.3
+        first, second = np.roll(np.arange(n + 1), 1), np.arange(n + 1)  # in front, so that all others move by a place
+        moved = (
+            clipper.clipped_sum(X[first], y[first], 0.3).values - clipper.clipped_sum(X[second], y[second], 0.3).values
+        )
+        assert np.linalg.norm(moved) <= core.FLOAT_SLACK * 0.3 * 1e-3
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.models import build
+from fedveil.privacy.dp.clipping import Clipper
+engine = sys.argv[1]
+spec = ModelSpec(name="mlp", inputs=200, classes=10, hidden=(200,), seed=1)
+clipper = Clipper(build(spec), engine, microbatch=32)
+X = np.random.default_rng(0).normal(size=(1280, 200)).astype(np.float32)
+y = np.zeros(1280, np.int64)
+clipper.clipped_sum(X[:128], y[:128], 1.0)
+small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+clipper.clipped_sum(X, y, 1.0)
+large = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((large - small) * 1024)
+"""
+
+
+@pytest.mark.parametrize("engine", ["vmap", "opacus"])
+def test_a_batch_ten_times_larger_takes_no_more_memory(engine) -> None:
+    """1,280 gradients of 42,210 float64 values would be 430 MB; 32 of them are 11 MB."""
+    out = subprocess.run([sys.executable, "-c", MEMORY, engine], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 100 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [MLP, CNN, TEXT, LORA], ids=lambda s: s.name)
+@pytest.mark.parametrize("engine", ["book", "vmap", "opacus", "ghost"])
+def test_the_same_sum_on_a_gpu(spec, engine) -> None:
+    clipper = Clipper(network(spec), engine, "cuda")
+    X, y = probe._synthetic(network(spec), spec.inputs, spec.classes, 70)
+    np.testing.assert_allclose(
+        clipper.clipped_sum(X, y, 0.3).values, reference(network(spec), (X, y), 0.3), rtol=1e-8, atol=1e-10
+    )
+    assert choose(lambda: network(spec), spec.inputs, spec.classes, "cuda").device.type == "cuda"
