@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table as RichTable
 
-from fedveil.common.errors import DataError, RunAborted
+from fedveil.common.errors import DataError, RunAborted, UsageError
 from fedveil.deploy.display import CONSOLE, Display
 
 if TYPE_CHECKING:
@@ -51,14 +51,17 @@ class _Processes:
 def demo(
     folder: Annotated[Path | None, typer.Option(help="where to lay everything out; default runs/demo-<time>")] = None,
     seed: Annotated[int, typer.Option(help="seed of the split into hospitals")] = 0,
-    seeds: Annotated[int, typer.Option(help="repetitions of the comparison")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="repetitions of the comparison")] = 20,
 ) -> None:
     """Four hospitals, one model, ε = 1: real processes over mTLS, the secure sum, and a report to check."""
     from fedveil.deploy import demo_world
 
     started = time.monotonic()
     home = folder or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    home.mkdir(parents=True, exist_ok=False)
+    try:
+        home.mkdir(parents=True)
+    except OSError as e:
+        raise UsageError(f"{home} cannot be made: {e.strerror}", hint="name a new folder") from e
     port = _free_port()
     demo_world.lay_out(home, port, seed)
     CONSOLE.print(
@@ -111,7 +114,7 @@ def _watch(p: _Processes, run: Path) -> None:
     with Display("1 server + 4 hospitals", FEDERATED.steps) as display:
         while True:
             over = p.server.poll() is not None
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # the last may be half written
             for line in lines[shown:]:
                 display.progress("round", json.loads(line))
             shown = len(lines)
