@@ -281,7 +281,8 @@ class Audit:
             raise VerificationError("the run's end names the ledger of a stranger")
         missing = sorted(names - set(h.ended.heads))
         if len(missing) > plan.dropouts:
-            raise VerificationError(f"{len(missing)} ledgers are missing, at most {plan.dropouts} sites may drop out")
+            named = ", ".join(missing[:8]) + ", ..." * (len(missing) > 8)
+            raise VerificationError(f"{len(missing)} ledgers are missing ({named}); at most {plan.dropouts} may be")
         if h.ended.status == EXHAUSTED and not missing and not any(c.exhausted for c in self._charges.values()):
             raise VerificationError("the run is said to have ended for lack of budget, but no ledger refused a step")
         return f"not delivered: {', '.join(missing)}" if missing else f"all {len(names)}"

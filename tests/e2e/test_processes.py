@@ -195,7 +195,7 @@ def test_the_report_names_what_is_missing(two_die):
     result = verified(two_die, ok=False)
     bad = [x for x in result.checks if not x.passed]
     assert [x.name for x in bad] == ["ledgers delivered"]
-    assert "2 ledgers" in bad[0].detail
+    assert f"2 ledgers are missing ({SOUTH}, {WEST})" in bad[0].detail
 
 
 def test_the_others_end_without_an_error(two_die):
