@@ -89,8 +89,8 @@ class Clipper:
         self.device = torch.device(device)
         self._dtype = torch.float64 if precision == "float64" else torch.float32
         self.model = model.to(self.device, self._dtype)
-        self._size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.microbatch = microbatch or fitting(engine, self._size, 32 if engine == "vmap" else _USUAL)
+        self.size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.microbatch = microbatch or fitting(engine, self.size, 32 if engine == "vmap" else _USUAL)
         self._classes = 0
         self._random = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())  # noqa: SLF001
         try:
@@ -136,35 +136,38 @@ class Clipper:
             total, entered = self._blocks(X, y, clip * (1 - _MARGIN))
         excluded += len(X) - entered
         out = total.cpu().numpy()
-        if not np.linalg.norm(out) <= entered * clip * (1 + FLOAT_SLACK):
+        if not float(torch.linalg.vector_norm(total)) <= entered * clip * (1 + FLOAT_SLACK):
             raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
         return ClippedSum(out, entered, excluded)
 
     def _blocks(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, int]:
         """The sum over all microbatches and how many records entered; two levels, so that rounding adds up slowly."""
-        total = torch.zeros(self._size, dtype=torch.float64, device=self.device)
-        block, entered = torch.zeros_like(total), 0
+        total, entered = torch.zeros(self.size, dtype=torch.float64, device=self.device), 0
+        out = total
         for turn, at in enumerate(range(0, len(X), self.microbatch), 1):
-            values, kept = self._microbatch(X[at : at + self.microbatch], y[at : at + self.microbatch], clip)
-            if values is not None:
-                block += values
+            entered += self._add(X[at : at + self.microbatch], y[at : at + self.microbatch], clip, out)
             if turn % _BLOCK == 0:
-                total += block
-                block.zero_()
-            entered += kept
-        return total.add_(block), entered
+                out = self._next_block(total, out)
+        return (total if out is total else total.add_(out)), entered
 
-    def _microbatch(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float) -> tuple[torch.Tensor | None, int]:
-        """The sum over the records with a finite gradient, and their number. No record: None."""
+    @staticmethod
+    def _next_block(total: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """A fresh vector to add to, once the finished block is in the total (the first block is the total)."""
+        if out is total:
+            return torch.zeros_like(total)
+        total += out
+        return out.zero_()
+
+    def _add(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> int:
+        """Add the sum over the records with a finite gradient to ``out``; returns their number."""
         while len(X):
-            values, norms = self._run(X, y, clip)
-            bad = ~torch.isfinite(norms[: len(X)]).cpu().numpy()
+            bad = ~torch.isfinite(self._run(X, y, clip, out)[: len(X)]).cpu().numpy()
             if not bad.any():
-                return values, len(X)
+                return len(X)
             X, y = X[~bad], y[~bad]
-        return None, 0
+        return 0
 
-    def _run(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> torch.Tensor:
         records = len(X)
         if records < self.microbatch:
             # one shape for all, so that the batch size picks no other kernel: copies of the first record, which are
@@ -173,9 +176,8 @@ class Clipper:
             fill[records:] = 0
             X, y = X[fill], y[fill]
         keep = torch.arange(len(X), device=self.device) < records
-        return self._backend(
-            torch.from_numpy(X).to(self.device, self._dtype), torch.from_numpy(y).to(self.device), Limit(clip, keep)
-        )
+        features = torch.from_numpy(X).to(self.device, self._dtype)
+        return self._backend(features, torch.from_numpy(y).to(self.device), Limit(clip, keep), out)
 
     @torch.no_grad()
     def _outputs(self, inputs: int) -> int:

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional
 
 from fedveil.common.errors import ModelError
-from fedveil.privacy.dp.clipping.engines import Result
 from fedveil.privacy.dp.clipping.pieces import Dense, Limit, Outer, Piece, Rows, clip_pieces
 
 # (before, after) the activation -> its derivative
@@ -37,6 +36,7 @@ class Chain:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model) if isinstance(model, nn.Sequential) else []
         self._linears = [m for m in modules[::2] if type(m) is nn.Linear and m.weight.requires_grad]
+        self._sizes = [p.numel() for m in self._linears for p in m.parameters()]
         self._activations = [m for m in modules[1::2] if type(m) in _DERIVATIVES and _exact(m)]
         alone = len({id(p) for m in self._linears for p in m.parameters()}) == len(list(model.parameters()))
         whole = len(self._linears) + len(self._activations) == len(modules) and len(modules) % 2 == 1
@@ -44,7 +44,7 @@ class Chain:
             raise ModelError("the closed form needs a chain of Linear layers and activations", hint="the engine 'auto'")
 
     @torch.no_grad()
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
         inputs, slopes = [X], []
         for layer, activation in zip(self._linears, self._activations, strict=False):
@@ -60,7 +60,7 @@ class Chain:
             pieces = own + ([Dense(delta)] if layer.bias is not None else []) + pieces
             if at:
                 delta = (delta @ layer.weight) * slopes[at - 1]
-        return clip_pieces(pieces, limit)
+        return clip_pieces(pieces, self._sizes, limit, out)
 
 
 def _exact(module: nn.Module) -> bool:
@@ -96,7 +96,7 @@ class Book:
         if len({id(p) for p in owned}) != len(owned):
             raise ModelError("book-keeping cannot treat a parameter that two layers share", hint="the engine 'auto'")
 
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
         uses = self._forward_backward(X, y)
         found: dict[int, Piece] = {}
@@ -105,7 +105,8 @@ class Book:
                 found |= {id(p): piece for p, piece in _GRADIENTS[type(layer)](layer, calls) if p.requires_grad}
         zero = [p for p in self._parameters if id(p) not in found]
         found |= {id(p): Dense(p.new_zeros(len(X), *p.shape)) for p in zero}
-        return clip_pieces([found[id(p)] for p in self._parameters], limit)
+        sizes = [p.numel() for p in self._parameters]
+        return clip_pieces([found[id(p)] for p in self._parameters], sizes, limit, out)
 
     def _forward_backward(self, X: torch.Tensor, y: torch.Tensor) -> dict[nn.Module, list[_Call]]:
         uses: list[tuple[nn.Module, _Use]] = []

@@ -1,4 +1,4 @@
-"""Three engines around torch and Opacus: vmap, hooks, ghost. Each maps a microbatch to its clipped sum and norms."""
+"""Three engines around torch and Opacus: vmap, hooks, ghost. Each adds a microbatch's clipped sum to a vector."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from fedveil.privacy.dp.clipping.pieces import Dense, Limit, clip_pieces
-
-Result = tuple[torch.Tensor, torch.Tensor]
+from fedveil.privacy.dp.clipping.pieces import Dense, Limit, Piece, clip_pieces
 
 
 class Backend(Protocol):
     """What every engine is: see :meth:`__call__`."""
 
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
-        """``(D,)`` float64 clipped sum and ``(B,)`` norms of one microbatch, at least one record long.
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
+        """Add the clipped sum of one microbatch, at least one record long, to ``out`` (``(D,)`` float64).
 
-        A record whose norm is not finite spoils the sum (0 · NaN is NaN): the caller takes it out and calls again.
+        Returns:
+            ``(B,)`` norms. If one is not finite, ``out`` is left as it was: the caller takes the record out and calls
+            again.
         """
         ...
 
@@ -35,16 +35,17 @@ class Mapped:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._sizes = [p.numel() for p in self._parameters.values()]
 
         def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return functional.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
 
         self._gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
 
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
         """See :class:`Backend`."""
         gradients = self._gradients({n: p.detach() for n, p in self._parameters.items()}, X, y)
-        return clip_pieces([Dense(gradients[n]) for n in self._parameters], limit)
+        return clip_pieces([Dense(gradients[n]) for n in self._parameters], self._sizes, limit, out)
 
 
 class Hooked:
@@ -52,15 +53,16 @@ class Hooked:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = GradSampleModule(model, loss_reduction="sum")
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
 
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
         """See :class:`Backend`."""
         self._model.zero_grad(set_to_none=True)
         with quiet():
             functional.cross_entropy(self._model(X), y, reduction="sum").backward()
-        pieces = [Dense(getattr(p, "grad_sample")) for p in self._model.parameters() if p.requires_grad]  # noqa: B009
+        pieces: list[Piece] = [Dense(getattr(p, "grad_sample")) for p in self._parameters]  # noqa: B009
         self._model.zero_grad(set_to_none=True)  # Opacus' override also frees the per-record gradients
-        return clip_pieces(list(pieces), limit)
+        return clip_pieces(pieces, [p.numel() for p in self._parameters], limit, out)
 
 
 class Ghost:
@@ -75,7 +77,7 @@ class Ghost:
         self._model = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", use_ghost_clipping=True)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
 
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit) -> Result:
+    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
         """See :class:`Backend`."""
         self._clear()
         with quiet():
@@ -85,10 +87,13 @@ class Ghost:
             norms = self._model.get_norm_sample().detach()
             self._clear()
             self._model.disable_hooks()
-            (losses * limit.factor(norms)).sum().backward()
-        total = torch.cat([p.grad.reshape(-1) for p in self._parameters if p.grad is not None])
+            if limit.finite(norms):
+                (losses * limit.factor(norms)).sum().backward()
+        for p, part in zip(self._parameters, out.split([p.numel() for p in self._parameters]), strict=True):
+            if p.grad is not None:
+                part.add_(p.grad.reshape(-1))
         self._clear()
-        return total, norms
+        return norms
 
     def _clear(self) -> None:
         for p in self._parameters:

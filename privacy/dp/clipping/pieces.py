@@ -1,8 +1,8 @@
 """Per-record gradients of one parameter, in the shortest form in which a norm and a weighted sum can be taken.
 
-Every piece answers ``squares()``, the ``(B,)`` squared norms, and ``weighted(f)``, the sum over records of f times
-its gradient. Both are float64 and taken from the same stored values, whatever precision these were computed in:
-the sum of what was measured is what was bounded.
+Every piece answers ``squares()``, the ``(B,)`` squared norms, and ``add(f, out)``, which adds the sum over records of
+f times the gradient to ``out``. Both are float64 and taken from the same stored values, whatever precision these were
+computed in: the sum of what was measured is what was bounded.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Piece(Protocol):
         """``(B,)`` float64 squared L2 norms."""
         ...
 
-    def weighted(self, factor: torch.Tensor) -> torch.Tensor:
-        """Sum over records of ``factor`` (``(B,)`` float64) times the gradient: float64, the parameter's shape."""
+    def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
+        """Add the sum over records of ``factor`` (``(B,)`` float64) times the gradient to ``out``, flat float64."""
         ...
 
 
@@ -31,16 +31,15 @@ class Dense:
     """Written out: ``(B, *shape)``."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._shape = values.shape[1:]
         self._values = values.detach().reshape(len(values), -1).double()
 
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
         return torch.linalg.vector_norm(self._values, dim=1).square()
 
-    def weighted(self, factor: torch.Tensor) -> torch.Tensor:
+    def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
-        return (factor @ self._values).view(self._shape)
+        out.addmv_(self._values.T, factor)
 
 
 class Outer:
@@ -58,9 +57,9 @@ class Outer:
         """See :class:`Piece`."""
         return self._out.square().sum(1) * self._inward.square().sum(1)
 
-    def weighted(self, factor: torch.Tensor) -> torch.Tensor:
+    def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
-        return (self._out * factor[:, None]).T @ self._inward
+        out.view(self._out.shape[1], -1).addmm_((self._out * factor[:, None]).T, self._inward)
 
 
 class Rows:
@@ -87,10 +86,9 @@ class Rows:
         out = torch.zeros(self._records, dtype=torch.float64, device=self._values.device)
         return out.index_add_(0, self._record, self._values.square().sum(1))
 
-    def weighted(self, factor: torch.Tensor) -> torch.Tensor:
+    def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
-        out = torch.zeros(self._rows, self._values.shape[1], dtype=torch.float64, device=self._values.device)
-        return out.index_add_(0, self._row, self._values * factor[self._record, None])
+        out.view(self._rows, -1).index_add_(0, self._row, self._values * factor[self._record, None])
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,23 @@ class Limit:
         """``(B,)`` float64: min(1, C / norm), and 0 for padding."""
         return (self.clip / (norms + TINY)).clamp(max=1.0) * self.keep
 
+    def finite(self, norms: torch.Tensor) -> bool:
+        """Whether every record that is kept has a norm. If not, nothing may be added: 0 · NaN is NaN."""
+        return bool(torch.isfinite(norms).logical_or(~self.keep).all())
 
-def clip_pieces(pieces: list[Piece], limit: Limit) -> tuple[torch.Tensor, torch.Tensor]:
-    """The flat ``(D,)`` clipped sum and the ``(B,)`` norms, both float64, of pieces in parameter order."""
+
+def clip_pieces(pieces: list[Piece], sizes: list[int], limit: Limit, out: torch.Tensor) -> torch.Tensor:
+    """Add the clipped sum of ``pieces``, in parameter order, to ``out`` (``(D,)`` float64) and return the norms.
+
+    Args:
+        sizes: number of values of each parameter.
+
+    Returns:
+        ``(B,)`` float64 norms. If one of them is not finite, ``out`` is left as it was.
+    """
     norms = torch.stack([p.squares() for p in pieces]).sum(0).sqrt()
-    factor = limit.factor(norms)
-    return torch.cat([p.weighted(factor).reshape(-1) for p in pieces]), norms
+    if limit.finite(norms):
+        factor = limit.factor(norms)
+        for piece, part in zip(pieces, out.split(sizes), strict=True):
+            piece.add(factor, part)
+    return norms

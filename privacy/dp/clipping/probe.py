@@ -21,6 +21,7 @@ from fedveil.privacy.dp.clipping.pieces import Limit
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-3}
 _RECORDS = 5
 _MOST = 256
+_LEAST = 16
 _TURNS = 4
 _HOPELESS = 3.0
 _PATIENCE = 2.0  # seconds after which a first impression has to do
@@ -140,8 +141,12 @@ def _alone(clipper: Clipper, X: NDArray[np.float32], y: NDArray[np.int64], place
     keep[place] = True
     dtype = next(clipper.model.parameters()).dtype
     with _shaken(clipper.model), _without_dropout(clipper.model):
-        values, norms = clipper._backend(  # noqa: SLF001 - the probe looks at one record inside a microbatch
-            torch.from_numpy(X).to(clipper.device, dtype), torch.from_numpy(y).to(clipper.device), Limit(0.05, keep)
+        values = torch.zeros(clipper.size, dtype=torch.float64, device=clipper.device)
+        norms = clipper._backend(  # noqa: SLF001 - the probe looks at one record inside a microbatch
+            torch.from_numpy(X).to(clipper.device, dtype),
+            torch.from_numpy(y).to(clipper.device),
+            Limit(0.05, keep),
+            values,
         )
     return (values + 0.0).cpu().numpy().tobytes() + norms[place].cpu().numpy().tobytes()
 
@@ -161,9 +166,10 @@ def _by_speed(found: list[Clipper], make: Callable[[], nn.Module], records: Reco
         return found
     size = sum(p.numel() for p in make().parameters() if p.requires_grad)
     for c in list(found):
-        wide = fitting(c.engine, size, _MOST)
-        if len(records[1]) > c.microbatch and wide > c.microbatch and c.engine in _BATCHED:
-            found.append(Clipper(make(), c.engine, str(c.device), precision=c.precision, microbatch=wide))
+        sizes = {fitting(c.engine, size, _MOST), min(_LEAST, c.microbatch)} if c.engine in _BATCHED else set()
+        for m in sizes - {c.microbatch}:
+            if m < len(records[1]) or m < c.microbatch:
+                found.append(Clipper(make(), c.engine, str(c.device), precision=c.precision, microbatch=m))
     best = {id(c): float("inf") for c in found}
     start = time.perf_counter()
     for turn in range(_TURNS):

@@ -241,7 +241,7 @@ def test_new_weights_are_used_at_once() -> None:
 def test_an_engine_that_clips_nothing_is_caught_at_run_time(engine, monkeypatch) -> None:
     clipper = Clipper(network(MLP), engine)
     honest = clipper._backend
-    monkeypatch.setattr(clipper, "_backend", lambda X, y, limit: honest(X, y, replace(limit, clip=1e9)))
+    monkeypatch.setattr(clipper, "_backend", lambda X, y, limit, out: honest(X, y, replace(limit, clip=1e9), out))
     X, y = records(MLP, 8)
     with pytest.raises(ModelError, match="longer than its bound"):
         clipper.clipped_sum(X, y, 1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,17 +51,17 @@ def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) ->
     class Unmeasured:
         def __init__(self, piece):
             self.squares = lambda: torch.zeros_like(piece.squares())
-            self.weighted = piece.weighted
+            self.add = piece.add
 
     class Unsummed:
         def __init__(self, piece):
             self.squares = piece.squares
-            self.weighted = lambda factor: torch.zeros_like(piece.weighted(factor))
+            self.add = lambda factor, out: None
 
     for fault in (Unmeasured, Unsummed):
 
-        def wrong(pieces, limit, fault=fault):
-            return honest([fault(p) if i == forgotten else p for i, p in enumerate(pieces)], limit)
+        def wrong(pieces, sizes, limit, out, fault=fault):
+            return honest([fault(p) if i == forgotten else p for i, p in enumerate(pieces)], sizes, limit, out)
 
         monkeypatch.setattr(direct, "clip_pieces", wrong)
         assert choose(lambda: network(MLP), 6, 3, engines=("closed", "vmap")).engine == "vmap"
@@ -74,9 +75,9 @@ def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) 
     names = [n for n, p in build(LORA).named_parameters() if p.requires_grad]
     at = next(i for i, n in enumerate(names) if n.endswith("inward.weight"))
 
-    def wrong(pieces, limit):
-        zeroed = Dense(torch.zeros(len(limit.keep), *pieces[at].weighted(limit.keep.double()).shape))
-        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], limit)
+    def wrong(pieces, sizes, limit, out):
+        zeroed = Dense(torch.zeros(len(limit.keep), sizes[at]))
+        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], sizes, limit, out)
 
     monkeypatch.setattr(direct, "clip_pieces", wrong)
     with pytest.raises(ModelError, match="another sum"):
@@ -85,9 +86,11 @@ def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) 
 
 def test_an_engine_that_is_off_by_little_is_rejected(monkeypatch) -> None:
     honest = direct.clip_pieces
-    monkeypatch.setattr(
-        direct, "clip_pieces", lambda p, limit: [r * (1 + 1e-7 * (r.dim() == 1)) for r in honest(p, limit)]
-    )
+
+    def loose(pieces, sizes, limit, out):
+        return honest(pieces, sizes, replace(limit, clip=limit.clip * (1 + 1e-7)), out)
+
+    monkeypatch.setattr(direct, "clip_pieces", loose)
     with pytest.raises(ModelError, match="another sum"):
         choose(lambda: network(MLP), 6, 3, engines=("book",))
 
