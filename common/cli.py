@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedveil.common.errors import FedveilError
+from fedveil.common.errors import FedveilError, PlanError
 
 GROUP = "fedveil.commands"
 
@@ -50,13 +50,29 @@ def _missing(command: str, library: str):
     return run
 
 
+def _run() -> None:
+    """The application; a library that only a command's own imports ask for is named like one missing at the start."""
+    try:
+        build()(standalone_mode=True)
+    except ModuleNotFoundError as e:
+        library = (e.name or "?").partition(".")[0]
+        if library == "fedveil":
+            raise
+        raise FedveilError(
+            f"this command needs {library}", hint="pip install 'fedveil[sim]' installs every part"
+        ) from e
+
+
 def main() -> None:
     """Entry point: a :class:`FedveilError` becomes two lines on stderr and its documented exit code."""
     try:
-        build()(standalone_mode=True)
+        _run()
     except FedveilError as e:
         console = Console(stderr=True)
         console.print(f"[bold red]{e.code}[/]: {escape(e.message)}", highlight=False, soft_wrap=True)
         if e.hint:
             console.print("  what to do:", e.hint, markup=False, highlight=False, soft_wrap=True)
+        if isinstance(e, PlanError) and e.nearest:
+            nearest = ", ".join(f"{name} = {value}" for name, value in e.nearest.items())
+            console.print("  the nearest that holds:", nearest, markup=False, highlight=False, soft_wrap=True)
         sys.exit(e.exit_code)

@@ -14,7 +14,7 @@ from fedveil.client.ingest import encode, quality, sources
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common import contract as contracts
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import BudgetExhausted, JournalError, PlanError, RunAborted
+from fedveil.common.errors import BudgetExhausted, JournalError, RunAborted
 from fedveil.common.settings import Federation
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import serve
@@ -65,7 +65,7 @@ def begin(
     f = federation.federation
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
-    plan = _plan(make, contract, len(roster.sites))
+    plan = make(contract, len(roster.sites))
     documents: dict[str, Any] = {
         "roster.json": json.loads((f.identity / "roster.json").read_text()),
         "consortium.pub": _pin(f.identity) + "\n",
@@ -89,18 +89,6 @@ def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None 
     plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
     key = identity.load_signing_key(f.identity / "signing.key")
     return _serve(jobs.resume(run, roster, key, **_options(federation, contract, plan, progress)), federation)
-
-
-def _plan(make: Callable[[DataContract, int], PrivacyPlan], contract: DataContract, sites: int) -> PrivacyPlan:
-    """The plan; a refusal names the nearest one that would hold where a reader sees it."""
-    try:
-        return make(contract, sites)
-    except PlanError as e:
-        if not e.nearest:
-            raise
-        nearest = ", ".join(f"{name} = {value}" for name, value in e.nearest.items())
-        hint = f"{e.hint}; the nearest that holds: {nearest}".removeprefix("; ")
-        raise PlanError(e.message, hint=hint, nearest=e.nearest) from e
 
 
 def _options(
