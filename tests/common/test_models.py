@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 from fedveil.common.errors import ModelError
 from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, flatten, predict, unflatten
+from fedveil.common.models import build, flatten, predict, unflatten, use_base
 
 SMALL = st.one_of(
     st.builds(ModelSpec, name=st.just("logistic"), inputs=st.integers(1, 40), classes=st.integers(2, 6)),
@@ -171,3 +172,120 @@ def test_no_network_couples_records() -> None:
         together = predict(model, X)
         alone = np.concatenate([predict(model, X[i : i + 1]) for i in range(6)])
         np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "frozen"),
+    [
+        (("resnet", 3 * 64, (3, 4, 4, 8)), 1704, 0),
+        (("resnet", 64, (1, 6)), 766, 0),
+        (("transformer", 7, (20, 8, 2, 2)), (20 + 7) * 8 + 2 * (12 * 64 + 9 * 8 + 4 * 8) + 16 + 36, 0),
+        (("lstm", 7, (20, 5, 6)), 100 + 6 * 24 + 6 * 24 + 7 * 4, 0),
+        (("lora-mlp", 6, (2, 5)), 2 * (6 + 5 + 5 + 4), 7 * 5 + 6 * 4),
+        (("lora-transformer", 7, (2, 20, 8, 2, 2)), 2 * (2 * (32 + 16 + 40 + 40) + 12), 2012),
+    ],
+)
+def test_sizes_of_the_larger_networks(spec: tuple[Any, int, tuple[int, ...]], size: int, frozen: int) -> None:
+    name, inputs, hidden = spec
+    made = ModelSpec(name=name, inputs=inputs, classes=4, hidden=hidden, seed=3)
+    model = build(made)
+    assert (made.parameters, made.frozen) == (size, frozen)
+    assert flatten(model).size == size
+    assert sum(p.numel() for p in model.parameters()) == size + frozen
+    X = np.random.default_rng(0).integers(0, 20, (5, inputs)).astype(np.float32)
+    p = predict(model, X)
+    assert p.shape == (5, 4)
+    alone = np.concatenate([predict(model, X[i : i + 1]) for i in range(5)])
+    np.testing.assert_allclose(p, alone, atol=1e-6)
+    values = np.random.default_rng(1).normal(size=size).astype(np.float32)
+    unflatten(model, values)
+    np.testing.assert_array_equal(flatten(model), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "hidden", "reason"),
+    [
+        ("resnet", 64, (), "image's channels"),
+        ("resnet", 64, (2, 4), "image's channels"),
+        ("resnet", 63, (1, 4), "square"),
+        ("resnet", 36, (1, 4, 4, 4), "halve"),
+        ("transformer", 8, (9, 8, 2), "a vocabulary"),
+        ("transformer", 8, (9, 8, 3, 1), "not divisible"),
+        ("transformer", 8, (9, 8, 2, 257), "256 blocks"),
+        ("lstm", 8, (9, 8), "an embedding width"),
+        ("lstm", 8, (9, 1 << 17, 2), "units"),
+        ("lora-mlp", 8, (), "a rank"),
+        ("lora-mlp", 8, (2,), "at least one hidden"),
+        ("lora-mlp", 8, (4097, 8), "rank"),
+        ("lora-transformer", 8, (2, 9, 8, 3, 1), "not divisible"),
+        ("transformer", 8, (1 << 24, 1 << 16, 2, 1), "2\\^31"),
+    ],
+)
+def test_inconsistent_larger_networks_are_never_built(name, inputs, hidden, reason) -> None:
+    with pytest.raises(ModelError, match=reason):
+        build(ModelSpec(name=name, inputs=inputs, classes=3, hidden=hidden))
+
+
+def test_padding_and_its_length_change_nothing() -> None:
+    for name, hidden in (("transformer", (20, 8, 2, 2)), ("lstm", (20, 5, 6))):
+        model = build(ModelSpec(name=name, inputs=6, classes=3, hidden=hidden, seed=2))
+        with torch.no_grad():
+            table = model.get_submodule("tokens").get_parameter("weight")
+            X = np.array([[3, 4, 5, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.float32)
+            before = predict(model, X)
+            table[0] += 5  # what padding looks like must not matter
+        after = predict(model, X)
+        assert np.isfinite(before).all()
+        np.testing.assert_allclose(before[0], after[0], atol=1e-6)
+        assert not np.allclose(before[0], predict(model, np.array([[4, 4, 5, 0, 0, 0]], np.float32))[0])
+
+
+@pytest.mark.parametrize("bad", [-1, 20, 0.5, np.nan, np.inf, 1e30])
+def test_tokens_that_do_not_exist_are_refused_before_the_table_is_read(bad) -> None:
+    model = build(ModelSpec(name="lstm", inputs=3, classes=3, hidden=(20, 5, 6)))
+    with pytest.raises(ModelError, match="token ids below 20"):
+        predict(model, np.array([[1, bad, 2]], np.float32))
+
+
+def test_adapters_start_as_their_base_and_leave_it_alone(tmp_path) -> None:
+    base = build(ModelSpec(name="mlp", inputs=6, classes=3, hidden=(5,), seed=9))
+    unflatten(base, np.random.default_rng(4).normal(size=53).astype(np.float32))
+    path = tmp_path / "base.npy"
+    np.save(path, flatten(base))
+    spec = ModelSpec(name="lora-mlp", inputs=6, classes=3, hidden=(2, 5), seed=1, base=use_base(path))
+    assert spec.base == hashlib.sha256(path.read_bytes()).hexdigest()
+    model = build(spec)
+    X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    np.testing.assert_allclose(predict(model, X), predict(base, X), atol=1e-7)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    unflatten(model, np.ones(spec.parameters, np.float32))
+    assert all(
+        torch.equal(a, b) for a, b in zip(frozen, (p for p in model.parameters() if not p.requires_grad), strict=True)
+    )
+    assert not np.allclose(predict(model, X), predict(base, X))
+
+
+def test_a_base_file_is_checked(tmp_path) -> None:
+    spec = ModelSpec(name="lora-mlp", inputs=6, classes=3, hidden=(2, 5), base="0" * 64)
+    with pytest.raises(ModelError, match="no file with the base"):
+        build(spec)
+    path = tmp_path / "base.npy"
+    np.save(path, np.zeros(7, np.float32))
+    with pytest.raises(ModelError, match="holds 7 values"):
+        build(spec.model_copy(update={"base": use_base(path)}))
+    for content in (np.zeros((2, 2), np.float32), np.zeros(3), np.array([np.nan], np.float32), np.array([None])):
+        np.save(path, content, allow_pickle=True)
+        with pytest.raises(ModelError):
+            use_base(path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        use_base(tmp_path / "missing.npy")
+    with pytest.raises(ModelError, match="only adapters"):
+        build(ModelSpec(name="mlp", inputs=6, classes=3, hidden=(5,), base="0" * 64))
+
+
+def test_a_spec_without_a_base_is_written_as_before_there_were_bases() -> None:
+    spec = ModelSpec(name="mlp", inputs=6, classes=3, hidden=(5,))
+    assert set(spec.model_dump(mode="json")) == {"name", "inputs", "classes", "hidden", "seed"}
+    with_base = ModelSpec(name="lora-mlp", inputs=6, classes=3, hidden=(2, 5), base="a" * 64)
+    for s in (spec, with_base):
+        assert ModelSpec.model_validate_json(s.model_dump_json()) == s
