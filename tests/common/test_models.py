@@ -221,14 +221,17 @@ def test_sizes_of_the_larger_networks(spec: tuple[Any, int, tuple[int, ...]], si
         ("transformer", 8, (1 << 24, 1 << 16, 2, 1), "2\\^31"),
     ],
 )
-def test_inconsistent_larger_networks_are_never_built(name, inputs, hidden, reason) -> None:
+def test_inconsistent_larger_networks_are_never_built(name: Any, inputs, hidden, reason) -> None:
     with pytest.raises(ModelError, match=reason):
         build(ModelSpec(name=name, inputs=inputs, classes=3, hidden=hidden))
 
 
 def test_padding_and_its_length_change_nothing() -> None:
-    for name, hidden in (("transformer", (20, 8, 2, 2)), ("lstm", (20, 5, 6))):
-        model = build(ModelSpec(name=name, inputs=6, classes=3, hidden=hidden, seed=2))
+    for spec in (
+        ModelSpec(name="transformer", inputs=6, classes=3, hidden=(20, 8, 2, 2), seed=2),
+        ModelSpec(name="lstm", inputs=6, classes=3, hidden=(20, 5, 6), seed=2),
+    ):
+        model = build(spec)
         with torch.no_grad():
             table = model.get_submodule("tokens").get_parameter("weight")
             X = np.array([[3, 4, 5, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.float32)

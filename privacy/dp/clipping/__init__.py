@@ -31,7 +31,8 @@ What the plan adds to the sensitivity for the rest is :data:`FLOAT_SLACK` (relat
   holds for the probe's records holds for all. ``ghost`` is refused: its sum is accumulated in the network's precision.
 
 Accumulation in float64 over B records, m at a time, in blocks of 1024 microbatches, is off by at most
-(m + 1024 + B / 1024m) · 2^-53 · B · C: below 4e-7 · C for the largest batch (2^20) and microbatch (1024) allowed.
+(m + 1024 + B / 1024m) · 2^-53 · B · C: below 4e-7 · C for B up to 2^20 and every m allowed (1..1024). Larger batches
+are summed all the same (a limit would let one record switch off the sum), with a bound that grows with B.
 """
 
 from fedveil.privacy.dp.clipping.core import FLOAT_SLACK, ClippedSum, Clipper, Engine, Precision

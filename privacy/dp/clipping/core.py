@@ -22,7 +22,6 @@ from fedveil.privacy.dp.clipping.pieces import Limit
 Engine = Literal["closed", "book", "vmap", "opacus", "ghost"]
 Precision = Literal["float64", "float32"]
 FLOAT_SLACK = 1e-6
-MAX_BATCH = 1 << 20
 MAX_MICROBATCH = 1024
 BACKENDS: dict[Engine, Callable[[nn.Module], Backend]] = {
     "closed": Chain,
@@ -121,13 +120,11 @@ class Clipper:
         generator that the operating system's randomness seeds anew for every call.
 
         Raises:
-            ModelError: the clip is not positive, the batch is larger than :data:`MAX_BATCH`, or the bound on the sum
-                does not hold (a fault of the program).
+            ModelError: the clip is not positive, or the bound on the sum does not hold (a fault of the program). Never
+                for the number of records: a limit on it would let one record switch off the sum of all others.
         """
         if not 0 < clip < float("inf"):
             raise ModelError(f"a clip of {clip!r} is not positive and finite")
-        if len(X) > MAX_BATCH:
-            raise ModelError(f"a batch of {len(X)} records is over the limit of 2^20", hint="a lower sample rate")
         usable = self.usable(X, y)
         excluded = len(X) - int(usable.sum())
         if excluded:

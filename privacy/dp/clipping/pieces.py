@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 TINY = 1e-300
+_CACHED = 1 << 17
 
 
 class Piece(Protocol):
@@ -28,18 +29,20 @@ class Piece(Protocol):
 
 
 class Dense:
-    """Written out: ``(B, *shape)``."""
+    """Written out: ``(B, *shape)``. Widened to float64 a few records at a time, so that copies stay in the cache."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values = values.detach().reshape(len(values), -1).double()
+        self._values = values.detach().reshape(len(values), -1)
+        self._step = max(1, _CACHED // self._values.shape[1])
 
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
-        return torch.linalg.vector_norm(self._values, dim=1).square()
+        return torch.cat([torch.linalg.vector_norm(v.double(), dim=1) for v in self._values.split(self._step)]).square()
 
     def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
-        out.addmv_(self._values.T, factor)
+        for values, f in zip(self._values.split(self._step), factor.split(self._step), strict=True):
+            out.addmv_(values.double().T, f)
 
 
 class Outer:

@@ -257,6 +257,12 @@ def test_arguments_out_of_bounds_are_refused() -> None:
             Clipper(network(LOGISTIC), "closed", microbatch=microbatch)
     with pytest.raises(ModelError, match="unknown engine"):
         Clipper(network(LOGISTIC), "fast")  # type: ignore[arg-type]
-    many = np.zeros(((1 << 20) + 1, 6), np.float32)
-    with pytest.raises(ModelError, match="2\\^20"):
-        Clipper(network(LOGISTIC), "closed").clipped_sum(many, np.zeros(len(many), np.int64), 1.0)
+
+
+def test_no_number_of_records_is_refused() -> None:
+    """A limit on the batch would be an edge where one record more changes the sum from everything to nothing."""
+    n = (1 << 20) + 1
+    X, y = np.ones((n, 6), np.float32), np.zeros(n, np.int64)
+    out = Clipper(network(LOGISTIC), "closed", microbatch=1024).clipped_sum(X, y, 1e-3)
+    assert (out.records, out.excluded) == (n, 0)
+    np.testing.assert_allclose(out.values, n * brute(LOGISTIC, X[:1], y[:1], 1e-3), rtol=1e-9)
