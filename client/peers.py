@@ -7,9 +7,8 @@ from pathlib import Path
 
 from fedveil.common import canonical
 from fedveil.common.errors import FedveilError, JournalError
-from fedveil.common.journal import Head
 from fedveil.common.units import SiteId
-from fedveil.privacy.joining import heads_of
+from fedveil.privacy.joining import Copy, heads_of
 
 MAX_BYTES = 1 << 22
 
@@ -26,7 +25,7 @@ class PeerHeads:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._heads: dict[SiteId, Head] = {}
+        self._heads: dict[SiteId, Copy] = {}
         if path is not None and path.exists():
             try:
                 self._heads = heads_of(canonical.loads(path.read_bytes(), limit=MAX_BYTES))
@@ -35,11 +34,11 @@ class PeerHeads:
 
     def copies(self) -> dict[str, list[int | str]]:
         """The JSON form that goes into this site's signed join statement."""
-        return {site: [head.rows, head.hash] for site, head in self._heads.items()}
+        return {site: [*copy.head, copy.ledger] for site, copy in self._heads.items()}
 
-    def keep(self, heads: dict[SiteId, Head]) -> None:
-        """Remember ``heads`` where they are ahead of what is known; on disk when this returns."""
-        ahead = {s: h for s, h in heads.items() if s not in self._heads or h.rows > self._heads[s].rows}
+    def keep(self, heads: dict[SiteId, Copy]) -> None:
+        """Remember ``heads`` that are of another ledger or ahead of what is known; on disk when this returns."""
+        ahead = {s: c for s, c in heads.items() if s not in self._heads or self._newer(s, c)}
         if not ahead:
             return
         self._heads |= ahead
@@ -50,3 +49,12 @@ class PeerHeads:
                 f.flush()
                 os.fsync(f.fileno())
             temporary.rename(self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _newer(self, site: SiteId, copy: Copy) -> bool:
+        known = self._heads[site]
+        return copy.ledger != known.ledger or copy.head.rows > known.head.rows

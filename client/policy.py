@@ -28,6 +28,11 @@ def check(plan: PrivacyPlan, limits: LimitsSection) -> None:
             f"{plan.honest} honest shares are fewer than this site's {limits.min_honest}",
         ),
         (
+            plan.mode != "local" and plan.colluders < limits.min_colluders,
+            f"{plan.colluders} colluding sites are fewer than the {limits.min_colluders} this site wants stood",
+        ),
+        (plan.committee > 0 and not limits.committee, "this site does not let a committee open sums"),
+        (
             plan.fallback > limits.max_fallback_epsilon,
             f"the fallback epsilon {plan.fallback:.3g} is above this site's {limits.max_fallback_epsilon:g}",
         ),

@@ -64,6 +64,8 @@ def contribute(site: Site, request: Packet) -> Packet:
     if (again := session.sum.replay(round_)) is not None:
         if again.header.get("nonce") != nonce:
             raise ProtocolError(f"round {round_} was answered under another nonce")
+        if (session.id, round_) not in site.ledger.tally.committed:
+            site.ledger.commit(session.id, round_)  # a crash came between keeping the answer and this row
         return again
     weights = _weights(site, session, request)
 
@@ -112,14 +114,17 @@ def finish(site: Site, request: Packet) -> Packet:
     model_hash, status = h.get("model_hash"), h.get("status")
     if not (is_hex(model_hash, 64) and isinstance(status, str) and len(status) <= 32 and status.isprintable()):
         raise WireError("a malformed end of session")
+    if session.plan.reveal_to == "sites":
+        model = site.revealed(session)
+        if model_hash != model.name:
+            raise ProtocolError("the server ends the session with another model than this site's")
+        site.keep(session.id, model.state.sent())
     if not session.ended:
         site.ledger.note(
             "model", session=session.id, round=_round(h.get("round"), session.plan.steps, 0), model_hash=model_hash
         )
         site.ledger.note("session.end", session=session.id, status=status)
         session.ended = True
-        if session.plan.reveal_to == "sites":
-            site.keep(session.id, site.revealed(session).state.sent())
     session.sum.end()
     lines = b"".join(row.line() for row in site.ledger.journal.rows)
     return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})

@@ -168,10 +168,29 @@ class Site:
         if held is None:
             raise ProtocolError("this site has not joined that session", hint="start the run again")
         found = self._open(name, plans.from_json(canonical.loads(held)))
+        if not found.ended:
+            self._same_data()
         if not found.ended and (joins := self.store_for(name).get("joins")) is not None:
             found.sum.begin(canonical.loads(joins))
             found.begun = True
         return found
+
+    def _same_data(self) -> None:
+        """After a restart inside a session: the table must be the one the ledger's evidence speaks of."""
+        noted = [r.body for r in self.ledger.journal.of_kind("data.released")][-1:]
+        for body in noted:
+            before, now = (x.get("commitments", {}) for x in (body, self.evidence))
+            if before.get("source") != now.get("source"):
+                raise ProtocolError("this site's table is not the one it joined with", hint="start a new run")
+            if body != self.evidence:  # the same table, released in a new order
+                self.ledger.note("data.released", **self.evidence)
+
+    def tidy(self) -> None:
+        """Destroy what a crash left of sessions that have ended; called when a site starts."""
+        for row in self.ledger.journal.of_kind("session.end"):
+            name = _check_name(row.body.get("session"))
+            if self.store_for(name).get("plan") is not None:
+                self.session(name).sum.end()
 
     def begin(self, session: Any, joins: Any) -> Packet:
         """Take all sites' statements, each checked against the pinned roster; the reply to the server.
@@ -195,9 +214,15 @@ class Site:
         """
         heads = heads_in(joins)
         rows = self.ledger.journal.rows
-        copies = {s: peers[self.id] for s, (_, peers) in heads.items() if s != self.id and self.id in peers}
+        seen = {s: peers[self.id] for s, (_, peers) in heads.items() if s != self.id and self.id in peers}
+        copies = {s: copy.head for s, copy in seen.items() if copy.ledger == self._ledger_id}
         check_head(self.ledger.head, copies, need=0, hash_at=lambda n: rows[n - 1].hash)
-        self.peers.keep({s: head for s, (head, _) in heads.items() if s != self.id})
+        self.peers.keep({s: copy for s, (copy, _) in heads.items() if s != self.id})
+
+    @property
+    def _ledger_id(self) -> str:
+        """Which ledger this is: the hash of its first row, which names the lineage."""
+        return self.ledger.journal.rows[0].hash
 
     def revealed(self, session: Session) -> RevealedModel:
         """This site's own model of a session; :class:`ProtocolError` where the server reads the sums."""
@@ -209,8 +234,8 @@ class Site:
 
     def keep(self, session: str, weights: bytes) -> None:
         """Write a final model, little-endian float32, readable by the owner only; it stays at the site."""
-        if self.models is not None:
-            identity.write_secret(self.models / f"{session}.f32", weights)
+        if self.models is not None and not (path := self.models / f"{session}.f32").exists():
+            identity.write_secret(path, weights)
 
     def statement(self, session: Session) -> dict[str, Any]:
         """The signed join statement: this site takes part under exactly this plan, roster and contract."""
@@ -226,6 +251,7 @@ class Site:
                 "contract_hash": self.contract_hash,
                 "fields": session.sum.join_fields(),
                 "head": list(self.ledger.head),
+                "ledger": self._ledger_id,
                 "peers": self.peers.copies(),
             },
         )

@@ -36,7 +36,7 @@ def clipper(spec: ModelSpec, engine: str, device: str) -> clipping.Clipper:
         ModelError: the network couples records (BatchNorm) or cannot be clipped per record (by that engine).
     """
     if engine == "auto":
-        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision="auto")
+        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision="float64")
     if engine not in get_args(clipping.Engine):
         raise ModelError(f"unknown engine {engine!r}", hint="auto, " + ", ".join(get_args(clipping.Engine)))
     named = cast(clipping.Engine, engine)

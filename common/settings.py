@@ -43,6 +43,7 @@ class PrivacySection(BaseModel):
     colluders: int | None = Field(default=None, ge=0, description="sites that may work together; default n // 6")
     dropouts: int | None = Field(default=None, ge=0, description="sites that may be missing; default n // 6")
     reveal_to: Literal["server", "sites"] = Field(default="server", description="who reads the sums (sites: keysum)")
+    few_clients: bool = Field(default=False, description="mode client below 1000 clients")
     committee: int = Field(default=0, ge=0, le=200, description="helpers that open sums; 0: all sites (to 200)")
     committee_seed: str = Field(default="", description="64 hexadecimal digits from a public beacon nobody chose")
     local_steps: int = Field(default=1, ge=1, description="local steps per round (mode client only)")
@@ -108,6 +109,8 @@ class LimitsSection(BaseModel):
     tasks: tuple[Literal["train", "stats"], ...] = Field(default=("train",), description="what sums may be for")
     modes: tuple[Literal["distributed", "local", "client"], ...] = ("distributed",)
     sums: tuple[Literal["keysum", "sharedkey", "plain", "none"], ...] = ("keysum",)
+    min_colluders: int = Field(default=1, ge=0, description="fewest colluding sites a plan must stand (t)")
+    committee: bool = Field(default=False, description="let a committee open sums: only if nobody chose its seed")
     min_sites: int = Field(default=3, ge=1, description="fewest sites of a plan")
     min_honest: int = Field(default=2, ge=1, description="fewest honest shares of a plan")
     max_fallback_epsilon: float = Field(default=1000, gt=0, description="largest ε if everybody else colludes")
@@ -117,7 +120,7 @@ class TrainingSection(BaseModel):
     """How gradients are computed."""
 
     model_config = _FROZEN
-    engine: Literal["auto", "opacus", "closed"] = "auto"
+    engine: Literal["auto", "closed", "book", "vmap", "opacus", "ghost"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -89,7 +89,7 @@ def make_site(
     )  # fmt: skip
     limits = LimitsSection(
         max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, tasks=(plan.task,),
-        modes=(plan.mode,), sums=(plan.sum,), min_sites=1, min_honest=1,
+        modes=(plan.mode,), sums=(plan.sum,), min_sites=1, min_honest=1, min_colluders=0, committee=True,
     )  # fmt: skip
     stores: dict[str, Store] = {}
 

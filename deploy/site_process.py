@@ -37,6 +37,8 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         ConfigError, IdentityError, ContractError, DataError, AnonymityError, JournalError: what stops the site.
     """
     s = settings.site
+    if "plain" in settings.limits.sums:
+        raise ConfigError("the sum 'plain' exists in the simulator only", hint="take it out of [limits] sums")
     site = site_id(s.id)
     key = identity.load_signing_key(s.identity / "signing.key")
     roster = load_roster(s.identity)
@@ -55,14 +57,16 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
     except BaseException:
         ledger.close()
         raise
-    return Site(
+    out = Site(
         id=site, key=key, roster=roster, contract_hash=contract.hash, width=contract.width,
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
         engine=settings.training.engine, device=pick_device(settings.training.device), models=s.state / "models",
         peers=PeerHeads(s.state / "peers.json"),
         contract=contract,
-    ), data  # fmt: skip
+    )  # fmt: skip
+    out.tidy()
+    return out, data
 
 
 def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 60.0) -> None:

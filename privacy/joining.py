@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ProtocolError
@@ -63,21 +63,29 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
     return fields
 
 
-def heads_of(value: Any) -> dict[SiteId, Head]:
-    """Parse ``{site: [rows, hash]}``; :class:`ProtocolError` for anything else."""
+class Copy(NamedTuple):
+    """The head of one site's journal, and the hash of that journal's first row: a site may own several ledgers."""
+
+    head: Head
+    ledger: str
+
+
+def heads_of(value: Any) -> dict[SiteId, Copy]:
+    """Parse ``{site: [rows, hash, ledger]}``; :class:`ProtocolError` for anything else."""
     if not isinstance(value, dict) or len(value) > MAX_SITES:
         raise ProtocolError("journal heads are malformed")
-    return {site_id(site): _head(pair) for site, pair in value.items()}
+    return {site_id(site): _copy(parts) for site, parts in value.items()}
 
 
-def heads_in(documents: Mapping[SiteId, Any]) -> dict[SiteId, tuple[Head, dict[SiteId, Head]]]:
+def heads_in(documents: Mapping[SiteId, Any]) -> dict[SiteId, tuple[Copy, dict[SiteId, Copy]]]:
     """Per site, its own journal head and its copies of the others', from statements that were checked already."""
     payloads = {site: document["payload"] for site, document in documents.items()}
-    return {s: (_head(p.get("head")), heads_of(p.get("peers", {}))) for s, p in payloads.items()}
+    own = {s: p["head"] + [p.get("ledger")] if isinstance(p.get("head"), list) else None for s, p in payloads.items()}
+    return {s: (_copy(own[s]), heads_of(p.get("peers", {}))) for s, p in payloads.items()}
 
 
-def _head(value: Any) -> Head:
-    ok = isinstance(value, list) and len(value) == 2 and type(value[0]) is int and is_hex(value[1], 64)
-    if not ok or value[0] < 0:
+def _copy(value: Any) -> Copy:
+    ok = isinstance(value, list) and len(value) == 3 and type(value[0]) is int
+    if not ok or value[0] < 0 or not all(is_hex(v, 64) for v in value[1:]):
         raise ProtocolError("a journal head is malformed")
-    return Head(value[0], value[1])
+    return Copy(Head(value[0], value[1]), value[2])

@@ -46,6 +46,7 @@ def plan_from_settings(federation: Federation, contract: DataContract, sites: in
         sample_rate=p.sample_rate,
         local_steps=p.local_steps,
         reveal_to=p.reveal_to,
+        few_clients=p.few_clients,
         committee=p.committee,
         committee_seed=p.committee_seed,
         colluders=p.colluders,

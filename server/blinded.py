@@ -44,8 +44,11 @@ class BlindedSums:
         while behind:
             replies = ask({s: self._next(s) for s in behind})
             for site, reply in replies.items():
-                before = self._at.get(site, -1)
-                self._at[site] = int(reply.header.get("round", 0))
+                before, at = self._at.get(site, -1), reply.header.get("round")
+                if reply.header.get("kind") != "applied" or type(at) is not int or at not in (0, *self._rounds):
+                    behind.discard(site)  # no answer at all; it is asked again next time
+                    continue
+                self._at[site] = at
                 if self._at[site] <= before or self._missing(site) is None:
                     behind.discard(site)
             behind &= set(replies)

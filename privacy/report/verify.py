@@ -4,8 +4,9 @@ Needs the ``audit`` extra alone: no model, no data, no network, no server. It tr
 public key; unless that key is given, it is taken from the bundle, and the result says so.
 
 What a passed verification means, and what not: the journals are complete and in order, every site signed this plan
-and charged its ledger for every sum it was part of, and the numbers of the report follow from them. It does not mean
-that a site's program drew the noise (the conformance audit of the running program speaks of that).
+and charged its ledger for every sum it was part of (as far as its ledger was handed over: up to d may be missing,
+and are named), and the numbers of the report follow from them. It does not mean that a site's program drew the
+noise: journals prove the charge.
 """
 
 from __future__ import annotations

@@ -25,14 +25,10 @@ def against(plan: PrivacyPlan) -> list[str]:
     if plan.sum == "plain":
         return ["nobody in this run, for the sums were in the clear; a real run would name the server here", receiver]
     if plan.sum == "sharedkey":
-        return [
-            "the server, as long as no site works with it",
-            f"{_others(plan)}, as long as the server is not with them",
-            receiver,
-            "outsiders",
-        ]
-    others = f"{_others(plan)} working together with it" if plan.colluders else "any other site by itself"
-    return ["the server", others, receiver, "outsiders"]
+        others = [f"{_others(plan)}, as long as the server is not with them"] if plan.colluders else []
+        return ["the server, as long as no site works with it", *others, receiver, "outsiders"]
+    others = [f"{_others(plan)} working together with it"] if plan.colluders else []
+    return ["the server", *others, receiver, "outsiders"]
 
 
 def claim(plan: PrivacyPlan) -> str:
@@ -44,11 +40,18 @@ def claim(plan: PrivacyPlan) -> str:
     if plan.sum == "plain":
         return f"Whoever receives only the {result(plan)} learns no more about one {unit} than {numbers}."
     if plan.sum == "sharedkey":
+        sites = f"nor {_others(plan)} without the server, " if plan.colluders else ""
         return (
-            f"Neither the server alone, nor {_others(plan)} without the server, nor whoever gets the "
+            f"Neither the server alone, {sites}nor whoever gets the "
             f"{result(plan)}, learns more about one {unit} than {numbers}."
         )
-    together = f" together with {_others(plan)}" if plan.colluders else " by itself, nor any other site by itself"
+    if not plan.colluders:
+        # A site that takes part knows its own share of the noise: with t = 0 nothing is claimed against it.
+        return (
+            f"Neither the server by itself, nor an outsider, nor whoever gets the {result(plan)}, learns more about "
+            f"one {unit} than {numbers}. Against another site of the run nothing is claimed (t = 0)."
+        )
+    together = f" together with {_others(plan)}"
     return (
         f"Nobody, not even the server{together}, nor whoever gets the "
         f"{result(plan)}, learns more about one {unit} than {numbers}."
@@ -123,10 +126,10 @@ def not_covered(plan: PrivacyPlan, missing: list[str]) -> list[str]:
         f"several {plan.unit}s that belong to one person, at one site or at many: they compose to more than ε",
         "who took part, when, in how many rounds; the plan, the contract and the declared number of records",
         "that a table met its criteria or a site refused: one bit each, not counted in ε",
-        "timing beyond fixed answer slots, and what a site publishes elsewhere from the same records",
+        "when answers leave (timing), and what a site publishes elsewhere from the same records",
         "wrong or malicious inputs: a site can spoil the model within the clip; that harms accuracy, not privacy",
-        "whether a site's program added the noise it was charged for: journals prove the charge; the conformance "
-        "audit of the running program is separate",
+        "whether a site's program added the noise it was charged for: journals prove the charge, and "
+        "nothing in this report measures the noise",
         "what the server alone writes: that these were the members of a sum, and the metrics on the public table",
         f"conclusions about people in general: the {result(plan)} should teach them, with or without one record",
     ]

@@ -15,6 +15,7 @@ from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import SiteId
 from fedveil.deploy import datasets, simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
+from fedveil.privacy.joining import Copy
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
@@ -70,9 +71,12 @@ def test_a_restored_site_refuses_and_the_others_go_on(tmp_path):
 def test_heads_only_move_forward_and_survive(tmp_path):
     path = tmp_path / "peers.json"
     peers = PeerHeads(path)
-    peers.keep({A: Head(5, "a" * 64), B: Head(1, "b" * 64)})
-    peers.keep({A: Head(4, "c" * 64)})
-    assert PeerHeads(path).copies() == {A: [5, "a" * 64], B: [1, "b" * 64]}
+    one, two = "1" * 64, "2" * 64
+    peers.keep({A: Copy(Head(5, "a" * 64), one), B: Copy(Head(1, "b" * 64), one)})
+    peers.keep({A: Copy(Head(4, "c" * 64), one)})
+    assert PeerHeads(path).copies() == {A: [5, "a" * 64, one], B: [1, "b" * 64, one]}
+    peers.keep({A: Copy(Head(1, "d" * 64), two)})  # another data set's ledger has its own count
+    assert PeerHeads(path).copies()[A] == [1, "d" * 64, two]
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"a":[1]}', b'{"a":[-1,"' + b"0" * 64 + b'"]}', b'{"A b":[1,"x"]}'])
