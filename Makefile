@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-secagg bench-round wheel clean
+.PHONY: demo test test-slow check bench bench-secagg bench-dp bench-round wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -26,6 +26,9 @@ bench: $(STAMP)
 
 bench-secagg: $(STAMP)
 	$(BIN)/python tests/bench/secagg_table.py
+
+bench-dp: $(STAMP)
+	$(BIN)/python tests/bench/dp_table.py
 
 bench-round: $(STAMP)
 	$(BIN)/python tests/bench/round_ratio.py

@@ -168,10 +168,10 @@ Written by `make bench-dp` in {time.perf_counter() - start:.0f} s: one thread of
 Times are CPU seconds.
 
 Slowdown to one plain gradient (forward, backward, float32) of the same network and batch; medians of interleaved
-ratios. *Ours* is what a site runs: the engine that the probe picks, named behind the figure, and its float64 sum.
+ratios. *Ours* lets the probe choose engine and precision (named behind the figure); a site runs the float64 column.
 Where it computes in float32, the per-record gradients are still summed in float64, and the probe has checked bit for
-bit that no record's contribution depends on its neighbours or its place; where that check fails, a site computes in
-float64, which is the second column. Opacus computes in float32 throughout.
+bit that no record's contribution depends on its neighbours or its place: an assumption that no claim is made on yet,
+which is why sites use float64. Opacus computes in float32 throughout.
 
 | network | batch | plain | {" | ".join(COLUMNS)} | targets | repetitions |
 |---|---|---|---|---|---|---|---|---|
