@@ -94,7 +94,7 @@ def unpacked(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -
 _GUARD = """\
 import sys
 hidden, absent = {hidden!r}, {absent!r}
-sys.path[:] = [{folder!r}] + [p for p in sys.path if not p.startswith(hidden)]
+sys.path[:] = [{folder!r}] + [p for p in sys.path if "site-packages" in p or not p.startswith(hidden)]
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__ + type(f).__qualname__.lower()]
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -105,7 +105,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def python(folder: Path, code: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` against the unpacked wheel: the repository hidden, the libraries of ``absent`` missing."""
+    """Run ``code`` against the unpacked wheel: the repository hidden (not a virtual environment in it), the libraries of ``absent`` missing."""
     guard = _GUARD.format(hidden=str(ROOT), absent=absent, folder=str(folder))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
