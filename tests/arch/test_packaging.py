@@ -105,7 +105,10 @@ sys.meta_path.insert(0, Absent())
 
 
 def python(folder: Path, code: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` against the unpacked wheel: the repository hidden (not a virtual environment in it), the libraries of ``absent`` missing."""
+    """Run ``code`` against the unpacked wheel: the repository hidden, the libraries of ``absent`` missing.
+
+    A virtual environment inside the repository stays visible.
+    """
     guard = _GUARD.format(hidden=str(ROOT), absent=absent, folder=str(folder))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
