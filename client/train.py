@@ -53,8 +53,9 @@ def site_sum(
     """``(D,)``: what this site adds to the round before noise.
 
     Sensitivity: one record (one client in mode ``client``) changes it by at most ``plan.clip`` in L2 norm.
-    Whatever goes wrong with the data stays here: the site then adds nothing, and its noise still goes out, so
-    that an observer cannot tell (a record that could stop a site would be a record that can be seen).
+    Records that cannot be used are left out one by one. Should the whole step fail all the same, the site adds
+    nothing and its noise still goes out: no refusal shows, but the bound above does not cover such a failure, so
+    nothing that one record can do may cause one.
     """
     unflatten(engine.model, weights)
     try:
