@@ -141,7 +141,7 @@ def test_signature_round_trip_through_json():
 
 
 def _altered(document, key):
-    terse = {"v": 1, "contract": draft(), "hash": canonical.digest(draft())}
+    terse = {"v": 2, "contract": draft(), "hash": canonical.digest(draft())}
     return {
         "unsigned": document["payload"],
         "other signer": sign_contract(build(), identity.new_signing_key()),
@@ -149,11 +149,11 @@ def _altered(document, key):
         "signature cut": {**document, "signature": document["signature"][:-2]},
         "not an object": ["payload"],
         "nothing": None,
-        "hash mismatch": identity.signed(key, DOMAIN, {"v": 1, "contract": build().payload, "hash": "0" * 64}),
+        "hash mismatch": identity.signed(key, DOMAIN, {"v": 2, "contract": build().payload, "hash": "0" * 64}),
         "defaults left out": identity.signed(key, DOMAIN, terse),
-        "version 2": identity.signed(key, DOMAIN, {**document["payload"], "v": 2}),
+        "version 1": identity.signed(key, DOMAIN, {**document["payload"], "v": 1}),
         "bare contract": identity.signed(key, DOMAIN, build().payload),
-        "inconsistent": identity.signed(key, DOMAIN, {"v": 1, "contract": draft(k=1), "hash": "0" * 64}),
+        "inconsistent": identity.signed(key, DOMAIN, {"v": 2, "contract": draft(k=1), "hash": "0" * 64}),
         "made for another purpose": identity.signed(key, "fedveil/roster/1", document["payload"]),
     }  # fmt: skip
 
