@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-secagg bench-dp bench-round wheel clean
+.PHONY: demo test test-slow check bench bench-secagg bench-dp bench-accuracy bench-round wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -29,6 +29,9 @@ bench-secagg: $(STAMP)
 
 bench-dp: $(STAMP)
 	$(BIN)/python tests/bench/dp_table.py
+
+bench-accuracy: $(STAMP)
+	$(BIN)/python tests/bench/accuracy_table.py
 
 bench-round: $(STAMP)
 	$(BIN)/python tests/bench/round_ratio.py
