@@ -1,10 +1,10 @@
 """Polynomials modulo q through Microsoft SEAL, as shipped in TenSEAL: the only module that touches TenSEAL.
 
 The ring is Z_q[x]/(x^4096 + 1) with q = 1012 * 2^46 + 1. Products, transforms, additions and the final decryption
-run in SEAL (``tenseal.sealapi``); this module moves numpy arrays in and out of SEAL's objects. SEAL reads and writes
-only paths, so the bytes pass through anonymous memory files (``memfd_create``), which no other user can open and
-which vanish when closed: no key ever reaches a disk. SEAL compresses what it writes with the zstd that the same
-library carries and exports; the reader below calls that.
+run in SEAL: the first three on numpy's memory (:mod:`fedveil.privacy.secagg._ring`), decryption through its objects
+(``tenseal.sealapi``). Those read and write only paths, so the bytes pass through anonymous memory files
+(``memfd_create``), which no other user can open and which vanish when closed: no key ever reaches a disk. SEAL
+compresses what it writes with the zstd that the same library carries and exports; the reader below calls that.
 
 The layout of SEAL's streams and the behaviour of the bindings are pinned: another version of TenSEAL is refused,
 and the first use of a plaintext modulus runs a known-answer test against plain integer arithmetic.
@@ -27,25 +27,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import SecureSumError, WireError
+from fedveil.privacy.secagg._ring import Blocks, Ring
 from fedveil.privacy.secagg.params import CKKS_SCALE_BITS, N, Q
 
 VERSION = "0.3.18"
-_GROUP = 16  # SEAL holds at most 16 polynomials in one ciphertext; a large group amortises every call's overhead
 _MAGIC = b"\x5e\xa1\x10\x04\x03"  # SEAL's stream header: magic, header size 16, version 4.3 of the stream's writer
 _NONE, _ZSTD = 0, 2
 _HEADER = 16
-_FIXED = 32 + 1 + 5 * 8  # parms_id, is_ntt, then size, degree, primes, scale, correction factor
-_ONES = np.ones(N, "<u8").tobytes()
 _TRANSFORM = "c94a11cecff93add4caa69f452898c19d4fde0017fc315486da65eba2fdde932"  # of the self-test's input
 
-Blocks = NDArray[np.uint64]
 
-
-class Engine:
+class Engine(Ring):
     """SEAL set up for one plaintext modulus 2^plain_bits. Stateless after construction: safe to share by threads."""
 
     def __init__(self, plain_bits: int) -> None:
         self._sa = _sealapi()
+        super().__init__(_library())
         self.plain_modulus = 1 << plain_bits
         parameters = self._sa.EncryptionParameters(self._sa.SCHEME_TYPE.BFV)
         parameters.set_poly_modulus_degree(N)
@@ -56,55 +53,6 @@ class Engine:
             raise SecureSumError(f"SEAL refused the parameters: {self._context.parameters_error_message()}")
         self._evaluator = self._sa.Evaluator(self._context)
         self._key_id, self._data_id = self._identifiers()
-
-    def multiply(self, a: Blocks, s: NDArray[np.int64]) -> Blocks:
-        """a_j * s for each row.
-
-        Args:
-            a: (blocks, N) in SEAL's transform domain, each below q.
-            s: (N,) small signed coefficients.
-
-        Returns:
-            (blocks, N) coefficients in [0, q).
-        """
-        plain = self._polynomial(s)
-        self._evaluator.transform_to_ntt_inplace(plain, self._context.first_parms_id())
-        return self._through(a, plain)
-
-    def inverse(self, a: Blocks) -> Blocks:
-        """The rows of ``a``, out of SEAL's transform domain: (blocks, N) coefficients in [0, q)."""
-        return self._through(a, None)
-
-    def _through(self, a: Blocks, plain: Any) -> Blocks:
-        out = np.empty_like(a)
-        with _memory() as source, _memory() as target:
-            for at in range(0, len(a), _GROUP):
-                ciphertext = self._load(source, a[at : at + _GROUP], ntt=True)
-                if plain is not None:
-                    self._evaluator.multiply_plain_inplace(ciphertext, plain)
-                self._evaluator.transform_from_ntt_inplace(ciphertext)
-                self._store(target, ciphertext, out[at : at + _GROUP])
-        return out
-
-    def add_into(self, held: list[Any], blocks: Blocks) -> None:
-        """Add ``blocks`` (coefficients) to the ciphertexts ``held``, which an empty list starts."""
-        first, step = not held, _GROUP - 1
-        with _memory() as source:
-            for i, at in enumerate(range(0, len(blocks), step)):
-                # SEAL refuses sums whose polynomials but the first are all zero, which two sites could arrange.
-                ciphertext = self._load(source, blocks[at : at + step], ntt=False, pad=True)
-                if first:
-                    held.append(ciphertext)
-                else:
-                    self._evaluator.add_inplace(held[i], ciphertext)
-
-    def total(self, held: list[Any], count: int) -> Blocks:
-        """The (count, N) coefficients in [0, q) of the ciphertexts ``held``."""
-        out = np.empty((count, N), np.uint64)
-        with _memory() as target:
-            for i, at in enumerate(range(0, count, _GROUP - 1)):
-                self._store(target, held[i], out[at : at + _GROUP - 1])
-        return out
 
     def decryptor(self, s: NDArray[np.int64]) -> Any:
         """A SEAL ``Decryptor`` under the secret polynomial ``s``, (N,) small signed coefficients."""
@@ -125,9 +73,9 @@ class Engine:
         plain = self._sa.Plaintext()
         with _memory() as source, _memory() as target:
             for j in range(len(c0)):
-                decryptor.decrypt(self._load(source, np.stack([c0[j], c1[j]]), ntt=False), plain)
+                decryptor.decrypt(self._load(source, np.stack([c0[j], c1[j]])), plain)
                 plain.save(_path(target))
-                raw = _read(target, 8 * N + 4096)
+                raw = _read(target)
                 # parms_id, coefficient count, scale, nested header, word count
                 (count,) = struct.unpack_from("<Q", raw, 64)
                 if not 0 <= count <= N or len(raw) < 72 + 8 * count:
@@ -145,30 +93,14 @@ class Engine:
             plain.load(self._context, _path(f))
         return plain
 
-    def _load(self, f: int, rows: Blocks, *, ntt: bool, pad: bool = False) -> Any:
-        """A ciphertext whose polynomials are ``rows``, and one of ones if asked for or if there would be only one."""
-        words = np.ascontiguousarray(rows, "<u8").reshape(-1)
-        extra = _ONES if pad or len(rows) == 1 else b""
-        size = words.nbytes + len(extra)
-        fixed = self._data_id + struct.pack("<BQQQdQ", ntt, size // (8 * N), N, 1, 1.0, 1)
-        nested = _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + 8 + size)
-        outer = _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + len(fixed) + _HEADER + 8 + size)
-        head = outer + fixed + nested + struct.pack("<Q", size // 8)
-        if os.pwritev(f, [head, words.data.cast("B"), extra], 0) != len(head) + size:
-            raise SecureSumError("out of memory while a ciphertext was moved")
+    def _load(self, f: int, rows: Blocks) -> Any:
+        """A ciphertext whose polynomials are the coefficients ``rows``, two of them."""
+        words = np.ascontiguousarray(rows, "<u8").tobytes()
+        fixed = self._data_id + struct.pack("<BQQQdQ", False, len(rows), N, 1, 1.0, 1)
+        _write(f, _stream(fixed + _stream(struct.pack("<Q", rows.size) + words)))
         ciphertext = self._sa.Ciphertext()
         ciphertext.load(self._context, _path(f))
         return ciphertext
-
-    def _store(self, f: int, ciphertext: Any, rows: Blocks) -> None:
-        """The polynomials of ``ciphertext`` into ``rows``."""
-        ciphertext.save(_path(f))
-        raw = _read(f)
-        at = _FIXED + _HEADER
-        (count,) = struct.unpack_from("<Q", raw, at)
-        if count not in (rows.size, rows.size + N) or len(raw) != at + 8 + 8 * count:
-            raise SecureSumError("SEAL wrote a ciphertext of unknown form")
-        rows[:] = np.frombuffer(raw, "<u8", rows.size, at + 8).reshape(rows.shape)
 
     def _identifiers(self) -> tuple[bytes, bytes]:
         """The parameter identifiers that SEAL's streams of keys and of ciphertexts begin with."""
@@ -209,8 +141,8 @@ def _sealapi() -> Any:
 
 
 @cache
-def _zstd() -> ctypes.CDLL:
-    """SEAL's library, for the decompressor it exports (zstd's stable C API)."""
+def _library() -> ctypes.CDLL:
+    """SEAL's library: its own functions, and the decompressor it carries (zstd's stable C API)."""
     library = ctypes.CDLL(_sealapi()._sealapi_cpp.__file__)  # noqa: SLF001  # the extension module behind sealapi
     library.ZSTD_decompress.restype = ctypes.c_size_t
     library.ZSTD_decompress.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t]
@@ -242,7 +174,7 @@ def _stream(body: bytes) -> bytes:
     return _MAGIC + struct.pack("<BHQ", _NONE, 0, _HEADER + len(body)) + body
 
 
-def _read(fd: int, room: int = 8 * _GROUP * N + 4096) -> memoryview:
+def _read(fd: int, room: int = 16 * N + 4096) -> memoryview:
     """The body of the SEAL stream in ``fd``, decompressed; at most ``room`` bytes."""
     data = os.pread(fd, os.fstat(fd).st_size, 0)
     if len(data) < _HEADER or data[:5] != _MAGIC or data[5] not in (_NONE, _ZSTD):
@@ -250,8 +182,8 @@ def _read(fd: int, room: int = 8 * _GROUP * N + 4096) -> memoryview:
     if data[5] == _NONE:
         return memoryview(data)[_HEADER:]
     out = np.empty(room, np.uint8)
-    size = _zstd().ZSTD_decompress(out.ctypes.data, room, data[_HEADER:], len(data) - _HEADER)
-    if _zstd().ZSTD_isError(size):
+    size = _library().ZSTD_decompress(out.ctypes.data, room, data[_HEADER:], len(data) - _HEADER)
+    if _library().ZSTD_isError(size):
         raise SecureSumError("SEAL wrote a stream that cannot be decompressed", hint=f"TenSEAL {VERSION} is needed")
     return out[:size].data
 
@@ -273,10 +205,12 @@ def _self_test(made: Engine) -> None:
     delta = (Q - 1) // made.plain_modulus
     message = (index * np.uint64(made.plain_modulus // N)).reshape(2, N) % np.uint64(made.plain_modulus)
     noise = (np.arange(2 * N) % 85 - 42).reshape(2, N)
-    held: list[Any] = []
-    made.add_into(held, ((delta * message.astype(object) - product.astype(object)) % Q).astype(np.uint64))
-    made.add_into(held, np.mod(noise, Q).astype(np.uint64))
-    if not np.array_equal(made.decrypt(made.decryptor(s), made.total(held, 2), plain), message):
+    total = ((delta * message.astype(object) - product.astype(object)) % Q).astype(np.uint64)
+    expected = (total.astype(object) + noise) % Q
+    made.add_into(total, np.mod(noise, Q).astype(np.uint64))
+    if not np.array_equal(total.astype(object), expected):
+        raise SecureSumError("SEAL's sum of polynomials failed its known-answer test")
+    if not np.array_equal(made.decrypt(made.decryptor(s), total, plain), message):
         raise SecureSumError("SEAL's decryption failed its known-answer test")
 
 

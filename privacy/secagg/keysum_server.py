@@ -22,7 +22,7 @@ from fedveil.privacy.secagg import _seal, lattice, opening, reed_solomon, shamir
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec
-from fedveil.privacy.secagg.params import HALF_BITS, N, choose
+from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, HALF_BITS, N, choose
 from fedveil.privacy.secagg.sealed import Joins
 
 MAX_TRIES = 256
@@ -90,8 +90,19 @@ class KeysumServer(ServerSum):
         for i, expected in enumerate(said.shares):
             if sha256(boxes[i * messages.BOX_BYTES : (i + 1) * messages.BOX_BYTES]) != expected:
                 raise SecureSumError(f"a sealed share of {site!r} is not the one it signed")
-        self._engine.add_into(self._held, lattice.from_bytes(data))
+        self._add(data)
         self._headers[site], self._digests[site], self._boxes[site] = packet.header, said.digest, boxes
+
+    def _add(self, data: bytes) -> None:
+        """Add a ciphertext, chunk by chunk; one that is not in the ring throughout is refused before any is added."""
+        view, step = memoryview(data), lattice.CHUNK * N * COEFFICIENT_BYTES
+        for at in range(0, len(view), step):
+            lattice.from_bytes(view[at : at + step])
+        if self._held is None:
+            self._held = np.zeros((self._params.blocks, N), np.uint64)
+        for j, at in enumerate(range(0, len(view), step)):
+            into = self._held[j * lattice.CHUNK : (j + 1) * lattice.CHUNK]
+            self._engine.add_into(into, lattice.from_bytes(view[at : at + step]))
 
     @property
     def members(self) -> tuple[SiteId, ...]:
@@ -179,11 +190,13 @@ class KeysumServer(ServerSum):
                     f"{len(self._answers)} sites answered in round {round}, {self._spec.threshold} are needed"
                 )
             self._opened = self._open(round)
-            self._held, self._boxes = [], {}
+            self._held, self._boxes = None, {}
         return self._opened
 
     def _open(self, round: int) -> NDArray[np.int64] | bytes:
-        sums = self._engine.total(self._held, self._params.blocks)
+        sums = self._held
+        if sums is None:
+            raise SecureSumError(f"nothing was added in round {round}")
         read = self._decrypt if self._spec.reveal_to == "server" else self._blinded_sum
         for trusted, wrong in self._candidates():
             key = self._key(trusted)
@@ -288,7 +301,7 @@ class KeysumServer(ServerSum):
         return round, self._digest
 
     def _forget(self) -> None:
-        self._held = list[Any]()
+        self._held: NDArray[np.uint64] | None = None
         self._headers = dict[SiteId, dict[str, Any]]()
         self._digests = dict[SiteId, str]()
         self._boxes = dict[SiteId, bytes]()

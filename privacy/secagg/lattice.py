@@ -62,7 +62,8 @@ class Uniform:
         have = self._left.size
         while have < need:
             # 1.2 % of the words are rejected.
-            words = self._stream.words((need - have) * 82 // 81 + 64) & _MASK_56
+            words = self._stream.words((need - have) * 82 // 81 + 64)
+            words &= _MASK_56
             accepted = words[words < _Q]
             found.append(accepted)
             have += accepted.size
@@ -85,7 +86,8 @@ class PublicPolynomials(Uniform):
 def small(stream: Stream, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """Centred binomial integers of variance 21 in [-42, 42]: popcount of 42 bits minus popcount of 42 bits."""
     count = int(np.prod(shape))
-    words = stream.words(2 * count) & _MASK_HALF
+    words = stream.words(2 * count)
+    words &= _MASK_HALF
     bits = np.bitwise_count(words).view(np.int8)
     return np.subtract(bits[:count], bits[count:], dtype=np.int64).reshape(shape)
 
@@ -157,9 +159,12 @@ def to_bytes(coefficients: NDArray[np.uint64]) -> bytes:
 
 def from_bytes(data: bytes | memoryview) -> NDArray[np.uint64]:
     """The (blocks, N) coefficients of :func:`to_bytes`; :class:`WireError` if one is not below q."""
-    wide = np.zeros((len(data) // COEFFICIENT_BYTES, 8), np.uint8)
-    wide[:, :COEFFICIENT_BYTES] = np.frombuffer(data, np.uint8).reshape(-1, COEFFICIENT_BYTES)
-    coefficients = wide.view("<u8").reshape(-1, N)
+    count = len(data) // COEFFICIENT_BYTES
+    coefficients = np.empty(count, np.uint64)
+    # Words of 8 bytes at every seventh one: each holds a coefficient and, on top, the lowest byte of the next.
+    words = np.ndarray((count - 1,), "<u8", data, 0, (COEFFICIENT_BYTES,))
+    np.bitwise_and(words, _MASK_56, out=coefficients[:-1])
+    coefficients[-1] = int.from_bytes(data[-COEFFICIENT_BYTES:], "little")
     if int(coefficients.max()) >= Q:
         raise WireError("a ciphertext holds a coefficient outside the ring")
-    return coefficients
+    return coefficients.reshape(-1, N)

@@ -93,7 +93,7 @@ def _residuals(s, round: int, vectors) -> np.ndarray:
     for name, packet in answers.items():
         s.server.add_answer(name, packet)
     p = choose(s.spec)
-    sums = s.server._engine.total(s.server._held, p.blocks)
+    sums = s.server._held
     key = s.server._key(tuple(answers)[: s.spec.threshold])
     a = lattice.PublicPolynomials(s.spec.session, round, f"nonce-{round}").take(p.blocks)
     total, _ = s.server.result()
