@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import SecureSumError, WireError
 from fedveil.privacy.secagg._ring import Blocks, Ring
+from fedveil.privacy.secagg.interface import Integers
 from fedveil.privacy.secagg.params import CKKS_SCALE_BITS, N, Q
 
 VERSION = "0.3.18"
@@ -251,7 +252,7 @@ class Ckks:
         if self._context.is_private() != (key is not None):
             raise SecureSumError("the shared key is malformed")
 
-    def encrypt(self, values: NDArray[np.int64]) -> bytes:
+    def encrypt(self, values: Integers) -> bytes:
         """One ciphertext of up to 2048 integers below 2^31 in size, under fresh randomness of SEAL."""
         return self._ts.ckks_vector(self._context, values.astype(np.float64)).serialize()
 

@@ -12,16 +12,35 @@ from fedveil.privacy.secagg.store import Store
 
 
 class Contributions:
-    """One site's contributions to one session, in its store. The latest complete packet is kept; older are marked."""
+    """One site's contributions to one session, in its store. The latest complete packet is kept; older are marked.
+
+    Of a session that has ended none is kept: a new object drops what a crash left.
+    """
 
     def __init__(self, session: SessionKey, store: Store) -> None:
         self._session, self._store = session, store
-        self._first_kept = 0
+        self._digest = (-1, "")
+        prefix = f"{session.name('contribution')}-"
+        kept = sorted(int(name.removeprefix(prefix)) for name in store.names(prefix))
+        self._latest = kept.pop() if kept else -1
+        for old in kept:  # a crash came between keeping the latest and dropping the one before
+            self._forget(old)
+        if session.ended:
+            self.drop()
 
     def replay(self, round: int) -> Packet | None:
         """The complete contribution of ``round``, bit for bit, if it is kept."""
         data = self._store.get(self._session.name("contribution", round))
         return None if data is None else from_bytes(data)
+
+    def digest(self, round: int) -> str | None:
+        """The digest of the header of the contribution that is kept of ``round``, which is read at most once."""
+        if self._digest[0] != round:
+            packet = self.replay(round)
+            if packet is None:
+                return None
+            self._digest = round, canonical.digest(packet.header)
+        return self._digest[1]
 
     def held(self, round: int, nonce: str) -> Packet | None:
         """What was contributed to ``round`` under ``nonce``, or None if a contribution may be made.
@@ -37,7 +56,7 @@ class Contributions:
                     hint="a second contribution under the same key would reveal the difference: start a new round",
                 )
             return packet
-        if round < self._first_kept or self._store.get(self._session.name("spent", round)) is not None:
+        if round < self._latest or self._store.get(self._session.name("spent", round)) is not None:
             raise SecureSumError(f"round {round} was contributed to and is over", hint="rounds only go forward")
         return None
 
@@ -46,16 +65,21 @@ class Contributions:
         name = self._session.name
         self._store.put(name("contribution", round), *to_parts(packet))
         self._store.put(name("spent", round), b"spent")
-        for old in range(self._first_kept, round):
-            if self._store.get(name("spent", old)) is None and self._store.get(name("contribution", old)) is not None:
-                self._store.put(name("spent", old), b"spent")  # a crash came between the two
-            self._store.erase(name("contribution", old))
-        self._first_kept = round
+        if 0 <= self._latest < round:
+            self._forget(self._latest)
+        self._latest, self._digest = round, (round, canonical.digest(packet.header))
         return packet
 
     def drop(self) -> None:
-        """Drop the packet that is still kept."""
-        self._store.erase(self._session.name("contribution", self._first_kept))
+        """Drop what is still kept: the session is over."""
+        if self._latest >= 0:
+            self._forget(self._latest)
+        self._digest = (-1, "")
+
+    def _forget(self, round: int) -> None:
+        """Erase the contribution of ``round``, whose mark stays."""
+        self._store.put(self._session.name("spent", round), b"spent")
+        self._store.erase(self._session.name("contribution", round))
 
 
 def to_parts(packet: Packet) -> list[bytes]:

@@ -34,6 +34,8 @@ MAX_LENGTH = 1 << 30
 MAX_NONCE = 128
 READY = "sum/ready"
 
+Integers = NDArray[np.int64 | np.int32]
+
 
 @dataclass(frozen=True)
 class SumSpec:
@@ -124,11 +126,11 @@ class SumSpec:
         if not (0 < len(nonce) <= MAX_NONCE and nonce.isascii() and nonce.isprintable()):
             raise SecureSumError(f"the nonce of round {round} is not 1 to {MAX_NONCE} printable ASCII characters")
 
-    def vector(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``values`` if it is a contiguous (D,) array of int64, made contiguous if it is not."""
-        if values.dtype != np.int64 or values.shape != (self.length,):
+    def vector(self, values: Integers) -> Integers:
+        """``values`` if it is a (D,) array of int64 or int32, as it is or, where it is not contiguous, made so."""
+        if values.dtype not in (np.int64, np.int32) or values.shape != (self.length,):
             raise SecureSumError(
-                f"a vector of shape {values.shape} and type {values.dtype}, not ({self.length},) int64",
+                f"a vector of shape {values.shape} and type {values.dtype}, not ({self.length},) int64 or int32",
                 hint="quantise to integers first",
             )
         return np.ascontiguousarray(values)
@@ -154,8 +156,10 @@ class SiteSum(ABC):
         """Take what the server relays after all replies came; :class:`SecureSumError` if nothing was expected."""
 
     @abstractmethod
-    def contribute(self, round: int, nonce: str, values: NDArray[np.int64]) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
         """This site's contribution: (D,) integers of any sign, noise included; on stable storage on return.
+
+        int32 takes half of the memory of int64 and gives the same contribution; the vector is only read.
 
         A second call for the same round and nonce returns the same bytes and ignores ``values``.
 

@@ -26,7 +26,7 @@ from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.blinding import GroupKey
 from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_parts
-from fedveil.privacy.secagg.interface import READY, SiteSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, Integers, SiteSum, SumSpec
 from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
 from fedveil.privacy.secagg.store import Store
@@ -63,7 +63,7 @@ class KeysumSite(SiteSum):
         messages.check_request(self._spec, packet, messages.GROUP)
         self._group.take(joins.sites[0], packet.buffer("box", GROUP_BOX_BYTES))
 
-    def contribute(self, round: int, nonce: str, values: NDArray[np.int64]) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
         """See :meth:`SiteSum.contribute`: encrypt, share the key, seal, sign, store."""
         self._spec.check_round(round, nonce)
         joins = self._joined()
@@ -164,10 +164,11 @@ class KeysumSite(SiteSum):
             raise SecureSumError("this site is not in the session", hint="join first; an ended session stays ended")
         return self._session.joins
 
-    def _encrypt(self, round: int, nonce: str, values: NDArray[np.int64], secret: NDArray[np.int64]) -> bytes:
+    def _encrypt(self, round: int, nonce: str, values: Integers, secret: NDArray[np.int64]) -> bytes:
         """delta * m + e - a * s modulo q, and the blinding if there is one, chunk by chunk, packed.
 
-        Written into one growing buffer, so that there is one copy of the ciphertext.
+        Written into one growing buffer, so that there is one copy of the ciphertext; the vector is widened to int64
+        one chunk at a time.
         """
         p = self._params
         public, errors = lattice.PublicPolynomials(self._spec.session, round, nonce), lattice.Stream.fresh()
@@ -176,9 +177,9 @@ class KeysumSite(SiteSum):
         out = io.BytesIO()
         for first in range(0, p.blocks, lattice.CHUNK):
             blocks = min(lattice.CHUNK, p.blocks - first)
-            piece = values[first * per_block : (first + blocks) * per_block]
-            if piece.size < blocks * per_block:
-                piece = np.concatenate([piece, np.zeros(blocks * per_block - piece.size, np.int64)])
+            given = values[first * per_block : (first + blocks) * per_block]
+            piece = np.zeros(blocks * per_block, np.int64)
+            piece[: given.size] = given
             x = lattice.encode(piece.reshape(blocks, p.per_coefficient, N), p)
             x += lattice.small(errors, (blocks, N))
             x -= self._engine.multiply(public.take(blocks), secret).view(np.int64)
@@ -219,8 +220,7 @@ class KeysumSite(SiteSum):
     def _check_own(self, round: int, members: list[messages.Contribution]) -> None:
         for m in members:
             if m.site == self._site:
-                own = self.replay(round)
-                if own is None or canonical.digest(own.header) != m.digest:
+                if self._contributions.digest(round) != m.digest:
                     raise SecureSumError("this site is announced with a contribution that it did not make")
 
     def _promise(self, round: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from numpy.typing import NDArray
 
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
 from fedveil.common.units import SiteId
@@ -15,7 +14,7 @@ from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal
 from fedveil.privacy.secagg import sharedkey_common as messages
 from fedveil.privacy.secagg.contributions import Contributions
-from fedveil.privacy.secagg.interface import READY, SiteSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, Integers, SiteSum, SumSpec
 from fedveil.privacy.secagg.keysum_common import check_request, sign_header
 from fedveil.privacy.secagg.params import CKKS_MAX_VALUE, CKKS_SLOTS, check_sharedkey
 from fedveil.privacy.secagg.sealed import SessionKey
@@ -66,7 +65,7 @@ class SharedKeySite(SiteSum):
         self._ckks = _seal.Ckks(key)
         self._store.put(self._session.name("ckks"), key)
 
-    def contribute(self, round: int, nonce: str, values: NDArray[np.int64]) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
         """See :meth:`SiteSum.contribute`.
 
         Raises:

@@ -33,6 +33,10 @@ class Store(ABC):
     def erase(self, name: str) -> None:
         """Remove ``name``; nothing happens if it is not there."""
 
+    @abstractmethod
+    def names(self, prefix: str) -> list[str]:
+        """What is stored under names that begin with ``prefix``, in order of name."""
+
 
 class MemoryStore(Store):
     """For the simulator: lives as long as the object."""
@@ -53,6 +57,10 @@ class MemoryStore(Store):
     def erase(self, name: str) -> None:
         """See :meth:`Store.erase`."""
         self._data.pop(name, None)
+
+    def names(self, prefix: str) -> list[str]:
+        """See :meth:`Store.names`."""
+        return sorted(name for name in self._data if name.startswith(prefix))
 
 
 class DirectoryStore(Store):
@@ -118,6 +126,14 @@ class DirectoryStore(Store):
             self._sync()
         except OSError as e:
             raise SecureSumError(f"{target} cannot be erased: {e.strerror}", hint="remove it by hand") from e
+
+    def names(self, prefix: str) -> list[str]:
+        """See :meth:`Store.names`."""
+        try:
+            found = (p.name for p in self._path.iterdir())
+            return sorted(name for name in found if name.startswith(prefix) and _NAME.fullmatch(name))
+        except OSError as e:
+            raise SecureSumError(f"{self._path} cannot be read: {e.strerror}") from e
 
     def _sync(self) -> None:
         fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)

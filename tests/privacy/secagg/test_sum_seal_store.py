@@ -214,3 +214,79 @@ def test_a_damaged_store_is_an_error_not_a_second_contribution(session):
         store.put(entry, damaged)
         with pytest.raises(SecureSumError, match="damaged"):
             s.fresh(name).contribute(1, "n", np.array([5, 5]))
+
+
+def test_names_are_listed_by_prefix_and_unfinished_writes_are_not(tmp_path):
+    for store in (MemoryStore(), DirectoryStore(tmp_path / "s")):
+        for name in ("a-2", "a-10", "b-1"):
+            store.put(name, b"x")
+        if isinstance(store, DirectoryStore):
+            (tmp_path / "s" / ".a-3.0123456789abcdef").write_bytes(b"half")
+        assert store.names("a-") == ["a-10", "a-2"]
+        assert store.names("") == ["a-10", "a-2", "b-1"]
+        assert store.names("c") == []
+
+
+# ---- what stays on disk
+
+
+def _contributions(stores) -> set[str]:
+    return {n for store in stores.values() for n in store.names("") if "-contribution-" in n}
+
+
+@pytest.mark.parametrize("protocol", ["keysum", "sharedkey"])
+@pytest.mark.parametrize("restart", ["never", "before the end", "in between"])
+def test_no_contribution_outlives_its_session(session, tmp_path, protocol, restart):
+    stores = {f"site-{i}": DirectoryStore(tmp_path / str(i)) for i in range(3)}
+    s = session(protocol, 3, threshold=2, stores=stores, restart=restart == "in between")
+    for round in (3, 5):
+        s.sum(round, dict.fromkeys(s.names, np.ones(10, np.int64)))
+        assert {n.rsplit("-", 1)[1] for n in _contributions(stores)} == {str(round)}
+    for name in s.names:
+        site = s.site(name) if restart == "never" else s.fresh(name)
+        site.end()
+        site.end()
+    assert not _contributions(stores)
+    assert all(any("-spent-5" in n for n in store.names("")) for store in stores.values())
+
+
+def test_what_a_crash_left_of_an_older_round_or_of_an_ended_session_is_dropped_when_the_site_starts_again(session):
+    s = session("keysum", 2)
+    name = s.names[0]
+    store = s.stores[name]
+    s.collect(2, {name: np.ones(10, np.int64)})
+    [kept] = store.names(f"{s.spec.session}-0-contribution-")
+    data = store.get(kept)
+    store.put(kept[:-1] + "1", data)  # the newer one was kept, the older one not yet dropped
+    again = s.fresh(name)
+    assert _contributions({name: store}) == {kept}
+    assert again.replay(2) is not None
+    with pytest.raises(SecureSumError, match="is over"):
+        again.contribute(1, "n", np.ones(10, np.int64))
+    again.end()
+    store.put(kept, data)  # the session was ended, the contribution not yet dropped
+    s.fresh(name)
+    assert not _contributions({name: store})
+
+
+@pytest.mark.parametrize("protocol", ["keysum", "sharedkey", "plain", "none"])
+@pytest.mark.parametrize("length", [1, 10, 2 * N + 1, 20 * N])
+def test_an_int32_vector_gives_the_sum_of_the_int64_one(session, protocol, length):
+    s = session(protocol, 3, threshold=2, length=length)
+    draw = np.random.default_rng(length)
+    wide = {n: draw.integers(-300, 301, length) for n in s.names}
+    narrow = {s.names[0]: wide[s.names[0]], s.names[1]: wide[s.names[1]].astype(np.int32)}
+    narrow[s.names[2]] = np.repeat(wide[s.names[2]].astype(np.int32), 2)[::2]
+    given = {n: v.copy() for n, v in narrow.items()}
+    opened, _ = s.sum(1, narrow)
+    assert opened.dtype == np.int64
+    assert np.array_equal(opened, sum(wide.values()))
+    assert all(np.array_equal(narrow[n], given[n]) for n in s.names)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.uint32, np.uint64, np.float32, np.bool_, ">i4"])
+def test_vectors_of_other_types_are_refused(session, kind):
+    s = session("keysum", 2)
+    s.server.start_round(1, "n")
+    with pytest.raises(SecureSumError, match="int64 or int32"):
+        s.site(s.names[0]).contribute(1, "n", np.ones(10, kind))
