@@ -59,7 +59,7 @@ def test_machanavajjhala_recursive_diversity():
 def test_li_salary_distances():
     table = counts(SALARIES, 9)
     assert criteria.emd(table, "ordered") == pytest.approx([0.375, 1 / 6, 17 / 72])
-    assert TCloseness(1 / 6, "ordered").holds(sizes(table), table).tolist() == [False, True, False]
+    assert TCloseness(1 / 6, distance="ordered").holds(sizes(table), table).tolist() == [False, True, False]
     # All values equally far apart: each class holds 3 of 9 equal parts, so 2/3 of its mass has to move.
     assert criteria.emd(table, "equal") == pytest.approx([2 / 3] * 3)
 

@@ -1,0 +1,308 @@
+"""The whole engine as one object: criteria, a method, a table in, a table out. Works without any federation.
+
+anonymizer = Anonymizer(spec, models=[KAnonymity(5), DistinctL(3, "diagnosis")], suppression_limit=0.05)
+released = anonymizer.fit(table).transform(table)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedveil.common.contract import DataContract
+from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
+from fedveil.privacy.anonymization import recoding as rc
+from fedveil.privacy.anonymization.attributes import TableSpec
+from fedveil.privacy.anonymization.criteria import Criterion, DistinctL, KAnonymity
+from fedveil.privacy.anonymization.domains import Domain
+from fedveil.privacy.anonymization.lattice import MAX_NODES, Lattice, nodes_of
+from fedveil.privacy.anonymization.mondrian import CUTS, mondrian
+from fedveil.privacy.anonymization.peel import peel
+from fedveil.privacy.anonymization.prepare import Frame, Prepared, bind, prepare
+from fedveil.privacy.anonymization.recoding import Recoding
+from fedveil.privacy.anonymization.stability import Stability, stability
+from fedveil.privacy.anonymization.tuples import Constraints, Tuples, distinct_tuples
+
+Index = NDArray[np.int64]
+Method = Literal["auto", "fixed", "mondrian", "optimal", "peel"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fit found. Counts and losses are local knowledge of whoever holds the table.
+
+    Attributes:
+        method: the search that was used.
+        rows, suppressed: rows of the table, and how many of them are not released.
+        classes: number of classes.
+        ncp: normalised certainty penalty in [0, 1]; suppressed rows count as fully general.
+        node: the levels of full-domain recoding, by quasi-identifier; None for local recoding.
+    """
+
+    method: str
+    rows: int
+    suppressed: int
+    classes: int
+    ncp: float
+    node: tuple[int, ...] | None
+
+
+class Anonymizer:
+    """Recode a table so that every class of equal quasi-identifiers meets every criterion.
+
+    Args:
+        spec: roles and hierarchies, or a data contract.
+        models: the criteria; by default a contract's k and l.
+        method: ``fixed`` (declared levels), ``optimal`` (one level per column, the best of all), ``peel`` (levels by
+            region, labels of the hierarchies), ``mondrian`` (sets of values, least loss), or ``auto``: peel where
+            every column of more than 5 values has a hierarchy and the lattice is not too large, else mondrian.
+        suppression_limit: share of rows in [0, 1] that may be left out (``mondrian`` leaves none out).
+        cuts: Mondrian's cuts tried per column and partition.
+
+    Guarantees: released rows meet every criterion among themselves; their order is uniformly random and they carry no
+    index; the input is never changed; the recoding depends on the multiset of rows alone.
+
+    Raises:
+        ContractError, UsageError: the specification is inconsistent.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec | DataContract,
+        models: Sequence[Criterion] = (),
+        *,
+        method: Method = "auto",
+        suppression_limit: float = 0.0,
+        cuts: int = CUTS,
+    ) -> None:
+        if isinstance(spec, DataContract):
+            models = models or contract_models(spec)
+            spec = TableSpec.from_contract(spec)
+        if method not in get_args(Method):
+            raise UsageError(f"method {method!r} is unknown", hint=f"one of {', '.join(get_args(Method))}")
+        check_limit(suppression_limit)
+        if cuts < 1:
+            raise UsageError("Mondrian needs at least one cut to try")
+        self.spec, self.models = spec, bind(models, spec)
+        self.method: Method = method
+        self.suppression_limit, self.cuts = suppression_limit, cuts
+        self._fitted: tuple[Prepared, Recoding] | None = None
+        self._table: pa.Table | None = None
+
+    def fit(self, table: pa.Table) -> Anonymizer:
+        """Find the recoding of ``table``.
+
+        Raises:
+            DataError: columns, values or rows that do not fit the specification.
+            AnonymityError: the criteria cannot be met; the message says which and the best reachable.
+            UsageError: too many quasi-identifiers for ``optimal`` or ``peel``.
+        """
+        if not isinstance(table, pa.Table):
+            raise UsageError(f"a pyarrow.Table is needed, not {type(table).__name__}")
+        prepared = prepare(table, self.spec, self.models)
+        found = search(self.method, prepared.tuples, prepared.frame.domains, self.models,
+                       limit=self.suppression_limit, cuts=self.cuts, given=self._given())  # fmt: skip
+        self._fitted, self._table = (prepared, found), table
+        return self
+
+    def transform(self, table: pa.Table) -> pa.Table:
+        """The released rows of ``table``: recoded, without identifiers, in random order.
+
+        Raises:
+            UsageError: not fitted.
+            DataError: values or combinations that the fitted table did not have.
+            AnonymityError: these rows do not meet the criteria under the fitted recoding.
+        """
+        prepared, found = self._state()
+        classes = self._classes(table, prepared, found)
+        kept = np.flatnonzero(classes >= 0)
+        kept = kept[random_order(len(kept))]
+        return release(table, self.spec, found, classes[kept], kept)
+
+    def fit_transform(self, table: pa.Table) -> pa.Table:
+        """:meth:`fit`, then :meth:`transform` of the same table."""
+        return self.fit(table).transform(table)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the fit found."""
+        prepared, found = self._state()
+        return outcome_of(found, prepared.tuples)
+
+    @property
+    def stability(self) -> Stability:
+        """How many released rows one record can change, see :mod:`.stability`; for row-wise steps before it."""
+        return stability(self.method, self.models, suppression_limit=self.suppression_limit)
+
+    @property
+    def fitted(self) -> tuple[Frame, Tuples, Recoding]:
+        """Domains, tuples and recoding, for measures and tests."""
+        prepared, found = self._state()
+        return prepared.frame, prepared.tuples, found
+
+    def _given(self) -> tuple[int, ...] | None:
+        levels = [q.fixed_level for q in self.spec.quasi]
+        return None if any(level is None for level in levels) else tuple(level for level in levels if level is not None)
+
+    def _state(self) -> tuple[Prepared, Recoding]:
+        if self._fitted is None:
+            raise UsageError("nothing has been fitted", hint="call fit(table) first")
+        return self._fitted
+
+    def _classes(self, table: pa.Table, prepared: Prepared, found: Recoding) -> Index:
+        """(n,) the class of every row, -1 for suppressed ones."""
+        if table is self._table:
+            return found.classes[prepared.inverse]
+        other = prepare(table, self.spec, self.models, prepared.frame)
+        own, theirs = prepared.tuples, other.tuples
+        joined = np.concatenate([own.codes, theirs.codes], axis=1)
+        combos, _, number = distinct_tuples(list(joined), joined.shape[1])
+        class_of = np.full(combos.shape[1], -2, np.int64)
+        class_of[number[: own.count]] = found.classes
+        classes = class_of[number[own.count :]]
+        if unknown := int(theirs.weights[classes == -2].sum()):
+            raise DataError(
+                f"{unknown} rows combine quasi-identifiers as no row of the fitted table did",
+                hint="fit on the table that is to be released",
+            )
+        present = np.flatnonzero((classes >= 0) & (theirs.weights > 0))
+        used, inner = np.unique(classes[present], return_inverse=True)
+        constraints = Constraints(self.models, theirs)
+        references = constraints.references_of(present)
+        if not constraints.holds(inner.reshape(-1), len(used), present, references).all():
+            raise AnonymityError(
+                "these rows do not meet the criteria under the fitted recoding",
+                hint="fit on the table that is to be released",
+            )
+        return classes[other.inverse]
+
+
+def contract_models(contract: DataContract) -> tuple[Criterion, ...]:
+    """The criteria a contract asks for."""
+    diverse = [DistinctL(contract.l, c.name) for c in contract.sensitive] if contract.l > 1 else []
+    return (KAnonymity(contract.k), *diverse)
+
+
+def check_limit(limit: float) -> None:
+    """Refuse a suppression limit outside [0, 1].
+
+    Raises:
+        ContractError: it looks like a percentage, or is no share at all.
+    """
+    if not 0 <= limit <= 1:
+        hint = f"{limit / 100:g} is {limit:g} %" if 1 < limit <= 100 else "give a share of the rows, such as 0.05"
+        raise ContractError(f"suppression_limit = {limit:g} is not a share in [0, 1]", hint=hint)
+
+
+def search(
+    method: Method,
+    tuples: Tuples,
+    domains: Sequence[Domain],
+    models: Sequence[Criterion],
+    *,
+    limit: float,
+    cuts: int = CUTS,
+    given: tuple[int, ...] | None = None,
+) -> Recoding:
+    """Find a recoding of weighted tuples.
+
+    Args:
+        given: the level of every quasi-identifier, for ``fixed``.
+
+    Raises:
+        AnonymityError, UsageError, ContractError: see :class:`Anonymizer`.
+    """
+    constraints = Constraints(models, tuples)
+    constraints.require_satisfiable()
+    if method == "auto":
+        method = "peel" if _labelled(domains) else "mondrian"
+    return _METHODS[method](tuples, domains, constraints, {"limit": limit, "cuts": cuts, "given": given})
+
+
+def _labelled(domains: Sequence[Domain]) -> bool:
+    """Whether numbers and larger categories have levels between value and "*", and the lattice can be searched."""
+    between = all(len(d.levels) > 2 or d.size <= 5 for d in domains)
+    return between and nodes_of(domains) <= MAX_NODES
+
+
+def _mondrian(t: Tuples, domains: Sequence[Domain], constraints: Constraints, options: Mapping[str, Any]) -> Recoding:
+    classes, count = mondrian(t, domains, constraints, cuts=options["cuts"])
+    return rc.by_sets("mondrian", domains, classes, count, t.codes)
+
+
+def _optimal(t: Tuples, domains: Sequence[Domain], constraints: Constraints, options: Mapping[str, Any]) -> Recoding:
+    lattice = Lattice(t, domains, constraints, limit=options["limit"])
+    node = lattice.search().levels
+    classes, count, members = lattice.classes(node)
+    return rc.by_levels("optimal", domains, classes, np.tile(np.array(node), (count, 1)), members, t.codes)
+
+
+def _peel(t: Tuples, domains: Sequence[Domain], constraints: Constraints, options: Mapping[str, Any]) -> Recoding:
+    out = peel(t, domains, constraints, limit=options["limit"])
+    return rc.by_levels("peel", domains, out.classes, out.nodes, out.members, t.codes)
+
+
+def _fixed(t: Tuples, domains: Sequence[Domain], constraints: Constraints, options: Mapping[str, Any]) -> Recoding:
+    node = options["given"]
+    if node is None:
+        missing = next(d.name for d in domains if d.fixed_level is None)
+        raise ContractError(f"column {missing!r} has no fixed level", hint="QuasiIdentifier(..., fixed_level=1)")
+    lattice = Lattice(t, domains, constraints, limit=options["limit"])
+    found = lattice.evaluate(node)
+    if not found.feasible:
+        raise AnonymityError(
+            f"the fixed levels leave {found.suppressed} of {t.rows} rows in classes that fail",
+            hint="choose coarser levels, or allow more suppression (which changes the stability factor)",
+        )
+    classes, count, members = lattice.classes(node)
+    return rc.by_levels("fixed", domains, classes, np.tile(np.array(node), (count, 1)), members, t.codes)
+
+
+_METHODS: Mapping[str, Callable[[Tuples, Sequence[Domain], Constraints, Mapping[str, Any]], Recoding]] = {
+    "mondrian": _mondrian, "optimal": _optimal, "peel": _peel, "fixed": _fixed,
+}  # fmt: skip
+
+
+def outcome_of(found: Recoding, tuples: Tuples) -> Outcome:
+    """Figures of a recoding."""
+    kept = found.classes >= 0
+    w, c = tuples.weights[kept], found.classes[kept]
+    suppressed = tuples.rows - int(w.sum())
+    loss = sum(float((w * cell.shares[c]).sum()) for cell in found.cells)
+    q = len(found.cells)
+    node = None
+    if found.nodes is not None and found.method in ("optimal", "fixed") and len(found.nodes):
+        node = tuple(int(x) for x in found.nodes[0])
+    return Outcome(found.method, tuples.rows, suppressed, found.count, (loss / q + suppressed) / tuples.rows, node)
+
+
+def random_order(n: int) -> Index:
+    """A permutation from the operating system's randomness (sorted 64-bit keys)."""
+    return np.argsort(np.frombuffer(os.urandom(8 * n), np.uint64), kind="stable")
+
+
+def release(table: pa.Table, spec: TableSpec, found: Recoding, classes: Index, rows: Index) -> pa.Table:
+    """The released columns: labels of ``classes`` (m,), and the other columns at ``rows`` (m,).
+
+    Dictionaries hold only what the released rows say: a dictionary carried along would list suppressed rows' values.
+    """
+    columns: list[Any] = [labelled(cell.of_class[classes], cell.labels) for cell in found.cells]
+    index = pa.array(rows)
+    for name in spec.released[len(spec.quasi) :]:
+        column = table[name].take(index)
+        columns.append(column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column)
+    return pa.table(columns, names=list(spec.released))
+
+
+def labelled(index: NDArray[np.int32], labels: Sequence[str]) -> Any:
+    """A dictionary array of the labels that occur."""
+    used = np.bincount(index, minlength=len(labels)) > 0
+    place = (np.cumsum(used) - 1).astype(np.int32)
+    words = [label for label, u in zip(labels, used.tolist(), strict=True) if u]
+    return pa.DictionaryArray.from_arrays(pa.array(place[index]), pa.array(words, pa.string()))

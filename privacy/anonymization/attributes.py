@@ -1,0 +1,259 @@
+"""Which columns identify, which are sensitive, and how values generalise: the engine's own small specification.
+
+It serves a table that no federation ever sees; a signed :class:`~fedveil.common.contract.DataContract` says the same
+things and is turned into it by :meth:`TableSpec.from_contract`.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fedveil.common.contract import MISSING, Column, DataContract
+from fedveil.common.errors import ContractError
+
+TOP = "*"
+MAX_LEAVES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """How the values of one attribute generalise, level by level.
+
+    Attributes:
+        levels: by level, the label of every leaf, in the same order; level 0 holds the leaves themselves and the last
+            level one single label.
+        name: the attribute, for messages.
+    """
+
+    levels: tuple[tuple[str, ...], ...]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"the hierarchy of {self.name!r}"
+        if len(self.levels) < 2 or not self.levels[0]:
+            raise ContractError(f"{where} has no level above its values", hint="one row per value: value;group;...;*")
+        if any(len(level) != len(self.levels[0]) for level in self.levels):
+            raise ContractError(f"{where} has levels of unequal length")
+        if len(set(self.levels[0])) != len(self.levels[0]):
+            raise ContractError(f"{where} lists a value twice")
+        if len(set(self.levels[-1])) != 1:
+            raise ContractError(f"{where} does not end in one label")
+        for level, (finer, coarser) in enumerate(itertools.pairwise(self.levels)):
+            if len(set(zip(finer, coarser, strict=True))) != len(set(finer)):
+                raise ContractError(f"{where}: a label of level {level} has two parents")
+        self._check_labels(where)
+
+    def _check_labels(self, where: str) -> None:
+        """A label names one set of leaves, whatever level it stands on: else a released cell had two meanings."""
+        meaning: dict[str, tuple[int, ...]] = {}
+        for level in self.levels:
+            members: dict[str, list[int]] = {}
+            for leaf, label in enumerate(level):
+                members.setdefault(label, []).append(leaf)
+            for label, leaves in members.items():
+                if meaning.setdefault(label, tuple(leaves)) != tuple(leaves):
+                    raise ContractError(f"{where} uses the label {label[:64]!r} for two different groups")
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The values themselves."""
+        return self.levels[0]
+
+    @property
+    def height(self) -> int:
+        """Number of generalisation steps from a value to the top."""
+        return len(self.levels) - 1
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...] | None:
+        """The leaves as numbers; None unless every one of them is a finite number."""
+        return _as_numbers(self.leaves)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[str]], *, name: str = "") -> Hierarchy:
+        """From rows ``value, group, ..., top``; a top "*" is added where the rows do not end in one label.
+
+        Raises:
+            ContractError: no rows, rows of unequal depth, a value twice, a label with two parents or two meanings.
+        """
+        table = [tuple(map(str, row)) for row in rows]
+        if not table or len(table) > MAX_LEAVES:
+            raise ContractError(f"the hierarchy of {name!r} has {len(table)} rows", hint="one row per value")
+        if len({len(row) for row in table}) != 1:
+            raise ContractError(f"the hierarchy of {name!r} has rows of unequal depth", hint="pad the short rows")
+        levels = list(zip(*table, strict=True))
+        if len(levels) == 1 or len(set(levels[-1])) != 1:
+            levels.append((TOP,) * len(table))
+        return cls(tuple(levels), name)
+
+    @classmethod
+    def from_csv(cls, path: Path, *, delimiter: str = ";", name: str = "") -> Hierarchy:
+        """From a file of such rows without a header: the format of ARX.
+
+        Raises:
+            ContractError: the file cannot be read, or see :meth:`from_rows`.
+        """
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as f:
+                rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise ContractError(f"the hierarchy {path} cannot be read") from e
+        return cls.from_rows(rows, name=name or path.stem)
+
+    @classmethod
+    def intervals(cls, low: int, high: int, widths: Sequence[int], *, name: str = "") -> Hierarchy:
+        """Whole numbers low..high, then intervals of the growing ``widths``, each a multiple of the one before it."""
+        if low > high or high - low >= MAX_LEAVES:
+            raise ContractError(f"the hierarchy of {name!r} covers no or too many whole numbers")
+        if any(w < 2 for w in widths) or any(b % a or b == a for a, b in itertools.pairwise(widths)):
+            raise ContractError(f"the interval widths of {name!r} are not growing multiples", hint="for instance 5, 10")
+        levels = [tuple(str(v) for v in range(low, high + 1))]
+        for w in widths:
+            starts = [v - (v - low) % w for v in range(low, high + 1)]
+            levels.append(tuple(f"[{s},{min(s + w - 1, high)}]" if s < high else str(s) for s in starts))
+        if len(set(levels[-1])) != 1:
+            levels.append((TOP,) * len(levels[0]))
+        return cls(tuple(levels), name)
+
+    @classmethod
+    def masks(cls, values: Iterable[str], *, name: str = "") -> Hierarchy:
+        """Values of equal length, masked from the right: 13053, 1305*, 130**, ... (postal codes)."""
+        leaves = sorted(set(values))
+        if len({len(v) for v in leaves}) != 1:
+            raise ContractError(f"masking needs values of equal length in {name!r}")
+        width = len(leaves[0])
+        rows = [[v[: width - i] + TOP * i for i in range(width + 1)] for v in leaves]
+        return cls.from_rows(rows, name=name)
+
+
+@dataclass(frozen=True)
+class QuasiIdentifier:
+    """A column by which a person could be recognised.
+
+    Args:
+        name: the column.
+        hierarchy: how it generalises to labels; without one, a value or "*" (Mondrian needs none).
+        numeric: whether values are numbers, so that sets are intervals; None: as the column's or hierarchy's type says.
+        fixed_level: the level that the method ``fixed`` recodes to.
+        column: a contract's number: its cut points are level 1.
+    """
+
+    name: str
+    hierarchy: Hierarchy | None = None
+    numeric: bool | None = None
+    fixed_level: int | None = None
+    column: Column | None = None
+
+    def __post_init__(self) -> None:
+        top = self.hierarchy.height if self.hierarchy else 2 if self.column else 1
+        if self.fixed_level is not None and not 0 <= self.fixed_level <= top:
+            raise ContractError(f"column {self.name!r}: the fixed level is not one of 0..{top}")
+
+
+@dataclass(frozen=True)
+class Sensitive:
+    """A column whose value must not be learned.
+
+    Args:
+        name: the column.
+        values: its values in order; needed for the ordered distance of texts (numbers are ordered by themselves).
+        hierarchy: needed for the hierarchical distance.
+    """
+
+    name: str
+    values: tuple[str, ...] = ()
+    hierarchy: Hierarchy | None = None
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """The role of every column of a table.
+
+    Attributes:
+        quasi: recoded.
+        sensitive: released as they are, protected by the criteria.
+        identifiers: never released.
+        keep: released as they are; neither identifying nor sensitive.
+    """
+
+    quasi: tuple[QuasiIdentifier, ...]
+    sensitive: tuple[Sensitive, ...] = ()
+    identifiers: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    source: DataContract | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.quasi:
+            raise ContractError("no column is a quasi-identifier", hint="without one there is nothing to anonymise")
+        names = [*(c.name for c in self.quasi), *(c.name for c in self.sensitive), *self.identifiers, *self.keep]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ContractError(f"column {twice[0]!r} has two roles", hint="give every column one role")
+
+    @property
+    def released(self) -> tuple[str, ...]:
+        """The columns of the released table, in order."""
+        return (*(c.name for c in self.quasi), *(c.name for c in self.sensitive), *self.keep)
+
+    def sensitive_column(self, name: str) -> Sensitive:
+        """The sensitive column ``name``.
+
+        Raises:
+            ContractError: it is not declared sensitive.
+        """
+        for c in self.sensitive:
+            if c.name == name:
+                return c
+        raise ContractError(f"column {name!r} is not declared sensitive", hint="a criterion protects sensitive columns")
+
+    @classmethod
+    def from_contract(cls, contract: DataContract) -> TableSpec:
+        """The same roles; fixed levels become the levels of the hierarchies.
+
+        The target counts as sensitive where the contract says so. Level 1 of a number are the contract's intervals.
+        """
+        sensitive = tuple(Sensitive(c.name, c.values) for c in contract.sensitive)
+        names = {c.name for c in sensitive}
+        return cls(
+            tuple(_quasi(c) for c in contract.quasi),
+            sensitive,
+            tuple(c.name for c in contract.columns if not c.loaded),
+            tuple(c.name for c in contract.loaded if c.role != "quasi" and c.name not in names),
+            contract,
+        )
+
+
+def _quasi(c: Column) -> QuasiIdentifier:
+    if c.type == "category":
+        levels = [c.values]
+        grouped = {leaf: "|".join(g) for g in c.groups for leaf in g}
+        if any(grouped[v] != v for v in c.values):
+            levels.append(tuple(grouped[v] for v in c.values))
+        fixed = len(levels) - 1
+        if len(set(levels[-1])) != 1 or fixed == 0:
+            levels.append((TOP,) * len(c.values))
+        return QuasiIdentifier(c.name, Hierarchy(tuple(levels), c.name), numeric=False, fixed_level=fixed)
+    return QuasiIdentifier(c.name, numeric=True, fixed_level=1, column=c)
+
+
+def text_of(value: object) -> str:
+    """A cell as the text that hierarchies use: whole numbers without a decimal point, no value as "missing"."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+def _as_numbers(texts: Sequence[str]) -> tuple[float, ...] | None:
+    try:
+        out = tuple(float(t) for t in texts)
+    except ValueError:
+        return None
+    return out if all(map(math.isfinite, out)) else None

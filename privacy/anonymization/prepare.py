@@ -1,0 +1,277 @@
+"""A table and its specification, checked and turned into domains and weighted tuples.
+
+Everything a search needs is here; from here on the number of rows does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedveil.common.errors import AnonymityError, ContractError, DataError
+from fedveil.privacy.anonymization.attributes import Hierarchy, TableSpec, text_of
+from fedveil.privacy.anonymization.criteria import (
+    AlphaK,
+    Criterion,
+    DistinctL,
+    EntropyL,
+    KAnonymity,
+    KMap,
+    RecursiveCL,
+    Reference,
+    TCloseness,
+)
+from fedveil.privacy.anonymization.domains import Domain, domain_of, encode, lookup, occurring, order_sensitive
+from fedveil.privacy.anonymization.tuples import Tuples, distinct_tuples
+
+Index = NDArray[np.int64]
+ABSENT, UNKNOWN = -1, -2
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """The values of a sensitive column, in order, and their hierarchy as ancestor numbers (levels, v), or None.
+
+    ``declared`` says that the values come from the specification and not from the table.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    tree: NDArray[np.int32] | None
+    declared: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Domains of the quasi-identifiers and of the sensitive columns that the criteria look at."""
+
+    domains: tuple[Domain, ...]
+    attributes: tuple[Attribute, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Attributes:
+    frame: what the codes mean.
+    tuples: the weighted distinct combinations.
+    inverse: (n,) the tuple of every row.
+    """
+
+    frame: Frame
+    tuples: Tuples
+    inverse: Index
+
+
+def bind(models: Sequence[Criterion], spec: TableSpec) -> tuple[Criterion, ...]:
+    """The criteria with their columns filled in: a criterion without a column means the only sensitive one.
+
+    Raises:
+        ContractError: no criterion; a column that is not declared sensitive or not named; a distance without what it
+            needs.
+    """
+    if not models:
+        raise ContractError("no criterion is asked for", hint="models=[KAnonymity(5)]")
+    return tuple(_bound(m, spec) for m in models)
+
+
+def _bound(m: Criterion, spec: TableSpec) -> Criterion:
+    if isinstance(m, (KAnonymity, KMap)):
+        return m
+    if not m.column and len(spec.sensitive) != 1:
+        raise ContractError(
+            f"{m.name} does not say which of {len(spec.sensitive)} sensitive columns it protects",
+            hint="name the column in the criterion",
+        )
+    column = spec.sensitive_column(m.column or spec.sensitive[0].name)
+    if isinstance(m, TCloseness) and m.distance == "hierarchical" and column.hierarchy is None:
+        raise ContractError(f"column {column.name!r} has no hierarchy for the hierarchical distance")
+    return dataclasses.replace(m, column=column.name)  # type: ignore[type-var]
+
+
+def check_columns(names: Sequence[str], spec: TableSpec) -> None:
+    """Every column of a table has one role, and every declared column is there.
+
+    Raises:
+        DataError: the columns, by name.
+    """
+    declared = {*spec.released, *spec.identifiers}
+    problems = {
+        "occur twice": sorted({n for n in names if list(names).count(n) > 1}),
+        "are missing": sorted(set(spec.released) - set(names)),
+        "have no role": sorted(set(names) - declared),
+    }
+    for what, columns in problems.items():
+        if columns:
+            listed = ", ".join(repr(c) for c in columns[:5])
+            raise DataError(
+                f"{len(columns)} columns {what}: {listed}",
+                hint="declare every column as quasi-identifier, sensitive, identifier or keep",
+            )
+
+
+def check_rows(rows: int, models: Sequence[Criterion]) -> None:
+    """Refuse no rows at all, and k above their number.
+
+    Raises:
+        DataError: zero rows.
+        AnonymityError: k > n.
+    """
+    if rows == 0:
+        raise DataError("the table has no rows", hint="nothing can be released")
+    for m in models:
+        if isinstance(m, (KAnonymity, AlphaK)) and m.k > rows:
+            raise AnonymityError(f"k = {m.k} is more than the table's {rows} rows", hint="lower k or bring more rows")
+
+
+def frame_of(spec: TableSpec, models: Sequence[Criterion], cells: Mapping[str, Iterable[Any]]) -> Frame:
+    """Domains from the distinct cells of every column concerned.
+
+    Raises:
+        DataError: values that are not finite, or not declared.
+        AnonymityError: a criterion asks for more different values than a column has.
+    """
+    domains = tuple(domain_of(q, cells[q.name]) for q in spec.quasi)
+    attributes = []
+    for name in sensitive_names(models):
+        column = spec.sensitive_column(name)
+        values = list(cells[name])
+        broken = sum(isinstance(v, float) and not np.isfinite(v) for v in values)
+        if broken:
+            raise DataError(f"column {name!r}: {broken} values are not finite", hint="write no value instead")
+        declared = column.hierarchy.leaves if column.hierarchy and not column.values else column.values
+        ordered = order_sensitive(values, declared, name)
+        _check_order(models, name, values, column.values)
+        here = {text_of(v) for v in values if v is not None}
+        _check_diversity(models, name, len(here))
+        attributes.append(Attribute(name, ordered, _tree(column.hierarchy, ordered), bool(declared)))
+    return Frame(domains, tuple(attributes))
+
+
+def sensitive_names(models: Sequence[Criterion]) -> tuple[str, ...]:
+    """The columns that the criteria look at, each once, in a fixed order."""
+    return tuple(sorted({m.column for m in models if m.column}))
+
+
+def sensitive_codes(column: Any, attribute: Attribute) -> NDArray[np.int32]:
+    """(n,) codes of a sensitive column, -1 for "no value".
+
+    Raises:
+        DataError: values that were not there when the recoding was fitted.
+    """
+    out = lookup(column, {v: i for i, v in enumerate(attribute.values)}, UNKNOWN)
+    if unknown := int((out == -1).sum()):
+        raise DataError(
+            f"column {attribute.name!r}: {unknown} cells hold unknown values", hint="fit on the table to be released"
+        )
+    return np.where(out == UNKNOWN, np.int32(ABSENT), out)
+
+
+def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame: Frame | None = None) -> Prepared:
+    """Check and encode a table held in memory; with ``frame``, by domains that were fitted before.
+
+    Raises:
+        DataError, AnonymityError: see :func:`check_columns`, :func:`check_rows`, :func:`frame_of`.
+    """
+    check_columns(table.column_names, spec)
+    check_rows(table.num_rows, models)
+    population = population_of(models, spec)
+    if frame is None:
+        names = [*(q.name for q in spec.quasi), *sensitive_names(models)]
+        cells = {n: occurring(table[n]) for n in names}
+        if population is not None:
+            for q in spec.quasi:
+                cells[q.name] |= occurring(population[q.name])
+        frame = frame_of(spec, models, cells)
+    columns = [encode(table[d.name], d) for d in frame.domains]
+    columns += [sensitive_codes(table[a.name], a) for a in frame.attributes]
+    people = population_codes(population, frame) if population is not None else None
+    if people is not None:
+        absent = np.full(people.shape[1], ABSENT, np.int32)
+        extended = [*people, *[absent] * len(frame.attributes)]
+        columns = [np.r_[c, e] for c, e in zip(columns, extended, strict=True)]
+    combos, weights, inverse = distinct_tuples(columns, len(columns[0]))
+    tuples = tuples_of(frame, combos, weights)
+    if people is not None:
+        n = table.num_rows
+        counted = np.bincount(inverse[n:], minlength=tuples.count)
+        tuples = dataclasses.replace(tuples, weights=weights - counted, population=counted)
+        _check_population(tuples)
+        tuples = dataclasses.replace(tuples, references=tuples_of(frame, combos, tuples.weights).references)
+        inverse = inverse[:n]
+    return Prepared(frame, tuples, inverse)
+
+
+def tuples_of(frame: Frame, combos: NDArray[np.int32], weights: NDArray[np.int64]) -> Tuples:
+    """Tuples from distinct combinations (q + sensitive, u) and their weights."""
+    q = len(frame.domains)
+    sensitive = {a.name: combos[q + i] for i, a in enumerate(frame.attributes)}
+    references = {}
+    for a in frame.attributes:
+        present = sensitive[a.name] >= 0
+        counts = np.bincount(sensitive[a.name][present], weights[present], len(a.values)).astype(np.int64)
+        references[a.name] = Reference(counts, a.tree, a.declared)
+    return Tuples(np.ascontiguousarray(combos[:q]), weights, sensitive, references)
+
+
+def population_of(models: Sequence[Criterion], spec: TableSpec) -> pa.Table | None:
+    """The register of k-map, if asked for.
+
+    Raises:
+        DataError: it is not a table with all quasi-identifiers.
+    """
+    found = next((m.population for m in models if isinstance(m, KMap)), None)
+    if found is None:
+        return None
+    if not isinstance(found, pa.Table) or not {q.name for q in spec.quasi} <= set(found.column_names):
+        raise DataError("the population of k-map is not a pyarrow.Table with all quasi-identifiers")
+    return found
+
+
+def population_codes(population: pa.Table, frame: Frame) -> NDArray[np.int32]:
+    """(q, N) leaf codes of the population."""
+    return np.stack([encode(population[d.name], d) for d in frame.domains])
+
+
+def _check_population(tuples: Tuples) -> None:
+    _, _, own = distinct_tuples(list(tuples.codes), tuples.count)
+    known = np.bincount(own, tuples.population)
+    if missing := int(tuples.weights[known[own] == 0].sum()):
+        raise DataError(
+            f"{missing} rows have no match in the population of k-map", hint="the population contains the table"
+        )
+
+
+def _check_order(models: Sequence[Criterion], name: str, values: list[Any], declared: tuple[str, ...]) -> None:
+    ordered = any(isinstance(m, TCloseness) and m.distance == "ordered" and m.column == name for m in models)
+    if ordered and not declared and any(isinstance(v, str) for v in values):
+        raise ContractError(
+            f"column {name!r} holds texts without a declared order", hint="Sensitive(name, values=(...)) in order"
+        )
+
+
+def _check_diversity(models: Sequence[Criterion], name: str, values: int) -> None:
+    for m in models:
+        if isinstance(m, (DistinctL, EntropyL, RecursiveCL)) and m.column == name and m.l > values:
+            raise AnonymityError(
+                f"{m.name}: l = {m.l:g} is more than the {values} different values of column {name!r}",
+                hint="lower l, or choose another criterion",
+            )
+
+
+def _tree(hierarchy: Hierarchy | None, values: tuple[str, ...]) -> NDArray[np.int32] | None:
+    if hierarchy is None:
+        return None
+    place = {leaf: i for i, leaf in enumerate(hierarchy.leaves)}
+    if unknown := sum(v not in place for v in values):
+        raise ContractError(f"{unknown} declared values of {hierarchy.name!r} are not in its hierarchy")
+    out = [np.arange(len(values), dtype=np.int32)]
+    for level in hierarchy.levels[1:]:
+        ids: dict[str, int] = {}
+        out.append(np.array([ids.setdefault(level[place[v]], len(ids)) for v in values], np.int32))
+    return np.stack(out)

@@ -1,0 +1,314 @@
+"""Independent verification of a released table, for every criterion, from the bytes that were written.
+
+It shares the specification with the code that wrote the file and nothing else: Arrow reads and groups, the criteria are
+spelt out once more from their definitions in plain Python (fractions where they are rational), labels are parsed again.
+So an error in the searches, in the numpy histograms or in the writer cannot hide itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from fedveil.common.contract import MISSING, DataContract
+from fedveil.common.errors import AnonymityError, UsageError
+from fedveil.privacy.anonymization import criteria as cr
+from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, TableSpec
+from fedveil.privacy.anonymization.prepare import bind
+from fedveil.privacy.anonymization.recheck_definitions import judge
+
+BATCH = 1 << 20
+SLACK = 1e-9
+PIECE = re.compile(r"(?:\\.|[^|\\])*")
+Histogram = Counter[str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One criterion: whether it holds, in how many classes it fails, and the worst value found (local knowledge)."""
+
+    name: str
+    column: str
+    required: str
+    met: bool
+    failing: int
+    worst: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a released file shows.
+
+    Attributes:
+        rows, classes: rows read and classes of equal labels.
+        findings: by criterion.
+    """
+
+    rows: int
+    classes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether every criterion holds in every class."""
+        return all(f.met for f in self.findings)
+
+
+def recheck(
+    path: Path,
+    spec: TableSpec | DataContract,
+    models: Sequence[cr.Criterion],
+    *,
+    original_rows: int | None = None,
+    suppression_limit: float = 1.0,
+) -> Findings:
+    """Read a released ``.parquet`` or ``.csv`` file and check every criterion on it.
+
+    Args:
+        original_rows: rows of the table it was made from: the difference was suppressed.
+        suppression_limit: share of ``original_rows`` that may be missing.
+
+    Raises:
+        AnonymityError: the file cannot be read, holds other columns, no rows, a cell that is no label of the
+            specification, or too few of the original rows. Failing criteria are reported, not raised.
+    """
+    if isinstance(spec, DataContract):
+        spec = TableSpec.from_contract(spec)
+    models = bind(models, spec)
+    columns = sorted({m.column for m in models if m.column})
+    labels, table = _aggregate(path, spec, columns)
+    for q in spec.quasi:
+        _check_labels(q, list(labels[q.name]))
+    counts = table["rows_count"].to_pylist()
+    rows = sum(counts)
+    _check_suppression(rows, original_rows, suppression_limit)
+    keys = list(zip(*(table[q.name].to_pylist() for q in spec.quasi), strict=True))
+    sizes: Counter[tuple[int, ...]] = Counter()
+    for key, count in zip(keys, counts, strict=True):
+        sizes[key] += count
+    findings = []
+    for m in models:
+        histograms = _histograms(m, keys, table, counts, labels)
+        if isinstance(m, cr.KMap):
+            histograms = _population(m, spec, sizes, labels)
+        findings.append(_judge(m, sizes, histograms, spec))
+    return Findings(rows, len(sizes), tuple(findings))
+
+
+def require(path: Path, spec: TableSpec | DataContract, models: Sequence[cr.Criterion], **kwargs: Any) -> Findings:
+    """:func:`recheck`, and refuse a file on which a criterion fails.
+
+    Raises:
+        AnonymityError: also when a criterion fails; it says which, and in how many classes.
+    """
+    found = recheck(path, spec, models, **kwargs)
+    if found.met:
+        return found
+    parts = []
+    for f in found.findings:
+        where = f" of column {f.column!r}" if f.column else ""
+        if not f.met:
+            parts.append(f"{f.name} ({f.required}){where} fails in {f.failing} of {found.classes} classes")
+    raise AnonymityError("the released table is not anonymous enough: " + "; ".join(parts))
+
+
+def _aggregate(path: Path, spec: TableSpec, columns: Sequence[str]) -> tuple[dict[str, dict[str, int]], pa.Table]:
+    """Numbers of the labels by column, and one row per different combination with its count."""
+    names = [*(q.name for q in spec.quasi), *columns]
+    labels: dict[str, dict[str, int]] = {n: {} for n in names}
+    parts = []
+    try:
+        for batch in _batches(path, spec, names):
+            arrays = [_numbered(batch.column(n), labels[n]) for n in names]
+            part = pa.table(arrays, names=names)
+            parts.append(part.group_by(names).aggregate([([], "count_all")]).rename_columns([*names, "rows_count"]))
+    except (OSError, pa.ArrowException) as e:
+        raise AnonymityError(f"the released file {path.name} cannot be read") from e
+    if not parts or not sum(p.num_rows for p in parts):
+        raise AnonymityError("the released file holds no rows")
+    whole = pa.concat_tables(parts).group_by(names).aggregate([("rows_count", "sum")])
+    return labels, whole.rename_columns([*names, "rows_count"])
+
+
+def _batches(path: Path, spec: TableSpec, names: Sequence[str]) -> Iterator[Any]:
+    expected = list(spec.released)
+    if path.suffix == ".parquet":
+        file = pq.ParquetFile(path)
+        found = file.schema_arrow.names
+        texts = [f.name for f in file.schema_arrow if f.name in names and pa.types.is_string(_plain(f.type))]
+        file = pq.ParquetFile(path, read_dictionary=texts)
+        source: Iterator[Any] = file.iter_batches(BATCH, columns=list(names))
+    elif path.suffix == ".csv":
+        quasi = {q.name: pa.string() for q in spec.quasi}
+        convert = pacsv.ConvertOptions(column_types=quasi, strings_can_be_null=False)
+        reader = pacsv.open_csv(path, convert_options=convert)
+        found, source = reader.schema.names, iter(reader)
+    else:
+        raise UsageError(f"{path.name} is neither .parquet nor .csv")
+    if found != expected:
+        raise AnonymityError("the released file's columns are not the specification's released columns")
+    yield from source
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _numbered(array: Any, known: dict[str, int]) -> Any:
+    """A column as numbers that mean the same in every batch; -1 for "no value"."""
+    if not pa.types.is_dictionary(array.type):
+        array = array.dictionary_encode()
+    words = [_word(v) for v in array.dictionary.to_pylist()]
+    used = set(array.indices.unique().to_pylist()) - {None}
+    table = [known.setdefault(w, len(known)) if i in used else -1 for i, w in enumerate(words)]
+    taken = pa.array(table, pa.int32()).take(array.indices)
+    return taken.fill_null(-1)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float) and value == int(value):
+        return str(int(value))
+    return str(value)
+
+
+def _check_suppression(rows: int, original: int | None, limit: float) -> None:
+    if original is None:
+        return
+    if rows > original:
+        raise AnonymityError(f"the released file has {rows - original} rows more than the original table")
+    if original - rows > limit * original + SLACK:
+        raise AnonymityError(f"{original - rows} of {original} rows are suppressed, more than the limit {limit:g}")
+
+
+def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
+    """Every cell is a label of the hierarchy, or a set or interval of its values."""
+    known = {label for level in q.hierarchy.levels for label in level} if q.hierarchy else set()
+    if q.column is not None:
+        known |= set(q.column.labels)
+    broken = sum(not (label in known or label in (TOP, MISSING) or _is_set(q, label)) for label in labels)
+    if broken:
+        raise AnonymityError(f"column {q.name!r}: {broken} different cells are no labels of the specification")
+
+
+def _is_set(q: QuasiIdentifier, label: str) -> bool:
+    values = _members(label)
+    leaves = set(q.hierarchy.leaves) if q.hierarchy else None
+    if len(set(values)) != len(values) or not label:
+        return False
+    plain = [v for v in values if v != MISSING]
+    ends = _ends(plain[0]) if len(plain) == 1 else None
+    if ends is not None:
+        low, high = ends
+        within = leaves is None or all(_in(leaves, e) for e in ends)
+        return low <= high and within
+    if q.numeric or (q.column is not None):
+        return all(_number(v) is not None for v in plain)
+    return leaves is None or set(plain) <= leaves
+
+
+def _members(label: str) -> list[str]:
+    """The values of ``a|b|c``, backslashes taken away."""
+    out, at = [], 0
+    while at <= len(label):
+        piece = PIECE.match(label, at)
+        if piece is None:
+            return []
+        out.append(re.sub(r"\\(.)", r"\1", piece.group()))
+        at = piece.end() + 1
+    return out
+
+
+def _ends(text: str) -> tuple[float, float] | None:
+    found = re.fullmatch(r"\[([^,\[\]]+),([^,\[\]]+)\]", text)
+    low, high = (_number(found.group(1)), _number(found.group(2))) if found else (None, None)
+    return (low, high) if low is not None and high is not None else None
+
+
+def _in(leaves: set[str], value: float) -> bool:
+    return any(_number(v) == value for v in leaves)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _histograms(
+    m: cr.Criterion,
+    keys: Sequence[tuple[int, ...]],
+    table: pa.Table,
+    counts: Sequence[int],
+    labels: Mapping[str, Mapping[str, int]],
+) -> dict[tuple[int, ...], Histogram]:
+    if not m.column:
+        return {}
+    words = {i: w for w, i in labels[m.column].items()}
+    out: dict[tuple[int, ...], Histogram] = {}
+    for key, value, count in zip(keys, table[m.column].to_pylist(), counts, strict=True):
+        own = out.setdefault(key, Counter())
+        if value >= 0:
+            own[words[value]] += count
+    return out
+
+
+def _population(
+    m: cr.KMap, spec: TableSpec, sizes: Mapping[tuple[int, ...], int], labels: Mapping[str, Mapping[str, int]]
+) -> dict[tuple[int, ...], Histogram]:
+    """How many population records every class's labels cover."""
+    names = [q.name for q in spec.quasi]
+    people = Counter(zip(*([_cell(v) for v in m.population[n].to_pylist()] for n in names), strict=True))
+    words = [{i: w for w, i in labels[n].items()} for n in names]
+    covers: dict[tuple[int, str], Callable[[str], bool]] = {}
+    for j, q in enumerate(spec.quasi):
+        for label in labels[q.name]:
+            covers[j, label] = _cover(q, label)
+    out = {}
+    for key in sizes:
+        own = [covers[j, words[j][i]] for j, i in enumerate(key)]
+        count = sum(c for person, c in people.items() if all(f(v) for f, v in zip(own, person, strict=True)))
+        out[key] = Counter({"people": count})
+    return out
+
+
+def _cell(value: Any) -> str:
+    return MISSING if value is None else _word(value)
+
+
+def _cover(q: QuasiIdentifier, label: str) -> Callable[[str], bool]:
+    if label == TOP:
+        return lambda value: True
+    values = set(_members(label))
+    if q.hierarchy is not None:
+        for level in q.hierarchy.levels:
+            values |= {leaf for leaf, name in zip(q.hierarchy.leaves, level, strict=True) if name == label}
+    ends = next((e for v in _members(label) if (e := _ends(v)) is not None), None)
+    if ends is None:
+        return lambda value: value in values
+    low, high = ends
+    return lambda value: value in values or ((x := _number(value)) is not None and low <= x <= high)
+
+
+def _judge(
+    m: cr.Criterion, sizes: Mapping[tuple[int, ...], int], histograms: Mapping[tuple[int, ...], Histogram],
+    spec: TableSpec,
+) -> Finding:  # fmt: skip
+    whole: Histogram = Counter()
+    for h in histograms.values():
+        whole.update(h)
+    column = spec.sensitive_column(m.column) if m.column else None
+    verdicts = [judge(m, n, histograms.get(key, Counter()), whole, column) for key, n in sizes.items()]
+    failing = sum(not ok for ok, _ in verdicts)
+    worst = max(verdicts, key=lambda v: v[1])[1]
+    return Finding(m.name, m.column, m.required, failing == 0, failing, abs(worst))
