@@ -6,9 +6,12 @@ matrix has the same width and meaning.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
+from fedveil.client.ingest.sets import Cells, Full, Interval, Leaves, Nothing, fill
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization import codes
@@ -20,7 +23,8 @@ def encode(table: ReleasedTable, contract: DataContract) -> tuple[NDArray[np.flo
 
     Numbers are scaled by their public bounds (low to -1, high to 1). Coded columns are one-hot over the contract's
     labels. Where missing values are allowed there is one more column, 1 for "no value"; the number then counts as the
-    midpoint of its bounds (0), and all labels are 0, so that a coded column's inputs always sum to 1.
+    midpoint of its bounds (0), and all labels are 0, so that a coded column's inputs always sum to 1. Columns with
+    ``encoding = "sets"`` are filled as :mod:`fedveil.client.ingest.sets` says.
 
     Raises:
         DataError: a value without a code reached the encoding.
@@ -31,12 +35,39 @@ def encode(table: ReleasedTable, contract: DataContract) -> tuple[NDArray[np.flo
         width = len(c.feature_names)
         if width:
             block = X[:, start : start + width]
-            _one_hot(block, table, c) if c.coded else _scaled(block, table, c)
+            if c.encoding == "sets":
+                fill(block, as_sets(table, c), c)
+            elif c.coded:
+                _one_hot(block, table, c)
+            else:
+                _scaled(block, table, c)
             start += width
     y = table.coded[contract.target.name].astype(np.int64)
     if y.min(initial=0) < 0:
         raise DataError(f"column {contract.target.name!r}: values without a class reached the encoding")
     return X, y
+
+
+def as_sets(table: ReleasedTable, c: Column) -> Cells:
+    """The cells of a column under fixed recoding as sets: a group of leaves, an interval, or one number.
+
+    Raises:
+        DataError: a value without a label.
+    """
+    if not c.coded:
+        values, index = np.unique(table.numbers[c.name], return_inverse=True)  # NaN comes last, once
+        return Cells(tuple(Nothing() if v != v else Interval(v, v) for v in values.tolist()), index.astype(np.int64))
+    code = table.coded[c.name]
+    if (code < codes.ABSENT).any():
+        raise DataError(f"column {c.name!r}: values without a label reached the encoding")
+    if c.type == "category":
+        sets = tuple(Leaves(g) for g in c.groups)
+    elif c.low is not None and c.high is not None:
+        edges = (c.low, *c.cuts, c.high)
+        sets = tuple(Interval(a, b) for a, b in itertools.pairwise(edges))
+    else:
+        sets = (Full(),)
+    return Cells((*sets, Nothing()), np.where(code == codes.ABSENT, len(sets), code).astype(np.int64))
 
 
 def _one_hot(block: NDArray[np.float32], table: ReleasedTable, c: Column) -> None:

@@ -11,10 +11,17 @@ import hmac
 import os
 import secrets
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from fedveil.common.errors import ConfigError
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import ConfigError, IdentityError, VerificationError, WireError
 from fedveil.common.identity import write_secret
+
+DOMAIN = "fedveil/lineage/1"
 
 SECRET_BYTES = 32
 _CHUNK = 1 << 20
@@ -26,19 +33,54 @@ def commitment(secret: bytes, kind: Literal["source", "released"], path: Path) -
     Hiding and binding as long as the secret is random and stays at the site. ``kind`` keeps the two commitments of
     equal bytes different.
     """
-    if len(secret) < SECRET_BYTES:
-        raise ConfigError(f"a commitment secret of {len(secret)} bytes is too short", hint="use 32 random bytes")
-    mac = hmac.new(secret, kind.encode() + b"\0", hashlib.sha256)
+    mac = hmac.new(checked_secret(secret), kind.encode() + b"\0", hashlib.sha256)
     with path.open("rb") as f:
         while chunk := f.read(_CHUNK):
             mac.update(chunk)
     return mac.hexdigest()
 
 
+def checked_secret(secret: bytes) -> bytes:
+    """``secret``, if it is long enough to hide what is committed to."""
+    if len(secret) < SECRET_BYTES:
+        raise ConfigError(f"a commitment secret of {len(secret)} bytes is too short", hint="use 32 random bytes")
+    return secret
+
+
 def file_hash(path: Path) -> str:
     """Plain SHA-256 (hex) of a file: for the local record only."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def derived_key(secret: bytes) -> Ed25519PrivateKey:
+    """A signing key of the work folder, derived from its secret (HKDF-SHA256), for sites that name no key of theirs."""
+    seed = HKDF(hashes.SHA256(), 32, None, b"fedveil/lineage key/1").derive(checked_secret(secret))
+    return Ed25519PrivateKey.from_private_bytes(seed)
+
+
+def write_signed(path: Path, signature: Path, record: dict[str, Any], key: Ed25519PrivateKey) -> None:
+    """Write ``record`` as canonical JSON, and beside it the signature over its hash."""
+    data = canonical.dumps(record)
+    write_private(signature, canonical.dumps(identity.signed(key, DOMAIN, {"sha256": canonical.sha256_hex(data)})))
+    write_private(path, data)
+
+
+def read_signed(path: Path, signature: Path, public: str) -> dict[str, Any]:
+    """The record in ``path``, once its signature by ``public`` (64 hex digits) holds.
+
+    Raises:
+        VerificationError: altered, unsigned, or signed by another key.
+    """
+    try:
+        data = path.read_bytes()
+        payload = identity.opened(canonical.loads(signature.read_bytes()), DOMAIN, public, what="the lineage record")
+        record = canonical.loads(data)
+    except (OSError, IdentityError, WireError) as e:
+        raise VerificationError(f"the lineage record {path} is not signed by the given key") from e
+    if payload != {"sha256": canonical.sha256_hex(data)} or not isinstance(record, dict):
+        raise VerificationError(f"the lineage record {path} was changed after it was signed")
+    return record
 
 
 def private_folder(work: Path) -> Path:

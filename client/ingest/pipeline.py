@@ -1,6 +1,7 @@
-"""A site's table to features, one straight line: read, assess, recode, shuffle, write, verify, encode.
+"""A site's table to features, one straight line: read, assess, reduce, recode, shuffle, write, verify, encode.
 
-Nothing in here fits anything to the data. Whatever fails stops the line before a released file exists.
+What is fitted to the data is fitted because the contract says so, and the evidence then says that differential privacy
+speaks of the released rows. Whatever fails stops the line before a released file exists.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil import __version__
-from fedveil.client.ingest import encode, lineage, quality, sources
+from fedveil.client.ingest import encode, intake, lineage, quality, sources, stages
+from fedveil.client.ingest.closeness import require_closeness
+from fedveil.client.ingest.sources import Dialect, RawTable, Rules, Source
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
+from fedveil.common.errors import AnonymityError
 from fedveil.privacy.anonymization import fixed, verify
 
-RELEASED, LINEAGE = "released.csv", "lineage.json"
+RELEASED, LINEAGE, SIGNATURE = "released.csv", "lineage.json", "lineage.sig"
 QUALITY_JSON, QUALITY_HTML = "quality.json", "quality.html"
 
 
@@ -45,46 +50,87 @@ class Ingested:
     report: quality.QualityReport = field(repr=False)
 
 
-def ingest(source: Path, contract: DataContract, work: Path, *, secret: bytes) -> Ingested:
-    """Turn ``source`` (.csv or .parquet) into features, writing the released file and local reports into ``work``.
+def ingest(
+    source: Source,
+    contract: DataContract,
+    work: Path,
+    *,
+    secret: bytes,
+    dialect: Dialect | None = None,
+    rules: Rules | None = None,
+    key: Ed25519PrivateKey | None = None,
+) -> Ingested:
+    """Turn ``source`` into features, writing the released file and local reports into ``work``.
 
     ``work`` is made with mode 0700, its files with 0600. A released file exists there exactly when this returns: it
-    was read back and k and l were verified on its bytes.
+    was read back and k, l and t were verified on its bytes.
 
     Args:
-        secret: at least 32 random bytes that stay at the site: the key of the commitments.
+        secret: at least 32 random bytes that stay at the site: the key of the commitments and pseudonyms.
+        dialect: how a CSV file is written.
+        rules: the site's declared corrections, and whom to tell about progress.
+        key: signs the lineage record; by default a key derived from ``secret``.
 
     Raises:
         DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
-        AnonymityError: k or l fails; the hint names coarser levels that pass.
+        AnonymityError: k, l or t fails; the hint names coarser levels that pass.
         ConfigError: the work folder is readable by others, or the secret is too short.
     """
     lineage.private_folder(work)
-    for stale in (RELEASED, LINEAGE, QUALITY_JSON, QUALITY_HTML):
+    for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
         (work / stale).unlink(missing_ok=True)
-    raw = sources.read(source, contract)
-    committed = lineage.commitment(secret, "source", source)
-    report = quality.assess(raw, contract)
-    lineage.write_private(work / QUALITY_JSON, canonical.dumps(report.to_json()))
-    lineage.write_private(work / QUALITY_HTML, report.to_html().encode())
-    report.require()
+    rules = rules or Rules(secret=lineage.checked_secret(secret))
+    raw, report = assessed(source, contract, work, dialect=dialect, rules=rules)
+    committed = sources.commitment(secret, source, contract)
     recoded = fixed.recode(raw.columns, raw.rows, contract)
     table = recoded.table.take(_shuffled(recoded.table.rows))
     released = _write_verified(table, contract, work)
     X, y = encode.encode(table, contract)
     evidence = _evidence(contract, committed, lineage.commitment(secret, "released", released))
+    done = [*report.stages, stages.Stage("suppression", raw.rows, table.rows, 0, {"limit": contract.suppression_limit})]
     record = {
-        "v": 1,
+        "v": 2,
         "fedveil": __version__,
         "at": int(time.time()),
         "contract": contract.hash,
-        "source": {"path": str(source), "sha256": lineage.file_hash(source), "rows": raw.rows},
+        "source": {"path": sources.described(source), "sha256": _source_hash(source), "rows": raw.tally.read},
+        "stages": [s.__dict__ for s in done],
         "suppressed_rows": recoded.suppressed,
         "released": {"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
         "evidence": evidence,
     }
-    lineage.write_private(work / LINEAGE, canonical.dumps(record))
+    lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
     return Ingested(X, y, evidence, released, report)
+
+
+def assessed(
+    source: Source, contract: DataContract, work: Path, *, dialect: Dialect | None, rules: Rules
+) -> tuple[RawTable, quality.QualityReport]:
+    """The table after all stages before recoding, and its quality report, which is written into ``work`` first.
+
+    Raises:
+        DataError: what the report names; or the source cannot be read at all.
+        AnonymityError: the table has fewer than k rows.
+    """
+    opened = sources.open_source(source, contract, dialect)
+    taken = intake.take_in(opened, contract, rules, sources.described(source))
+    raw, done = stages.reduce(taken, contract, rules.corrections)
+    report = quality.assess(taken, contract, done, stages.stability(contract))
+    lineage.write_private(work / QUALITY_JSON, canonical.dumps(report.to_json()))
+    lineage.write_private(work / QUALITY_HTML, report.to_html().encode())
+    report.require()
+    if raw.rows < contract.k:
+        raise AnonymityError(
+            f"k = {contract.k} is more than the {raw.rows} rows of the table",
+            hint="no combination of levels passes: take in more rows",
+        )
+    return raw, report
+
+
+def _source_hash(source: Source) -> str | None:
+    """Plain hash of a file, for the local record; a query has none."""
+    path = source if isinstance(source, Path) else getattr(source, "path", None)
+    return lineage.file_hash(path) if isinstance(path, Path) else None
 
 
 def _shuffled(rows: int) -> NDArray[np.int64]:
@@ -101,6 +147,7 @@ def _write_verified(table: fixed.ReleasedTable, contract: DataContract, work: Pa
     try:
         lineage.write_private(draft, _csv_bytes(table, contract))
         verify.require(draft, contract)
+        require_closeness(draft, contract)
         os.replace(draft, released)
     finally:
         draft.unlink(missing_ok=True)
@@ -124,18 +171,23 @@ def _csv_bytes(table: fixed.ReleasedTable, contract: DataContract) -> bytes:
 
 def _evidence(contract: DataContract, source: str, released: str) -> dict[str, Any]:
     """Built only after the verification passed, hence ``met``; a table that fails has no evidence."""
-    factor = fixed.stability_factor(contract)
+    steps = stages.stability(contract)
+    factor = stages.total(steps)
     unit = contract.unit if factor == 1 else f"{contract.unit}; a group of {factor} of them" if factor else None
+    criteria: dict[str, Any] = {
+        "k-anonymity": {"required": contract.k, "met": True},
+        "distinct l-diversity": {"required": contract.l, "met": True},
+    }
+    if contract.t is not None:
+        criteria["t-closeness"] = {"required": contract.t, "met": True}
     return {
         "v": 1,
         "contract": contract.hash,
         "recoding": "fixed",
-        "criteria": {
-            "k-anonymity": {"required": contract.k, "met": True},
-            "distinct l-diversity": {"required": contract.l, "met": True},
-        },
+        "criteria": criteria,
         "suppression": contract.suppression_limit > 0,
         "stability_factor": factor,
+        "stability": [s.to_json() for s in steps],
         "unit": unit or "one row of the released table; not bounded for the original records",
         "commitments": {"source": source, "released": released},
     }

@@ -1,52 +1,75 @@
 """What a table is like before anything is done to it: counts per stage and per column, and what forbids its use.
 
 The report stays at the site, in its private work folder. Even there, counts between 1 and k - 1 are shown as "<k", and
-so are the rates that would give them away.
+so are the rates that would give them away; bars are rounded to multiples of k (:mod:`~fedveil.client.ingest.page`).
 """
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedveil.client.ingest import hipaa, page, pii, sources
 from fedveil.client.ingest.sources import RawTable
+from fedveil.client.ingest.stages import Stability, Stage
 from fedveil.common.contract import OTHER, Column, DataContract
 from fedveil.common.errors import DataError
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{border-bottom:1px solid #ddd;padding:.3rem .6rem;"
-    "text-align:left}td.n{text-align:right}"
-)
+BINS = 10
+# Ratios of units that are often confused: what a value would have to be multiplied by.
+_UNITS = (
+    (38.67, "cholesterol in mmol/l"), (18.016, "glucose in mmol/l"), (88.57, "triglycerides in mmol/l"),
+    (1 / 88.42, "creatinine in umol/l"), (100.0, "metres, or a fraction for a percentage"), (0.01, "centimetres, or a "
+    "percentage for a fraction"), (0.4536, "pounds"), (2.2046, "kilograms"), (2.54, "inches"), (0.3937, "centimetres"),
+    (1000.0, "thousands"), (0.001, "thousandths"), (7.5006, "kPa"), (1 / 365.25, "days"), (1 / 12, "months"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ColumnQuality:
-    """Counts of one column: cells without a value, out of bounds, not among the leaves; and whether it is constant."""
+    """Counts of one column.
+
+    Attributes:
+        missing: cells without a value. out_of_bounds, unseen, unreadable: cells that the contract does not allow.
+        constant: whether only one value occurs. other: values taken for the leaf "other".
+        distinct: how many different values occur.
+        bins: what a bar chart shows: the contract's labels or ten equal parts of the public bounds, and counts.
+    """
 
     name: str
     missing: int
     out_of_bounds: int
     unseen: int
     constant: bool
+    unreadable: int = 0
+    other: int = 0
+    distinct: int = 0
+    bins: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
     @property
     def invalid(self) -> int:
         """Cells with a value that the contract does not allow."""
-        return self.out_of_bounds + self.unseen
+        return self.out_of_bounds + self.unseen + self.unreadable
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the table cannot be used: column, what, how many cells, and what to do."""
+    """Why the table cannot be used: a code, column, what, how many cells, and what to do."""
 
     column: str
     what: str
     count: int
     remedy: str
+    code: str = ""
+
+    @property
+    def text(self) -> str:
+        """One clause of the error message."""
+        return f"{self.code}: column {self.column!r}: {self.count} cells {self.what}"
 
 
 @dataclass(frozen=True)
@@ -54,11 +77,15 @@ class QualityReport:
     """The outcome of every stage.
 
     Attributes:
-        rows: rows read.
-        duplicates: rows that repeat an earlier row exactly (identifiers included); they stay in the table.
+        rows: rows that may be used, before duplicates and outliers were dropped.
+        duplicates: rows that repeat an earlier row exactly (identifiers included).
         columns: one entry per loaded column.
         problems: what :meth:`require` refuses.
         k: counts from 1 to k - 1 are hidden in :meth:`to_json` and :meth:`to_html`.
+        notes: what is allowed and still worth knowing.
+        stages, stability: what was done, and what it means for differential privacy.
+        checklist: HIPAA's direct identifiers.
+        rows_of_a_person: most rows that carry one pseudonym; 0 where the contract asks for none.
     """
 
     rows: int
@@ -66,95 +93,147 @@ class QualityReport:
     columns: tuple[ColumnQuality, ...]
     problems: tuple[Problem, ...]
     k: int
+    notes: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    stability: tuple[Stability, ...] = ()
+    checklist: tuple[hipaa.Entry, ...] = ()
+    rows_of_a_person: int = 0
 
     def require(self) -> None:
-        """Raise :class:`DataError` with every problem: column, count and remedy, never a value."""
+        """Raise :class:`DataError` with every problem: code, column, count and remedy, never a value."""
         if self.problems:
             raise DataError(
-                "; ".join(f"column {p.column!r}: {p.count} cells {p.what}" for p in self.problems),
-                hint="; ".join(dict.fromkeys(p.remedy for p in self.problems)),
+                "; ".join(p.text for p in self.problems), hint="; ".join(dict.fromkeys(p.remedy for p in self.problems))
             )
 
     def to_json(self) -> dict[str, Any]:
         """For the site's own records; small counts hidden."""
-        total = {n: sum(getattr(c, n) for c in self.columns) for n in ("missing", "out_of_bounds", "unseen")}
-        return {
-            "rows": self._shown(self.rows),
-            "stages": [
-                {"stage": "read", "rows": self._shown(self.rows)},
-                {"stage": "missing", "cells": self._shown(total["missing"])},
-                {"stage": "out of bounds", "cells": self._shown(total["out_of_bounds"])},
-                {"stage": "unseen values", "cells": self._shown(total["unseen"])},
-                {"stage": "exact duplicates", "rows": self._shown(self.duplicates)},
-            ],
-            "columns": [
-                {
-                    "column": c.name,
-                    "missing": self._shown(c.missing),
-                    "invalid": self._shown(c.invalid),
-                    "completeness": self._rate(c.missing, self.rows),
-                    "validity": self._rate(c.invalid, self.rows - c.missing),
-                    "constant": c.constant,
-                }
-                for c in self.columns
-            ],
-            "usable": not self.problems,
-        }
+        return page.data(self)
 
     def to_html(self) -> str:
         """One self-contained page of :meth:`to_json`."""
-        data = self.to_json()
-        stages = _table(("stage", "count"), [(s["stage"], s.get("rows", s.get("cells"))) for s in data["stages"]])
-        columns = _table(tuple(data["columns"][0]), [tuple(c.values()) for c in data["columns"]])
-        verdict = "meets" if data["usable"] else "does not meet"
-        return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data quality</title><style>{_STYLE}</style>'
-            f"<h1>Data quality</h1><p>The table {verdict} its contract's types, bounds and values. This report is "
-            f"local. Counts under {self.k} are hidden.</p><h2>Stages</h2>{stages}<h2>Columns</h2>{columns}</html>"
-        )
-
-    def _shown(self, count: int) -> int | str:
-        return f"<{self.k}" if 0 < count < self.k else count
-
-    def _rate(self, bad: int, of: int) -> float | str:
-        if of < self.k:
-            return "hidden"
-        return f">{1 - self.k / of:.4f}" if 0 < bad < self.k else round(1 - bad / of, 4)
+        return page.html_page(self.to_json())
 
 
-def assess(raw: RawTable, contract: DataContract) -> QualityReport:
+def assess(
+    raw: RawTable, contract: DataContract, stages: Sequence[Stage] = (), stability: Sequence[Stability] = ()
+) -> QualityReport:
     """Count everything; raises nothing, so that the report can be kept even of a table that is refused."""
-    columns, problems = [], []
+    columns, problems, notes = [], [], []
     for c in contract.loaded:
         quality = _assess_column(raw, c)
         columns.append(quality)
-        if quality.missing and c.missing == "error":
-            problems.append(Problem(c.name, "have no value", quality.missing, "fill the missing values at the source"))
-        if quality.out_of_bounds:
-            remedy = "correct unit or typing errors, or agree wider public bounds in a new contract"
-            problems.append(Problem(c.name, "are out of the public bounds", quality.out_of_bounds, remedy))
-        if quality.unseen:
-            remedy = "correct them, or agree a leaf 'other' with unseen = 'other'"
-            problems.append(Problem(c.name, "are not among the contract's values", quality.unseen, remedy))
-    duplicates = raw.rows - len(np.unique(raw.identity))
-    return QualityReport(raw.rows, duplicates, tuple(columns), tuple(problems), contract.k)
+        problems += _value_problems(raw, c, quality)
+        problems += _identity_problems(raw, c, quality)
+        notes += _notes(raw, c, quality)
+    used = [c.name for c in contract.loaded]
+    persons = 0 if raw.persons is None else int(np.bincount(raw.persons).max())
+    if persons > 1:
+        notes.append("some persons have several rows: the unit of privacy is the row, and their rows compose")
+    return QualityReport(
+        raw.rows, raw.rows - len(np.unique(raw.identity)), tuple(columns), tuple(problems), contract.k, tuple(notes),
+        tuple(stages), tuple(stability), hipaa.checklist(used, raw.tally.found), persons,
+    )  # fmt: skip
 
 
 def _assess_column(raw: RawTable, c: Column) -> ColumnQuality:
-    values = raw.columns[c.name]
+    values, seen = raw.columns[c.name], raw.tally.columns.get(c.name)
+    unreadable, other = (seen.unreadable, seen.other) if seen else (0, 0)
     if c.type == "number":
         present = values[~np.isnan(values)]
         outside = int(((present < c.low) | (present > c.high)).sum())
-        constant = present.size > 0 and bool((present == present[0]).all())
-        return ColumnQuality(c.name, raw.rows - present.size, outside, 0, constant)
+        distinct = len(np.unique(present))
+        missing = raw.rows - present.size - unreadable
+        return ColumnQuality(c.name, missing, outside, 0, distinct == 1, unreadable, 0, distinct, _bins(present, c))
     distinct, counts = np.unique(values.astype(str), return_counts=True)
-    known = {"", *c.values}
-    unseen = 0 if c.unseen == OTHER else sum(int(n) for v, n in zip(distinct, counts, strict=True) if v not in known)
-    missing = int(counts[distinct == ""].sum())
-    return ColumnQuality(c.name, missing, 0, unseen, bool((distinct != "").sum() == 1))
+    found = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
+    missing = found.pop("", 0)
+    foreign = sum(n for v, n in found.items() if v not in set(c.values))
+    bins = tuple(("|".join(g), sum(found.get(v, 0) for v in g)) for g in c.groups)
+    unseen = 0 if c.unseen == OTHER else foreign
+    return ColumnQuality(c.name, missing, 0, unseen, len(found) == 1, unreadable, other, len(found), bins)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in r) + "</tr>" for r in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+def _bins(present: NDArray[np.float64], c: Column) -> tuple[tuple[str, int], ...]:
+    if c.low is None or c.high is None:
+        return ()
+    edges = np.array([c.low, *c.cuts, c.high]) if c.cuts else np.linspace(c.low, c.high, BINS + 1)
+    counts, _ = np.histogram(present, edges)
+    return tuple(
+        (f"{c.text(float(a))} - {c.text(float(b))}", int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)
+    )
+
+
+def _value_problems(raw: RawTable, c: Column, q: ColumnQuality) -> list[Problem]:
+    out = []
+    for words, n, remedy in sources.unreadable(raw.tally.columns[c.name], c.name) if q.unreadable else ():
+        out.append(Problem(c.name, words.partition(" cells ")[2], n, remedy, "type"))
+    if q.missing and c.missing == "error":
+        every = " (every row: is the column filled at this site at all?)" if q.missing == raw.rows else ""
+        remedy = "fill the missing values at the source, or agree on missing = 'indicator'"
+        out.append(Problem(c.name, f"have no value{every}", q.missing, remedy, "missing"))
+    if q.out_of_bounds:
+        remedy = "correct unit or typing errors, or agree wider public bounds in a new contract"
+        unit = _suspected_unit(raw.columns[c.name], c)
+        if unit:
+            remedy += f"; most would be inside if they were {unit}: declare a correction"
+        out.append(Problem(c.name, "are out of the public bounds", q.out_of_bounds, remedy, "range"))
+    if q.unseen:
+        remedy = "correct them, or agree a leaf 'other' with unseen = 'other'"
+        out.append(Problem(c.name, "are not among the contract's values", q.unseen, remedy, "value"))
+    if q.other > c.unseen_limit * max(raw.rows, 1):
+        remedy = f"the limit is {c.unseen_limit:g} of the rows: agree on the values that are in use"
+        out.append(Problem(c.name, "were taken for 'other'", q.other, remedy, "other"))
+    return out
+
+
+def _suspected_unit(values: NDArray[np.float64], c: Column) -> str:
+    """A unit under which at least nine in ten of the values outside, and at least five, would be inside."""
+    if c.format or c.low is None or c.high is None:
+        return ""
+    outside = values[(values < c.low) | (values > c.high)]
+    for factor, what in _UNITS:
+        inside = int(((outside * factor >= c.low) & (outside * factor <= c.high)).sum())
+        if inside >= 5 and inside >= 0.9 * len(outside):
+            return what
+    return ""
+
+
+def _identity_problems(raw: RawTable, c: Column, q: ColumnQuality) -> list[Problem]:
+    """Signs of a direct identifier in a column that will be used."""
+    if c.reviewed:
+        return []
+    remedy = "give the column role 'identifier' or 'drop', or reviewed = true once somebody has looked"
+    present = raw.rows - q.missing - q.unreadable
+    out = []
+    if named := hipaa.suspicious(c.name, c.role):
+        out.append(Problem(c.name, f"are called after {named}", present, remedy, "identifier"))
+    for kind, n in raw.tally.found.get(c.name, {}).items():
+        if c.type == "category" or n >= max(5, pii.NUMBER_SHARE * present):
+            out.append(Problem(c.name, f"look like identifiers ({kind})", n, remedy, "identifier"))
+    if (
+        c.type == "number"
+        and not c.format
+        and c.role in ("feature", "sensitive")
+        and pii.nearly_unique(q.distinct, present)
+    ):
+        values = raw.columns[c.name]
+        if bool((values[~np.isnan(values)] % 1 == 0).all()):
+            out.append(Problem(c.name, "are whole numbers and nearly all different", present, remedy, "identifier"))
+    return out
+
+
+def _notes(raw: RawTable, c: Column, q: ColumnQuality) -> list[str]:
+    out = []
+    seen = raw.tally.columns.get(c.name)
+    if q.missing == raw.rows and c.missing != "error":
+        out.append(f"column {c.name!r} has no value in any row")
+    elif q.constant:
+        out.append(f"column {c.name!r} is constant")
+    if seen and seen.dates and seen.swappable == seen.dates and "%d" in c.format and not c.format.startswith("%Y"):
+        out.append(
+            f"column {c.name!r}: every day could be a month: check that {c.format} is how the table writes dates"
+        )
+    if c.reviewed and raw.tally.found.get(c.name):
+        out.append(f"column {c.name!r} holds texts like identifiers; it is marked as reviewed")
+    return out

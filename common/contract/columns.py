@@ -114,7 +114,7 @@ class Column(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Column:
-        check(self)  # pyright: ignore[reportArgumentType]
+        check(self)
         return self
 
     @property

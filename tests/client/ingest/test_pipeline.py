@@ -23,7 +23,7 @@ def test_gives_features_evidence_and_private_files(contract, rows, table, tmp_pa
     assert sorted(out.y.tolist()) == [0] * 12 + [1] * 12
     assert stat.S_IMODE(work.stat().st_mode) == 0o700
     files = {p.name: p for p in work.iterdir()}
-    assert set(files) == {"released.csv", "quality.json", "quality.html", "lineage.json"}
+    assert set(files) == {"released.csv", "quality.json", "quality.html", "lineage.json", "lineage.sig"}
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in files.values())
     assert json.loads(files["quality.json"].read_text())["usable"] is True
     lineage = json.loads(files["lineage.json"].read_text())

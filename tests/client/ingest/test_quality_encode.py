@@ -41,7 +41,7 @@ def test_counts_per_column(contract, rows, table):
     assert by_name["y"].constant
     assert not by_name["age"].constant
     with pytest.raises(
-        DataError, match="'age': 1 cells are out of the public bounds; column 'job': 1 cells are not"
+        DataError, match="'age': 1 cells are out of the public bounds; value: column 'job': 1 cells are not"
     ) as e:
         report.require()
     assert "wider public bounds" in e.value.hint
@@ -50,7 +50,7 @@ def test_counts_per_column(contract, rows, table):
 def test_missing_values_are_an_error_unless_agreed(contract, rows, table):
     rows[0][1] = rows[1][1] = ""
     rows[0][3] = ""
-    with pytest.raises(DataError, match=r"^column 'age': 2 cells have no value \("):
+    with pytest.raises(DataError, match=r"^missing: column 'age': 2 cells have no value \("):
         assess(read(table(rows), contract), contract).require()
 
 

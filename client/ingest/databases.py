@@ -1,0 +1,137 @@
+"""Tables from databases: SQL through SQLAlchemy (extra ``sql``), and DuckDB (extra ``duckdb``).
+
+The query is the site's own. Rows come in batches through a server-side cursor where the database has one. What a
+driver says in an error may hold values and passwords: it is replaced, and only the error's class is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fedveil.client.ingest.files import BATCH_ROWS, Opened, check_header, wanted
+from fedveil.common.contract import DataContract
+from fedveil.common.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class SqlSource:
+    """A query against a database that SQLAlchemy knows.
+
+    Attributes:
+        url: as SQLAlchemy writes it; it may hold a password and is never shown.
+        query: one SELECT whose columns are the contract's. Order it, so that its commitment can be repeated.
+    """
+
+    url: str = field(repr=False)
+    query: str
+
+
+@dataclass(frozen=True)
+class DuckSource:
+    """A query against a DuckDB file, opened read-only."""
+
+    path: Path
+    query: str
+
+
+def open_sql(source: SqlSource, contract: DataContract) -> Opened:
+    """Run the query; its rows come batch by batch.
+
+    Raises:
+        ConfigError: SQLAlchemy or the database's driver is not installed.
+        DataError: the query fails, or its columns are not the contract's.
+    """
+    try:
+        import sqlalchemy
+    except ModuleNotFoundError as e:
+        raise ConfigError("a SQL source needs sqlalchemy", hint="pip install 'fedveil[sql]'") from e
+    rows = _sql_rows(sqlalchemy, source)
+    header = next(rows)
+    check_header("the query", header, contract)
+    return Opened(tuple(h for h in header if h in wanted(contract)), _as_tables(rows, header, contract))
+
+
+def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Iterator[list[Any]]:
+    """First the header, then lists of rows."""
+    failure, missing = "", ""
+    try:
+        engine = sqlalchemy.create_engine(source.url, hide_parameters=True)
+        try:
+            with engine.connect() as connection:
+                streaming = connection.execution_options(stream_results=True, yield_per=BATCH_ROWS)
+                result = streaming.execute(sqlalchemy.text(source.query))
+                yield [str(k) for k in result.keys()]
+                for part in result.partitions(BATCH_ROWS):
+                    yield [tuple(row) for row in part]
+        finally:
+            engine.dispose()
+    except ModuleNotFoundError as e:
+        missing = e.name or "its driver"
+    except sqlalchemy.exc.SQLAlchemyError as e:
+        failure = type(e).__name__
+    if missing:
+        raise ConfigError(f"the database needs the library {missing}", hint="pip install 'fedveil[sql]'")
+    if failure:
+        raise DataError(f"the query could not be run ({failure})", hint="try it in the database's own client")
+
+
+def _as_tables(rows: Iterator[list[Any]], header: list[str], contract: DataContract) -> Iterator[pa.Table]:
+    keep = [i for i, h in enumerate(header) if h in wanted(contract)]
+    for part in rows:
+        columns = {}
+        for i in keep:
+            # One type per column and batch would make 1 and "1" clash: every cell becomes its text here.
+            columns[header[i]] = pa.array([_text(row[i]) for row in part], pa.string())
+        yield pa.table(columns)
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, (bytes, bytearray, memoryview, list, dict, tuple)):
+        raise DataError("a column of the query holds neither numbers nor texts", hint="cast it in the query")
+    return str(value)
+
+
+def open_duckdb(source: DuckSource, contract: DataContract) -> Opened:
+    """Run the query; its rows come as Arrow batches.
+
+    Raises:
+        ConfigError: DuckDB is not installed.
+        DataError: no such file, the query fails, or its columns are not the contract's.
+    """
+    try:
+        import duckdb
+    except ModuleNotFoundError as e:
+        raise ConfigError("a DuckDB source needs duckdb", hint="pip install 'fedveil[duckdb]'") from e
+    if not source.path.is_file():
+        raise DataError(f"{source.path} is not a file", hint="give the path of the DuckDB database")
+    batches = _duck_batches(duckdb, source)
+    header = next(batches)
+    check_header("the query", header, contract)
+    names = [h for h in header if h in wanted(contract)]
+    return Opened(tuple(names), (batch.select(names) for batch in batches))
+
+
+def _duck_batches(duckdb: Any, source: DuckSource) -> Iterator[Any]:
+    """First the header, then tables."""
+    failure = ""
+    try:
+        with duckdb.connect(str(source.path), read_only=True) as connection:
+            reader = connection.sql(source.query).to_arrow_reader(BATCH_ROWS)
+            yield list(reader.schema.names)
+            for batch in reader:
+                yield pa.Table.from_batches([batch])
+    except (duckdb.Error, pa.ArrowException) as e:
+        failure = type(e).__name__
+    if failure:
+        raise DataError(f"the query could not be run ({failure})", hint="try it in duckdb itself")

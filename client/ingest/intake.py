@@ -1,0 +1,202 @@
+"""The stages that look at one row at a time, over batches: text of any source in, the contract's columns out.
+
+Order: which rows may be used (consent, retention), identifiers (dropped, or a pseudonym), scan for identifiers in what
+is left, declared replacements, types and missing codes, declared rescalings, numbers outside the public bounds where
+the contract says what to do with them. Each works on a row by itself: factor 1 for differential privacy.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedveil.client.ingest import cells, consent, corrections, pii, pseudonym
+from fedveil.client.ingest.cells import Reading
+from fedveil.client.ingest.corrections import Correction
+from fedveil.client.ingest.files import Opened
+from fedveil.common.contract import Column, DataContract
+from fedveil.common.errors import DataError
+
+
+@dataclass
+class Tally:
+    """What the stages counted; local knowledge.
+
+    Attributes:
+        read: rows of the source. usable: what consent and retention left out.
+        columns: by loaded column. identifiers: cells of identifier columns that were dropped or replaced.
+        found: by column, the kinds of identifiers found in its cells and how many.
+    """
+
+    read: int = 0
+    usable: consent.Usable = field(default_factory=consent.Usable)
+    columns: dict[str, Reading] = field(default_factory=dict)
+    identifiers: int = 0
+    found: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """The contract's columns as read: the site's secret, not to be written or sent.
+
+    Attributes:
+        rows: number of rows, at least 1.
+        columns: by name, (rows,) each: float64 with NaN for "no value", or texts (object) with "" for "no value".
+        identity: (rows,) codes that are equal where the source rows are, identifiers included, drop columns not.
+        tally: what was counted on the way.
+        near: (rows,) codes that are equal where the contract's ``near_key`` is; None without one.
+        persons: (rows,) codes of the pseudonym's column; None without one.
+    """
+
+    rows: int
+    columns: dict[str, NDArray[Any]] = field(repr=False)
+    identity: NDArray[np.int64] = field(repr=False)
+    tally: Tally = field(default_factory=Tally, repr=False)
+    near: NDArray[np.int64] | None = field(default=None, repr=False)
+    persons: NDArray[np.int64] | None = field(default=None, repr=False)
+
+    def take(self, index: NDArray[np.int64]) -> RawTable:
+        """The rows ``index``, in that order; the tally stays that of the reading."""
+        some = [None if x is None else x[index] for x in (self.near, self.persons)]
+        columns = {n: x[index] for n, x in self.columns.items()}
+        return RawTable(len(index), columns, self.identity[index], self.tally, *some)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a site adds to the contract.
+
+    Attributes:
+        corrections: declared before the table is read.
+        secret: key of the pseudonyms; needed where the contract asks for one.
+        today: the day that retention counts from.
+        progress: called with the number of rows read so far, after each batch.
+    """
+
+    corrections: Sequence[Correction] = ()
+    secret: bytes | None = field(default=None, repr=False)
+    today: dt.date = field(default_factory=lambda: dt.datetime.now(dt.UTC).date())
+    progress: Callable[[int], None] | None = None
+
+
+def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> RawTable:
+    """Read all batches through the stages.
+
+    Args:
+        what: the source, for messages.
+
+    Raises:
+        DataError: no rows, none that may be used, or cells that are neither numbers nor texts. Cells of the wrong type
+            are counted, not refused: the quality report names them together.
+        ConfigError: a correction that does not fit the contract, or no secret where one is needed.
+    """
+    corrections.check(rules.corrections, contract)
+    state = _Intake(opened, contract, rules)
+    for table in opened.batches:
+        state.add(table)
+        if rules.progress is not None:
+            rules.progress(state.tally.read)
+    if not state.tally.read:
+        raise DataError(f"{what} has a header but no rows")
+    if not state.rows:
+        raise DataError(
+            f"{what}: no row may be used: of {state.tally.read} rows, {state.tally.usable.refused} lack consent and "
+            f"{state.tally.usable.expired + state.tally.usable.undated} are past their retention",
+            hint="check the consent codes and the retention column of the contract",
+        )
+    return state.finish()
+
+
+class _Intake:
+    def __init__(self, opened: Opened, contract: DataContract, rules: Rules) -> None:
+        self.contract, self.rules, self.style = contract, rules, opened.style
+        self.tally = Tally(columns={c.name: Reading() for c in contract.loaded})
+        self.rows = 0
+        self._keyed = [n for n in opened.names if next(c for c in contract.columns if c.name == n).role != "drop"]
+        self._parts: dict[str, list[NDArray[Any]]] = {c.name: [] for c in contract.loaded}
+        self._pools: dict[str, dict[str, str]] = {c.name: {} for c in contract.loaded}
+        self._identity, self._near, self._persons = (pseudonym.RowKeys() for _ in range(3))
+        self._near_key = list(contract.quality.near_key)
+        self._identifiers = [c for c in contract.columns if c.role == "identifier" and c.name in opened.names]
+        self._person = [c.name for c in self._identifiers if c.pseudonym]
+
+    def add(self, table: pa.Table) -> None:
+        texts = {name: _safe_text(table.column(name), name) for name in table.column_names}
+        self.tally.read += table.num_rows
+        mask = consent.usable_rows(texts, self.contract, self.rules.today, self.tally.usable)
+        if mask is not None:
+            texts = {n: t.filter(pa.array(mask)) for n, t in texts.items()}
+        rows = table.num_rows if mask is None else int(mask.sum())
+        if not rows:
+            return
+        self.rows += rows
+        for c in self._identifiers:
+            texts[c.name] = self._without_identity(texts[c.name], c)
+        self._identity.add([texts[n] for n in self._keyed], rows)
+        self._near.add([texts[n] for n in self._near_key], rows)
+        self._persons.add([texts[n] for n in self._person], rows)
+        for c in self.contract.loaded:
+            self._parts[c.name].append(self._values(texts[c.name], c))
+
+    def _without_identity(self, text: pa.Array, column: Column) -> pa.Array:
+        """The identifier's cells, or their pseudonyms; either way only as keys of rows."""
+        self.tally.identifiers += len(text) - cells.count(cells.pc.equal(text, ""))
+        if not column.pseudonym:
+            return text
+        encoded = cells.pc.dictionary_encode(text)
+        secret = self.rules.secret or b""
+        keys = pa.array(pseudonym.pseudonyms(encoded.dictionary.to_pylist(), secret, column.name), pa.string())
+        return keys.take(encoded.indices)
+
+    def _values(self, text: pa.Array, c: Column) -> NDArray[Any]:
+        seen = self.tally.columns[c.name]
+        self._scan(text, c)
+        own = [r for r in self.rules.corrections if r.column == c.name]
+        for rule in own:
+            text, changed = rule.on_text(text)
+            seen.corrected += changed
+        if c.type == "category":
+            return cells.leaves(text, c, self._pools[c.name], seen)
+        values = cells.numbers(text, c, self.style, seen)
+        for rule in own:
+            seen.corrected += rule.on_numbers(values)
+        return _within(values, c, seen)
+
+    def _scan(self, text: pa.Array, c: Column) -> None:
+        """Cells that say what the contract says are public; the others may hold an identifier."""
+        undeclared = text.filter(cells.pc.invert(cells.is_declared(text, c)))
+        if len(undeclared):
+            found = self.tally.found.setdefault(c.name, {})
+            for kind, n in pii.scan(undeclared, only_digits=c.type == "number").items():
+                found[kind] = found.get(kind, 0) + n
+
+    def finish(self) -> RawTable:
+        columns = {n: np.concatenate(parts) for n, parts in self._parts.items()}
+        near = self._near.codes() if self._near_key else None
+        persons = self._persons.codes() if self._person else None
+        return RawTable(self.rows, columns, self._identity.codes(), self.tally, near, persons)
+
+
+def _within(values: NDArray[np.float64], c: Column, seen: Reading) -> NDArray[np.float64]:
+    if c.outliers == "error" or c.low is None or c.high is None:
+        return values
+    outside = (values < c.low) | (values > c.high)
+    seen.moved += int(outside.sum())
+    return np.clip(values, c.low, c.high) if c.outliers == "clamp" else np.where(outside, np.nan, values)
+
+
+def _safe_text(values: pa.ChunkedArray, name: str) -> pa.Array:
+    text = None
+    try:
+        text = cells.text_of(values)
+    except pa.ArrowException:
+        text = None
+    if text is None:
+        raise DataError(f"column {name!r} has cells that are neither numbers nor texts", hint="convert the column")
+    return text

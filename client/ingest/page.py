@@ -1,0 +1,161 @@
+"""The quality report as JSON and as one self-contained page, with counts under k hidden.
+
+A count between 1 and k - 1 is shown as "<k"; a rate that would give it away as a bound; every bar is rounded to a
+multiple of k, so that no hidden count is the difference of what is shown. The page needs no network and follows the
+reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedveil.client.ingest.quality import QualityReport
+
+MAX_BARS = 40
+_STYLE = (
+    ":root{color-scheme:light dark;--fg:#1c2430;--bg:#fff;--line:#d5dbe3;--bar:#3b6ea8;--soft:#667}"
+    "@media(prefers-color-scheme:dark){:root{--fg:#e4e8ee;--bg:#15191f;--line:#39424e;--bar:#7fb0e8;--soft:#9aa4b0}}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:var(--fg);"
+    "background:var(--bg)}table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{border-bottom:1px solid "
+    "var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}figure{display:inline-block;margin:.5rem 1rem "
+    ".5rem 0}figcaption{color:var(--soft)}svg rect{fill:var(--bar)}svg text{fill:var(--fg);font-size:11px}"
+)
+
+
+def data(report: QualityReport) -> dict[str, Any]:
+    """The JSON form."""
+    k = report.k
+    return {
+        "rows": shown(report.rows, k),
+        "k": k,
+        "stages": _stages(report),
+        "columns": [
+            {
+                "column": c.name,
+                "missing": shown(c.missing, k),
+                "invalid": shown(c.invalid, k),
+                "other": shown(c.other, k),
+                "completeness": rate(c.missing, report.rows, k),
+                "validity": rate(c.invalid, report.rows - c.missing, k),
+                "constant": c.constant,
+            }
+            for c in report.columns
+        ],
+        "uniqueness": rate(report.duplicates, report.rows, k),
+        "bars": {c.name: [[label, rounded(n, k)] for label, n in c.bins[:MAX_BARS]] for c in report.columns},
+        "problems": [
+            {"code": p.code, "column": p.column, "what": p.what, "cells": shown(p.count, k), "remedy": p.remedy}
+            for p in report.problems
+        ],
+        "notes": list(report.notes),
+        "stability": [s.to_json() for s in report.stability],
+        "checklist": [
+            {"letter": e.letter, "what": e.what, "looked": e.looked, "columns": list(e.columns)}
+            for e in report.checklist
+        ],
+        "usable": not report.problems,
+    }
+
+
+def _stages(report: QualityReport) -> list[dict[str, Any]]:
+    k = report.k
+    total = {n: sum(getattr(c, n) for c in report.columns) for n in ("missing", "out_of_bounds", "unseen")}
+    done = [
+        {
+            "stage": s.name,
+            "rows": shown(s.rows_in, k),
+            "left": shown_pair(s.rows_in, s.rows_out, k),
+            "found": shown(s.cells, k),
+        }
+        for s in report.stages
+    ]
+    return [
+        *(done or [{"stage": "read", "rows": shown(report.rows, k)}]),
+        {"stage": "missing", "cells": shown(total["missing"], k)},
+        {"stage": "out of bounds", "cells": shown(total["out_of_bounds"], k)},
+        {"stage": "unseen values", "cells": shown(total["unseen"], k)},
+        {"stage": "exact duplicates", "rows": shown(report.duplicates, k)},
+    ]
+
+
+def shown(count: int, k: int) -> int | str:
+    """A count, or "<k" where it is from 1 to k - 1."""
+    return f"<{k}" if 0 < count < k else count
+
+
+def shown_pair(before: int, after: int, k: int) -> int | str:
+    """What is left after a stage; where fewer than k went, only that."""
+    return f">{before - k}" if 0 < before - after < k else shown(after, k)
+
+
+def rounded(count: int, k: int) -> int:
+    """A bar: the nearest multiple of k, halves down."""
+    return (count + (k - 1) // 2) // k * k
+
+
+def rate(bad: int, of: int, k: int) -> float | str:
+    """The share that is not ``bad``; a bound where that share would give a small count away."""
+    if of < k:
+        return "hidden"
+    return f">{1 - k / of:.4f}" if 0 < bad < k else round(1 - bad / of, 4)
+
+
+def html_page(report: dict[str, Any]) -> str:
+    """One page of :func:`data`."""
+    verdict = "meets" if report["usable"] else "does not meet"
+    stages = [
+        (s["stage"], s.get("rows", ""), s.get("left", ""), s.get("found", s.get("cells", ""))) for s in report["stages"]
+    ]
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data quality</title><style>{_STYLE}</style>',
+        f"<h1>Data quality</h1><p>The table {verdict} its contract's types, bounds and values. This report is "
+        f"local. Counts under {report['k']} are hidden; bars are rounded to multiples of {report['k']}.</p>",
+    ]
+    if report["problems"]:
+        rows = [(p["code"], p["column"], p["what"], p["cells"], p["remedy"]) for p in report["problems"]]
+        parts.append("<h2>Problems</h2>" + _table(("code", "column", "cells that", "count", "what to do"), rows))
+    if report["notes"]:
+        parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in report["notes"]) + "</ul>")
+    parts.append("<h2>Stages</h2>" + _table(("stage", "rows", "left", "found"), stages))
+    columns = [tuple(c.values()) for c in report["columns"]]
+    parts.append("<h2>Columns</h2>" + _table(tuple(report["columns"][0]), columns))
+    parts.append(_bars("completeness", [(c["column"], _height(c["completeness"])) for c in report["columns"]], "share"))
+    parts += [_bars(name, bars, "rows") for name, bars in report["bars"].items() if bars]
+    if report["stability"]:
+        rows = [(s["stage"], s["factor"] or "not bounded", s["why"]) for s in report["stability"]]
+        parts.append("<h2>Rows that one record can change</h2>" + _table(("stage", "at most", "why"), rows))
+    rows = [(e["letter"], e["what"], e["looked"], ", ".join(e["columns"]) or "-") for e in report["checklist"]]
+    if rows:
+        head = ("", "direct identifier (HIPAA safe harbour)", "looked for in", "columns")
+        parts.append("<h2>Direct identifiers</h2>" + _table(head, rows))
+    return "".join(parts) + "</html>"
+
+
+def _height(value: float | str) -> float:
+    """A rate as a bar: a bound is drawn as the bound, a hidden one as nothing."""
+    if value == "hidden":
+        return 0.0
+    return float(value.removeprefix(">") if isinstance(value, str) else value)
+
+
+def _bars(title: str, bars: Sequence[Sequence[Any]], unit: str) -> str:
+    top = max((float(n) for _, n in bars), default=0.0) or 1.0
+    height, out = 18 * len(bars) + 4, []
+    for i, (label, n) in enumerate(bars):
+        width, y = 150 * float(n) / top, 18 * i
+        name = html.escape(label if len(label) <= 22 else label[:21] + "…")
+        out.append(
+            f'<text x="0" y="{y + 13}">{name}</text><rect x="150" y="{y + 3}" width="{width:.1f}" height="12"/>'
+            f'<text x="{154 + width:.1f}" y="{y + 13}">{n:g}</text>'
+        )
+    caption = f"<figcaption>{html.escape(title)} ({unit})</figcaption>"
+    return f'<figure>{caption}<svg width="360" height="{height}" role="img">{"".join(out)}</svg></figure>'
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in r) + "</tr>" for r in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
