@@ -15,53 +15,49 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedveil.common import canonical, flwr_adapter
-from fedveil.common.errors import (
-    BudgetExhausted,
-    FedveilError,
-    IdentityError,
-    ProtocolError,
-    RunAborted,
-    SecureSumError,
-)
+from fedveil.common.errors import BudgetExhausted, ProtocolError, RunAborted, SecureSumError
 from fedveil.common.units import SiteId
-from fedveil.common.wire import Limits, Packet
+from fedveil.common.wire import Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
-from fedveil.privacy.joining import check_join, check_joins, sum_spec
+from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
-from fedveil.server import delivered, statistics
+from fedveil.server import admission, delivered, statistics
 from fedveil.server.blinded import BlindedSums, blinded_sums
+from fedveil.server.exchange import Exchange
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job, write_durably
 from fedveil.server.rounds import Round
 
 MAX_CONSECUTIVE_ABORTS = 3
 MIN_ABORTS = 3
-_KEYED = ("keysum", "sharedkey")
-_POLL = 0.05
 _LOG = logging.getLogger("fedveil.server")
 
 
 class SecureSumStrategy(Strategy):
     """Runs the plan of one :class:`~fedveil.server.job.Job` over any Grid.
 
+    Args:
+        site_wait: seconds to wait, before a round is opened (and charged), for as many connected sites as a sum
+            needs; the run is ABORTED when they do not come. None: the job's ``join_timeout``.
+
     Attributes:
         status: how the run ended: COMPLETED, BUDGET_EXHAUSTED or ABORTED.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, site_wait: float | None = None) -> None:
         self.job, self.plan = job, job.plan
         self.status = COMPLETED
-        self._nodes: dict[SiteId, int] = {}
+        self._site_wait = job.join_timeout if site_wait is None else site_wait
         self._exhausted: set[SiteId] = set()
         # A quarter of the planned rounds may be lost; helpers with two wrong answers are not asked again.
         self._conduct = Conduct(max(MIN_ABORTS, job.plan.steps // 4))
+        self._consecutive, self._bearable = 0, True
         self._counted = (0, 0)
         self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster))
         self._blinded = blinded_sums(job) if job.plan.reveal_to == "sites" else None
         self._round: Round | None = None
-        self._grid: Grid | None = None
+        self._linked: Exchange | None = None
 
     def summary(self) -> None:
         """Log what is about to run."""
@@ -85,29 +81,68 @@ class SecureSumStrategy(Strategy):
         Raises:
             RunAborted, BudgetExhausted: the run could not begin. An ending after round 1 is a ``status``.
         """
-        self._grid = grid
+        self._linked = exchange = Exchange(self.job, grid, one_by_one=self.job.engine == "inprocess")
         self.summary()
-        self._join(grid)
+        admission.join(exchange, self._sum)
+        self._remember()
         result = Result()
         config = ConfigRecord()
-        aborts = 0
-        done = sum(1 for _ in self.job.journal.of_kind("round.applied"))
         for number in range(self.job.first_round, self.plan.steps + 1):
+            if self._over() or not self._enough_sites(number):
+                break
             started = time.monotonic()
-            replies = self._send(self.configure_train(number, self._arrays(), config, grid), self.job.round_timeout)
-            arrays, metrics = self.aggregate_train(number, replies)
-            aborts = 0 if arrays is not None else aborts + 1
-            done += arrays is not None
+            messages = self.configure_train(number, self._arrays(), config, grid)
+            arrays, metrics = self.aggregate_train(number, exchange.replies(messages, self.job.round_timeout))
+            self._book(number, opened=arrays is not None)
             self._record(number, metrics, time.monotonic() - started)
-            if self.plan.sites - len(self._exhausted) < self.plan.members:
-                self.status = EXHAUSTED
-                break
-            if aborts >= MAX_CONSECUTIVE_ABORTS or not self._bearable(number, aborted=arrays is None):
-                self.status = ABORTED
-                break
-        self._finish(done)
+        self._over()
+        self._finish()
         result.arrays = self._arrays()
         return result
+
+    def _remember(self) -> None:
+        """Of a run that goes on: which sites' budgets are spent, which rounds were lost."""
+        for row in self.job.journal.of_kind("site.refused", "round.applied", "round.aborted"):
+            if row.kind != "site.refused":
+                self._book(int(row.body["round"]), opened=row.kind == "round.applied")
+            elif row.body["code"] == BudgetExhausted.__name__:
+                self._exhausted.add(SiteId(row.body["site"]))
+
+    def _book(self, number: int, *, opened: bool) -> None:
+        """Count a round that is over."""
+        if opened:
+            self._consecutive = 0
+            self._conduct.opened(number, self._sum.suspects)
+            return
+        self._consecutive += 1
+        try:
+            self._conduct.aborted(number)
+        except SecureSumError as e:
+            _LOG.error("%s", e)
+            self._bearable = False
+
+    def _over(self) -> bool:
+        """Whether no further round may be opened; ``status`` says why."""
+        if self.plan.sites - len(self._exhausted) < self.plan.members:
+            self.status = EXHAUSTED
+        elif self._consecutive >= MAX_CONSECUTIVE_ABORTS or not self._bearable:
+            self.status = ABORTED
+        return self.status != COMPLETED
+
+    def _enough_sites(self, number: int) -> bool:
+        """Wait until a sum's members are connected: a round that cannot open would be charged for nothing."""
+        needed = self.plan.members
+        there = self._exchange.wait_for_sites(needed, self._site_wait)
+        if there < needed:
+            _LOG.error("round %d is not opened: %d of the %d needed sites are connected", number, there, needed)
+            self.status = ABORTED
+        return there >= needed
+
+    @property
+    def _exchange(self) -> Exchange:
+        if self._linked is None:
+            raise ProtocolError("the strategy was not started")
+        return self._linked
 
     @property
     def _name(self) -> str:
@@ -122,19 +157,8 @@ class SecureSumStrategy(Strategy):
 
     def _share(self, blinded: BlindedSums) -> None:
         """Bring every site's own model up to date."""
-        blinded.share(self._nodes, lambda packets: self._packets(self._ask(packets, "query.apply", 0)))
-
-    def _bearable(self, number: int, *, aborted: bool) -> bool:
-        """Book the round; False once more rounds were lost than a run bears."""
-        if not aborted:
-            self._conduct.opened(number, self._sum.suspects)
-            return True
-        try:
-            self._conduct.aborted(number)
-        except SecureSumError as e:
-            _LOG.error("%s", e)
-            return False
-        return True
+        link = self._exchange
+        blinded.share(link.nodes, lambda packets: link.packets(link.ask(packets, "query.apply")))
 
     # --- Flower's hooks -------------------------------------------------------------------------------------
 
@@ -164,22 +188,25 @@ class SecureSumStrategy(Strategy):
             "model_hash": self._name,
         }
         packet = Packet(header, sent)
-        return self._messages(dict.fromkeys(self._nodes, packet), "train.contribute", server_round)
+        return self._exchange.messages(dict.fromkeys(self._exchange.nodes, packet), "train.contribute", server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Collect, agree, open, apply; an aborted round is journalled and gives ``(None, None)``."""
+        """Collect, agree, open, apply; an aborted round is journalled and gives ``(None, None)``.
+
+        Each reply is checked and added as ``replies`` gives it, and let go before the next one is asked for.
+        """
         job, current = self.job, self._round
         if current is None:
             raise ProtocolError("a round must be configured before it is aggregated")
         try:
-            self._take(replies, current.collect, current)
+            self._exchange.each(replies, current.collect, current.refuse)
             agreements = current.close()
             members = current.members
             job.journal.append("round.set", {"session": job.session, "round": server_round, "members": list(members)})
-            self._take(self._help(agreements, "train.agree", server_round), current.agree, current)
-            self._take(self._help(current.ask(), "train.open", server_round), current.answer, current)
+            self._exchange.each(self._help(agreements, "train.agree", server_round), current.agree, current.refuse)
+            self._exchange.each(self._help(current.ask(), "train.open", server_round), current.answer, current.refuse)
             if self._blinded is not None:
                 self._blinded.add(server_round, current.blinded())
             else:
@@ -215,96 +242,12 @@ class SecureSumStrategy(Strategy):
         """Nothing: see :meth:`configure_evaluate`."""
         return None
 
-    # --- joining and ending ---------------------------------------------------------------------------------
+    # --- ending, messages, records --------------------------------------------------------------------------
 
-    def _join(self, grid: Grid) -> None:
-        job = self.job
-        if job.joins:
-            check_joins(job.joins, job.session, self.plan.hash, job.roster)
-            self._reconnect(grid)
-        else:
-            self._gather(grid)
-        job.progress("joined", {"sites": [m.site for m in job.roster.sites]})
-        if self.plan.sum not in _KEYED:
-            return
-        fields = check_joins(job.joins, job.session, self.plan.hash, job.roster)
-        packet = Packet({"kind": "begin", "session": job.session, "joins": job.joins})
-        ready = self._packets(self._ask(dict.fromkeys(self._nodes, packet), "query.begin", 0))
-        deals = self._sum.begin(fields, ready)
-        if deals:
-            wrapped = {
-                s: Packet({"kind": "deal", "session": job.session, "packet": p.header}, p.buffers)
-                for s, p in deals.items()
-            }
-            self._packets(self._ask(wrapped, "query.deal", 0))
-
-    def _gather(self, grid: Grid) -> None:
-        """Ask every node that connects, until every site of the roster has signed the plan."""
-        job = self.job
-        header = {
-            "kind": "join",
-            "session": job.session,
-            "plan": self.plan.to_json(),
-            "roster_hash": job.roster.hash,
-            "contract_hash": self.plan.contract_hash,
-        }
-        answered: set[int] = set()  # who was asked and did not answer is asked again when it is there again
-        deadline = time.monotonic() + job.join_timeout
-        while len(job.joins) < self.plan.sites:
-            if time.monotonic() > deadline:
-                missing = [m.site for m in job.roster.sites if m.site not in job.joins]
-                raise RunAborted(f"these sites did not join in time: {', '.join(missing)}")
-            new = [node for node in grid.get_node_ids() if node not in answered]
-            if not new:
-                time.sleep(_POLL)
-                continue
-            messages = [flwr_adapter.request(Packet(header), to=n, action="query.join", round=0) for n in new]
-            for reply in self._send(messages, job.join_timeout):
-                answered.add(reply.metadata.src_node_id)
-                self._admit(grid, reply)
-        job.joins = {m.site: job.joins[m.site] for m in job.roster.sites}
-        write_durably(job.run / "joins.json", canonical.dumps(job.joins))
-        body = {"session": job.session, "joins_digest": canonical.digest(job.joins), "sites": list(job.joins)}
-        job.journal.append("run.joined", body)
-
-    def _admit(self, grid: Grid, reply: Message) -> None:
-        """Take one site's signed statement; a refusal ends the run before it began."""
-        node = reply.metadata.src_node_id
-        error = flwr_adapter.reply_error(reply)
-        if error is not None:
-            who = _site_of(grid, node)
-            self.job.journal.append("join.refused", {"session": self.job.session, "site": who, "code": error.code})
-            kind = BudgetExhausted if isinstance(error, BudgetExhausted) else RunAborted
-            raise kind(f"{who or 'a site'} does not take part: {error.message}", hint=error.hint)
-        packet = flwr_adapter.from_record(reply.content, Limits()).expect("joined")
-        document = packet.header.get("statement")
-        payload = document.get("payload") if isinstance(document, dict) else None
-        site = payload.get("site") if isinstance(payload, dict) else None
-        if not isinstance(site, str):
-            raise ProtocolError("a malformed join statement")
-        check_join(document, SiteId(site), self.job.session, self.plan.hash, self.job.roster)
-        authenticated = _site_of(grid, node)
-        if authenticated not in ("", site) or site in self.job.joins:
-            raise IdentityError(f"two sites speak as {site!r}", hint="every site needs its own keys")
-        self.job.joins[site] = document
-        self._nodes[SiteId(site)] = node
-
-    def _reconnect(self, grid: Grid) -> None:
-        """After a restart: wait for the sites to dial in again, all of them or as many as a sum needs."""
-        expected = {flwr_adapter.node_id(m.site): m.site for m in self.job.roster.sites}
-        deadline = time.monotonic() + self.job.join_timeout
-        while len(self._nodes) < self.plan.sites:
-            self._nodes = {expected[n]: n for n in grid.get_node_ids() if n in expected}
-            if time.monotonic() > deadline:
-                if len(self._nodes) >= self.plan.members:
-                    break
-                raise RunAborted(f"only {len(self._nodes)} of {self.plan.members} needed sites came back")
-            time.sleep(_POLL)
-        self._nodes = {s: n for n, s in expected.items()}
-
-    def _finish(self, done: int) -> None:
+    def _finish(self) -> None:
         """Collect every site's ledger, verify its chain, and close the journal of the run."""
-        job = self.job
+        job, link = self.job, self._exchange
+        done = sum(1 for _ in job.journal.of_kind("round.applied"))
         if self._blinded is not None:
             self._share(self._blinded)
         header = {
@@ -314,7 +257,7 @@ class SecureSumStrategy(Strategy):
             "round": done,
             "model_hash": self._name,
         }
-        replies = self._packets(self._ask(dict.fromkeys(self._nodes, Packet(header)), "query.finish", 0))
+        replies = link.packets(link.ask(dict.fromkeys(link.nodes, Packet(header)), "query.finish"))
         heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()})
         metrics = self._metrics()
         if self._blinded is None:
@@ -332,68 +275,14 @@ class SecureSumStrategy(Strategy):
         job.journal.close()
         job.progress("end", {"status": self.status, "steps": done, "metrics": metrics})
 
-    # --- messages -------------------------------------------------------------------------------------------
-
     def _arrays(self) -> ArrayRecord:
         data = self.job.state.sent()
         return ArrayRecord({"weights": Array("float32", (len(data) // 4,), "fedveil.raw.1", data)})
 
-    def _messages(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
-        """Requests to the sites that have a node; a packet that goes to many is turned into a record once."""
-        records = {id(p): flwr_adapter.to_record(p) for p in {id(p): p for p in packets.values()}.values()}
-        return [
-            flwr_adapter.request(records[id(p)], to=self._nodes[s], action=action, round=round_)
-            for s, p in packets.items()
-            if s in self._nodes
-        ]
-
-    def _send(self, messages: Iterable[Message], timeout: float) -> list[Message]:
-        if self._grid is None:
-            raise ProtocolError("the strategy was not started")
-        messages = list(messages)
-        return list(self._grid.send_and_receive(messages, timeout=timeout)) if messages else []
-
-    def _ask(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
-        return self._send(self._messages(packets, action, round_), self.job.round_timeout)
-
-    def _help(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
+    def _help(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> Iterable[Message]:
         """Ask the helpers that were not set aside for wrong answers."""
         aside = set(self._conduct.set_aside)
-        return self._ask({s: p for s, p in packets.items() if s not in aside}, action, round_)
-
-    def _sites(self) -> dict[int, SiteId]:
-        return {n: s for s, n in self._nodes.items()}
-
-    def _take(self, replies: Iterable[Message], step: Any, current: Round) -> None:
-        """Give every reply to ``step``; an error is counted against its site in this round."""
-        sites = self._sites()
-        for reply in replies:
-            site = sites[reply.metadata.src_node_id]
-            error = flwr_adapter.reply_error(reply)
-            if error is not None:
-                current.refuse(site, error)
-                continue
-            try:
-                packet = flwr_adapter.from_record(reply.content, Limits())
-            except FedveilError as e:
-                current.refuse(site, e)
-                continue
-            step(site, packet)
-
-    def _packets(self, replies: Iterable[Message]) -> dict[SiteId, Packet]:
-        """The answers that are no errors; errors are logged and journalled."""
-        out: dict[SiteId, Packet] = {}
-        sites = self._sites()
-        for reply in replies:
-            site = sites[reply.metadata.src_node_id]
-            try:
-                if (error := flwr_adapter.reply_error(reply)) is not None:
-                    raise error
-                out[site] = flwr_adapter.from_record(reply.content, Limits())
-            except FedveilError as e:
-                self.job.journal.append("site.refused", {"session": self.job.session, "site": site, "code": e.code})
-                _LOG.warning("%s: %s", site, e)
-        return out
+        return self._exchange.ask({s: p for s, p in packets.items() if s not in aside}, action, round_)
 
     def _note_refusals(self, current: Round) -> None:
         for site, error in current.refusals.items():
@@ -404,7 +293,7 @@ class SecureSumStrategy(Strategy):
             _LOG.warning("round %d, %s: %s", current.number, site, error)
 
     def _record(self, number: int, metrics: MetricRecord | None, seconds: float) -> None:
-        traffic = getattr(self._grid, "traffic", {})
+        traffic = getattr(self._exchange.grid, "traffic", {})
         sent, received = (sum(t[k] for t in traffic.values()) for k in ("sent", "received"))
         facts = dict(metrics or {})
         line = {
@@ -419,9 +308,3 @@ class SecureSumStrategy(Strategy):
         self._counted = (sent, received)
         self.job.metrics(line)
         self.job.progress("round", line)
-
-
-def _site_of(grid: Grid, node: int) -> str:
-    """The site that the transport authenticated behind a node; empty where the transport authenticates nobody."""
-    find = getattr(grid, "site_of", None)
-    return str(find(node)) if find is not None else ""

@@ -100,6 +100,13 @@ class GrpcGrid(flower.BaseGrid):
         """The replies to ``message_ids`` that came; each is given once."""
         return self.mailbox.take(message_ids)
 
+    def replies(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """:meth:`send_and_receive`, reply by reply in the order in which they come.
+
+        A reply that was given away is held by nobody else; those that come while it is worked on wait in memory.
+        """
+        return self.mailbox.replies(self.push_messages(messages), timeout)
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The replies that came within ``timeout`` seconds (None: no limit), in the order of ``messages``.
 

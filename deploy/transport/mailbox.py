@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -100,18 +100,30 @@ class Mailbox:
         with self._lock:
             return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
-    def collect(self, message_ids: list[str], timeout: float | None) -> list[Message]:
-        """Wait for the replies, at most ``timeout`` seconds, then withdraw what was not answered.
+    def replies(self, message_ids: Iterable[str], timeout: float | None) -> Iterator[Message]:
+        """The replies as they come, waited for at most ``timeout`` seconds; what was not answered is then withdrawn.
 
-        The wait ends early when every site that still owes a reply has been away for ``grace`` seconds.
+        The wait ends early when every site that still owes a reply has been away for ``grace`` seconds. A reply is
+        given away: the mailbox keeps no reference to it. Closing the iterator withdraws the rest.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while (rest := min(self._patience(message_ids), deadline - time.monotonic())) > 0:
-                self._arrived.wait(None if math.isinf(rest) else rest)
-            for message_id in message_ids:
-                self._forget(message_id)
-            return [self._replies.pop(i) for i in message_ids if i in self._replies]
+        left = dict.fromkeys(message_ids)
+        try:
+            while (message_id := self._next_reply(left, deadline)) is not None:
+                del left[message_id]
+                with self._lock:
+                    reply = [self._replies.pop(message_id)]
+                yield reply.pop()
+        finally:
+            with self._lock:
+                for message_id in left:
+                    self._forget(message_id)
+                    self._replies.pop(message_id, None)
+
+    def collect(self, message_ids: list[str], timeout: float | None) -> list[Message]:
+        """:meth:`replies`, all of them, in the order of ``message_ids``."""
+        found = {m.metadata.reply_to_message_id: m for m in self.replies(message_ids, timeout)}
+        return [found[i] for i in message_ids if i in found]
 
     def end(self, status: str, timeout: float) -> None:
         """Withdraw everything, let every session end with ``status``, wait for that at most ``timeout`` seconds."""
@@ -211,12 +223,25 @@ class Mailbox:
             self._arrived.notify_all()
             return True
 
+    def _next_reply(self, message_ids: Iterable[str], deadline: float) -> str | None:
+        """Wait until one of ``message_ids`` has its reply; None when no more is to be waited for."""
+        with self._lock:
+            while True:
+                if time.monotonic() >= deadline:
+                    for message_id in message_ids:
+                        self._forget(message_id)
+                if (came := next((i for i in message_ids if i in self._replies), None)) is not None:
+                    return came
+                if (rest := min(self._patience(message_ids), deadline - time.monotonic())) <= 0:
+                    return None
+                self._arrived.wait(None if math.isinf(rest) else rest)
+
     # Under the lock
 
     def _connected(self) -> list[SiteId]:
         return [s for s, link in self._links.items() if link.session is not None]
 
-    def _patience(self, message_ids: list[str]) -> float:
+    def _patience(self, message_ids: Iterable[str]) -> float:
         """Seconds for which waiting makes sense: 0 when nothing is owed, infinite while a debtor is connected."""
         now, rest = time.monotonic(), 0.0
         for message_id in message_ids:

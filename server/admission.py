@@ -1,0 +1,118 @@
+"""Who takes part: every site's signed statement before round 1, the same sites again after a restart."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.app import Message
+
+from fedveil.common import canonical, flwr_adapter
+from fedveil.common.errors import BudgetExhausted, IdentityError, ProtocolError, RunAborted
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits, Packet
+from fedveil.privacy.joining import check_join, check_joins
+from fedveil.privacy.secagg.interface import ServerSum
+from fedveil.server.exchange import Exchange
+from fedveil.server.job import write_durably
+
+_KEYED = ("keysum", "sharedkey")
+_POLL = 0.05
+
+
+def join(exchange: Exchange, server_sum: ServerSum) -> None:
+    """Join every site of the roster, or find those that joined before the server stopped; then begin the sum.
+
+    Raises:
+        RunAborted, BudgetExhausted: a site does not take part, or not in time; nothing was charged yet.
+        ProtocolError, IdentityError: a statement does not hold.
+    """
+    job = exchange.job
+    if job.joins:
+        check_joins(job.joins, job.session, job.plan.hash, job.roster)
+        _reconnect(exchange)
+    else:
+        _gather(exchange)
+    job.progress("joined", {"sites": [m.site for m in job.roster.sites]})
+    if job.plan.sum in _KEYED:
+        _begin(exchange, server_sum)
+
+
+def _begin(exchange: Exchange, server_sum: ServerSum) -> None:
+    """Show every site all statements, and relay what the sites deal each other."""
+    job = exchange.job
+    fields = check_joins(job.joins, job.session, job.plan.hash, job.roster)
+    packet = Packet({"kind": "begin", "session": job.session, "joins": job.joins})
+    ready = exchange.packets(exchange.ask(dict.fromkeys(exchange.nodes, packet), "query.begin"))
+    wrapped = {
+        s: Packet({"kind": "deal", "session": job.session, "packet": p.header}, p.buffers)
+        for s, p in server_sum.begin(fields, ready).items()
+    }
+    exchange.packets(exchange.ask(wrapped, "query.deal"))
+
+
+def _gather(exchange: Exchange) -> None:
+    """Ask every node that connects, until every site of the roster has signed the plan."""
+    job = exchange.job
+    header = {
+        "kind": "join",
+        "session": job.session,
+        "plan": job.plan.to_json(),
+        "roster_hash": job.roster.hash,
+        "contract_hash": job.plan.contract_hash,
+    }
+    answered: set[int] = set()  # who was asked and did not answer is asked again when it is there again
+    deadline = time.monotonic() + job.join_timeout
+    while len(job.joins) < job.plan.sites:
+        if time.monotonic() > deadline:
+            missing = [m.site for m in job.roster.sites if m.site not in job.joins]
+            raise RunAborted(f"these sites did not join in time: {', '.join(missing)}")
+        new = [node for node in exchange.grid.get_node_ids() if node not in answered]
+        if not new:
+            time.sleep(_POLL)
+            continue
+        messages = [flwr_adapter.request(Packet(header), to=n, action="query.join", round=0) for n in new]
+        for reply in exchange.replies(messages, job.join_timeout):
+            answered.add(reply.metadata.src_node_id)
+            _admit(exchange, reply)
+    job.joins = {m.site: job.joins[m.site] for m in job.roster.sites}
+    write_durably(job.run / "joins.json", canonical.dumps(job.joins))
+    body = {"session": job.session, "joins_digest": canonical.digest(job.joins), "sites": list(job.joins)}
+    job.journal.append("run.joined", body)
+
+
+def _admit(exchange: Exchange, reply: Message) -> None:
+    """Take one site's signed statement; a refusal ends the run before it began."""
+    job, node = exchange.job, reply.metadata.src_node_id
+    authenticated = exchange.site_of(node)
+    error = flwr_adapter.reply_error(reply)
+    if error is not None:
+        job.journal.append("join.refused", {"session": job.session, "site": authenticated, "code": error.code})
+        kind = BudgetExhausted if isinstance(error, BudgetExhausted) else RunAborted
+        raise kind(f"{authenticated or 'a site'} does not take part: {error.message}", hint=error.hint)
+    packet = flwr_adapter.from_record(reply.content, Limits()).expect("joined")
+    document = packet.header.get("statement")
+    payload = document.get("payload") if isinstance(document, dict) else None
+    site = payload.get("site") if isinstance(payload, dict) else None
+    if not isinstance(site, str):
+        raise ProtocolError("a malformed join statement")
+    check_join(document, SiteId(site), job.session, job.plan.hash, job.roster)
+    if authenticated not in ("", site) or site in job.joins:
+        raise IdentityError(f"two sites speak as {site!r}", hint="every site needs its own keys")
+    job.joins[site] = document
+    exchange.nodes[SiteId(site)] = node
+
+
+def _reconnect(exchange: Exchange) -> None:
+    """After a restart: wait for the sites to dial in again, all of them or as many as a sum needs."""
+    job = exchange.job
+    expected = {flwr_adapter.node_id(m.site): m.site for m in job.roster.sites}
+    deadline = time.monotonic() + job.join_timeout
+    there: set[int] = set()
+    while len(there) < job.plan.sites:
+        there = {n for n in exchange.grid.get_node_ids() if n in expected}
+        if time.monotonic() > deadline:
+            if len(there) >= job.plan.members:
+                break
+            raise RunAborted(f"only {len(there)} of {job.plan.members} needed sites came back")
+        time.sleep(_POLL)
+    exchange.nodes.update({s: n for n, s in expected.items()})

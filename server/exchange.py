@@ -1,0 +1,131 @@
+"""Requests to sites and their replies, one reply at a time: what the strategy needs of a Grid.
+
+A reply is handed on when it comes, so that what it holds can be added and let go before the next one is looked at.
+Three ways, by what the Grid can do: ours tells of every arrival (``replies``); one that works while a message is pushed
+(``inprocess``) is given one message after the other; every other Grid is pulled from until all replies are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedveil.common import flwr_adapter
+from fedveil.common.errors import FedveilError
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits, Packet
+from fedveil.server.job import Job
+
+_FIRST_POLL_S, _MAX_POLL_S = 0.02, 1.0
+_LOG = logging.getLogger("fedveil.server")
+
+
+class Exchange:
+    """The sites behind a Grid's nodes.
+
+    Args:
+        one_by_one: the Grid answers while a message is pushed; nothing is gained by pushing all before.
+
+    Attributes:
+        nodes: Flower's number of each site that takes part; filled as sites are admitted.
+    """
+
+    def __init__(self, job: Job, grid: Grid, *, one_by_one: bool = False) -> None:
+        self.job, self.grid = job, grid
+        self.nodes: dict[SiteId, int] = {}
+        self._one_by_one = one_by_one
+
+    def site_of(self, node: int) -> str:
+        """The site that the transport authenticated behind a node; empty where the transport authenticates nobody."""
+        find = getattr(self.grid, "site_of", None)
+        return str(find(node)) if find is not None else ""
+
+    def wait_for_sites(self, count: int, timeout: float) -> int:
+        """Wait until ``count`` sites are connected, at most ``timeout`` seconds; how many are.
+
+        Where sites do not connect (a simulation) all are there.
+        """
+        wait = getattr(self.grid, "wait_for_sites", None)
+        return len(self.nodes) if wait is None else int(wait(count, timeout))
+
+    def messages(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
+        """Requests to the sites that have a node; a packet that goes to many is turned into a record once."""
+        records = {id(p): flwr_adapter.to_record(p) for p in {id(p): p for p in packets.values()}.values()}
+        return [
+            flwr_adapter.request(records[id(p)], to=self.nodes[s], action=action, round=round_)
+            for s, p in packets.items()
+            if s in self.nodes
+        ]
+
+    def replies(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+        """The replies in the order in which they come; at most ``timeout`` seconds are waited for them."""
+        messages = list(messages)
+        if not messages:
+            return
+        if (stream := getattr(self.grid, "replies", None)) is not None:
+            yield from stream(messages, timeout=timeout)
+        elif self._one_by_one:
+            for message in messages:
+                yield from self.grid.send_and_receive([message], timeout=timeout)
+        else:
+            yield from _pulled(self.grid, messages, timeout)
+
+    def ask(self, packets: Mapping[SiteId, Packet], action: str, round_: int = 0) -> Iterator[Message]:
+        """:meth:`messages`, sent; :meth:`replies` within the job's time for a step."""
+        return self.replies(self.messages(packets, action, round_), self.job.round_timeout)
+
+    def packets(self, replies: Iterable[Message]) -> dict[SiteId, Packet]:
+        """The answers that are no errors; errors are logged and journalled."""
+        out: dict[SiteId, Packet] = {}
+
+        def refuse(site: SiteId, error: FedveilError) -> None:
+            self.job.journal.append("site.refused", {"session": self.job.session, "site": site, "code": error.code})
+            _LOG.warning("%s: %s", site, error)
+
+        self.each(replies, out.__setitem__, refuse)
+        return out
+
+    def each(
+        self,
+        replies: Iterable[Message],
+        take: Callable[[SiteId, Packet], None],
+        refuse: Callable[[SiteId, FedveilError], None],
+    ) -> None:
+        """Give every reply, opened, to ``take`` as it comes, and what is an error or no packet to ``refuse``.
+
+        No reply is held while the next one is waited for.
+        """
+        sites = {n: s for s, n in self.nodes.items()}
+        for reply in replies:
+            site = sites[reply.metadata.src_node_id]
+            try:
+                if (error := flwr_adapter.reply_error(reply)) is not None:
+                    raise error
+                packet = flwr_adapter.from_record(reply.content, Limits())
+            except FedveilError as e:
+                refuse(site, e)
+            else:
+                take(site, packet)
+                del packet
+            del reply
+
+
+def _pulled(grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
+    """Replies by Flower's own push and pull; the pauses between two pulls grow to a second."""
+    left = set(grid.push_messages(messages))
+    end, pause = time.monotonic() + timeout, _FIRST_POLL_S
+    while left:
+        came = False
+        for reply in grid.pull_messages(list(left)):
+            left.discard(reply.metadata.reply_to_message_id)
+            came = True
+            yield reply
+        rest = end - time.monotonic()
+        if not left or rest <= 0:
+            return
+        pause = _FIRST_POLL_S if came else min(2 * pause, _MAX_POLL_S)
+        time.sleep(min(pause, rest))
