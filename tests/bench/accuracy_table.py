@@ -38,7 +38,7 @@ from fedveil.server.evaluate import Evaluator
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-accuracy.md"
 SITES, EPSILONS, DELTA = (5, 20), (1.0, 2.0, 4.0, 8.0), 1e-5
 # Noise moves the accuracy most at a small ε; there the means need more seeds.
-SEEDS = {1.0: 16, 2.0: 10, 4.0: 6, 8.0: 6}
+SEEDS = {1.0: 16, 2.0: 12, 4.0: 6, 8.0: 6}
 DRAWS = 2  # of central DP-SGD's noise at every seed: it is cheap, and its mean should not be what varies
 CLOSE = 0.01
 # Chosen for local DP on other splits (seeds from 100 up): logistic regression, clip 0.5; (steps, learning rate).
@@ -152,7 +152,7 @@ def digits_page(found: dict[tuple[int, float], list[Row]]) -> str:
         column = {k: [r[k] for r in rows] for k in rows[0]}
         gaps = [[a - b for a, b in zip(column[x], column[f"central {x}"], strict=True)] for x in ("open", "default")]
         price = statistics.mean(column["open"]) - statistics.mean(column["default"])
-        within = all(abs(statistics.mean(g)) <= CLOSE for g in gaps)
+        within = all(statistics.mean(g) >= -CLOSE for g in gaps)
         cells = [
             spread(column["central open"]), spread(column["open"]), spread(gaps[0], "+"),
             spread(column["central default"]), spread(column["default"]), spread(gaps[1], "+"),
@@ -261,7 +261,7 @@ without a secure sum offer), with a recipe of its own: logistic regression, chos
 
 HEAD = f"""\
 | ε | sites | central | distributed, t = d = 0 | difference | central at σ·sqrt(n/h) | distributed, default t, d \
-| difference | price of t, d | local | both differences within {CLOSE:g} | seeds |
+| difference | price of t, d | local | at most {CLOSE:g} below central | seeds |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
