@@ -132,7 +132,10 @@ class SecureSumStrategy(Strategy):
     def _enough_sites(self, number: int) -> bool:
         """Wait until a sum's members are connected: a round that cannot open would be charged for nothing."""
         needed = self.plan.members
-        there = self._exchange.wait_for_sites(needed, self._site_wait)
+        there = self._exchange.wait_for_sites(needed, 0)
+        if there < needed:
+            _LOG.warning("round %d waits for sites: %d of %d are connected", number, there, needed)
+            there = self._exchange.wait_for_sites(needed, self._site_wait)
         if there < needed:
             _LOG.error("round %d is not opened: %d of the %d needed sites are connected", number, there, needed)
             self.status = ABORTED

@@ -19,10 +19,11 @@ from fedveil.common import flwr_adapter as flower
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.wire import Limits, Packet
 from fedveil.deploy import simulation
-from fedveil.deploy.transport.inprocess import Drop, run_inprocess
+from fedveil.deploy.transport.inprocess import Drop, InprocessGrid
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
+from fedveil.server.strategy import SecureSumStrategy
 
 Lie = Callable[[int, str, Packet], Packet | RecordDict]
 
@@ -48,13 +49,17 @@ class Run:
     speaks_as: Callable[[int], int] = lambda i: i
     cap: float = 10.0
     options: dict[str, Any] = field(default_factory=dict)
+    durable: bool = False
+    grid: Callable[[InprocessGrid], Any] = lambda g: g
     sites: dict[int, Site] = field(default_factory=dict)
+
+    strategy: SecureSumStrategy = field(init=False)
 
     def __post_init__(self) -> None:
         self.world = simulation.World.make(self.plan.sites)
         self.job = jobs.create(
             self.folder, self.plan, self.world.roster, self.world.server, documents=self.world.documents(),
-            durable=False, engine="inprocess", **self.options,
+            durable=self.durable, engine="inprocess", **self.options,
         )  # fmt: skip
 
     def site(self, index: int) -> Site:
@@ -75,9 +80,16 @@ class Run:
         def resolve(context: Context):
             yield self.site(self.speaks_as(int(context.node_config["partition-id"])))
 
-        server, strategy = server_app(self.job)
-        run_inprocess(server, _lying(client_app(resolve), self.lie), self.world.sites, lambda _: {}, drop=self.drop)
-        return strategy.status
+        server, self.strategy = server_app(self.job)
+        client = _lying(client_app(resolve), self.lie)
+        grid = InprocessGrid(client, self.world.sites, lambda _: {}, drop=self.drop)
+        server(self.grid(grid), Context(grid.run.run_id, flower.SERVER_NODE, {}, RecordDict(), {}))
+        return self.strategy.status
+
+    def resume(self) -> str:
+        """Go on with a run whose server stopped; the status."""
+        self.job = jobs.resume(self.folder, self.world.roster, self.world.server, engine="inprocess", **self.options)
+        return self.go()
 
     def bodies(self, kind: str) -> list[dict[str, Any]]:
         """The server's journal rows of one kind."""
@@ -114,10 +126,11 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
     def make(
         *, lie: Lie | None = None, drop: Drop | None = None, cap: float = 10.0, options: dict[str, Any] | None = None,
-        speaks_as: Callable[[int], int] = lambda i: i, **plan: Any,
+        speaks_as: Callable[[int], int] = lambda i: i, durable: bool = False,
+        grid: Callable[[InprocessGrid], Any] = lambda g: g, **plan: Any,
     ) -> Run:  # fmt: skip
         folder = tmp_path / f"run-{next(count)}"
-        return Run(folder, small_plan(**plan), lie, drop, speaks_as, cap, options or {})
+        return Run(folder, small_plan(**plan), lie, drop, speaks_as, cap, options or {}, durable, grid)
 
     return make
 
