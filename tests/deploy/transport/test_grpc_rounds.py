@@ -158,6 +158,33 @@ def test_messages_wait_for_a_site_that_comes_late(world: World) -> None:
     assert server.result == "north"
 
 
+def test_a_reply_can_be_worked_on_while_another_site_still_works(world: World) -> None:
+    free, app = threading.Event(), ClientApp()
+
+    @app.train("echo")
+    def work(message: Message, context: Context) -> Message:
+        assert free.wait(20)
+        return flower.reply(world.PING, message)
+
+    def main(grid: GrpcGrid) -> list[str]:
+        assert grid.wait_for_sites(3, 10) == 3
+        came = list[str]()
+        for reply in grid.replies(world.requests(grid), timeout=20):
+            came.append(grid.site_of(reply.metadata.src_node_id))
+            if len(came) == 2:
+                assert not free.is_set()
+                free.set()  # the slow site may answer only now
+        return came
+
+    server = world.server(main)
+    for name in ("north", "west"):
+        world.site(name)
+    world.site("south", app)
+    assert server.ended() is None
+    assert set(server.result[:2]) == {"north", "west"}
+    assert server.result[2] == "south"
+
+
 def test_a_late_site_does_no_work_for_a_round_that_is_over(world: World) -> None:
     app, handled, go = ClientApp(), [], threading.Event()
 

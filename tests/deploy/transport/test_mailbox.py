@@ -145,3 +145,49 @@ def test_the_end_reaches_every_session() -> None:
         t.join(5)
     assert ends == {A: "finished", B: "finished"}
     assert box.connected() == []
+
+
+def test_replies_are_given_away_in_the_order_in_which_they_come() -> None:
+    box = Mailbox([A, B], grace=1)
+    sessions = {s: box.attach(s, s) for s in (A, B)}
+    ids = {s: box.put(s, message()) for s in (A, B)}
+    asked = {s: given(box, s, sessions[s]) for s in (A, B)}
+    replies = box.replies(ids.values(), 20)
+    assert answer(box, B, asked[B])
+    first = next(replies)
+    assert first.metadata.reply_to_message_id == ids[B]
+    assert box._replies == {}, "the mailbox keeps nothing of what it gave away"
+    timer = threading.Timer(0.1, lambda: answer(box, A, asked[A]))
+    timer.start()
+    assert [m.metadata.reply_to_message_id for m in replies] == [ids[A]]
+    timer.join()
+
+
+def test_an_iterator_that_is_closed_withdraws_what_was_not_answered_and_what_was_not_taken() -> None:
+    box = Mailbox([A, B], grace=1)
+    sessions = {s: box.attach(s, s) for s in (A, B)}
+    ids = [box.put(A, message(1)), box.put(B, message(2)), box.put(A, message(3))]
+    asked = {s: given(box, s, sessions[s]) for s in (A, B)}
+    replies = box.replies(ids, 20)
+    assert answer(box, A, asked[A])
+    assert next(replies).metadata.reply_to_message_id == ids[0]
+    assert answer(box, B, asked[B])
+    replies.close()
+    assert (box._replies, box._owner) == ({}, {})
+    assert not box.owes(A, ids[2])
+
+
+def test_what_came_in_time_is_still_given_after_the_time_and_nothing_that_came_later() -> None:
+    box = Mailbox([A, B], grace=60)
+    sessions = {s: box.attach(s, s) for s in (A, B)}
+    ids = {s: box.put(s, message()) for s in (A, B)}
+    asked = {s: given(box, s, sessions[s]) for s in (A, B)}
+    late = box.put(B, message(2))
+    replies = box.replies([*ids.values(), late], 0.2)
+    for s in (A, B):
+        assert answer(box, s, asked[s])
+    assert next(replies).metadata.reply_to_message_id == ids[A]
+    time.sleep(0.3)  # the time is over while the first reply is worked on
+    assert next(replies).metadata.reply_to_message_id == ids[B]
+    assert not box.owes(B, late)
+    assert list(replies) == []
