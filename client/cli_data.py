@@ -1,60 +1,265 @@
-"""``fedveil data``: sign the data contract, and check a site's table against it."""
+"""``fedveil data``: a site's own table, from a first look to a verified release. Nothing here touches the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedveil.client.ingest import cli_contract
+from fedveil.client.ingest.cli_source import (
+    ContractOption,
+    CorrectionsOption,
+    DecimalOption,
+    DelimiterOption,
+    EncodingOption,
+    FhirOption,
+    QueryOption,
+    SignerOption,
+    TableArgument,
+    ThousandsOption,
+    UrlOption,
+    WorkOption,
+    dialect_of,
+    progress_of,
+    source_of,
+)
+
+if TYPE_CHECKING:
+    from fedveil.client.ingest.pipeline import Ingested
+
 app = typer.Typer(help="The data contract and a site's own table.", no_args_is_help=True)
+app.add_typer(cli_contract.app, name="contract")
+app.command("contract-sign", hidden=True)(cli_contract.sign)
 
 
-@app.command("contract-sign")
-def contract_sign(
-    contract: Annotated[Path, typer.Argument(help="The draft, .toml or .json.")],
-    key: Annotated[Path, typer.Option(help="The consortium's Ed25519 key (PEM, mode 0600).")],
-    out: Annotated[Path, typer.Option(help="Where to write the signed contract (JSON); must not exist.")],
+@app.command("profile")
+def profile(
+    table: Annotated[Path, typer.Argument(help="A table: .csv, .tsv, .parquet or .arrow.")],
+    encoding: EncodingOption = "auto",
+    delimiter: DelimiterOption = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the profile (JSON, mode 0600) here; must not exist.")] = None,
 ) -> None:
-    """Check a draft contract and sign it for all sites."""
+    """What the columns of a table are like, without a contract and without showing one value."""
     from rich.console import Console
+    from rich.table import Table
 
-    from fedveil.common import canonical, identity
-    from fedveil.common.contract import DataContract, sign_contract
-    from fedveil.common.errors import UsageError
+    from fedveil.client.ingest.profile import profile as profiled
+    from fedveil.common.identity import write_secret
 
-    draft = DataContract.load(contract)
-    document = canonical.dumps(sign_contract(draft, identity.load_signing_key(key))) + b"\n"
-    try:
-        with out.open("xb") as f:
-            f.write(document)
-    except OSError as e:
-        raise UsageError(f"{out} cannot be written: {e.strerror}", hint="name a new file") from e
-    Console().print(f"signed {draft.name} {draft.version}: {draft.width} inputs, hash {draft.hash}", markup=False)
+    with progress_of(table) as progress:
+        found = profiled(table, dialect_of(encoding, delimiter, ".", ""), progress)
+    if out is not None:
+        write_secret(out, found.to_json().encode())
+    lines = Table("column", "looks like", "empty", "distinct", "look at", title=f"{found.rows} rows")
+    for c in found.columns:
+        lines.add_row(c.name, c.looks_like, str(c.empty), str(c.distinct), "; ".join(c.remarks))
+    Console().print(lines)
 
 
 @app.command("check")
 def check(
-    table: Annotated[Path, typer.Argument(help="The site's table, .csv or .parquet.")],
-    contract: Annotated[Path, typer.Option(help="The signed contract (JSON).")],
-    signer_public: Annotated[str, typer.Option(help="The consortium's public key, 64 hexadecimal digits.")],
-    work: Annotated[Path, typer.Option(help="Private folder of this site (mode 0700) for the reports.")],
+    table: TableArgument,
+    contract: ContractOption,
+    signer_public: SignerOption,
+    work: WorkOption,
+    encoding: EncodingOption = "auto",
+    delimiter: DelimiterOption = "auto",
+    decimal: DecimalOption = ".",
+    thousands: ThousandsOption = "",
+    query: QueryOption = "",
+    url_file: UrlOption = None,
+    fhir: FhirOption = None,
+    corrections: CorrectionsOption = None,
 ) -> None:
     """Run the whole ingestion here: nothing leaves this machine. Exit code 0 means the table can be used."""
     from rich.console import Console
-    from rich.table import Table
 
+    dialect = dialect_of(encoding, delimiter, decimal, thousands)
+    result = _ingest(source_of(table, query, url_file, fhir), contract, signer_public, work, dialect, corrections)
+    _show(result.evidence, "types, bounds and values")
+    for note in result.report.notes:
+        Console().print(f"note: {note}", markup=False, soft_wrap=True)
+    Console().print(f"verified release and reports: {work}", markup=False, soft_wrap=True)
+
+
+def _ingest(
+    source: Any, contract: Path, signer_public: str, work: Path, dialect: Any, corrections: Path | None
+) -> Ingested:
+    from fedveil.client.ingest import corrections as declared
     from fedveil.client.ingest.lineage import site_secret
     from fedveil.client.ingest.pipeline import ingest
+    from fedveil.client.ingest.sources import Rules
     from fedveil.common.contract import load_signed
 
     agreed = load_signed(contract, signer_public)
-    result = ingest(table, agreed, work, secret=site_secret(work))
-    lines = Table("check", "required", "result", title=f"{agreed.name} {agreed.version}")
-    lines.add_row("types, bounds and values", "contract", "pass")
-    for name, criterion in result.evidence["criteria"].items():
+    secret = site_secret(work)
+    own = declared.load(corrections) if corrections else ()
+    with progress_of(source) as progress:
+        rules = Rules(own, secret, progress=progress)
+        return ingest(source, agreed, work, secret=secret, dialect=dialect, rules=rules)
+
+
+def _show(evidence: dict[str, Any], first: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = Table("check", "required", "result")
+    lines.add_row(first, "contract", "pass")
+    for name, criterion in evidence["criteria"].items():
         lines.add_row(name, str(criterion["required"]), "pass" if criterion["met"] else "fail")
-    factor = result.evidence["stability_factor"]
+    factor = evidence["stability_factor"]
     lines.add_row("records changed by one record", "-", "not bounded" if factor is None else str(factor))
     Console().print(lines)
-    Console().print(f"verified release and reports: {work}", markup=False, soft_wrap=True)
+
+
+@app.command("anonymize")
+def anonymize(
+    table: TableArgument,
+    contract: ContractOption,
+    signer_public: SignerOption,
+    work: WorkOption,
+    method: Annotated[
+        str, typer.Option(help="fixed (the contract's levels), auto, mondrian, optimal or peel.")
+    ] = "fixed",
+    out: Annotated[
+        Path | None, typer.Option(help="The release, .csv or .parquet; by default in the work folder.")
+    ] = None,
+    encoding: EncodingOption = "auto",
+    delimiter: DelimiterOption = "auto",
+    decimal: DecimalOption = ".",
+    thousands: ThousandsOption = "",
+    query: QueryOption = "",
+    url_file: UrlOption = None,
+    fhir: FhirOption = None,
+    corrections: CorrectionsOption = None,
+) -> None:
+    """Check a table, recode it until the contract's k, l and t hold, write it, and verify what was written."""
+    from rich.console import Console
+
+    dialect = dialect_of(encoding, delimiter, decimal, thousands)
+    source = source_of(table, query, url_file, fhir)
+    if method == "fixed" and out is None:
+        result = _ingest(source, contract, signer_public, work, dialect, corrections)
+        _show(result.evidence, "types, bounds and values")
+        Console().print(f"verified release: {result.released}", markup=False, soft_wrap=True)
+        return
+    _anonymize_by(method, source, contract, signer_public, work, out or work / "anonymized.csv", dialect, corrections)
+
+
+def _anonymize_by(
+    method: str, source: Any, contract: Path, signer: str, work: Path, out: Path, dialect: Any, corrections: Path | None
+) -> None:
+    from typing import get_args
+
+    from rich.console import Console
+
+    from fedveil.client.ingest import corrections as declared
+    from fedveil.client.ingest import lineage, pipeline, release
+    from fedveil.client.ingest.sources import Rules
+    from fedveil.common.contract import load_signed
+    from fedveil.common.errors import UsageError
+    from fedveil.privacy.anonymization.anonymizer import Method
+
+    if method not in get_args(Method):
+        raise UsageError(f"method {method[:32]!r} is unknown", hint=", ".join(get_args(Method)))
+    agreed = load_signed(contract, signer)
+    secret = lineage.site_secret(work)
+    with progress_of(source) as progress:
+        rules = Rules(declared.load(corrections) if corrections else (), secret, progress=progress)
+        raw, _ = pipeline.assessed(source, agreed, work, dialect=dialect, rules=rules)
+    done = release.anonymise(raw, agreed, method, out)  # pyright: ignore[reportArgumentType]
+    console = Console()
+    _findings(done.findings)
+    o = done.outcome
+    console.print(
+        f"{o.method}: {o.suppressed} of {o.rows} rows suppressed, {o.classes} classes, information loss {o.ncp:.4f}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(done.stability.sentence, markup=False, soft_wrap=True)
+    console.print(f"verified release: {done.path}", markup=False, soft_wrap=True)
+
+
+def _findings(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = Table("criterion", "column", "required", "result", "worst class")
+    for f in found.findings:
+        lines.add_row(f.name, f.column or "-", f.required, "pass" if f.met else "fail", f"{f.worst:.4g}")
+    Console().print(lines)
+
+
+@app.command("verify")
+def verify(
+    released: Annotated[Path, typer.Argument(help="A released table, .csv or .parquet.")],
+    contract: ContractOption,
+    signer_public: SignerOption,
+) -> None:
+    """Re-read a released table and check every criterion of the contract on it, independently of how it was made."""
+    from fedveil.client.ingest import release
+    from fedveil.common.contract import load_signed
+
+    _findings(release.verify(released, load_signed(contract, signer_public)))
+
+
+@app.command("risk")
+def risk(
+    released: Annotated[Path, typer.Argument(help="A released table, .csv or .parquet.")],
+    contract: ContractOption,
+    signer_public: SignerOption,
+) -> None:
+    """Re-identification risk of a released table: local knowledge, it does not leave the site."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedveil.client.ingest import release
+    from fedveil.common.contract import load_signed
+
+    found = release.risk(released, load_signed(contract, signer_public))
+    lines = Table("attacker", "risk", title=f"{found.rows} rows in {found.classes} classes")
+    lines.add_row("prosecutor: highest", f"{found.prosecutor:.4f}")
+    lines.add_row("journalist: at most", f"{found.prosecutor:.4f}")
+    lines.add_row("marketer: expected share", f"{found.marketer:.4f}")
+    lines.add_row("rows alone in their class", f"{found.unique:.4f}")
+    Console().print(lines)
+
+
+@app.command("report")
+def report(
+    work: Annotated[Path, typer.Argument(help="The private folder of an earlier check or anonymize.")],
+) -> None:
+    """Read the reports of a work folder: quality, stages, problems; and check that the lineage record is unchanged."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedveil.client.ingest import lineage, pipeline
+    from fedveil.common import canonical, identity
+    from fedveil.common.errors import DataError
+
+    try:
+        quality = canonical.loads((work / pipeline.QUALITY_JSON).read_bytes())
+    except OSError as e:
+        raise DataError(f"{work} holds no quality report", hint="run 'fedveil data check' first") from e
+    console = Console()
+    stages = Table("stage", "rows", "left", "found", title="stages")
+    for s in quality["stages"]:
+        stages.add_row(
+            *(str(s.get(key, "")) for key in ("stage", "rows", "left")), str(s.get("found", s.get("cells", "")))
+        )
+    console.print(stages)
+    columns = Table(*quality["columns"][0], title="columns")
+    for c in quality["columns"]:
+        columns.add_row(*map(str, c.values()))
+    console.print(columns)
+    for p in quality["problems"]:
+        console.print(f"{p['code']}: {p['column']}: {p['cells']} cells {p['what']}: {p['remedy']}", markup=False)
+    for note in quality["notes"]:
+        console.print(f"note: {note}", markup=False)
+    record = work / pipeline.LINEAGE
+    if record.exists():
+        public = identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
+        lineage.read_signed(record, work / pipeline.SIGNATURE, public)
+        console.print("the lineage record is signed by this folder's key and unchanged", markup=False)
+    console.print(f"with plots: {work / pipeline.QUALITY_HTML}", markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ driver says in an error may hold values and passwords: it is replaced, and only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,22 @@ def open_sql(source: SqlSource, contract: DataContract) -> Opened:
     except ModuleNotFoundError as e:
         raise ConfigError("a SQL source needs sqlalchemy", hint="pip install 'fedveil[sql]'") from e
     rows = _sql_rows(sqlalchemy, source)
-    header = next(rows)
-    check_header("the query", header, contract)
+    header = _checked_header(rows, contract)
     return Opened(tuple(h for h in header if h in wanted(contract)), _as_tables(rows, header, contract))
 
 
-def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Iterator[list[Any]]:
+def _checked_header(rows: Generator[Any, None, None], contract: DataContract) -> list[str]:
+    """The first item, which is the header; a query with other columns is closed at once."""
+    header = next(rows)
+    try:
+        check_header("the query", header, contract)
+    except DataError:
+        rows.close()
+        raise
+    return header
+
+
+def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Generator[list[Any], None, None]:
     """First the header, then lists of rows."""
     failure, missing = "", ""
     try:
@@ -64,10 +74,10 @@ def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Iterator[list[Any]]:
         try:
             with engine.connect() as connection:
                 streaming = connection.execution_options(stream_results=True, yield_per=BATCH_ROWS)
-                result = streaming.execute(sqlalchemy.text(source.query))
-                yield [str(k) for k in result.keys()]
-                for part in result.partitions(BATCH_ROWS):
-                    yield [tuple(row) for row in part]
+                with streaming.execute(sqlalchemy.text(source.query)) as result:
+                    yield [str(k) for k in result.keys()]
+                    for part in result.partitions(BATCH_ROWS):
+                        yield [tuple(row) for row in part]
         finally:
             engine.dispose()
     except ModuleNotFoundError as e:
@@ -116,13 +126,12 @@ def open_duckdb(source: DuckSource, contract: DataContract) -> Opened:
     if not source.path.is_file():
         raise DataError(f"{source.path} is not a file", hint="give the path of the DuckDB database")
     batches = _duck_batches(duckdb, source)
-    header = next(batches)
-    check_header("the query", header, contract)
+    header = _checked_header(batches, contract)
     names = [h for h in header if h in wanted(contract)]
     return Opened(tuple(names), (batch.select(names) for batch in batches))
 
 
-def _duck_batches(duckdb: Any, source: DuckSource) -> Iterator[Any]:
+def _duck_batches(duckdb: Any, source: DuckSource) -> Generator[Any, None, None]:
     """First the header, then tables."""
     failure = ""
     try:

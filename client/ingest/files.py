@@ -103,7 +103,7 @@ def open_file(path: Path, contract: DataContract, dialect: Dialect) -> Opened:
         raise DataError(f"{path} is empty", hint="a table has a header line and at least one row")
     if kind in (".csv", ".tsv"):
         return _open_csv(path, contract, dialect)
-    header, batches = _arrow_batches(path) if kind in (".arrow", ".feather") else _parquet_batches(path)
+    header, batches = arrow_file(path)
     check_header(str(path), header, contract)
     names = tuple(h for h in header if h in wanted(contract))
     return Opened(names, batches(list(names)))
@@ -221,6 +221,15 @@ def csv_batches(
             + (f" (line {lines})" if lines else ""),
             hint="quote cells that hold the separator",
         )
+
+
+def arrow_file(path: Path) -> tuple[list[str], Callable[[list[str]], Iterator[pa.Table]]]:
+    """The header of a Parquet or Arrow file, and what reads the named columns batch by batch.
+
+    Raises:
+        DataError: damaged.
+    """
+    return (_arrow_batches if path.suffix.lower() in (".arrow", ".feather") else _parquet_batches)(path)
 
 
 def _parquet_batches(path: Path) -> tuple[list[str], Callable[[list[str]], Iterator[pa.Table]]]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedveil.common.contract import MISSING, OTHER, Column, DataContract
 from fedveil.common.contract import dates as contract_dates
 from fedveil.common.errors import DataError
+from fedveil.privacy.anonymization.recoding import parse_set
 
 pc: Any = pyarrow.compute  # its functions are made at import time, where type checkers cannot see them
 
@@ -154,7 +155,7 @@ def parse(label: str, c: Column) -> Set:
     named = next((g for s in c.steps for name, g in zip(s.labels, s.groups, strict=True) if name == label), None)
     if label in c.values or named is None:
         own = dict(zip(c.labels, c.groups, strict=True)).get(label)
-        return Leaves(own or (tuple(label.split("|")) if label not in c.values else (label,)))
+        return Leaves(own or ((label,) if label in c.values else parse_set(label) or ()))
     return Leaves(named)
 
 
