@@ -1,9 +1,9 @@
 """Multidimensional partitioning (Mondrian: LeFevre, DeWitt, Ramakrishnan, ICDE 2006), breadth first, numpy only.
 
 All open partitions are cut in one vectorised step per depth. For every attribute the cuts nearest to the median are
-tried, and the one whose two halves cover least of the domain (certainty penalty, weighted by rows) is taken; the paper
-cuts the widest attribute at its median. A cut is allowed if both halves meet every criterion. Partitions end up as sets
-of the values they really hold, so they are tighter than boxes.
+tried, and the one whose two halves cover least of the domain (certainty penalty, weighted by rows) is taken. While very
+many tuples are open, the widest attribute is cut at its median instead, as in the paper. A cut is allowed if both
+halves meet every criterion. Partitions end up as sets of the values they really hold, so they are tighter than boxes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedveil.privacy.anonymization.tuples import CHUNK_CELLS, Constraints, Tuple
 Index = NDArray[np.int64]
 Floats = NDArray[np.float64]
 CUTS = 8
+MANY = 1 << 19  # open tuples above which the paper's rule is used
 
 
 @dataclass
@@ -27,14 +28,14 @@ class _Open:
     """The tuples of partitions that may still be cut, sorted by partition."""
 
     index: Index
-    codes: NDArray[np.int32]  # (q, m)
+    codes: NDArray[np.integer]  # (q, m)
     weights: NDArray[np.int64]
     part: Index  # (m,) ascending, 0..parts-1
     starts: Index  # (parts,)
     rows: NDArray[np.int64]  # (parts,)
 
     @classmethod
-    def of(cls, index: Index, tuples: Tuples, part: Index, codes: NDArray[np.int32]) -> _Open:
+    def of(cls, index: Index, tuples: Tuples, part: Index, codes: NDArray[np.integer]) -> _Open:
         weights = tuples.weights[index]
         starts = np.flatnonzero(np.r_[True, part[1:] != part[:-1]]) if len(part) else np.zeros(0, np.int64)
         number = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(part)]))
@@ -64,9 +65,12 @@ def mondrian(
     """
     constraints.require_satisfiable()
     positions = [d.positions for d in domains]
+    small = max(d.size for d in domains) < 1 << 15
+    codes = tuples.codes.astype(np.int16) if small else tuples.codes
+    everything = np.arange(tuples.count)
+    state = _Open.of(everything, tuples, np.zeros(tuples.count, np.int64), codes)
     result = np.full(tuples.count, -1, np.int64)
     done = 0
-    state = _Open.of(np.arange(tuples.count), tuples, np.zeros(tuples.count, np.int64), tuples.codes)
     while len(state.index):
         best = _search(state, tuples, positions, constraints, cuts)
         closed = best.attribute < 0
@@ -79,13 +83,15 @@ def mondrian(
 
 
 def _split(state: _Open, tuples: Tuples, best: _Best, live: NDArray[np.bool_]) -> _Open:
-    index, part, codes = state.index[live], state.part[live], state.codes[:, live]
-    if not len(index):
-        return _Open.of(index, tuples, part, codes)
-    own = np.take_along_axis(codes, best.attribute[part][None], 0)[0]
+    place = np.flatnonzero(live)
+    part = state.part[place]
+    if not len(place):
+        return _Open.of(place, tuples, part, state.codes[:, :0])
+    own = state.codes[best.attribute[part], place]
     half = 2 * part + (own > best.value[part])
     order = _stable_order(half)
-    return _Open.of(index[order], tuples, half[order], codes[:, order])
+    place = place[order]
+    return _Open.of(state.index[place], tuples, half[order], state.codes.take(place, axis=1))
 
 
 def _search(state: _Open, tuples: Tuples, positions: Sequence[Floats], constraints: Constraints, cuts: int) -> _Best:
@@ -101,6 +107,11 @@ def _search(state: _Open, tuples: Tuples, positions: Sequence[Floats], constrain
         return best
     low = np.minimum.reduceat(state.codes, state.starts, axis=1)
     high = np.maximum.reduceat(state.codes, state.starts, axis=1)
+    if len(state.index) > MANY:
+        spans = np.stack([p[high[j]] - p[low[j]] for j, p in enumerate(positions)])
+        inner = _widest_first(state, spans, constraints)
+        best.attribute[back], best.value[back] = inner.attribute, inner.value
+        return best
     order_by_span = np.argsort([-float(p[high[j]].mean() - p[low[j]].mean()) for j, p in enumerate(positions)])
     inner = _Best(best.cost[back], best.attribute[back], best.value[back])
     for j in order_by_span.tolist():
@@ -108,6 +119,37 @@ def _search(state: _Open, tuples: Tuples, positions: Sequence[Floats], constrain
         if varies.any():
             _try_attribute(j, state, varies, positions, constraints, cuts, inner)
     best.cost[back], best.attribute[back], best.value[back] = inner.cost, inner.attribute, inner.value
+    return best
+
+
+def _widest_first(state: _Open, spans: Floats, constraints: Constraints) -> _Best:
+    """The median cut of each partition's widest attribute; where none is allowed, of the next widest."""
+    parts = len(state.starts)
+    best = _Best(np.zeros(parts), np.full(parts, -1, np.int64), np.zeros(parts, np.int64))
+    ranking = np.argsort(-spans, axis=0, kind="stable")
+    for attribute in ranking:
+        todo = (best.attribute < 0) & (spans[attribute, np.arange(parts)] > 0)
+        if not todo.any():
+            continue
+        pick = np.flatnonzero(todo[state.part])
+        part = state.part[pick]
+        order, own, part = _by_value(state.codes[attribute[part], pick], part)
+        place = pick[order]
+        runs = np.flatnonzero(np.r_[True, (own[1:] != own[:-1]) | (part[1:] != part[:-1])])
+        of = part[runs]
+        left = _left_sums(np.add.reduceat(state.weights[place], runs), of)
+        chosen = _nearest_to_median(left, state.rows[of], of, max(constraints.k, 1), 1)
+        if constraints.attribute and len(chosen):
+            begins = np.r_[True, of[1:] != of[:-1]]
+            ends = np.zeros(len(runs), bool)
+            ends[chosen] = True
+            begins |= np.r_[False, ends[:-1]]
+            tried = np.zeros(parts, bool)
+            tried[of[chosen]] = True
+            segments = _Segments(runs[begins], of[begins], place, part, state).keep(tried)
+            chosen = chosen[segments.both_hold(segments.cuts()[1], constraints)]
+        best.attribute[of[chosen]] = attribute[of[chosen]]
+        best.value[of[chosen]] = own[runs[chosen]]
     return best
 
 
@@ -129,8 +171,7 @@ def _try_attribute(
     pick = None if varies.all() else np.flatnonzero(varies[state.part])
     own = state.codes[j] if pick is None else state.codes[j][pick]
     part = state.part if pick is None else state.part[pick]
-    order = _by_value(own, part)
-    own, part = own[order], part[order]
+    order, own, part = _by_value(own, part)
     place = order if pick is None else pick[order]
     weights = state.weights[place]
     runs = np.flatnonzero(np.r_[True, (own[1:] != own[:-1]) | (part[1:] != part[:-1])])
@@ -289,13 +330,18 @@ def _running(values: NDArray[np.int32], of: Index, how: np.ufunc) -> Index:
     return how.accumulate(values + shift) - shift
 
 
-def _stable_order(keys: Index) -> Index:
+def _stable_order(keys: NDArray[np.integer]) -> Index:
     """A stable argsort of small non-negative integers: radix sort where 16 bits suffice."""
     top = int(keys.max(initial=0))
     return np.argsort(keys.astype(np.uint16) if top < 1 << 16 else keys, kind="stable")
 
 
-def _by_value(own: NDArray[np.int32], part: Index) -> Index:
-    """Order by partition, then by value; ``part`` ascends already."""
-    inner = _stable_order(own.astype(np.int64))
-    return inner[_stable_order(part[inner])]
+def _by_value(own: NDArray[np.integer], part: Index) -> tuple[Index, NDArray[np.integer], Index]:
+    """The order by partition, then by value, and both so ordered; ``part`` ascends already."""
+    top = int(own.max(initial=0)) + 1
+    if (int(part[-1]) + 1) * top < 1 << 16:
+        order = _stable_order(part * top + own)
+        return order, own[order], part
+    inner = _stable_order(own)
+    order = inner[_stable_order(part[inner])]
+    return order, own[order], part

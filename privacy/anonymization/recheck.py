@@ -7,6 +7,7 @@ So an error in the searches, in the numpy histograms or in the writer cannot hid
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
@@ -26,6 +28,7 @@ from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, Table
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recheck_definitions import judge
 
+pc: Any = pyarrow.compute
 BATCH = 1 << 20
 SLACK = 1e-9
 PIECE = re.compile(r"(?:\\.|[^|\\])*")
@@ -88,20 +91,12 @@ def recheck(
     labels, table = _aggregate(path, spec, columns)
     for q in spec.quasi:
         _check_labels(q, list(labels[q.name]))
-    counts = table["rows_count"].to_pylist()
-    rows = sum(counts)
+    rows = int(pc.sum(table["rows_count"]).as_py())
     _check_suppression(rows, original_rows, suppression_limit)
-    keys = list(zip(*(table[q.name].to_pylist() for q in spec.quasi), strict=True))
-    sizes: Counter[tuple[int, ...]] = Counter()
-    for key, count in zip(keys, counts, strict=True):
-        sizes[key] += count
-    findings = []
-    for m in models:
-        histograms = _histograms(m, keys, table, counts, labels)
-        if isinstance(m, cr.KMap):
-            histograms = _population(m, spec, sizes, labels)
-        findings.append(_judge(m, sizes, histograms, spec))
-    return Findings(rows, len(sizes), tuple(findings))
+    names = [q.name for q in spec.quasi]
+    classes = table.group_by(names).aggregate([("rows_count", "sum")])
+    findings = [_judge(m, spec, labels, table, classes) for m in models]
+    return Findings(rows, classes.num_rows, tuple(findings))
 
 
 def require(path: Path, spec: TableSpec | DataContract, models: Sequence[cr.Criterion], **kwargs: Any) -> Findings:
@@ -245,18 +240,41 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _judge(
+    m: cr.Criterion, spec: TableSpec, labels: Mapping[str, Mapping[str, int]], table: pa.Table, classes: pa.Table
+) -> Finding:
+    """One criterion on every class. Keys of classes are built only where a criterion needs to tell them apart."""
+    sizes = classes["rows_count_sum"].to_pylist()
+    whole: Histogram = Counter()
+    own: Iterator[Histogram] = itertools.repeat(Counter())
+    column = None
+    if m.column:
+        column = spec.sensitive_column(m.column)
+        histograms = _histograms(m.column, spec, labels, table)
+        for h in histograms.values():
+            whole.update(h)
+        own = iter([histograms.get(key, Counter()) for key in _keys(spec, classes)])
+    elif isinstance(m, cr.KMap):
+        own = iter(_population(m, spec, _keys(spec, classes), labels))
+    failing, worst = 0, -math.inf
+    for size, histogram in zip(sizes, own, strict=False):
+        ok, badness = judge(m, size, histogram, whole, column)
+        failing += not ok
+        worst = max(worst, badness)
+    return Finding(m.name, m.column, m.required, failing == 0, failing, abs(worst))
+
+
+def _keys(spec: TableSpec, table: pa.Table) -> list[tuple[int, ...]]:
+    return list(zip(*(table[q.name].to_pylist() for q in spec.quasi), strict=True))
+
+
 def _histograms(
-    m: cr.Criterion,
-    keys: Sequence[tuple[int, ...]],
-    table: pa.Table,
-    counts: Sequence[int],
-    labels: Mapping[str, Mapping[str, int]],
+    column: str, spec: TableSpec, labels: Mapping[str, Mapping[str, int]], table: pa.Table
 ) -> dict[tuple[int, ...], Histogram]:
-    if not m.column:
-        return {}
-    words = {i: w for w, i in labels[m.column].items()}
+    words = {i: w for w, i in labels[column].items()}
     out: dict[tuple[int, ...], Histogram] = {}
-    for key, value, count in zip(keys, table[m.column].to_pylist(), counts, strict=True):
+    values, counts = table[column].to_pylist(), table["rows_count"].to_pylist()
+    for key, value, count in zip(_keys(spec, table), values, counts, strict=True):
         own = out.setdefault(key, Counter())
         if value >= 0:
             own[words[value]] += count
@@ -264,8 +282,8 @@ def _histograms(
 
 
 def _population(
-    m: cr.KMap, spec: TableSpec, sizes: Mapping[tuple[int, ...], int], labels: Mapping[str, Mapping[str, int]]
-) -> dict[tuple[int, ...], Histogram]:
+    m: cr.KMap, spec: TableSpec, keys: Sequence[tuple[int, ...]], labels: Mapping[str, Mapping[str, int]]
+) -> list[Histogram]:
     """How many population records every class's labels cover."""
     names = [q.name for q in spec.quasi]
     people = Counter(zip(*([_cell(v) for v in m.population[n].to_pylist()] for n in names), strict=True))
@@ -274,11 +292,11 @@ def _population(
     for j, q in enumerate(spec.quasi):
         for label in labels[q.name]:
             covers[j, label] = _cover(q, label)
-    out = {}
-    for key in sizes:
+    out = []
+    for key in keys:
         own = [covers[j, words[j][i]] for j, i in enumerate(key)]
         count = sum(c for person, c in people.items() if all(f(v) for f, v in zip(own, person, strict=True)))
-        out[key] = Counter({"people": count})
+        out.append(Counter({"people": count}))
     return out
 
 
@@ -298,17 +316,3 @@ def _cover(q: QuasiIdentifier, label: str) -> Callable[[str], bool]:
         return lambda value: value in values
     low, high = ends
     return lambda value: value in values or ((x := _number(value)) is not None and low <= x <= high)
-
-
-def _judge(
-    m: cr.Criterion, sizes: Mapping[tuple[int, ...], int], histograms: Mapping[tuple[int, ...], Histogram],
-    spec: TableSpec,
-) -> Finding:  # fmt: skip
-    whole: Histogram = Counter()
-    for h in histograms.values():
-        whole.update(h)
-    column = spec.sensitive_column(m.column) if m.column else None
-    verdicts = [judge(m, n, histograms.get(key, Counter()), whole, column) for key, n in sizes.items()]
-    failing = sum(not ok for ok, _ in verdicts)
-    worst = max(verdicts, key=lambda v: v[1])[1]
-    return Finding(m.name, m.column, m.required, failing == 0, failing, abs(worst))

@@ -101,7 +101,8 @@ def by_sets(method: str, domains: Sequence[Domain], classes: Index, count: int, 
 
 
 def _set_cells(d: Domain, classes: Index, count: int, codes: NDArray[np.int32]) -> Cells:
-    pairs = np.unique(classes * d.size + codes)
+    pairs = np.sort(classes * d.size + codes)
+    pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]]
     owner, code = pairs // d.size, (pairs % d.size).astype(np.int32)
     starts = np.searchsorted(owner, np.arange(count))
     if d.numbers is not None:
