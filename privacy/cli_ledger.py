@@ -29,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def show(file: File, public: Public = None, as_json: Json = False) -> None:
     """Lineage, cap, ε spent and left, and what each session cost."""
-    rows = _read(file, public)
+    rows = read_rows(file, public)
     found = summary(rows, checked=public is not None)
     if as_json:
         sys.stdout.write(canonical.dumps(found).decode() + "\n")
@@ -44,7 +44,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check numbering, chain, every signature and that the budget was never exceeded. Exit code 60 if not."""
-    found = summary(_read(file, public), checked=True)
+    found = summary(read_rows(file, public), checked=True)
     if as_json:
         sys.stdout.write(canonical.dumps(found).decode() + "\n")
         return
@@ -62,7 +62,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Where to write; by default to standard output.")] = None,
 ) -> None:
     """The ledger as one JSON document: summary, head and every row. All of it may leave the site."""
-    rows = _read(file, public)
+    rows = read_rows(file, public)
     document = {
         "v": 1,
         "summary": summary(rows, checked=public is not None),
@@ -131,7 +131,23 @@ def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
     }
 
 
-def _read(file: Path, public: str | None) -> list[Row]:
+def tally(rows: list[Row]) -> Tally:
+    """What a ledger adds up to; :class:`VerificationError` for a row that its rules do not allow."""
+    found = Tally()
+    for row in rows:
+        bounded(row)
+        found.feed(row)
+    if found.filter is None:
+        raise VerificationError("the ledger was never opened")
+    return found
+
+
+def read_rows(file: Path, public: str | None) -> list[Row]:
+    """The rows of a ledger's file; with the site's public key, chain and signatures are checked.
+
+    Raises:
+        VerificationError: empty, malformed, or forged.
+    """
     try:
         rows = parse(read_bounded(file, _LIMIT))
         if not rows:

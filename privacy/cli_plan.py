@@ -16,6 +16,7 @@ from fedveil.common import settings as tomls
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, FedveilError, UsageError
 from fedveil.common.settings import Federation
+from fedveil.privacy.cli_ledger import read_rows, tally
 from fedveil.privacy.planning import Forecast, forecast, plan_from_settings
 
 _ROSTER_LIMIT = 1 << 22
@@ -29,6 +30,12 @@ def plan(
     cap: Annotated[
         float | None, typer.Option(help="ε of a site's fresh ledger: how many steps of this plan does it carry?")
     ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="A site's ledger (journal.jsonl): how many steps does it still carry?")
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Plan with this σ; ε follows from it, not from the settings.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and the forecast as JSON.")] = False,
 ) -> None:
     """Show the privacy plan of federation.toml: noise, steps, ε, fallback ε, what a budget affords. Runs nothing."""
@@ -36,7 +43,8 @@ def plan(
         raise UsageError(f"--cap {cap!r} is not in (0, 1000]")
     settings = tomls.load(federation, Federation)
     contract, signed = _contract(settings)
-    result = forecast(plan_from_settings(settings, contract, sites or _roster_size(settings)), cap=cap)
+    made = plan_from_settings(settings, contract, sites or _roster_size(settings), noise_multiplier=noise_multiplier)
+    result = forecast(made, cap=cap, ledger=tally(read_rows(ledger, None)) if ledger else None)
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
         return
@@ -98,6 +106,7 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
         ("noise multiplier", f"σ = {p.noise_multiplier:.4f} at h shares"),
         ("ε of the run", f"{p.claim:.4f} by PLD at δ = {p.delta:g} ({f.epsilon_rdp:.4f} by RDP)"),
         ("ledger's cap", f"at least ε = {f.filter_epsilon:.4f} left at every site to carry all steps"),
+        ("ε, replace one", f"{f.epsilon_replace_one:.4f} between tables in which one {p.unit} is another one"),
         ("fallback ε", f"{p.fallback:.4f} if everybody else is against a site"),
         (
             "model",
@@ -112,4 +121,6 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
         rows.append(("upload", f"{f.bytes_per_parameter:.2f} bytes per parameter and step, and the shares"))
     if f.cap is not None:
         rows.append((f"a cap of {f.cap:g}", f"carries {f.affordable} of these steps"))
+    if f.left is not None:
+        rows.append(("the ledger", f"has spent ε = {f.spent:.4f} and still carries {f.left} of these steps"))
     return rows

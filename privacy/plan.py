@@ -17,24 +17,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedveil.common import canonical
-from fedveil.common.errors import PlanError, SecureSumError, WireError
+from fedveil.common.errors import PlanError, WireError
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.stats_spec import StatsSpec
-from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld
-from fedveil.privacy.dp.calibrate import noise_multiplier
+from fedveil.privacy import plan_rules as rules
+from fedveil.privacy.dp import calibrate
+from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, epsilon_replace_one
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS, choose, largest_sum
+from fedveil.privacy.grid import choose, largest_sum
 from fedveil.privacy.secagg import committee as committees
 
 Mode = Literal["distributed", "local", "client"]
 Sum = Literal["keysum", "sharedkey", "plain", "none"]
 Workload = Annotated[ModelSpec | StatsSpec, Field(discriminator="name")]
 
-MAX_INFLATION = 0.02
 FLOAT_SLACK = 1e-6
-MIN_CLIENTS = 1000
 _MAX_CAP = 1e6
-_MAX_EPSILON = 1000
 
 
 class Optimizer(BaseModel):
@@ -64,7 +62,7 @@ class PrivacyPlan(BaseModel):
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
     clip: float = Field(gt=0, le=1e9)
     noise_multiplier: float = Field(gt=0, le=1e6)
-    epsilon: float = Field(gt=0, le=_MAX_EPSILON)
+    epsilon: float = Field(gt=0, le=calibrate.MAX_EPSILON)
     delta: float = Field(gt=0, le=0.01)
     grid: float = Field(gt=0, le=1e6)
     clamp: float = Field(gt=0, le=1e12)
@@ -160,6 +158,11 @@ class PrivacyPlan(BaseModel):
         return epsilon_pld([(self.event, self.steps)], self.delta)
 
     @property
+    def claim_replace_one(self) -> float:
+        """ε of all planned steps when one record is replaced by another, which counts as neither added nor removed."""
+        return epsilon_replace_one([(self.event, self.steps)], self.delta)
+
+    @property
     def fallback(self) -> float:
         """ε when all trust is broken; finite, because every site adds a share of its own."""
         return epsilon_pld([(self.fallback_event, self.steps)], self.delta)
@@ -199,44 +202,10 @@ class PrivacyPlan(BaseModel):
 
     def check(self) -> PrivacyPlan:
         """This plan, if it is consistent; otherwise :class:`PlanError` with the nearest consistent one."""
-        if problem := self.model.problem():
-            raise PlanError(f"model {self.model.name!r}: {problem}")
-        _check_trust(self)
-        if isinstance(self.model, StatsSpec):
-            _check_stats(self, self.model)
-        if self.delta >= 1 / self.records:
-            raise PlanError(
-                f"delta = {self.delta:g} is not below 1 / {self.records} declared records",
-                hint="at such a delta publishing one whole record would be allowed",
-                nearest={"delta": _round_down(0.1 / self.records)},
-            )
-        if self.claim > self.epsilon * (1 + 1e-9):
-            raise PlanError(
-                f"{self.steps} steps at noise multiplier {self.noise_multiplier:.6g} cost epsilon = {self.claim:.4f}, "
-                f"more than the {self.epsilon:g} this plan claims",
-                # the price as it is: a search for the noise would let a stranger's plan cost a minute
-                nearest={"epsilon": self.claim} if self.claim <= _MAX_EPSILON else None,
-            )
-        if self.inflation > MAX_INFLATION:
-            raise PlanError(
-                f"the grid widens the sensitivity by {self.inflation:.1%}, more than {MAX_INFLATION:.0%}",
-                hint="a finer grid or fewer parameters",
-                nearest=self._regrid(),
-            )
-        if self.share_std < MIN_SHARE_STD:
-            raise PlanError(
-                f"a share of noise of {self.share_std:.1f} grid units is too coarse to count as Gaussian",
-                hint=f"at least {MIN_SHARE_STD:g} (Kairouz, Liu & Steinke 2021, Theorem 1)",
-                nearest=self._regrid(),
-            )
-        if 2 * self.bound + 1 > 1 << MODULUS_BITS:
-            raise PlanError(
-                f"sums of up to {self.bound:.3g} grid units do not fit into {MODULUS_BITS} bits",
-                nearest=self._regrid(),
-            )
+        rules.check(self)  # type: ignore[arg-type]
         return self
 
-    def _regrid(self) -> dict[str, object]:
+    def regrid(self) -> dict[str, object]:
         """The grid and clamp that :func:`make_plan` would choose for this plan's other numbers."""
         share, D = self.noise_multiplier / math.sqrt(self.honest), self.model.parameters
         per_site = _per_site(self.mode, self.sample_rate, self.records, self.sites, self.model, self.clip)
@@ -275,29 +244,14 @@ def _where(error: ValidationError) -> str:
     return ", ".join(sorted({".".join(map(str, x["loc"]))[:64] for x in error.errors(include_input=False)}))[:512]
 
 
-def default_tolerance(sites: int) -> tuple[int, int]:
-    """The default ``(colluders, dropouts)``: both max(1, n // 6) from four sites up; three sites stand no drop-out.
-
-    Raises:
-        PlanError: fewer than three sites (with two, each would know the other's sum).
-    """
-    if sites < 3:
-        raise PlanError(
-            f"a secure sum of {sites} sites tells each what the others sent",
-            hint="three sites at least, or mode 'local'",
-            nearest={"sites": 3},
-        )
-    t = max(1, sites // 6)
-    return (1, 0) if sites == 3 else (t, t)
-
-
 def make_plan(
     *,
     mode: Mode = "distributed",
     sum: Sum = "keysum",
     sites: int,
     records: int,
-    epsilon: float,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
     delta: float = 1e-5,
     steps: int,
     clip: float,
@@ -313,111 +267,47 @@ def make_plan(
     committee: int = 0,
     committee_seed: str = "",
 ) -> PrivacyPlan:
-    """Derive σ from ε by PLD, the grid from the ciphertext's room, and refuse what cannot hold.
+    """Derive σ from ε or ε from σ by PLD, the grid from the ciphertext's room, and refuse what cannot hold.
+
+    Args:
+        epsilon: ε of all steps; the smallest noise that keeps it is found by bisection.
+        noise_multiplier: σ; ε is then what the steps cost. Exactly one of the two is given.
 
     Raises:
         PlanError: with the reason and the nearest consistent plan.
     """
-    t, d = default_tolerance(sites) if mode != "local" else (0, max(0, sites - 1) // 3)
+    if (epsilon is None) == (noise_multiplier is None):
+        raise PlanError("a plan follows from epsilon or from noise_multiplier", hint="give exactly one of the two")
+    t, d = rules.default_tolerance(sites) if mode != "local" else (0, max(0, sites - 1) // 3)
     t, d = t if colluders is None else colluders, d if dropouts is None else dropouts
     given: dict[str, Any] = {
         "mode": mode, "sum": sum, "sites": sites, "colluders": t, "dropouts": d, "records": records,
-        "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "epsilon": epsilon,
-        "delta": delta, "model": model, "optimizer": optimizer, "contract_hash": contract_hash,
+        "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "delta": delta,
+        "epsilon": 1.0 if epsilon is None else epsilon,
+        "noise_multiplier": 1.0 if noise_multiplier is None else noise_multiplier,
+         "model": model, "optimizer": optimizer, "contract_hash": contract_hash,
         "few_clients": few_clients, "reveal_to": reveal_to, "committee": committee,
         "committee_seed": committee_seed,
     }  # fmt: skip
     _check_given(given)
     if problem := model.problem():
         raise PlanError(f"model {model.name!r}: {problem}")
-    _check_shape(mode, sites, t, d)
-    sigma = noise_multiplier(epsilon, delta, 1.0 if mode == "client" else sample_rate, steps)
+    rules.check_shape(mode, sites, t, d)
+    rate = 1.0 if mode == "client" else sample_rate
+    if noise_multiplier is None:
+        sigma = given["noise_multiplier"] = calibrate.noise_multiplier(given["epsilon"], delta, rate, steps)
+    else:
+        sigma, given["epsilon"] = noise_multiplier, calibrate.epsilon(noise_multiplier, delta, rate, steps)
     honest = 1 if mode == "local" else sites - t - d
     per_site = _per_site(mode, sample_rate, records, sites, model, clip)
     whole = isinstance(model, StatsSpec)
     grid, clamp = choose(sites, clip, sigma / math.sqrt(honest), model.parameters, steps, per_site, whole=whole)
-    return PrivacyPlan(**given, noise_multiplier=sigma, grid=grid, clamp=clamp).check()
+    return PrivacyPlan(**given, grid=grid, clamp=clamp).check()
 
 
 def _check_given(given: dict[str, Any]) -> None:
     """Bounds and types of what the caller chose, before anything is derived from it."""
     try:
-        PrivacyPlan(**given, noise_multiplier=1.0, grid=1.0, clamp=1.0)
+        PrivacyPlan(**given, grid=1.0, clamp=1.0)
     except ValidationError as e:
         raise PlanError(f"out of bounds: {_where(e)}", hint="see the fields of PrivacyPlan") from None
-
-
-def _check_shape(mode: Mode, n: int, t: int, d: int) -> None:
-    if mode == "local":
-        if not (0 <= t < n and 0 <= d and n - d >= (n + t) // 2 + 1):
-            raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
-        return
-    default_tolerance(n)
-    if t < 0 or d < 0 or n - d < 1:
-        raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
-    h, T = n - t - d, (n + t) // 2 + 1
-    if h < 2 or h <= t or n - d < T:
-        best = min(t, max(0, (n - 2) // 3))
-        fits = [x for x in range(d, -1, -1) if n - best - x >= max(2, best + 1) and n - x >= (n + best) // 2 + 1]
-        raise PlanError(
-            f"{n} sites with {t} colluders and {d} drop-outs leave {h} honest shares and need {T} answers of {n - d}",
-            hint="at least two honest shares, more than the colluders, and no more answers than survivors",
-            nearest={"colluders": best, "dropouts": fits[0]},
-        )
-
-
-def _check_trust(plan: PrivacyPlan) -> None:
-    _check_shape(plan.mode, plan.sites, plan.colluders, plan.dropouts)
-    if plan.sum == "none" and plan.mode != "local":
-        raise PlanError(
-            f"mode {plan.mode!r} without a secure sum shows the server every update with a share of the noise only",
-            nearest={"sum": "keysum"},
-        )
-    if plan.sum == "keysum" and plan.sites < 3:
-        default_tolerance(plan.sites)
-    if plan.reveal_to == "sites" and (plan.sum != "keysum" or plan.task != "train"):
-        raise PlanError("only keysum can hide a training's sums from the server", nearest={"reveal_to": "server"})
-    if plan.committee:
-        _check_committee(plan)
-    if plan.mode == "client" and plan.sites < MIN_CLIENTS and not plan.few_clients:
-        raise PlanError(
-            f"mode 'client' hides a whole client: its noise drowns the model of {plan.sites} clients",
-            hint=f"use mode 'distributed', at least {MIN_CLIENTS} clients, or insist with few_clients",
-            nearest={"mode": "distributed"},
-        )
-    if plan.mode != "client" and plan.local_steps != 1:
-        raise PlanError(
-            "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
-        )
-
-
-def _check_committee(plan: PrivacyPlan) -> None:
-    """Helpers drawn by a seed that nobody could choose (a public beacon, named in the plan before any key is made)."""
-    if plan.sum != "keysum" or plan.committee > plan.sites or not plan.committee_seed:
-        raise PlanError("a committee needs keysum, at most all sites, and a public seed", nearest={"committee": 0})
-    try:
-        committees.committee(plan.sites, plan.colluders, plan.dropouts, plan.committee)
-    except SecureSumError as e:
-        raise PlanError(e.message, hint=e.hint, nearest={"committee": 0}) from e
-
-
-def _check_stats(plan: PrivacyPlan, spec: StatsSpec) -> None:
-    """One sum over every record, whole: a clip or a clamp that cuts would bias every estimate unseen."""
-    nearest: dict[str, object] = {}
-    if (plan.steps, plan.sample_rate) != (1, 1.0) or plan.mode == "client":
-        nearest |= {"steps": 1, "sample_rate": 1.0, "mode": "distributed"}
-    if plan.clip < spec.norm_bound:
-        nearest["clip"] = spec.norm_bound
-    if plan.clamp < plan.records:
-        nearest["clamp"] = float(plan.records)
-    if nearest:
-        raise PlanError(
-            f"statistics are one sum of whole records (up to {spec.norm_bound:.4f} long) over all "
-            f"{plan.records} declared ones; this plan cuts or samples them",
-            nearest=nearest,
-        )
-
-
-def _round_down(x: float) -> float:
-    digits = f"{x:.0e}"
-    return float(digits) if float(digits) <= x else x / 2

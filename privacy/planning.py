@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedveil.common.contract import DataContract
+from fedveil.common.errors import PlanError
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import Federation
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_rdp
-from fedveil.privacy.plan import MODULUS_BITS, Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.grid import MODULUS_BITS
+from fedveil.privacy.ledger import Tally
+from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 
 COEFFICIENT_BYTES = 7  # a ciphertext coefficient of the secure sum: 56 bits
 HIGH_EPSILON = 10.0
@@ -19,13 +22,16 @@ HIGH_FALLBACK = 1000.0  # what a site accepts unless its owner says otherwise
 NOISY = 1.0
 
 
-def plan_from_settings(federation: Federation, contract: DataContract, sites: int) -> PrivacyPlan:
+def plan_from_settings(
+    federation: Federation, contract: DataContract, sites: int, *, noise_multiplier: float | None = None
+) -> PrivacyPlan:
     """The plan of a run: settings decide what is asked for, the contract the model's inputs and classes.
 
     Args:
         federation: ``federation.toml``.
         contract: the agreed contract; its hash goes into the plan.
         sites: number of sites on the roster.
+        noise_multiplier: σ to plan with; ε then follows from it, and the one in the settings is left aside.
 
     Raises:
         PlanError: with the reason and the nearest consistent plan.
@@ -36,7 +42,8 @@ def plan_from_settings(federation: Federation, contract: DataContract, sites: in
         sum=p.sum,
         sites=sites,
         records=p.records,
-        epsilon=p.epsilon,
+        epsilon=p.epsilon if noise_multiplier is None else None,
+        noise_multiplier=noise_multiplier,
         delta=p.delta,
         steps=p.steps,
         clip=p.clip,
@@ -95,7 +102,9 @@ class Forecast:
         noise_to_signal: L2 norm of that noise over all parameters, divided by the clip: the averaged gradient is at
             most one clip long.
         bytes_per_parameter: what a site sends per parameter and step under ``keysum``; None for other sums.
+        epsilon_replace_one: ε of all steps between data sets that differ in one replaced record.
         cap, affordable: a cap that was asked about, and the steps of this plan that it carries.
+        spent, left: of a ledger that was asked about, ε spent so far, and the steps of this plan that it still carries.
         warnings: sentences.
     """
 
@@ -105,8 +114,11 @@ class Forecast:
     noise_per_parameter: float
     noise_to_signal: float
     bytes_per_parameter: float | None
+    epsilon_replace_one: float
     cap: float | None
     affordable: int | None
+    spent: float | None
+    left: int | None
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +129,7 @@ class Forecast:
             "plan_hash": p.hash,
             "epsilon_pld": p.claim,
             "epsilon_rdp": self.epsilon_rdp,
+            "epsilon_replace_one": self.epsilon_replace_one,
             "filter_epsilon": self.filter_epsilon,
             "fallback_epsilon": p.fallback,
             "honest": p.honest,
@@ -127,20 +140,32 @@ class Forecast:
             "bytes_per_parameter": self.bytes_per_parameter,
             "cap": self.cap,
             "affordable_steps": self.affordable,
+            "ledger_spent": self.spent,
+            "ledger_affordable_steps": self.left,
             "warnings": list(self.warnings),
         }
 
 
-def forecast(plan: PrivacyPlan, *, cap: float | None = None) -> Forecast:
+def forecast(plan: PrivacyPlan, *, cap: float | None = None, ledger: Tally | None = None) -> Forecast:
     """Everything ``fedveil plan`` prints.
 
     Args:
         plan: a checked plan.
         cap: ε of a site's ledger that has spent nothing yet, at the plan's δ.
+        ledger: what a site's ledger adds up to.
+
+    Raises:
+        PlanError: no cap carries the plan, or the ledger was opened for another δ or unit.
     """
+    f = ledger.filter if ledger else None
+    if ledger and f and (f.delta, ledger.unit) != (plan.delta, plan.unit):
+        raise PlanError(
+            f"the ledger counts each {ledger.unit} at delta = {f.delta:g}, the plan each {plan.unit} at {plan.delta:g}",
+            hint="a site refuses such a plan",
+        )
     total = plan.noise_multiplier * plan.sensitivity * math.sqrt(plan.sites / plan.honest)
     each = total / plan.divisor / plan.clip
-    f = Filter(cap, plan.delta, best_order(cap, plan.delta)) if cap is not None else None
+    fresh = Filter(cap, plan.delta, best_order(cap, plan.delta)) if cap is not None else None
     return Forecast(
         plan,
         epsilon_rdp([(plan.event, plan.steps)], plan.delta),
@@ -148,8 +173,11 @@ def forecast(plan: PrivacyPlan, *, cap: float | None = None) -> Forecast:
         each,
         each * math.sqrt(plan.model.parameters),
         COEFFICIENT_BYTES / values_per_coefficient(plan.bound) if plan.sum == "keysum" else None,
+        plan.claim_replace_one,
         cap,
-        f.affords(plan.event) if f else None,
+        fresh.affords(plan.event) if fresh else None,
+        ledger.epsilon if ledger else None,
+        f.affords(plan.event, ledger.spent) if f and ledger else None,
         _warnings(plan, each * math.sqrt(plan.model.parameters)),
     )
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
 from fedveil.common.errors import PlanError, VerificationError
@@ -82,6 +83,54 @@ def epsilon_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> 
         return 0.0
     totals = [sum(steps * rdp(e, a) for e, steps in merged) for a in ORDERS]
     return max(0.0, min(t + conversion(a, delta) for t, a in zip(totals, ORDERS, strict=True)))
+
+
+def epsilon_replace_one(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
+    """ε at ``delta`` between data sets of equal size that differ in one record: replaced, not added or removed.
+
+    By PLD, whose ``REPLACE_ONE`` takes σ relative to the sensitivity of add/remove, as events state it: two records
+    may pull apart, so that for q = 1 the same noise stands against twice the distance. dp-accounting's RDP takes σ
+    relative to the sensitivity *of the relation* instead (the ε of add/remove comes back) and knows no Poisson
+    sampling under it: it is never asked. Where a distribution would be too wide, :func:`replace_one_rdp`.
+    """
+    merged = _merge(events)
+    if not merged:
+        return 0.0
+    narrow = all(e.noise_multiplier >= 2 * _MIN_PLD_NOISE for e, _ in merged)
+    if not narrow or sum(4 * steps / e.noise_multiplier**2 for e, steps in merged) > _MAX_PLD_STEPS:
+        bound = replace_one_rdp(merged, delta)
+        if not narrow or bound > _MAX_PLD_EPSILON:
+            return bound
+    return _replaced(merged, delta)
+
+
+@lru_cache(maxsize=1024)
+def _replaced(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float:
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_ONE, value_discretization_interval=PLD_INTERVAL)
+    for e, steps in events:
+        accountant.compose(_event(e), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
+    """An upper bound of :func:`epsilon_replace_one` by Rényi DP; finite for every event.
+
+    A replacement is a removal and an addition: the weak triangle inequality (Mironov 2017, Proposition 11, for equal
+    weights) bounds its divergence of order a by those of orders 2a and 2a - 1. No sampling at twice the distance is a
+    bound too, and exact for q = 1.
+    """
+    merged = _merge(events)
+    if not merged:
+        return 0.0
+
+    def step(e: SampledGaussian, a: float) -> float:
+        whole = rdp(SampledGaussian(1.0, e.noise_multiplier / 2), a)
+        if e.sample_rate == 1:
+            return whole
+        return min(whole, (a - 0.5) / (a - 1) * rdp(e, 2 * a) + rdp(e, 2 * a - 1))
+
+    totals = [(sum(steps * step(e, a) for e, steps in merged), a) for a in ORDERS]
+    return max(0.0, min(t + conversion(a, delta) for t, a in totals))
 
 
 def delta_curve(events: Iterable[tuple[SampledGaussian, int]], epsilons: Iterable[float]) -> list[tuple[float, float]]:

@@ -30,6 +30,14 @@ _CONTRACT = "fedveil/contract/1"
 _REPORT_LIMIT = 1 << 28
 _OWN = ("software", "written_at")  # what only the builder knows
 
+_CLAIMS = (
+    ("epsilon by PLD", "claimed against recomputed: all planned steps at h shares", claims.pld),
+    ("epsilon by RDP", "the second accountant bounds the claim", claims.rdp),
+    ("replace-one epsilon", "one record replaced by another, by both accountants", claims.replace_one),
+    ("fallback epsilon", "a site's own share only", claims.fallback),
+    ("privacy curve", "every point of the curve, and the attack risk drawn from it", claims.curve),
+)
+
 Step = tuple[str, str, Callable[[], str]]
 
 
@@ -91,18 +99,8 @@ class Audit:
                     yield f"ledger of {m.site}", what, partial(self._ledger, m.site)
         yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
-        yield (
-            "epsilon by PLD",
-            "claimed against recomputed: all planned steps at h shares",
-            partial(self._on, claims.pld),
-        )
-        yield "epsilon by RDP", "the second accountant bounds the claim", partial(self._on, claims.rdp)
-        yield "fallback epsilon", "a site's own share only", partial(self._on, claims.fallback)
-        yield (
-            "privacy curve",
-            "every point of the curve, and the attack risk drawn from it",
-            partial(self._on, claims.curve),
-        )
+        for name, what, check in _CLAIMS:
+            yield name, what, partial(self._on, check)
         yield "budgets", "each site's spending over all its runs, by the filter's order", self._budgets
         yield "metrics file", "rounds in order; the spent epsilon it states", self._metrics
         yield "every field", "the report's fields against the same derivation from the journals", self._fields

@@ -16,6 +16,7 @@ from fedveil.privacy.stats_document import STATISTICS, document
 
 _CLOSE = 1e-6
 _STATISTICS_LIMIT = 1 << 25
+_NO_DISTRIBUTION, _NO_EXP = 1000.0, 700.0
 _TOO_MUCH = 1200.0  # by this table of orders, for what is at most 1000 by the builder's finer one
 
 
@@ -48,6 +49,28 @@ def rdp(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     if fields.number(claim, "epsilon", "claim", high=1e6) > second + 0.01:
         raise VerificationError("the claim is above what the second accountant bounds")
     return f"stated {stated:.6f}, bounded by {second:.6f} (PLD {first:.6f})"
+
+
+def replace_one(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+    """ε under the other relation: one record replaced by another."""
+    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    stated = fields.number(claim, "replace_one_epsilon", "claim", high=1e12)
+    bound = recompute.replacing_bound(q, sigma, plan.steps, plan.delta)
+    if claim.get("replace_one_accountant") == "RDP":
+        if stated <= _NO_DISTRIBUTION:
+            raise VerificationError(f"epsilon with one record replaced, {stated:.6f}, is small enough for PLD")
+        return f"stated {stated:.6f}: no protection to speak of"
+    if bound > 3 * _NO_DISTRIBUTION:
+        raise VerificationError(f"epsilon with one record replaced is up to {bound:.4g}, too much for PLD")
+    own = recompute.by_pld_replacing(q, sigma, plan.steps, plan.delta)
+    if abs(stated - own) > _CLOSE * max(1.0, own):
+        raise VerificationError(f"epsilon with one record replaced is stated as {stated:.6f}, it is {own:.6f}")
+    if own > bound + 0.01:
+        raise VerificationError(f"the two accountants disagree: PLD {own:.4f}, RDP {bound:.4f}, one record replaced")
+    # Twice the distance under the same noise: the closed form at σ/2.
+    if q == 1 and stated < _NO_EXP and recompute.gaussian_delta(sigma / 2, plan.steps, stated) > plan.delta * 1.000001:
+        raise VerificationError("the closed form gives a larger delta where one record is replaced")
+    return f"stated {stated:.6f}, recomputed {own:.6f}, bounded by {bound:.6f}"
 
 
 def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:

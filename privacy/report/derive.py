@@ -8,7 +8,8 @@ from typing import Any
 
 from fedveil.common.identity import Roster
 from fedveil.privacy.dp.accounting import PLD_INTERVAL, epsilon_pld, epsilon_rdp
-from fedveil.privacy.plan import MODULUS_BITS, PrivacyPlan
+from fedveil.privacy.grid import MODULUS_BITS
+from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import loss, wording
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round
@@ -86,6 +87,7 @@ def _claim(plan: PrivacyPlan) -> dict[str, Any]:
     points = loss.curve(plan.event, plan.steps, plan.delta, plan.claim)
     rates = [(fpr, loss.attack_rate(points, fpr)) for fpr in loss.FALSE_ALARMS]
     weakest, accountant = loss.fallback(plan)
+    replaced, by = loss.replace_one(plan)
     return {
         "sentence": wording.claim(plan),
         "unit": plan.unit,
@@ -94,6 +96,9 @@ def _claim(plan: PrivacyPlan) -> dict[str, Any]:
         "epsilon_planned": plan.epsilon,
         "delta": plan.delta,
         "epsilon_rdp": epsilon_rdp([(plan.event, plan.steps)], plan.delta),
+        "replace_one_epsilon": replaced,
+        "replace_one_accountant": by,
+        "replace_one_sentence": wording.replace_one(plan, replaced),
         "fallback_epsilon": weakest,
         "fallback_accountant": accountant,
         "fallback_sentence": wording.fallback(plan, weakest),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-from fedveil.privacy.dp.accounting import delta_curve, epsilon_pld, epsilon_rdp
+from fedveil.privacy.dp.accounting import delta_curve, epsilon_pld, epsilon_rdp, replace_one_rdp
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -56,6 +56,13 @@ def fallback(plan: PrivacyPlan) -> tuple[float, str]:
     if rough > _TOO_MUCH or plan.fallback_event.noise_multiplier < _TOO_LITTLE_NOISE:
         return rough, "RDP"
     return plan.fallback, "PLD"
+
+
+def replace_one(plan: PrivacyPlan) -> tuple[float, str]:
+    """ε when one record is replaced by another, and by which accountant (RDP where PLD would be too wide)."""
+    rough = replace_one_rdp([(plan.event, plan.steps)], plan.delta)
+    wide = rough > _TOO_MUCH or plan.noise_multiplier < 2 * _TOO_LITTLE_NOISE
+    return (rough, "RDP") if wide else (plan.claim_replace_one, "PLD")
 
 
 def group_epsilon(plan: PrivacyPlan, records: int) -> float | None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
 from fedveil.common.errors import VerificationError
@@ -43,6 +44,39 @@ def deltas_by_pld(q: float, sigma: float, steps: int, epsilons: tuple[float, ...
     accountant = PLDAccountant(value_discretization_interval=1e-3)
     accountant.compose(_mechanism(q, sigma), steps)
     return tuple(float(accountant.get_delta(e)) for e in epsilons)
+
+
+@lru_cache(maxsize=256)
+def by_pld_replacing(q: float, sigma: float, steps: int, delta: float) -> float:
+    """ε of ``steps`` times SGM(q, σ) when one record is replaced, by privacy loss distributions; 0 for no steps.
+
+    σ stays relative to what one record adds: under this relation the library's PLD counts both records, its RDP not.
+    """
+    if steps == 0:
+        return 0.0
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_ONE, value_discretization_interval=1e-3)
+    accountant.compose(_mechanism(q, sigma), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def replacing_bound(q: float, sigma: float, steps: int, delta: float) -> float:
+    """An upper bound of :func:`by_pld_replacing` by Rényi DP.
+
+    The smaller of two: every record in every step at twice the distance (exact for q = 1), and a removal followed by
+    an addition, which is (2ε, (1 + e^ε) δ') where one of them is (ε, δ') (group privacy).
+    """
+    whole = by_rdp(1.0, sigma / 2, steps, delta)
+    if q == 1 or steps == 0:
+        return whole
+    small = delta / 2
+    for _ in range(12):  # ε grows slowly as δ' falls: a few steps reach a δ' that fits
+        one = by_rdp(q, sigma, steps, small)
+        if one > 300:
+            return whole
+        if (1 + math.exp(one)) * small <= delta:
+            return min(whole, 2 * one)
+        small = delta / (1 + math.exp(one)) / 2
+    return whole
 
 
 @lru_cache(maxsize=256)

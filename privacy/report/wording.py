@@ -72,6 +72,14 @@ def fallback(plan: PrivacyPlan, epsilon: float) -> str:
     )
 
 
+def replace_one(plan: PrivacyPlan, epsilon: float) -> str:
+    """The same promise under the other relation between data sets."""
+    return (
+        f"ε above compares tables with and without one {plan.unit}. Between tables in which one {plan.unit} is "
+        f"replaced by another, the same noise leaves ε = {epsilon:.4g} (at the same δ)."
+    )
+
+
 def attack(rates: list[tuple[float, float]]) -> str:
     """The trade-off curve in plain words."""
     parts = [

@@ -21,7 +21,8 @@ from fedveil.common.models import build
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, gaussian_epsilon, rdp
 from fedveil.privacy.dp.clipping import Clipper
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.plan import MAX_INFLATION, Optimizer, PrivacyPlan, default_tolerance, from_json, make_plan
+from fedveil.privacy.plan import Optimizer, PrivacyPlan, from_json, make_plan
+from fedveil.privacy.plan_rules import MAX_INFLATION, default_tolerance
 
 MODEL = ModelSpec(name="logistic", inputs=20, classes=2)
 GIVEN: dict[str, Any] = {
