@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 from fedveil.common import canonical, identity
 from fedveil.common import settings as tomls
 from fedveil.common.contract import DataContract, sign_contract
-from fedveil.common.errors import ConfigError, ContractError, PlanError, UsageError
+from fedveil.common.errors import ConfigError, ContractError, PlanError, UsageError, VerificationError
 from fedveil.common.identity import Member, Roster
-from fedveil.common.units import SiteId
+from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.privacy import plan as plans
 from fedveil.privacy.cli_plan import plan
 from fedveil.privacy.dp.accounting import Filter, best_order, gaussian_epsilon
+from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.planning import forecast, plan_from_settings, values_per_coefficient
 
 CONTRACT = """
@@ -123,10 +124,38 @@ def test_values_per_coefficient(bits, values) -> None:
 def test_the_table_says_it_all(folder) -> None:
     result = call(settings(folder, more='sum = "keysum"'), "--cap", "5")
     assert result.exit_code == 0, result.exception
-    for words in ("σ = ", "fallback ε", "h = 3", "T = 4", "at least 4 sites", "noise to signal", "bytes per parameter",
-                  "a cap of 5", "signed", "2 classes"):  # fmt: skip
+    for words in ("σ = ", "replace one", "fallback ε", "h = 3", "T = 4", "at least 4 sites", "noise to signal",
+                  "bytes per parameter", "a cap of 5", "signed", "2 classes"):  # fmt: skip
         assert words in result.stdout, words
     assert "warning" not in result.stdout
+
+
+def test_epsilon_from_a_given_noise(folder) -> None:
+    found = canonical.loads(call(settings(folder), "--noise-multiplier", "10", "--json").stdout)
+    assert found["plan"]["noise_multiplier"] == 10.0
+    assert found["plan"]["epsilon"] == found["epsilon_pld"]
+    assert found["epsilon_pld"] == pytest.approx(gaussian_epsilon(math.sqrt(30) / 10, 1e-5), abs=1e-3)
+    assert found["epsilon_replace_one"] == pytest.approx(gaussian_epsilon(math.sqrt(30) / 5, 1e-5), abs=1e-3)
+    assert "σ = 10.0000" in call(settings(folder), "--noise-multiplier", "10").stdout
+    assert isinstance(call(settings(folder), "--noise-multiplier", "0.01").exception, PlanError)
+
+
+def test_what_a_ledger_that_has_spent_still_carries(folder) -> None:
+    """Ten steps less than a fresh one of the same cap; a ledger of another δ is not this plan's."""
+    path, key = settings(folder), identity.new_signing_key()
+    p = plan_from_settings(tomls.load(path, tomls.Federation), DataContract.load(folder / "contract.toml"), 5)
+    cap = forecast(p).filter_epsilon
+    for name, delta in (("a", 1e-5), ("b", 1e-6)):
+        ledger = Ledger.open(folder / name, "s0", key, lineage="x", cap=Epsilon(cap), delta=Delta(delta), durable=False)
+        for n in range(10 if name == "a" else 0):
+            ledger.reserve("before", n + 1, p.hash, p.event)
+        ledger.close()
+    found = canonical.loads(call(path, "--ledger", folder / "a", "--json").stdout)
+    assert found["ledger_affordable_steps"] == 20
+    assert 0 < found["ledger_spent"] < cap
+    assert "still carries 20 of these steps" in call(path, "--ledger", folder / "a").stdout
+    assert isinstance(call(path, "--ledger", folder / "b").exception, PlanError)
+    assert isinstance(call(path, "--ledger", folder / "c").exception, VerificationError)
 
 
 def test_a_draft_and_a_number_of_sites_are_enough_to_plan_with(folder) -> None:

@@ -158,6 +158,35 @@ def test_the_claim_is_the_accountants() -> None:
     assert PLAN.claim < PLAN.fallback < math.inf
 
 
+def test_epsilon_follows_from_a_noise_multiplier_as_well() -> None:
+    values = {k: v for k, v in GIVEN.items() if k != "epsilon"}
+    made = make_plan(**values, noise_multiplier=9.0)
+    exact = gaussian_epsilon(math.sqrt(30) / 9.0, 1e-5)
+    assert made.noise_multiplier == 9.0
+    assert made.epsilon == made.claim
+    assert exact <= made.epsilon <= exact + 1e-3
+    assert from_json(made.to_json()) == made
+    # and back: the noise that this ε asks for is the one given, to what bisection promises
+    assert make({"epsilon": made.epsilon}).noise_multiplier == pytest.approx(9.0, rel=2e-4)
+    for both in ({}, {"epsilon": 2.0, "noise_multiplier": 9.0}):
+        with pytest.raises(PlanError, match="epsilon or from noise_multiplier"):
+            make_plan(**values, **both)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.0, -1.0, math.nan, math.inf, 1e7, 0.2])
+def test_a_noise_multiplier_without_meaning_is_refused(sigma) -> None:
+    """At 0.2 two hundred steps cost more than any plan may claim."""
+    values = {k: v for k, v in GIVEN.items() if k != "epsilon"} | {"steps": 200}
+    with pytest.raises(PlanError):
+        make_plan(**values, noise_multiplier=sigma)
+
+
+def test_one_record_replaced_costs_more_than_one_added() -> None:
+    exact = gaussian_epsilon(2 * math.sqrt(30) / PLAN.noise_multiplier, 1e-5)
+    assert exact <= PLAN.claim_replace_one <= exact + 1e-3
+    assert PLAN.claim_replace_one > 2 * PLAN.claim
+
+
 @settings(max_examples=5, deadline=None)
 @given(
     st.integers(3, 60), st.floats(0.3, 4), st.integers(1, 40), st.sampled_from([1.0, 0.1]), st.floats(1e-3, 1e3),

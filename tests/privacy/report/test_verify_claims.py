@@ -73,6 +73,8 @@ EDITS = {
     "true": ("epsilon by PLD", lambda p: p["claim"].update(epsilon=True)),
     "no claim": ("epsilon by PLD", lambda p: p.update(claim=None)),
     "second accountant": ("epsilon by RDP", lambda p: p["claim"].update(epsilon_rdp=1.0)),
+    "replace one": ("replace-one epsilon", lambda p: p["claim"].update(replace_one_epsilon=p["claim"]["epsilon"])),
+    "replace one by RDP": ("replace-one epsilon", lambda p: p["claim"].update(replace_one_accountant="RDP")),
     "fallback": ("fallback epsilon", lambda p: p["claim"].update(fallback_epsilon=2.0)),
     "fallback by another name": ("every field", lambda p: p["claim"].update(fallback_accountant="RDP")),
     "curve": ("privacy curve", lambda p: p["claim"]["curve"][3].__setitem__(1, 1e-9)),
