@@ -19,7 +19,7 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
 from fedveil.privacy.anonymization import recoding as rc
 from fedveil.privacy.anonymization.attributes import TableSpec
-from fedveil.privacy.anonymization.criteria import Criterion, DistinctL, KAnonymity
+from fedveil.privacy.anonymization.criteria import Criterion, DistinctL, KAnonymity, TCloseness
 from fedveil.privacy.anonymization.domains import Domain
 from fedveil.privacy.anonymization.lattice import MAX_NODES, Lattice, nodes_of
 from fedveil.privacy.anonymization.mondrian import CUTS, mondrian
@@ -58,7 +58,7 @@ class Anonymizer:
 
     Args:
         spec: roles and hierarchies, or a data contract.
-        models: the criteria; by default a contract's k and l.
+        models: the criteria; by default a contract's k, l and t.
         method: ``fixed`` (declared levels), ``optimal`` (one level per column, the best of all), ``peel`` (levels by
             region, labels of the hierarchies), ``mondrian`` (sets of values, least loss), or ``auto``: peel where
             every column of more than 5 values has a hierarchy and the lattice is not too large, else mondrian.
@@ -186,7 +186,9 @@ class Anonymizer:
 def contract_models(contract: DataContract) -> tuple[Criterion, ...]:
     """The criteria a contract asks for."""
     diverse = [DistinctL(contract.l, c.name) for c in contract.sensitive] if contract.l > 1 else []
-    return (KAnonymity(contract.k), *diverse)
+    t = contract.t
+    close = [] if t is None else [TCloseness(t, c.name, distance=contract.t_distance) for c in contract.sensitive]
+    return (KAnonymity(contract.k), *diverse, *close)
 
 
 def check_limit(limit: float) -> None:

@@ -141,7 +141,7 @@ class QuasiIdentifier:
         hierarchy: how it generalises to labels; without one, a value or "*" (Mondrian needs none).
         numeric: whether values are numbers, so that sets are intervals; None: as the column's or hierarchy's type says.
         fixed_level: the level that the method ``fixed`` recodes to.
-        column: a contract's number: its cut points are level 1.
+        column: a contract's number: its cut points are the levels above the values.
     """
 
     name: str
@@ -151,7 +151,7 @@ class QuasiIdentifier:
     column: Column | None = None
 
     def __post_init__(self) -> None:
-        top = self.hierarchy.height if self.hierarchy else 2 if self.column else 1
+        top = self.hierarchy.height if self.hierarchy else len(bins(self.column)) + 1 if self.column else 1
         if self.fixed_level is not None and not 0 <= self.fixed_level <= top:
             raise ContractError(f"column {self.name!r}: the fixed level is not one of 0..{top}")
 
@@ -216,7 +216,7 @@ class TableSpec:
     def from_contract(cls, contract: DataContract) -> TableSpec:
         """The same roles; fixed levels become the levels of the hierarchies.
 
-        The target counts as sensitive where the contract says so. Level 1 of a number are the contract's intervals.
+        The target counts as sensitive where the contract says so. A number's levels are the contract's intervals.
         """
         sensitive = tuple(Sensitive(c.name, c.values) for c in contract.sensitive)
         names = {c.name for c in sensitive}
@@ -231,15 +231,31 @@ class TableSpec:
 
 def _quasi(c: Column) -> QuasiIdentifier:
     if c.type == "category":
-        levels = [c.values]
+        return _category(c)
+    own = c.levels is not None
+    return QuasiIdentifier(c.name, numeric=True, fixed_level=1 if own else c.level, column=c)
+
+
+def bins(c: Column) -> tuple[tuple[tuple[float, ...], tuple[str, ...]], ...]:
+    """A contract's number: by level above the values, the cut points and the intervals' labels."""
+    if c.levels is not None:
+        return ((c.cuts, c.labels),)
+    return tuple((step.cuts, step.labels) for step in c.steps)
+
+
+def _category(c: Column) -> QuasiIdentifier:
+    if c.levels is None and c.steps:
+        leaves = [row[0] for row in c.hierarchy]
+        levels, fixed = [tuple(level) for level in zip(*c.hierarchy, strict=True)], c.level
+    else:
         grouped = {leaf: "|".join(g) for g in c.groups for leaf in g}
-        if any(grouped[v] != v for v in c.values):
-            levels.append(tuple(grouped[v] for v in c.values))
-        fixed = len(levels) - 1
-        if len(set(levels[-1])) != 1 or fixed == 0:
-            levels.append((TOP,) * len(c.values))
-        return QuasiIdentifier(c.name, Hierarchy(tuple(levels), c.name), numeric=False, fixed_level=fixed)
-    return QuasiIdentifier(c.name, numeric=True, fixed_level=1, column=c)
+        leaves, levels = list(c.values), [c.values]
+        if any(grouped[v] != v for v in leaves):
+            levels.append(tuple(grouped[v] for v in leaves))
+        fixed = len(levels) - 1 if c.recoded else None
+    if len(levels) == 1 or len(set(levels[-1])) != 1:
+        levels.append((TOP,) * len(leaves))
+    return QuasiIdentifier(c.name, Hierarchy(tuple(levels), c.name), numeric=False, fixed_level=fixed)
 
 
 def text_of(value: object) -> str:

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.contract import MISSING
 from fedveil.common.errors import DataError
-from fedveil.privacy.anonymization import codes
-from fedveil.privacy.anonymization.attributes import TOP, Hierarchy, QuasiIdentifier, text_of
+from fedveil.privacy.anonymization.attributes import TOP, Hierarchy, QuasiIdentifier, bins, text_of
 
 Codes = NDArray[np.int32]
 pc: Any = pyarrow.compute  # its functions are made at import time, where type checkers cannot see them
@@ -168,12 +167,16 @@ def _flat(quasi: QuasiIdentifier, present: Mapping[str, Any], numeric: bool) -> 
     if not numeric or quasi.column is None:
         return Hierarchy((leaves, (_top(leaves),) * len(leaves)), quasi.name)
     column = quasi.column
-    x = np.array([float(t) for t in leaves] if present else [np.nan])
+    if not present:
+        return Hierarchy((leaves, (TOP,) * len(leaves)), quasi.name)
+    x = np.array([float(t) for t in leaves])
     if column.low is not None and column.high is not None and bool(((x < column.low) | (x > column.high)).any()):
         count = int(((x < column.low) | (x > column.high)).sum())
         raise DataError(f"column {quasi.name!r}: {count} different values are outside the contract's bounds")
-    bins = tuple(column.labels[i] if i >= 0 else "" for i in codes.encode(x, column))
-    return Hierarchy((leaves, bins, (TOP,) * len(leaves)), quasi.name)
+    levels = [leaves]
+    for cuts, labels in bins(column):
+        levels.append(tuple(labels[i] for i in np.searchsorted(np.asarray(cuts), x, side="right").tolist()))
+    return Hierarchy((*levels, (TOP,) * len(leaves)), quasi.name)
 
 
 def _top(leaves: tuple[str, ...]) -> str:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from fedveil.common.contract import MISSING, DataContract
 from fedveil.common.errors import AnonymityError, UsageError
 from fedveil.privacy.anonymization import criteria as cr
-from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, TableSpec
+from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, TableSpec, bins
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recheck_definitions import judge
 
@@ -188,7 +188,7 @@ def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
     """Every cell is a label of the hierarchy, or a set or interval of its values."""
     known = {label for level in q.hierarchy.levels for label in level} if q.hierarchy else set()
     if q.column is not None:
-        known |= set(q.column.labels)
+        known |= {label for _, labels in bins(q.column) for label in labels}
     broken = sum(not (label in known or label in (TOP, MISSING) or _is_set(q, label)) for label in labels)
     if broken:
         raise AnonymityError(f"column {q.name!r}: {broken} different cells are no labels of the specification")
