@@ -97,8 +97,8 @@ def test_leaves_spellings_masks_and_other():
     read = cells.leaves(pa.array(["1", "1.0", "2.50", "?", "", "x", "+2"]), grade, pool, seen)
     assert read.tolist() == ["1", "1", "2.50", "", "", "x", "2"]
     assert (seen.other, seen.coded, seen.empty) == (2, 1, 1)
-    zip_code = Column.model_validate({"name": "z", "role": "quasi", "type": "category", "values": ["94***", "10***"], "levels": [["94***"], ["10***"]],
-                                      "mask": {"keep": 2, "length": 5}})  # fmt: skip
+    masked = {"values": ["94***", "10***"], "levels": [["94***"], ["10***"]], "mask": {"keep": 2, "length": 5}}
+    zip_code = Column.model_validate({"name": "z", "role": "quasi", "type": "category", **masked})
     read = cells.leaves(pa.array(["94110", "94 11-0", "10999", "9411", "94***"]), zip_code, {}, Reading())
     assert read.tolist() == ["94***", "94***", "10***", "9411", "94***"]
 

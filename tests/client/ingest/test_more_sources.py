@@ -123,8 +123,8 @@ def fill(url, odd):
 
     engine = sa.create_engine(url)
     with engine.begin() as c:
-        c.execute(sa.text("CREATE TABLE t (n INTEGER, patient VARCHAR(20), age INTEGER, job VARCHAR(9), dose DOUBLE PRECISION, "
-                          "grade INTEGER, y NUMERIC(6,2))"))  # fmt: skip
+        columns = "n INTEGER, patient VARCHAR(20), age INTEGER, job VARCHAR(9), dose DOUBLE PRECISION, grade INTEGER"
+        c.execute(sa.text(f"CREATE TABLE t ({columns}, y NUMERIC(6,2))"))
         names = ("n", *HEADER)
         c.execute(
             sa.text(f"INSERT INTO t VALUES ({', '.join(':' + n for n in names)})"),
@@ -157,10 +157,9 @@ def test_sqlite(tmp_path, contract, odd, expected, monkeypatch):
 
 
 def postgres_bin():
-    found = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name) if p.parent.name.isdigit() else 0
-    )
-    return found[-1] if found else Path(initdb).parent if (initdb := shutil.which("initdb")) else None
+    found = sorted(Path("/usr/lib/postgresql").glob("[0-9]*/bin"), key=lambda p: int(p.parent.name))
+    initdb = shutil.which("initdb")
+    return found[-1] if found else Path(initdb).parent if initdb else None
 
 
 @pytest.fixture
@@ -177,11 +176,8 @@ def postgres():
     as_user: dict = {}
     if os.geteuid() == 0:
         try:
-            as_user = {
-                "user": pwd.getpwnam("postgres").pw_uid,
-                "group": pwd.getpwnam("postgres").pw_gid,
-                "extra_groups": [],
-            }
+            owner = pwd.getpwnam("postgres")
+            as_user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
         except KeyError:
             pytest.skip("running as root and no user 'postgres' to run the server as")
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
@@ -189,12 +185,13 @@ def postgres():
         os.chown(folder, as_user["user"], as_user["group"])
     run = {"check": True, "capture_output": True, "timeout": 60, "cwd": folder, **as_user}
     try:
-        subprocess.run(
-            [binaries / "initdb", "-D", folder / "d", "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync"], **run
-        )
+        made = [binaries / "initdb", "-D", folder / "d", "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run(made, **run)
         options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
-        subprocess.run([binaries / "pg_ctl", "-D", folder / "d", "-w", "-l", folder / "log", "-o", options, "start"],
-                       check=True, timeout=60, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **as_user)  # fmt: skip
+        started = [binaries / "pg_ctl", "-D", folder / "d", "-w", "-l", folder / "log", "-o", options, "start"]
+        # The server keeps the pipes of whoever started it: none are given to it.
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(started, check=True, timeout=60, cwd=folder, **silent, **as_user)
         yield f"postgresql+psycopg://tester@/postgres?host={folder}"
         subprocess.run([binaries / "pg_ctl", "-D", folder / "d", "-m", "immediate", "stop"], **run)
     finally:
@@ -207,12 +204,8 @@ def test_postgresql(postgres, contract, odd, expected, monkeypatch):
 
 def test_a_database_that_is_not_there(contract):
     pytest.importorskip("sqlalchemy")
-    for url in (
-        "sqlite:////nowhere/canary73.db",
-        "postgresql+psycopg://u:canary73@127.0.0.1:1/x",
-        "nonsense",
-        "canary73://x",
-    ):
+    server = "postgresql+psycopg://u:canary73@127.0.0.1:1/x"
+    for url in ("sqlite:////nowhere/canary73.db", server, "nonsense", "canary73://x"):
         with pytest.raises((DataError, ConfigError)) as e:
             read(SqlSource(url, SELECT), contract)
         assert "canary73" not in str(e.value)
@@ -222,9 +215,8 @@ def test_duckdb(tmp_path, contract, odd, expected):
     duckdb = pytest.importorskip("duckdb")
     path = tmp_path / "t.duckdb"
     with duckdb.connect(str(path)) as c:
-        c.execute(
-            "CREATE TABLE t (n INTEGER, patient VARCHAR, age TINYINT, job VARCHAR, dose DOUBLE, grade INTEGER, y DECIMAL(6,2))"
-        )
+        columns = "n INTEGER, patient VARCHAR, age TINYINT, job VARCHAR, dose DOUBLE, grade INTEGER, y DECIMAL(6,2)"
+        c.execute(f"CREATE TABLE t ({columns})")
         c.executemany("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?, ?)", typed(odd))
     same(read(DuckSource(path, SELECT), contract), expected)
     with pytest.raises(DataError, match="could not be run"):
@@ -238,7 +230,8 @@ PATHS = {"patient": "identifier[system=urn:mrn].value", "age": "extension[url=ag
 
 
 def resource(r):
-    out = {"resourceType": "Patient", "identifier": [{"system": "x", "value": "no"}, {"system": "urn:mrn", "value": r[0]}],
+    names = [{"system": "x", "value": "no"}, {"system": "urn:mrn", "value": r[0]}]
+    out = {"resourceType": "Patient", "identifier": names,
            "extension": [{"url": "age", "valueInteger": int(r[1])}], "job": {"text": r[2]}, "grade": int(r[4]),
            "y": float(r[5])}  # fmt: skip
     return out if r[3] == "" else {**out, "dose": [{"value": r[3]}]}
