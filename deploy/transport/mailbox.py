@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -100,7 +100,7 @@ class Mailbox:
         with self._lock:
             return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
-    def replies(self, message_ids: Iterable[str], timeout: float | None) -> Iterator[Message]:
+    def replies(self, message_ids: Iterable[str], timeout: float | None) -> Generator[Message, None, None]:
         """The replies as they come, waited for at most ``timeout`` seconds; what was not answered is then withdrawn.
 
         The wait ends early when every site that still owes a reply has been away for ``grace`` seconds. A reply is

@@ -3,100 +3,34 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedveil.common.errors import HelperRefusal, SecureSumError
-from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.journal import Head
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg import lattice, shamir
 from fedveil.privacy.secagg.heads import check_head
-from fedveil.privacy.secagg.interface import SumSpec
-from fedveil.privacy.secagg.keysum_server import KeysumServer
-from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.params import N, Q, choose
-from fedveil.privacy.secagg.store import MemoryStore, Store
-
-NINE = [SiteId(f"s{i}") for i in range(9)]
-KEYS = {name: new_signing_key() for name in NINE}
-SERVER_KEY = new_signing_key()
-
-
-class World:
-    """``n`` joined sites of which the last ``c`` are the adversary's, as is the server."""
-
-    def __init__(self, n: int, c: int, threshold: int, min_members: int, length: int = 6) -> None:
-        self.names = NINE[:n]
-        members = tuple(Member(s, public_hex(KEYS[s])) for s in self.names)
-        roster = Roster("hostile", Member(SERVER, public_hex(SERVER_KEY)), members)
-        self.spec = SumSpec(
-            "keysum", secrets.token_hex(32), "b" * 64, roster, threshold, min_members, length, 1000, 10, c
-        )
-        self.stores: dict[SiteId, Store] = {s: MemoryStore() for s in self.names}
-        self.sites = {s: self.fresh(s) for s in self.names}
-        self.server = KeysumServer(self.spec)
-        joins = {s: site.join_fields() for s, site in self.sites.items()}
-        self.server.begin(joins, {s: site.begin(joins) for s, site in self.sites.items()})
-        self.honest, self.colluders = self.names[: n - c], self.names[n - c :]
-        self.packets: dict[SiteId, Packet] = {}
-
-    def fresh(self, name: SiteId) -> KeysumSite:
-        return KeysumSite(self.spec, name, KEYS[name], self.stores[name])
-
-    def contribute(self, round: int = 1) -> None:
-        self.packets = {s: site.contribute(round, "n", np.arange(6)) for s, site in self.sites.items()}
-
-    def announce(self, members: Iterable[SiteId], round: int = 1) -> Packet:
-        """An announcement of any set, as a lying server writes it."""
-        chosen = [s for s in self.names if s in set(members)]
-        header = {"kind": messages.MEMBERS, "session": self.spec.session, "round": round, "nonce": "n"}
-        return Packet({**header, "members": [self.packets[s].header for s in chosen]})
-
-    def digest(self, members: Iterable[SiteId], round: int = 1) -> str:
-        chosen = {s: messages.canonical.digest(self.packets[s].header) for s in set(members)}
-        return messages.members_digest(self.spec, round, chosen)
-
-    def forge(self, colluder: SiteId, digest: str, round: int = 1) -> str:
-        """A colluder signs whatever is asked."""
-        header = messages.agreement_header(self.spec, round, colluder, digest)
-        return messages.sign_header(KEYS[colluder], header)["signature"]
-
-    def ask(self, helper: SiteId, members: Iterable[SiteId], agreements: Mapping[SiteId, str]) -> Packet:
-        at = self.names.index(helper) * messages.BOX_BYTES
-        chosen = [s for s in self.names if s in set(members)]
-        boxes = [self.packets[s].buffers["shares"][at : at + messages.BOX_BYTES] for s in chosen]
-        header = {"kind": messages.OPEN, "session": self.spec.session, "round": 1}
-        header |= {"digest": self.digest(members), "agreements": dict(agreements)}
-        return Packet(header, {"shares": b"".join(boxes)})
-
-    def share_of(self, dealer: SiteId, helper: SiteId) -> np.ndarray:
-        """What ``helper`` was dealt: the adversary reads it for its own sites."""
-        said = self.packets[dealer].header
-        at = self.names.index(helper) * messages.BOX_BYTES
-        box = self.packets[dealer].buffers["shares"][at : at + messages.BOX_BYTES]
-        data = self.sites[helper]._session.unseal(dealer, messages.box_context(1, "n", said["ciphertext"]), box)
-        return np.frombuffer(data, "<u2").astype(np.int64)
-
+from fedveil.privacy.secagg.store import MemoryStore
 
 # ---- helpers that are shown different sets: A, A and B together, B
 
 
-def _sets(world: World) -> tuple[list[SiteId], list[SiteId], list[SiteId]]:
+def _sets(world: Any) -> tuple[list[SiteId], list[SiteId], list[SiteId]]:
     """A and B differ in the two victims only; the adversary knows its own sites' keys."""
     first, second = world.honest[:2]
     return [first, *world.colluders], [first, second, *world.colluders], [second, *world.colluders]
 
 
-def test_without_the_agreement_different_sets_open_a_small_key(monkeypatch):
+def test_without_the_agreement_different_sets_open_a_small_key(new_world, monkeypatch):
     """n = 9, c = 4, T = 7: thirteen equations and two small keys. The step that is taken away is the agreement."""
-    world = World(9, 4, 7, 5)
+    world = new_world(9, 4, 7, 5)
     secret = dict[SiteId, np.ndarray]()
     real = shamir.share
 
@@ -161,8 +95,8 @@ def _eliminate(rows: np.ndarray, right: np.ndarray) -> tuple[tuple[int, int], np
     return (int(rows[left, keys[0]]), int(rows[left, keys[1]])), right[left]
 
 
-def test_with_the_agreement_at_most_one_of_the_sets_opens_however_the_helpers_are_split():
-    world = World(9, 4, 7, 5)
+def test_with_the_agreement_at_most_one_of_the_sets_opens_however_the_helpers_are_split(new_world):
+    world = new_world(9, 4, 7, 5)
     world.contribute()
     sets = _sets(world)
     requests = [world.announce(s) for s in sets]
@@ -187,8 +121,8 @@ def test_with_the_agreement_at_most_one_of_the_sets_opens_however_the_helpers_ar
         assert len(agreements[shown_set]) < 7
 
 
-def test_once_one_set_opened_the_same_helpers_open_no_other():
-    world = World(9, 4, 7, 5)
+def test_once_one_set_opened_the_same_helpers_open_no_other(new_world):
+    world = new_world(9, 4, 7, 5)
     world.contribute()
     _, both, b = _sets(world)
     agreements = {c: world.forge(c, world.digest(both)) for c in world.colluders}
@@ -209,8 +143,8 @@ def test_once_one_set_opened_the_same_helpers_open_no_other():
 
 
 @pytest.mark.parametrize("members", [[], [0], [0, 8], [0, 5, 6, 7]])
-def test_a_set_of_one_or_of_one_and_colluders_below_the_minimum_is_never_signed(members):
-    world = World(9, 4, 7, 5)
+def test_a_set_of_one_or_of_one_and_colluders_below_the_minimum_is_never_signed(new_world, members):
+    world = new_world(9, 4, 7, 5)
     world.contribute()
     for helper in world.honest:
         with pytest.raises(HelperRefusal, match="fewer"):
@@ -242,9 +176,9 @@ def test_everything_c_sites_and_the_server_hold_leaves_one_key_uniform_but_for_t
         assert all(secrets_of[view, s] * prime == count for s in range(prime))
 
 
-def test_one_answer_too_few_leaves_every_update_possible():
+def test_one_answer_too_few_leaves_every_update_possible(new_world):
     """T - 1 answers over any set, the colluders' own included: some missing answer leads to any sum of keys."""
-    world = World(5, 2, 4, 3)
+    world = new_world(5, 2, 4, 3)
     world.contribute()
     known = np.stack([world.share_of(world.names[0], h) for h in (*world.colluders, world.names[1])])
     points = [world.names.index(h) + 1 for h in (*world.colluders, world.names[1])]
@@ -255,8 +189,8 @@ def test_one_answer_too_few_leaves_every_update_possible():
         assert (shamir.centred(back) == guess).all()
 
 
-def test_colluders_and_the_server_open_no_single_site_by_any_request_they_can_write():
-    world = World(5, 1, 4, 4)
+def test_colluders_and_the_server_open_no_single_site_by_any_request_they_can_write(new_world):
+    world = new_world(5, 1, 4, 4)
     world.contribute()
     victim = world.names[0]
     single, full = [victim], world.names
@@ -277,8 +211,8 @@ def test_colluders_and_the_server_open_no_single_site_by_any_request_they_can_wr
 # ---- a second plaintext under one key
 
 
-def test_a_second_plaintext_under_one_key_would_give_the_difference_and_is_refused(monkeypatch):
-    world = World(3, 0, 2, 2, length=N)
+def test_a_second_plaintext_under_one_key_would_give_the_difference_and_is_refused(new_world, monkeypatch):
+    world = new_world(3, 0, 2, 2, length=N)
     values, other = np.zeros(N, np.int64), np.arange(N) % 900
     site = world.sites[world.names[0]]
     fixed = iter(range(100))
@@ -310,8 +244,8 @@ class Backup(MemoryStore):
         self._data = dict(data)
 
 
-def test_a_helper_restored_from_a_backup_would_sign_a_second_set_and_its_journal_stops_it():
-    world = World(5, 1, 4, 3)
+def test_a_helper_restored_from_a_backup_would_sign_a_second_set_and_its_journal_stops_it(new_world):
+    world = new_world(5, 1, 4, 3)
     name = world.names[0]
     world.stores[name] = store = Backup()
     store.restore(world.sites[name]._store._data)  # type: ignore[attr-defined]

@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedveil.common.errors import HelperRefusal, ProtocolError, SecureSumError
-from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg import lattice, shamir
-from fedveil.privacy.secagg.interface import SumSpec
-from fedveil.privacy.secagg.keysum_server import KeysumServer
-from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.params import N
-from fedveil.privacy.secagg.store import MemoryStore, Store
-
-NINE = [SiteId(f"s{i}") for i in range(9)]
-KEYS = {name: new_signing_key() for name in NINE}
-SERVER_KEY = new_signing_key()
-
-
-class World:
-    """``n`` joined sites of which the last ``c`` are the adversary's, as is the server."""
-
-    def __init__(self, n: int, c: int, threshold: int, min_members: int, length: int = 6) -> None:
-        self.names = NINE[:n]
-        members = tuple(Member(s, public_hex(KEYS[s])) for s in self.names)
-        roster = Roster("hostile", Member(SERVER, public_hex(SERVER_KEY)), members)
-        self.spec = SumSpec(
-            "keysum", secrets.token_hex(32), "b" * 64, roster, threshold, min_members, length, 1000, 10, c
-        )
-        self.stores: dict[SiteId, Store] = {s: MemoryStore() for s in self.names}
-        self.sites = {s: self.fresh(s) for s in self.names}
-        self.server = KeysumServer(self.spec)
-        joins = {s: site.join_fields() for s, site in self.sites.items()}
-        self.server.begin(joins, {s: site.begin(joins) for s, site in self.sites.items()})
-        self.honest, self.colluders = self.names[: n - c], self.names[n - c :]
-        self.packets: dict[SiteId, Packet] = {}
-
-    def fresh(self, name: SiteId) -> KeysumSite:
-        return KeysumSite(self.spec, name, KEYS[name], self.stores[name])
-
-    def contribute(self, round: int = 1) -> None:
-        self.packets = {s: site.contribute(round, "n", np.arange(6)) for s, site in self.sites.items()}
-
-    def announce(self, members: Iterable[SiteId], round: int = 1) -> Packet:
-        """An announcement of any set, as a lying server writes it."""
-        chosen = [s for s in self.names if s in set(members)]
-        header = {"kind": messages.MEMBERS, "session": self.spec.session, "round": round, "nonce": "n"}
-        return Packet({**header, "members": [self.packets[s].header for s in chosen]})
-
-    def digest(self, members: Iterable[SiteId], round: int = 1) -> str:
-        chosen = {s: messages.canonical.digest(self.packets[s].header) for s in set(members)}
-        return messages.members_digest(self.spec, round, chosen)
-
-    def ask(self, helper: SiteId, members: Iterable[SiteId], agreements: Mapping[SiteId, str]) -> Packet:
-        at = self.names.index(helper) * messages.BOX_BYTES
-        chosen = [s for s in self.names if s in set(members)]
-        boxes = [self.packets[s].buffers["shares"][at : at + messages.BOX_BYTES] for s in chosen]
-        header = {"kind": messages.OPEN, "session": self.spec.session, "round": 1}
-        header |= {"digest": self.digest(members), "agreements": dict(agreements)}
-        return Packet(header, {"shares": b"".join(boxes)})
-
 
 # ---- sites that deviate
 
 
-def _open(world: World) -> tuple[np.ndarray, tuple[SiteId, ...]]:
+def _open(world: Any) -> tuple[np.ndarray, tuple[SiteId, ...]]:
     world.server.start_round(1, "n")
     for s, p in world.packets.items():
         world.server.add(s, p)
@@ -83,8 +29,8 @@ def _open(world: World) -> tuple[np.ndarray, tuple[SiteId, ...]]:
 
 
 @pytest.mark.parametrize("degree", [4, 5])
-def test_a_key_shared_at_too_high_a_degree_spoils_the_round_and_opens_nothing(monkeypatch, degree):
-    world = World(5, 0, 3, 3)
+def test_a_key_shared_at_too_high_a_degree_spoils_the_round_and_opens_nothing(new_world, monkeypatch, degree):
+    world = new_world(5, 0, 3, 3)
     real = shamir.share
     monkeypatch.setattr(shamir, "share", lambda s, t, n: real(s, degree, n))
     world.packets = {world.names[0]: world.sites[world.names[0]].contribute(1, "n", np.arange(6))}
@@ -94,8 +40,8 @@ def test_a_key_shared_at_too_high_a_degree_spoils_the_round_and_opens_nothing(mo
         _open(world)
 
 
-def test_a_key_shared_at_too_low_a_degree_harms_only_its_owner(monkeypatch):
-    world = World(5, 0, 3, 3)
+def test_a_key_shared_at_too_low_a_degree_harms_only_its_owner(new_world, monkeypatch):
+    world = new_world(5, 0, 3, 3)
     real = shamir.share
     monkeypatch.setattr(shamir, "share", lambda s, t, n: real(s, 1, n))
     world.packets = {world.names[0]: world.sites[world.names[0]].contribute(1, "n", np.arange(6))}
@@ -104,8 +50,8 @@ def test_a_key_shared_at_too_low_a_degree_harms_only_its_owner(monkeypatch):
     assert _open(world)[0].tolist() == [0, 5, 10, 15, 20, 25]
 
 
-def test_garbage_as_a_ciphertext_spoils_the_round_and_is_seen():
-    world = World(5, 0, 3, 3)
+def test_garbage_as_a_ciphertext_spoils_the_round_and_is_seen(new_world):
+    world = new_world(5, 0, 3, 3)
     world.contribute()
     name = world.names[2]
     data = lattice.to_bytes(lattice.Uniform(lattice.Stream.fresh()).take(1))
@@ -116,7 +62,7 @@ def test_garbage_as_a_ciphertext_spoils_the_round_and_is_seen():
     boxes = [world.sites[name]._session.seal(s, context, share) for s in world.names]
     header = {k: v for k, v in packet.header.items() if k != "signature"}
     header |= {"ciphertext": sha256(data), "shares": [sha256(b) for b in boxes]}
-    false = Packet(messages.sign_header(KEYS[name], header), {"ciphertext": data, "shares": b"".join(boxes)})
+    false = Packet(messages.sign_header(world.keys[name], header), {"ciphertext": data, "shares": b"".join(boxes)})
     world.packets[name] = false
     world.stores[name].erase(f"{world.spec.session}-2-contribution-1")
     world.sites[name]._contributions.keep(2, false)  # not asked about the round again
@@ -133,18 +79,18 @@ def test_garbage_as_a_ciphertext_spoils_the_round_and_is_seen():
         world.server.result()
 
 
-def test_shares_outside_the_field_or_that_do_not_open_are_refused_by_the_helper():
-    world = World(5, 0, 3, 3)
+def test_shares_outside_the_field_or_that_do_not_open_are_refused_by_the_helper(new_world):
+    world = new_world(5, 0, 3, 3)
     name = world.names[0]
     for share in (np.full(N, 65535, "<u2").tobytes(), bytes(2 * N)):
-        world = World(5, 0, 3, 3)
+        world = new_world(5, 0, 3, 3)
         world.contribute()
         packet = world.packets[name]
         bound = packet.header["ciphertext"] if share[0] else "0" * 64
         boxes = [world.sites[name]._session.seal(s, messages.box_context(1, "n", bound), share) for s in world.names]
         header = {k: v for k, v in packet.header.items() if k != "signature"} | {"shares": [sha256(b) for b in boxes]}
         world.packets[name] = Packet(
-            messages.sign_header(KEYS[name], header), {**packet.buffers, "shares": b"".join(boxes)}
+            messages.sign_header(world.keys[name], header), {**packet.buffers, "shares": b"".join(boxes)}
         )
         helper = world.names[1]
         agreements = {}
@@ -158,8 +104,8 @@ def test_shares_outside_the_field_or_that_do_not_open_are_refused_by_the_helper(
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.999])
-def test_half_a_message_is_no_contribution_and_the_whole_one_still_is(cut):
-    world = World(5, 0, 3, 3)
+def test_half_a_message_is_no_contribution_and_the_whole_one_still_is(new_world, cut):
+    world = new_world(5, 0, 3, 3)
     world.contribute()
     world.server.start_round(1, "n")
     name, packet = world.names[0], world.packets[world.names[0]]
@@ -177,8 +123,8 @@ def test_half_a_message_is_no_contribution_and_the_whole_one_still_is(cut):
     assert world.server.members == (name,)
 
 
-def test_a_site_that_crashed_half_way_made_no_contribution_and_makes_one(monkeypatch):
-    world = World(3, 0, 2, 2)
+def test_a_site_that_crashed_half_way_made_no_contribution_and_makes_one(new_world, monkeypatch):
+    world = new_world(3, 0, 2, 2)
     name = world.names[0]
     with monkeypatch.context() as m:
         m.setattr(messages, "sign_header", _crash)
@@ -193,9 +139,9 @@ def _crash(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_an_old_label_for_the_public_polynomials_is_refused_by_everybody():
+def test_an_old_label_for_the_public_polynomials_is_refused_by_everybody(new_world):
     """A server that repeats a round's label would get two ciphertexts under the same public polynomials."""
-    world = World(5, 0, 3, 3)
+    world = new_world(5, 0, 3, 3)
     world.contribute(3)
     site, name = world.sites[world.names[0]], world.names[0]
     for round, nonce in ((3, "m"), (2, "n")):
@@ -212,8 +158,8 @@ def test_an_old_label_for_the_public_polynomials_is_refused_by_everybody():
         world.server.start_round(3, "n")
 
 
-def test_rounds_that_are_swapped_in_flight_are_refused_on_both_sides():
-    world = World(5, 0, 3, 3)
+def test_rounds_that_are_swapped_in_flight_are_refused_on_both_sides(new_world):
+    world = new_world(5, 0, 3, 3)
     world.contribute(1)
     one = dict(world.packets)
     world.contribute(2)
@@ -229,8 +175,8 @@ def test_rounds_that_are_swapped_in_flight_are_refused_on_both_sides():
             world.sites[world.names[0]].agree(Packet({**request.header, "round": round}))
 
 
-def test_a_wrong_roster_is_refused_even_if_every_name_is_on_it():
-    world, other = World(5, 0, 3, 3), World(4, 0, 3, 3)
+def test_a_wrong_roster_is_refused_even_if_every_name_is_on_it(new_world):
+    world, other = new_world(5, 0, 3, 3), new_world(4, 0, 3, 3)
     world.contribute()
     other.contribute()
     request = world.announce(world.names)

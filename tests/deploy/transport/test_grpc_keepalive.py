@@ -1,7 +1,7 @@
 """A site that encrypts a very large model keeps its connection: keep-alives go on, nobody dials twice.
 
-The site is a process of its own that runs what ``fedveil client run`` runs (``run_site`` around a client app); the server
-pings it every second and hangs up a second after a ping without an answer.
+The site is a process of its own that runs what ``fedveil client run`` runs (``run_site`` around a client app); both
+sides ping every second and hang up a second after a ping without an answer.
 """
 
 from __future__ import annotations
