@@ -55,7 +55,7 @@ def contribute(site: Site, request: Packet) -> Packet:
     h = request.expect("contribute").header
     session = site.session(h.get("session"))
     plan, round_ = session.plan, _round(h.get("round"), session.plan.steps)
-    if h.get("plan_hash") != plan.hash:
+    if h.get("plan_hash") != session.plan_hash:
         raise ProtocolError("the request names another plan than the one this site signed")
     nonce = h.get("nonce")
     if not (isinstance(nonce, str) and 0 < len(nonce) <= MAX_NONCE and nonce.isascii() and nonce.isprintable()):
@@ -75,7 +75,7 @@ def contribute(site: Site, request: Packet) -> Packet:
         clipped = site_sum(clipper(plan.model, site.engine, site.device), plan, weights, site.X, site.y)
     grid = to_grid(clipped, plan.clamp, plan.grid)
     try:
-        site.ledger.reserve(session.id, round_, plan.hash, plan.event)
+        site.ledger.reserve(session.id, round_, session.plan_hash, plan.event)
     except BudgetExhausted:
         session.exhausted = True
         raise

@@ -55,6 +55,9 @@ class Session:
     ended: bool = False
     model: RevealedModel | None = None
 
+    def __post_init__(self) -> None:
+        self.plan_hash = self.plan.hash  # asked for twice a round
+
 
 @dataclass
 class Site:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import ModelError
 from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, trainable, unflatten
+from fedveil.common.models import build
 from fedveil.privacy.dp import clipping
 from fedveil.privacy.dp.sampling import poisson_sample
 from fedveil.privacy.plan import PrivacyPlan
@@ -57,7 +57,7 @@ def site_sum(
     nothing and its noise still goes out: no refusal shows, but the bound above does not cover such a failure, so
     nothing that one record can do may cause one.
     """
-    unflatten(engine.model, weights)
+    engine.load(weights)
     try:
         if plan.mode == "client":
             return _client_update(engine, plan, X, y)
@@ -75,7 +75,7 @@ def _client_update(
     engine: clipping.Clipper, plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """DP-FedAvg (McMahan et al. 2018): ``local_steps`` of full-batch descent, the whole update clipped to C."""
-    model, parameters = engine.model, trainable(engine.model)
+    model, parameters = engine.model, engine.parameters
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
     features = torch.from_numpy(X).to(engine.device, parameters[0].dtype)
     labels = torch.from_numpy(y).to(engine.device)

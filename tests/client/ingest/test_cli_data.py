@@ -109,7 +109,7 @@ def test_the_module_itself_is_light():
     assert not {"pyarrow", "torch", "flwr", "pydantic"} & {m.partition(".")[0] for m in modules}
 
 
-# Columns of a table that every command can use; the draft is answered, signed and used in test_a_contract_from_a_sample.
+# A table that every command can use; its draft is answered and signed by the fixture agreed.
 LINES = [f"{20 + i};{'fm'[i % 2]};{i % 7},5;{('no', 'yes')[i % 3 == 0]}" for i in range(60)]
 SAMPLE = "\n".join(["age;sex;dose;y", *LINES, ""])
 ANSWERS = {
