@@ -1,4 +1,4 @@
-"""``fedveil ledger``: read a site's budget. Nothing here spends or writes to a ledger."""
+"""``fedveil ledger``: read a site's budget. Only ``import`` writes to a ledger, and only ever adds to what is spent."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.common import canonical
+from fedveil.common import canonical, identity
 from fedveil.common.errors import FedveilError, UsageError, VerificationError
 from fedveil.common.journal import Row, parse, verify_rows
-from fedveil.privacy.ledger import Tally
+from fedveil.common.units import Delta, Epsilon
+from fedveil.privacy.ledger import Ledger, Tally
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.charges import bounded
 
-app = typer.Typer(no_args_is_help=True, help="Read a site's privacy ledger: what was spent, what is left.")
+app = typer.Typer(no_args_is_help=True, help="A site's privacy ledger: what was spent, what is left.")
 _LIMIT = 1 << 28
 
 File = Annotated[Path, typer.Argument(help="A site's ledger (journal.jsonl).")]
@@ -79,6 +80,36 @@ def export(
         raise UsageError(f"{out} cannot be written: {e.strerror}", hint="choose a new file name") from e
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="The older ledger (journal.jsonl).")],
+    into: Annotated[Path, typer.Option(help="The ledger that shall count it from now on; must have been opened.")],
+    key: Annotated[Path, typer.Option(help="The signing.key of the site that owns --into.")],
+    public: Annotated[str, typer.Option(help="The public key of the older ledger's owner, 64 hex digits.")],
+) -> None:
+    """Count what an older ledger has spent on the same people's records. The total only grows; once for a ledger."""
+    rows, held = read_rows(file, public), read_rows(into, None)
+    for row in rows:
+        bounded(row)
+    now, owner = tally_of(held), identity.load_signing_key(key)
+    if now.filter is None:
+        raise VerificationError(f"{into}: the ledger was never opened")
+    ledger = Ledger.open(
+        into, held[0].owner, owner, lineage=now.lineage, cap=Epsilon(now.filter.epsilon),
+        delta=Delta(now.filter.delta), unit=now.unit,
+    )  # fmt: skip
+    try:
+        before = ledger.tally.epsilon
+        ledger.adopt(rows, public.strip())
+        after = ledger.tally.epsilon
+    finally:
+        ledger.close()
+    Console(highlight=False).print(
+        f"{tally_of(rows).lineage} imported: filter ε {before:.4f} before, {after:.4f} now, of {now.filter.epsilon:g}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
     """What a ledger adds up to, as JSON.
 
@@ -125,13 +156,14 @@ def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
         "epsilon_spent": tally.epsilon,
         "fraction_left": max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0,
         "steps": len(tally.by_round),
+        "imported": {name: sum(n for _, n in events) for name, events in tally.imported.items()},
         "sessions": sessions,
         "head": [len(rows), rows[-1].hash],
         "signatures_checked": checked,
     }
 
 
-def tally(rows: list[Row]) -> Tally:
+def tally_of(rows: list[Row]) -> Tally:
     """What a ledger adds up to; :class:`VerificationError` for a row that its rules do not allow."""
     found = Tally()
     for row in rows:
@@ -165,6 +197,9 @@ def _show(found: dict[str, Any]) -> None:
     head.add_row("site, unit", f"{_plain(found['owner'])}, {_plain(found['unit'])}")
     head.add_row("cap", f"ε = {found['cap_epsilon']:g} at δ = {found['delta']:g}, Rényi order {found['order']:g}")
     head.add_row("spent", f"ε = {found['epsilon_spent']:.4f} over {found['steps']} steps (RDP filter, all runs)")
+    if found["imported"]:
+        steps = sum(found["imported"].values())
+        head.add_row("imported", f"{steps} steps of {len(found['imported'])} older ledgers, counted in what is spent")
     head.add_row("left", f"{found['fraction_left']:.1%} of the Rényi budget")
     checked = "chain and signatures hold" if found["signatures_checked"] else "NOT checked (give --public)"
     head.add_row("journal", f"{found['head'][0]} rows, {checked}")

@@ -16,7 +16,7 @@ from fedveil.common import settings as tomls
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, FedveilError, UsageError
 from fedveil.common.settings import Federation
-from fedveil.privacy.cli_ledger import read_rows, tally
+from fedveil.privacy.cli_ledger import read_rows, tally_of
 from fedveil.privacy.planning import Forecast, forecast, plan_from_settings
 
 _ROSTER_LIMIT = 1 << 22
@@ -44,7 +44,7 @@ def plan(
     settings = tomls.load(federation, Federation)
     contract, signed = _contract(settings)
     made = plan_from_settings(settings, contract, sites or _roster_size(settings), noise_multiplier=noise_multiplier)
-    result = forecast(made, cap=cap, ledger=tally(read_rows(ledger, None)) if ledger else None)
+    result = forecast(made, cap=cap, ledger=tally_of(read_rows(ledger, None)) if ledger else None)
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
         return

@@ -7,7 +7,8 @@ the round succeeded or not.
 
 Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
 
-    ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}
+    ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}, and {version, subject_salt} where given
+    ledger.import   {lineage, owner, public, ledger, carries, head, events}   what an older ledger has spent
     ledger.cap      {cap_epsilon}                      the site's policy changed its cap
     plan.accepted   {session, plan_hash, roster_hash, contract_hash}
     data.released   {...}                              pass/fail and salted commitments of ingestion
@@ -21,6 +22,7 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
-from fedveil.common.journal import Head, Journal, Row
+from fedveil.common.journal import Head, Journal, Row, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.dp.accounting import ORDERS, Filter, best_order, rdp
 from fedveil.privacy.dp.events import SampledGaussian, from_json
+
+MAX_IMPORTED = 1 << 20
 
 
 class Tally:
@@ -47,6 +51,9 @@ class Tally:
         self.spent = 0.0
         self.by_round: dict[tuple[str, int], SampledGaussian] = {}
         self.committed: set[tuple[str, int]] = set()
+        self.version, self.subject_salt = "", ""
+        self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
+        self.counted: set[str] = set()  # every ledger whose spending is in here: the imported ones and theirs
 
     def feed(self, row: Row) -> None:
         """Apply one row."""
@@ -59,6 +66,8 @@ class Tally:
                 self.filter = Filter(_number(b["cap_epsilon"]), f.delta, f.order)
             elif row.kind == "spend":
                 self._spend(row)
+            elif row.kind == "ledger.import":
+                self._import(row)
             elif row.kind == "commit":
                 key = _key(b)
                 if key not in self.by_round:
@@ -75,6 +84,7 @@ class Tally:
             raise VerificationError(f"row {row.n} names a Rényi order that is not in the table")
         self.filter = Filter(_number(b["cap_epsilon"]), _number(b["delta"]), _number(b["order"]))
         self.lineage, self.unit = str(b["lineage"]), str(b["unit"])
+        self.version, self.subject_salt = str(b.get("version", "")), str(b.get("subject_salt", ""))
 
     def _filter(self, row: Row) -> Filter:
         if self.filter is None:
@@ -90,6 +100,26 @@ class Tally:
         if not f.admits(after):
             raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
         self.spent, self.by_round[key] = after, event
+
+    def _import(self, row: Row) -> None:
+        """Spending of another ledger, added whatever the cap says: it has happened. Once for each ledger."""
+        f, b = self._filter(row), row.body
+        names = {b["ledger"], *b["carries"]}
+        if not all(isinstance(name, str) for name in names) or names & self.counted:
+            raise VerificationError(f"row {row.n} imports a ledger that was imported before")
+        events = [(from_json(e), n) for e, n in b["events"]]
+        before = sum(n for old in self.imported.values() for _, n in old)
+        if any(type(n) is not int or n < 1 for _, n in events) or before + sum(n for _, n in events) > MAX_IMPORTED:
+            raise VerificationError(f"row {row.n} imports fewer than one or more than {MAX_IMPORTED} steps")
+        self.spent += sum(n * rdp(e, f.order) for e, n in events)
+        self.imported[b["ledger"]] = events
+        self.counted |= names
+
+    @property
+    def events(self) -> list[SampledGaussian]:
+        """Every charge there is, imported ones first."""
+        old = [e for events in self.imported.values() for e, n in events for _ in range(n)]
+        return old + list(self.by_round.values())
 
     @property
     def epsilon(self) -> float:
@@ -131,6 +161,8 @@ class Ledger:
         cap: Epsilon,
         delta: Delta,
         unit: str = "record",
+        version: str = "",
+        subject_salt: str = "",
         durable: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> Ledger:
@@ -139,15 +171,20 @@ class Ledger:
         An existing ledger keeps its δ and order. A cap lower than the one on file is obeyed from now on; a
         higher one is the owner's decision and is recorded too.
 
+        Args:
+            version: of the data set; another version of the same people's records continues the same budget only if
+                its ledger is imported (:meth:`adopt`).
+            subject_salt: SHA-256 (hex) of the salt under which the site tells subjects apart; not the salt itself.
+
         Raises:
-            JournalError: in use, forged, or of another lineage, unit or δ.
+            JournalError: in use, forged, or of another lineage, version, subject salt, unit or δ.
         """
         journal = Journal.open(path, site, key, durable=durable, clock=clock)
         try:
             self = cls(journal, Tally())
             for row in journal.rows:
                 self.tally.feed(row)
-            self._settle(lineage, cap, delta, unit)
+            self._settle(lineage, cap, delta, unit, {"version": version, "subject_salt": subject_salt})
         except VerificationError as e:
             journal.close()
             raise JournalError(f"{path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
@@ -156,16 +193,22 @@ class Ledger:
             raise
         return self
 
-    def _settle(self, lineage: str, cap: Epsilon, delta: Delta, unit: str) -> None:
+    def _settle(self, lineage: str, cap: Epsilon, delta: Delta, unit: str, subjects: dict[str, str]) -> None:
         f = self.tally.filter
         if f is None:
             order = best_order(cap, delta)
             self._append(
                 "ledger.open",
                 lineage=lineage, unit=unit, adjacency="add-or-remove-one",
-                cap_epsilon=cap, delta=delta, order=order,
+                cap_epsilon=cap, delta=delta, order=order, **{k: v for k, v in subjects.items() if v},
             )  # fmt: skip
             return
+        for name, asked in subjects.items():
+            if asked and asked != getattr(self.tally, name):
+                raise JournalError(
+                    f"{self.journal.path} was opened for another {name.replace('_', ' ')} of {lineage!r}",
+                    hint="a new ledger for it, and 'fedveil ledger import' for what this one has spent",
+                )
         if (self.tally.lineage, self.tally.unit, f.delta) != (lineage, unit, delta):
             raise JournalError(
                 f"{self.journal.path} is the ledger of lineage {self.tally.lineage!r}, unit {self.tally.unit!r}, "
@@ -183,9 +226,41 @@ class Ledger:
 
     def note(self, kind: str, **body: Any) -> Row:
         """Add a row that spends nothing (``plan.accepted``, ``data.released``, ``refused``, ``model``, ...)."""
-        if kind in ("spend", "commit", "ledger.open", "ledger.cap"):
+        if kind in ("spend", "commit", "ledger.open", "ledger.cap", "ledger.import"):
             raise JournalError(f"a row of kind {kind!r} cannot be added as a note")
         return self._append(kind, **body)
+
+    def adopt(self, rows: list[Row], public: str) -> Row:
+        """Count what another ledger has spent, as one signed row that names it; its imports are carried along.
+
+        The total never falls and may pass the cap: then nothing more is admitted.
+
+        Args:
+            rows: the other ledger, whole.
+            public: the key that signed it, 64 hexadecimal digits.
+
+        Raises:
+            VerificationError: the other ledger does not hold, or was imported before.
+            JournalError: it is this ledger itself, or counts another unit.
+        """
+        verified = verify_rows(rows, public, owner=rows[0].owner if rows else "")
+        old = Tally()
+        for row in verified:
+            old.feed(row)
+        if not verified or old.filter is None:
+            raise VerificationError("the ledger to be imported was never opened")
+        name = verified[0].hash
+        if name == self.journal.rows[0].hash or old.unit != self.tally.unit:
+            raise JournalError("a ledger cannot import itself, nor one that counts another unit")
+        if twice := {name, *old.counted} & {*self.tally.counted, self.journal.rows[0].hash}:
+            raise VerificationError(f"the spending of ledger {min(twice)[:16]}... is counted here already")
+        counted = Counter(old.events)
+        return self._append(
+            "ledger.import",
+            lineage=old.lineage, owner=verified[0].owner, public=public, ledger=name,
+            carries=sorted(old.counted), head=[len(verified), verified[-1].hash],
+            events=[[e.to_json(), n] for e, n in counted.items()],
+        )  # fmt: skip
 
     def affords(self, event: SampledGaussian) -> int:
         """How many steps of ``event`` the cap in force still carries."""

@@ -13,7 +13,7 @@ from fedveil.privacy.ledger import Tally
 from fedveil.privacy.report import fields
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
-_MAX_CRITERIA = 64
+_MAX_CRITERIA, _MAX_EVENTS = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Charges:
         earlier_sessions: how many other sessions were charged before this one.
         exhausted: the budget refused a step of this session.
         models: this session's ``model`` rows.
-        events: every charge of all sessions, in order.
+        events: every charge of all sessions, what was imported from older ledgers first.
     """
 
     lineage: str
@@ -91,7 +91,7 @@ def compose(rows: list[Row], session: str) -> Charges:
         spends=state.spends, committed=sum(1 for s, _ in tally.committed if s == session),
         accepted=state.accepted, earlier_sessions=len(state.earlier if mine else state.others),
         exhausted=state.exhausted, models=tuple(state.models), released=state.released,
-        events=tuple(tally.by_round.values()), head=(len(rows), rows[-1].hash),
+        events=tuple(tally.events), head=(len(rows), rows[-1].hash),
     )  # fmt: skip
 
 
@@ -146,6 +146,10 @@ def bounded(row: Row) -> None:
         fields.number(row.body, "delta", where, low=1e-300, high=0.01)
         fields.text(row.body, "lineage", where)
         fields.text(row.body, "unit", where)
+        for name in {"version", "subject_salt"} & set(row.body):
+            fields.text(row.body, name, where)
+    if row.kind == "ledger.import":
+        _bounded_import(row, where)
     if row.kind in ("ledger.open", "ledger.cap"):
         fields.number(row.body, "cap_epsilon", where, low=1e-9, high=1000)
     if row.kind in ("spend", "commit"):
@@ -153,6 +157,18 @@ def bounded(row: Row) -> None:
         fields.integer(row.body, "round", where, high=1 << 20)
     if row.kind == "spend" and from_json(row.body.get("event")).noise_multiplier < MIN_NOISE:
         raise VerificationError(f"{where}: a noise multiplier below {MIN_NOISE:g} gives no privacy to account for")
+
+
+def _bounded_import(row: Row, where: str) -> None:
+    fields.hexadecimal(row.body, "ledger", where)
+    events, carries = row.body.get("events"), row.body.get("carries")
+    if not isinstance(carries, list) or len(carries) > _MAX_EVENTS:
+        raise VerificationError(f"{where}: it does not say which ledgers it carries along")
+    if not isinstance(events, list) or len(events) > _MAX_EVENTS:
+        raise VerificationError(f"{where}: no list of events, or more than {_MAX_EVENTS}")
+    for entry in events:
+        if not isinstance(entry, list) or len(entry) != 2 or from_json(entry[0]).noise_multiplier < MIN_NOISE:
+            raise VerificationError(f"{where}: an imported event gives no privacy to account for")
 
 
 def _released(row: Row) -> Released:
