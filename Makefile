@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-secagg bench-dp bench-accuracy bench-round wheel clean
+.PHONY: demo test test-slow check bench bench-anon bench-secagg bench-dp bench-accuracy bench-round wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -23,6 +23,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest -q -m bench tests/bench -s
+
+bench-anon: $(STAMP)
+	$(BIN)/python tests/bench/anon_table.py
 
 bench-secagg: $(STAMP)
 	$(BIN)/python tests/bench/secagg_table.py

@@ -137,6 +137,8 @@ def distinct(column: Any) -> tuple[NDArray[np.int64] | Codes, list[Any]]:
 
 def occurring(column: Any) -> set[Any]:
     """The distinct cells of an Arrow column, None among them if some have no value."""
+    if isinstance(column, pa.ChunkedArray) and not pa.types.is_dictionary(column.type):
+        return set(pc.unique(column).to_pylist())
     keys, values = distinct(column)
     seen = np.bincount(np.asarray(keys, np.int64) + 1, minlength=len(values) + 1)
     return {v for v, c in zip([None, *values], seen, strict=True) if c}

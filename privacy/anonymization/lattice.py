@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import AnonymityError, UsageError
 from fedveil.privacy.anonymization.domains import Domain
-from fedveil.privacy.anonymization.tuples import Constraints, Keys, Tuples
+from fedveil.privacy.anonymization.tuples import Constraints, Tuples, combinations
 
 Index = NDArray[np.int64]
 MAX_NODES = 200_000
@@ -40,14 +40,6 @@ class Node:
     suppressed: int
     loss: float
     feasible: bool
-
-
-@dataclass(frozen=True)
-class _Rolled:
-    """The distinct combinations of labels (and sensitive values) at a node, and their keys."""
-
-    tuples: Tuples
-    keys: Keys
 
 
 def nodes_of(domains: Sequence[Domain]) -> int:
@@ -99,11 +91,9 @@ class Lattice:
             self._bound += loss[self._nodes[:, j]]
         shape = [len(d.levels) for d in domains]
         self._strides = np.array([int(np.prod(shape[j + 1 :])) for j in range(len(shape))])
-        self._keys = Keys(tuples.codes, [d.levels for d in domains])
         self._dead = np.zeros(len(self._nodes), bool)
         self._seen: dict[int, Node] = {}
-        self._cache: dict[int, _Rolled] = {}
-        self._whole = _Rolled(tuples, self._keys)
+        self._cache: dict[int, Tuples] = {}
         self.best: Node | None = None
 
     @property
@@ -133,8 +123,8 @@ class Lattice:
 
     def classes(self, node: Sequence[int]) -> tuple[Index, int, Index]:
         """(u,) released class of every tuple (-1: suppressed), their number, and one tuple of each."""
-        _, first, inverse = np.unique(self._keys.at(node), return_index=True, return_inverse=True)
-        inverse = inverse.reshape(-1)
+        luts, widths = self._labels(node)
+        inverse, first = combinations([lut[c] for lut, c in zip(luts, self._tuples.codes, strict=True)], widths)
         ok = self._constraints.surviving(inverse, len(first))
         place = np.where(ok, np.cumsum(ok) - 1, -1)
         return place[inverse], int(ok.sum()), first[ok]
@@ -205,11 +195,17 @@ class Lattice:
 
     def _measure(self, i: int, levels: tuple[int, ...]) -> tuple[int, int, float]:
         """Rows suppressed, rows in classes of fewer than k, and summed loss of the rest."""
-        base = self._base(i)
-        part, first, classes, groups = base.tuples.rolled(base.keys.at(levels))
+        part, classes, groups = self._base(i).rolled(*self._labels(levels))
+        if not self._constraints.attribute:
+            if len(self._cache) < CACHED:
+                self._cache[i] = part
+            enough = part.weights >= self._constraints.k
+            suppressed = int(part.weights[~enough].sum())
+            loss = float((part.weights[enough] * self._share(levels, part.codes[:, enough])).sum())
+            return suppressed, suppressed, loss
         constraints = Constraints(self._constraints.models, part)
         if len(self._cache) < CACHED:
-            self._cache[i] = _Rolled(part, base.keys.take(first))
+            self._cache[i] = part
         ok = constraints.surviving(classes, groups)
         sizes = np.bincount(classes, part.weights, groups).astype(np.int64)
         kept = ok[classes]
@@ -220,8 +216,13 @@ class Lattice:
             float((part.weights[kept] * share).sum()),
         )
 
-    def _base(self, i: int) -> _Rolled:
+    def _labels(self, node: Sequence[int]) -> tuple[list[NDArray[np.int32]], list[int]]:
+        pairs = list(zip(self._domains, node, strict=True))
+        return [d.levels[level] for d, level in pairs], [len(d.labels[level]) for d, level in pairs]
+
+    def _base(self, i: int) -> Tuples:
         """The smallest evaluated node that is at least as fine as node ``i`` in every attribute."""
-        node = self._nodes[i]
-        finer = [r for c, r in self._cache.items() if (self._nodes[c] <= node).all()]
-        return min([*finer, self._whole], key=lambda r: r.tuples.count)
+        known = list(self._cache)
+        finer = (self._nodes[known] <= self._nodes[i]).all(axis=1) if known else np.zeros(0, bool)
+        candidates = [self._cache[c] for c, ok in zip(known, finer.tolist(), strict=True) if ok]
+        return min([*candidates, self._tuples], key=lambda t: t.count)

@@ -183,6 +183,7 @@ def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame
     population = population_of(models, spec)
     if frame is None:
         names = [*(q.name for q in spec.quasi), *sensitive_names(models)]
+        table = _dictionaries(table, names)
         cells = {n: occurring(table[n]) for n in names}
         if population is not None:
             for q in spec.quasi:
@@ -205,6 +206,15 @@ def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame
         tuples = dataclasses.replace(tuples, references=tuples_of(frame, combos, tuples.weights).references)
         inverse = inverse[:n]
     return Prepared(frame, tuples, inverse)
+
+
+def _dictionaries(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The same table with texts looked up once: finding the values and coding the cells both need it."""
+    for n in names:
+        if pa.types.is_string(table[n].type):
+            column = table[n].combine_chunks().dictionary_encode()
+            table = table.set_column(table.column_names.index(n), n, column)
+    return table
 
 
 def tuples_of(frame: Frame, combos: NDArray[np.int32], weights: NDArray[np.int64]) -> Tuples:

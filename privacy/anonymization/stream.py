@@ -70,12 +70,13 @@ class Streamed:
     """Attributes:
     outcome: what the search found.
     findings: what the verifier read in the written file.
-    seconds: wall-clock time of the phases scan, count, search, write, verify.
+    seconds, cpu: wall-clock and CPU time of the phases scan, count, search, write, verify.
     """
 
     outcome: Outcome
     findings: Findings
     seconds: dict[str, float]
+    cpu: dict[str, float]
 
 
 def anonymize_parquet(
@@ -125,7 +126,7 @@ def anonymize_parquet(
         findings = _write(reader, classes, found, destination, clock, outcome, suppression_limit)
     except (OSError, pa.ArrowException) as e:
         raise DataError(f"{source.name} cannot be read, or {destination.name} cannot be written") from e
-    return Streamed(outcome, findings, clock.seconds)
+    return Streamed(outcome, findings, clock.seconds, clock.cpu)
 
 
 def _give_back() -> None:
@@ -138,11 +139,13 @@ def _give_back() -> None:
 class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._at = time.perf_counter()
+        self.cpu: dict[str, float] = {}
+        self._at = time.perf_counter(), time.process_time()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._at = now - self._at, now
+        now = time.perf_counter(), time.process_time()
+        self.seconds[name], self.cpu[name] = now[0] - self._at[0], now[1] - self._at[1]
+        self._at = now
 
 
 class _Reader:

@@ -50,14 +50,17 @@ class Tuples:
         """Number of rows they stand for."""
         return int(self.weights.sum())
 
-    def rolled(self, key: Index) -> tuple[Tuples, Index, Index, int]:
-        """Tuples of equal ``key`` (u,) and equal sensitive values as one.
+    def rolled(self, luts: Sequence[Codes], widths: Sequence[int]) -> tuple[Tuples, Index, int]:
+        """Tuples of equal labels and equal sensitive values as one.
+
+        Args:
+            luts, widths: by attribute, the label of every leaf, and the number of labels.
 
         Returns:
-            The new tuples; for each, one of the old ones; for each, the number of its key; how many keys there are.
+            The new tuples; for each, the number of its combination of labels; how many combinations there are.
         """
-        _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-        inverse, groups = inverse.reshape(-1), len(first)
+        inverse, first = combinations([lut[c] for lut, c in zip(luts, self.codes, strict=True)], widths)
+        groups = len(first)
         own = np.arange(groups)
         for name, values in self.sensitive.items():
             domain = len(self.references[name].counts) + 1
@@ -75,7 +78,31 @@ class Tuples:
             self.references,
             None if self.population is None else summed(self.population),
         )
-        return part, first, own, groups
+        return part, own, groups
+
+
+def combinations(columns: Sequence[Codes], widths: Sequence[int]) -> tuple[Index, Index]:
+    """The combination of every tuple (m,), numbered in lexicographic order, and one tuple of each combination.
+
+    Sorts only where a table of all combinations would be much larger than the number of tuples.
+    """
+    m, span = len(columns[0]), int(np.prod([float(w) for w in widths]))
+    if span >= 1 << 62:
+        inverse = grouping.group(columns, m).inverse
+    else:
+        inverse = np.zeros(m, np.int64)
+        for column, width in zip(columns, widths, strict=True):
+            inverse *= width
+            inverse += column
+    if span > max(1 << 18, 16 * m):
+        _, first, inverse = np.unique(inverse, return_index=True, return_inverse=True)
+        return inverse.reshape(-1), first
+    member = np.full(span, -1, np.int64)
+    member[inverse] = np.arange(m)
+    present = np.flatnonzero(member >= 0)
+    first = member[present]
+    member[present] = np.arange(len(present))
+    return member[inverse], first
 
 
 class Constraints:

@@ -1,0 +1,89 @@
+"""The stability factor: the rules, and removals measured against them."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedveil.common.errors import AnonymityError, UsageError
+from fedveil.privacy.anonymization.anonymizer import Anonymizer
+from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
+from fedveil.privacy.anonymization.criteria import AlphaK, DistinctL, KAnonymity, KMap, TCloseness
+from fedveil.privacy.anonymization.stability import measured_factor, stability
+
+K, L = KAnonymity(5), DistinctL(3, "s")
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "limit", "steps", "factor"),
+    [
+        ("fixed", [K], 0.0, [], 1),
+        ("fixed", [K, L], 0.0, ["row-wise", "exact duplicates removed"], 1),
+        ("fixed", [K], 0.05, [], 5),
+        ("fixed", [K, KAnonymity(9)], 0.05, ["row-wise"], 9),
+        ("fixed", [KMap(5, None)], 0.05, [], 1),  # the population is public: each row is kept or not by itself
+        ("fixed", [K, L], 0.05, [], None),
+        ("fixed", [K, TCloseness(0.2, "s")], 0.05, [], None),
+        ("fixed", [AlphaK(0.5, 5, "s")], 0.05, [], None),
+        ("fixed", [K], 0.0, ["near duplicates removed"], None),
+        ("fixed", [K], 0.0, ["data-fitted"], None),
+        ("mondrian", [K], 0.0, [], None),
+        ("optimal", [K], 0.0, [], None),
+        ("peel", [K], 0.0, [], None),
+        ("auto", [K], 0.0, [], None),
+    ],
+)
+def test_rules(method, models, limit, steps, factor):
+    s = stability(method, models, suppression_limit=limit, steps=steps)
+    assert s.factor == factor
+    assert s.by_group == (factor is not None and factor > 1)
+    assert s.refusal_uncovered
+    words = {1: "original records", None: "not of the original records"}.get(factor, f"never {factor} times")
+    assert words in s.sentence
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(UsageError):
+        stability("best", [K])
+    with pytest.raises(UsageError):
+        stability("fixed", [K], steps=["magic"])  # type: ignore[list-item]
+    with pytest.raises(UsageError):
+        measured_factor(lambda t: t, pa.table({"q": [1]}))
+
+
+SPEC = TableSpec((QuasiIdentifier("q", Hierarchy.intervals(0, 15, (4, 8)), fixed_level=1),), (Sensitive("s"),))
+ROWS = st.lists(st.tuples(st.integers(0, 15), st.sampled_from("uvw")), min_size=6, max_size=40)
+
+
+def table_of(rows):
+    return pa.table({"q": [r[0] for r in rows], "s": [r[1] for r in rows]})
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.sampled_from([2, 3, 4]))
+def test_removals_never_exceed_the_claimed_factor(rows, k):
+    def pipeline(t):
+        return Anonymizer(SPEC, [KAnonymity(k)], method="fixed", suppression_limit=1.0).fit_transform(t)
+
+    try:
+        worst, distances = measured_factor(pipeline, table_of(rows), removals=len(rows))
+    except AnonymityError:
+        return  # every row suppressed, or k above n
+    assert len(distances) == len(rows)
+    assert worst <= stability("fixed", [KAnonymity(k)], suppression_limit=1.0).factor
+
+
+def test_suppression_for_k_reaches_k_and_for_l_goes_beyond():
+    rows = [(0, "u")] * 4 + [(12, "v")] * 6
+    k_only = Anonymizer(SPEC, [KAnonymity(4)], method="fixed", suppression_limit=1.0)
+    assert measured_factor(k_only.fit_transform, table_of(rows), removals=10)[0] == 4
+    # One record carries the class's second value: without it all twelve rows go.
+    rows = [(0, "u")] * 11 + [(1, "v")] + [(12, "u"), (12, "v")] * 3
+    with_l = Anonymizer(SPEC, [KAnonymity(4), DistinctL(2)], method="fixed", suppression_limit=1.0)
+    assert measured_factor(with_l.fit_transform, table_of(rows), removals=18)[0] == 12
+
+
+def test_mondrian_changes_many_rows_for_one():
+    rows = [(i % 16, "uvw"[i % 3]) for i in range(33)]
+    a = Anonymizer(SPEC, [KAnonymity(4)], method="mondrian")
+    assert measured_factor(a.fit_transform, table_of(rows), removals=33)[0] > 4
