@@ -35,7 +35,7 @@ def build(spec: ModelSpec) -> nn.Module:
     _initialise(model, spec.seed)
     if spec.rank:
         if spec.base:
-            _fill(list(model.parameters()), _base(spec))
+            fill(list(model.parameters()), _base(spec))
         generator = torch.Generator().manual_seed((spec.seed + 1) % (1 << 63))
         for adapter in adapt(model, spec.rank):
             with torch.no_grad():
@@ -138,21 +138,27 @@ def unflatten(model: nn.Module, values: NDArray[np.float32]) -> None:
     Raises:
         ModelError: wrong length, or a value that is not finite.
     """
-    parameters = trainable(model)
-    total = sum(p.numel() for p in parameters)
-    if values.shape != (total,):
-        raise ModelError(f"{values.shape} values for a model of {total} parameters")
+    fill(trainable(model), values)
+
+
+def fill(parameters: list[nn.Parameter], values: NDArray[np.float32]) -> None:
+    """Load ``(D,)`` values into ``parameters``, one after the other.
+
+    Raises:
+        ModelError: wrong length, or a value that is not finite.
+    """
+    sizes = [p.numel() for p in parameters]
+    if values.shape != (sum(sizes),):
+        raise ModelError(f"{values.shape} values for a model of {sum(sizes)} parameters")
     if not np.isfinite(values).all():
         raise ModelError("the weights hold a NaN or an infinity", hint="a lower learning rate, or a smaller clip")
-    _fill(parameters, values)
-
-
-def _fill(parameters: list[nn.Parameter], values: NDArray[np.float32]) -> None:
     at = 0
-    with torch.no_grad():
-        for p in parameters:
-            p.copy_(torch.from_numpy(values[at : at + p.numel()].copy()).view_as(p))
-            at += p.numel()
+    for p, size in zip(parameters, sizes, strict=True):
+        part, at = values[at : at + size], at + size
+        if p.device.type == "cpu":  # by NumPy: the small networks of a simulation are loaded a thousand times a round
+            p.detach().numpy()[...] = part.reshape(p.shape)
+        else:
+            p.detach().copy_(torch.from_numpy(part.copy()).view(p.shape))
 
 
 def predict(model: nn.Module, X: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -120,7 +120,7 @@ class TrainingSection(BaseModel):
     """How gradients are computed."""
 
     model_config = _FROZEN
-    engine: Literal["auto", "closed", "book", "vmap", "opacus", "ghost"] = "auto"
+    engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus", "ghost"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -160,7 +160,8 @@ def run_split(
                 world.roster, i, world.keys[i], plan, *split.parts[i], out, cap=cap, engine=engine
             )
         )
-        run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=_drops(config.drop_rate))
+        with simulation.rare_collections():
+            run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=_drops(config.drop_rate))
         if plan.reveal_to == "sites" and job.evaluate is not None:
             # Only the simulation can look into a site: its own model on the public table.
             looked_at = job.evaluate(sites[0].revealed(sites[0].session(job.session)).state.weights)

@@ -1,7 +1,7 @@
 """Many sites in one process: the same apps, no sockets, one site after the other.
 
-Light by construction: a message's record structure is copied for its receiver and its immutable bytes are
-shared, so that no site can alter what another one sees and no array is duplicated.
+Light by construction: a request's record structure is copied for its receiver and its immutable bytes are
+shared, so that no site can alter what another one sees and no array is duplicated. A reply is its maker's own.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class InprocessGrid(flower.BaseGrid):
         if self.drop is not None and self.drop(site, out):
             return message_id
         self._traffic.add(site, received=flower.content_bytes(out))
-        self._replies[message_id] = flower.copied(out)
+        self._replies[message_id] = out
         return message_id
 
     def _site(self, node_id: int) -> tuple[int, SiteId]:

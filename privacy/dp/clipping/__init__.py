@@ -1,11 +1,12 @@
 """The sum of per-record gradients, each clipped to L2 norm C over the whole model.
 
-:class:`Clipper` computes it with one of five engines, :func:`choose` picks one: it compares every engine with a loop
+:class:`Clipper` computes it with one of six engines, :func:`choose` picks one: it compares every engine with a loop
 over single records and takes the fastest of those that agree.
 
 ========== ==================================================================================================
 ``closed`` chains of Linear and an activation: norms and sum in closed form, no autograd (Goodfellow 2015,
            arXiv:1510.01799)
+``numpy``  the same without torch, whose cost per call is most of a small network's time; on a CPU, in float64
 ``book``   book-keeping (Bu et al. 2023, arXiv:2210.00038): one backward pass for the layers' outputs only; norms and
            the clipped sum from inputs and output gradients; Linear, Conv2d, Embedding, LayerNorm, GroupNorm
 ``vmap``   torch.func's vmap(grad): any network that sees one record at a time

@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedveil.common.errors import ModelError
+from fedveil.common.models import fill, trainable
 from fedveil.privacy.dp.clipping.direct import Book, Chain
 from fedveil.privacy.dp.clipping.engines import Backend, Ghost, Hooked, Mapped
 from fedveil.privacy.dp.clipping.guard import refuse_coupled
 from fedveil.privacy.dp.clipping.pieces import Limit
+from fedveil.privacy.dp.clipping.small import SmallChain
 
-Engine = Literal["closed", "book", "vmap", "opacus", "ghost"]
+Engine = Literal["closed", "numpy", "book", "vmap", "opacus", "ghost"]
 Precision = Literal["float64", "float32"]
 FLOAT_SLACK = 1e-6
 MAX_MICROBATCH = 1024
 BACKENDS: dict[Engine, Callable[[nn.Module], Backend]] = {
     "closed": Chain,
+    "numpy": SmallChain,
     "book": Book,
     "vmap": Mapped,
     "opacus": Hooked,
@@ -88,18 +91,28 @@ class Clipper:
         self.device = torch.device(device)
         self._dtype = torch.float64 if precision == "float64" else torch.float32
         self.model = model.to(self.device, self._dtype)
-        self.size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.parameters = trainable(self.model)
+        self.size = sum(p.numel() for p in self.parameters)
         self.microbatch = microbatch or fitting(engine, self.size, 32 if engine == "vmap" else _USUAL)
         self._classes = 0
+        self._places = torch.arange(self.microbatch, device=self.device)
         self._random = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())  # noqa: SLF001
         try:
             self._backend = BACKENDS[engine](self.model)
         except NotImplementedError as e:  # Opacus: a layer with buffers or without a rule
             raise ModelError(f"the engine {engine!r} cannot treat this network: {e}", hint="the engine 'auto'") from e
 
+    def load(self, values: NDArray[np.float32]) -> None:
+        """Set the trainable parameters to ``values``, ``(D,)`` in registration order.
+
+        Raises:
+            ModelError: wrong length, or a value that is not finite.
+        """
+        fill(self.parameters, values)
+
     def usable(self, X: NDArray[np.float32], y: NDArray[np.int64]) -> NDArray[np.bool_]:
         """``(B,)`` mask of the records that the network can take: finite, a known class, known token ids."""
-        mask = np.isfinite(X).all(axis=1) & (y >= 0)
+        mask = np.isfinite(X).all(1) & (y >= 0)
         known = getattr(self.model, "usable", None)
         if known is not None:
             mask &= known(X)
@@ -172,7 +185,9 @@ class Clipper:
             fill = np.arange(self.microbatch)
             fill[records:] = 0
             X, y = X[fill], y[fill]
-        keep = torch.arange(len(X), device=self.device) < records
+        if len(self._places) != len(X):
+            self._places = torch.arange(len(X), device=self.device)
+        keep = self._places < records
         features = torch.from_numpy(X).to(self.device, self._dtype)
         return self._backend(features, torch.from_numpy(y).to(self.device), Limit(clip, keep), out)
 
@@ -186,7 +201,7 @@ class Clipper:
 
 def fitting(engine: Engine, size: int, wanted: int) -> int:
     """``wanted`` records at a time, or fewer where their gradients (of ``size`` values) would not fit."""
-    if engine in ("closed", "ghost"):  # hold activations, no gradient of a single record
+    if engine in ("closed", "numpy", "ghost"):  # hold activations, no gradient of a single record
         return wanted
     return max(1, min(wanted, _GRADIENT_BYTES // (16 * size)))
 

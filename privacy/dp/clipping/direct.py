@@ -35,11 +35,11 @@ class Chain:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model) if isinstance(model, nn.Sequential) else []
-        self._linears = [m for m in modules[::2] if type(m) is nn.Linear and m.weight.requires_grad]
-        self._sizes = [p.numel() for m in self._linears for p in m.parameters()]
-        self._activations = [m for m in modules[1::2] if type(m) in _DERIVATIVES and _exact(m)]
-        alone = len({id(p) for m in self._linears for p in m.parameters()}) == len(list(model.parameters()))
-        whole = len(self._linears) + len(self._activations) == len(modules) and len(modules) % 2 == 1
+        self.linears = [m for m in modules[::2] if type(m) is nn.Linear and m.weight.requires_grad]
+        self._sizes = [p.numel() for m in self.linears for p in m.parameters()]
+        self.activations = [m for m in modules[1::2] if type(m) in _DERIVATIVES and _exact(m)]
+        alone = len({id(p) for m in self.linears for p in m.parameters()}) == len(list(model.parameters()))
+        whole = len(self.linears) + len(self.activations) == len(modules) and len(modules) % 2 == 1
         if not (whole and alone and sum(len(list(m.parameters())) for m in modules) == len(list(model.parameters()))):
             raise ModelError("the closed form needs a chain of Linear layers and activations", hint="the engine 'auto'")
 
@@ -47,15 +47,15 @@ class Chain:
     def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
         inputs, slopes = [X], []
-        for layer, activation in zip(self._linears, self._activations, strict=False):
+        for layer, activation in zip(self.linears, self.activations, strict=False):
             before = layer(inputs[-1])
             inputs.append(activation(before))
             slopes.append(_DERIVATIVES[type(activation)](before, inputs[-1]))
-        delta = torch.softmax(self._linears[-1](inputs[-1]), 1)
+        delta = torch.softmax(self.linears[-1](inputs[-1]), 1)
         delta[torch.arange(len(y), device=y.device), y] -= 1
         pieces: list[Piece] = []
-        for at in reversed(range(len(self._linears))):
-            layer = self._linears[at]
+        for at in reversed(range(len(self.linears))):
+            layer = self.linears[at]
             own: list[Piece] = [Outer(delta, inputs[at])]
             pieces = own + ([Dense(delta)] if layer.bias is not None else []) + pieces
             if at:

@@ -26,7 +26,7 @@ _TURNS = 4
 _HOPELESS = 3.0
 _PATIENCE = 3.0  # seconds after which a first impression has to do
 _HANDICAP = 1.2  # for float32, and for engines that hold every gradient: a noisy clock must not pick them
-_BATCHED = ("closed", "book")  # the others gain nothing from more than 64 records at a time
+_BATCHED = ("closed", "numpy", "book")  # the others gain nothing from more than 64 records at a time
 
 Records = tuple[NDArray[np.float32], NDArray[np.int64]]
 

@@ -15,7 +15,8 @@ from fedveil.common.errors import ModelError
 from fedveil.privacy.dp.clipping import Clipper, Engine, choose, refuse_coupled
 from fedveil.privacy.dp.clipping.probe import reference
 
-ENGINES: tuple[Engine, ...] = ("closed", "book", "vmap", "opacus", "ghost")
+ENGINES: tuple[Engine, ...] = ("closed", "numpy", "book", "vmap", "opacus", "ghost")
+DENSE: tuple[Engine, ...] = ("closed", "book", "vmap", "opacus", "ghost")
 
 
 class Tied(nn.Module):
@@ -97,8 +98,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, tuple[Engine, ...]]
     "grouped": (Grouped, 36, 3, ("book", "vmap", "opacus", "ghost")),
     "lstm": (Recurrent, 6, 3, ("vmap", "opacus")),
     "relu": (chain(nn.ReLU()), 6, 3, ENGINES),
-    "sigmoid": (chain(nn.Sigmoid()), 6, 3, ENGINES),
-    "gelu": (chain(nn.GELU()), 6, 3, ENGINES),
+    "sigmoid": (chain(nn.Sigmoid()), 6, 3, DENSE),
+    "gelu": (chain(nn.GELU()), 6, 3, DENSE),
     "no bias": (chain(nn.Tanh(), bias=False), 6, 3, ENGINES),
     "gelu by tanh": (chain(nn.GELU("tanh")), 6, 3, ("book", "vmap", "opacus", "ghost")),
 }
