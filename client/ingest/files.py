@@ -158,8 +158,8 @@ def csv_header(path: Path, dialect: Dialect, known: frozenset[str]) -> tuple[lis
         if not line.strip() or "\ufffd" in line:
             raise ValueError
         choices = DELIMITERS if dialect.delimiter == "auto" else (dialect.delimiter,)
-        read = {d: [h.strip() for h in next(csv.reader([line], delimiter=d, strict=True))] for d in choices}
-    except (ValueError, csv.Error, StopIteration):
+        read = {d: cells for d in choices if (cells := _split(line, d)) is not None}
+    except ValueError:
         read = {}
     if not read:
         raise DataError(
@@ -168,6 +168,14 @@ def csv_header(path: Path, dialect: Dialect, known: frozenset[str]) -> tuple[lis
         )
     best = max(read, key=lambda d: (sum(h in known for h in read[d]), len(read[d]) if not known else 0))
     return read[best], encoding, best
+
+
+def _split(line: str, delimiter: str) -> list[str] | None:
+    """The cells of a header line; None where quotes show that the delimiter is another one."""
+    try:
+        return [h.strip() for h in next(csv.reader([line], delimiter=delimiter, strict=True))]
+    except (csv.Error, StopIteration):
+        return None
 
 
 def _open_csv(path: Path, contract: DataContract, dialect: Dialect) -> Opened:

@@ -1,8 +1,9 @@
 """The quality report as JSON and as one self-contained page, with counts under k hidden.
 
-A count between 1 and k - 1 is shown as "<k"; a rate that would give it away as a bound; every bar is rounded to a
-multiple of k, so that no hidden count is the difference of what is shown. The page needs no network and follows the
-reader's light or dark setting.
+A count between 1 and k - 1 is shown as "<k", a rate that would give it away as a bound, a sum with a hidden part as a
+bound too. Two row counts are both shown only if they are equal or k apart. A column has bars only if none of its counts
+is hidden, on the finest bins that are empty or hold at least k: so no hidden count is a difference of what is shown.
+The page needs no network and follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fedveil.client.ingest.quality import QualityReport
 
 MAX_BARS = 40
+WIDTHS = (1, 2, 5, 10)
 _STYLE = (
     ":root{color-scheme:light dark;--fg:#1c2430;--bg:#fff;--line:#d5dbe3;--bar:#3b6ea8;--soft:#667}"
     "@media(prefers-color-scheme:dark){:root{--fg:#e4e8ee;--bg:#15191f;--line:#39424e;--bar:#7fb0e8;--soft:#9aa4b0}}"
@@ -45,7 +47,7 @@ def data(report: QualityReport) -> dict[str, Any]:
             for c in report.columns
         ],
         "uniqueness": rate(report.duplicates, report.rows, k),
-        "bars": {c.name: [[label, rounded(n, k)] for label, n in c.bins[:MAX_BARS]] for c in report.columns},
+        "bars": {c.name: bars(c.bins, (c.missing, c.invalid, c.other), k) for c in report.columns},
         "problems": [
             {"code": p.code, "column": p.column, "what": p.what, "cells": shown(p.count, k), "remedy": p.remedy}
             for p in report.problems
@@ -62,21 +64,17 @@ def data(report: QualityReport) -> dict[str, Any]:
 
 def _stages(report: QualityReport) -> list[dict[str, Any]]:
     k = report.k
-    total = {n: sum(getattr(c, n) for c in report.columns) for n in ("missing", "out_of_bounds", "unseen")}
+    before, after = [s.rows_in for s in report.stages], [s.rows_out for s in report.stages]
+    rows = shown_rows([report.rows, *before, *after], k)
     done = [
-        {
-            "stage": s.name,
-            "rows": shown(s.rows_in, k),
-            "left": shown_pair(s.rows_in, s.rows_out, k),
-            "found": shown(s.cells, k),
-        }
+        {"stage": s.name, "rows": rows[s.rows_in], "left": rows[s.rows_out], "found": shown(s.cells, k)}
         for s in report.stages
     ]
     return [
         *(done or [{"stage": "read", "rows": shown(report.rows, k)}]),
-        {"stage": "missing", "cells": shown(total["missing"], k)},
-        {"stage": "out of bounds", "cells": shown(total["out_of_bounds"], k)},
-        {"stage": "unseen values", "cells": shown(total["unseen"], k)},
+        {"stage": "missing", "cells": shown_sum([c.missing for c in report.columns], k)},
+        {"stage": "out of bounds", "cells": shown_sum([c.out_of_bounds for c in report.columns], k)},
+        {"stage": "unseen values", "cells": shown_sum([c.unseen for c in report.columns], k)},
         {"stage": "exact duplicates", "rows": shown(report.duplicates, k)},
     ]
 
@@ -86,14 +84,43 @@ def shown(count: int, k: int) -> int | str:
     return f"<{k}" if 0 < count < k else count
 
 
-def shown_pair(before: int, after: int, k: int) -> int | str:
-    """What is left after a stage; where fewer than k went, only that."""
-    return f">{before - k}" if 0 < before - after < k else shown(after, k)
+def shown_sum(parts: Sequence[int], k: int) -> int | str:
+    """A sum of counts that are shown elsewhere; a bound where one of them is hidden there."""
+    if sum(parts) < k or not any(0 < p < k for p in parts):
+        return shown(sum(parts), k)
+    return f">{sum(p for p in parts if p >= k)}"
 
 
-def rounded(count: int, k: int) -> int:
-    """A bar: the nearest multiple of k, halves down."""
-    return (count + (k - 1) // 2) // k * k
+def shown_rows(counts: Sequence[int], k: int) -> dict[int, int | str]:
+    """How row counts are shown, the first of them in full: two full ones are equal or at least k apart."""
+    first = counts[0]
+    out: dict[int, int | str] = {first: shown(first, k)}
+    for order in (sorted({c for c in counts if c > first}), sorted({c for c in counts if c < first}, reverse=True)):
+        last = first
+        for c in order:
+            if abs(c - last) >= k:
+                out[c] = shown(c, k)
+                last = c
+            else:
+                out[c] = f"<{last + k}" if c > last else f">{max(last - k, 0)}"
+    return out
+
+
+def bars(bins: Sequence[tuple[str, int]], others: Sequence[int], k: int) -> list[list[Any]]:
+    """Labels and counts of a column: the finest of few widths at which every bin is empty or holds at least k.
+
+    Args:
+        others: the column's further counts; where one of them is from 1 to k - 1 there are no bars at all.
+    """
+    if any(0 < n < k for n in others):
+        return []
+    for width in WIDTHS:
+        groups = [bins[i : i + width] for i in range(0, len(bins), width)]
+        counts = [sum(n for _, n in g) for g in groups]
+        if len(groups) <= MAX_BARS and all(n == 0 or n >= k for n in counts):
+            labels = [g[0][0] if len(g) == 1 else f"{g[0][0]} ... {g[-1][0]}" for g in groups]
+            return [[label, n] for label, n in zip(labels, counts, strict=True)]
+    return []
 
 
 def rate(bad: int, of: int, k: int) -> float | str:
@@ -112,7 +139,7 @@ def html_page(report: dict[str, Any]) -> str:
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data quality</title><style>{_STYLE}</style>',
         f"<h1>Data quality</h1><p>The table {verdict} its contract's types, bounds and values. This report is "
-        f"local. Counts under {report['k']} are hidden; bars are rounded to multiples of {report['k']}.</p>",
+        f"local. Counts under {report['k']} are hidden; a column with such a count has no bars.</p>",
     ]
     if report["problems"]:
         rows = [(p["code"], p["column"], p["what"], p["cells"], p["remedy"]) for p in report["problems"]]

@@ -1,7 +1,7 @@
 """What a table is like before anything is done to it: counts per stage and per column, and what forbids its use.
 
 The report stays at the site, in its private work folder. Even there, counts between 1 and k - 1 are shown as "<k", and
-so are the rates that would give them away; bars are rounded to multiples of k (:mod:`~fedveil.client.ingest.page`).
+so is what would give them away (:mod:`~fedveil.client.ingest.page`).
 """
 
 from __future__ import annotations

@@ -55,6 +55,15 @@ def test_encodings_and_separators(tmp_path, contract, odd, expected, encoding, d
     same(read(tmp_path / "t.csv", contract, Dialect(encoding=declared)), expected)
 
 
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_quoted_headers(tmp_path, contract, odd, expected, delimiter):
+    """Under a foreign delimiter a quoted header is malformed; that must not hide the right one."""
+    head, _, rest = text(odd, delimiter).partition("\r\n")
+    quoted = delimiter.join(f'"{h}"' for h in head.split(delimiter))
+    (tmp_path / "t.csv").write_text(quoted + "\n" + rest)
+    same(read(tmp_path / "t.csv", contract), expected)
+
+
 @pytest.mark.parametrize("delimiter", [";", ","])
 def test_decimal_commas_are_declared(tmp_path, contract, odd, expected, delimiter):
     (tmp_path / "t.csv").write_text(text(odd, delimiter, ","))
