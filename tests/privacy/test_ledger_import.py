@@ -153,7 +153,8 @@ def test_a_lineage_is_a_version_and_a_subject_salt_too(tmp_path: Path) -> None:
         "version": "2024-1", "subject_salt": "e" * 64,
     }  # fmt: skip
     first.close()
-    for wrong in ({"version": "2024-2"}, {"subject_salt": "d" * 64}):
+    others: list[dict[str, Any]] = [{"version": "2024-2"}, {"subject_salt": "d" * 64}]
+    for wrong in others:
         with pytest.raises(JournalError, match="opened for another"):
             opened(tmp_path / "l", **wrong)
     opened(tmp_path / "l", version="2024-1").close()

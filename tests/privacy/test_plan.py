@@ -159,7 +159,7 @@ def test_the_claim_is_the_accountants() -> None:
 
 
 def test_epsilon_follows_from_a_noise_multiplier_as_well() -> None:
-    values = {k: v for k, v in GIVEN.items() if k != "epsilon"}
+    values: dict[str, Any] = {k: v for k, v in GIVEN.items() if k != "epsilon"}
     made = make_plan(**values, noise_multiplier=9.0)
     exact = gaussian_epsilon(math.sqrt(30) / 9.0, 1e-5)
     assert made.noise_multiplier == 9.0
@@ -168,7 +168,8 @@ def test_epsilon_follows_from_a_noise_multiplier_as_well() -> None:
     assert from_json(made.to_json()) == made
     # and back: the noise that this ε asks for is the one given, to what bisection promises
     assert make({"epsilon": made.epsilon}).noise_multiplier == pytest.approx(9.0, rel=2e-4)
-    for both in ({}, {"epsilon": 2.0, "noise_multiplier": 9.0}):
+    neither_nor_both: list[dict[str, Any]] = [{}, {"epsilon": 2.0, "noise_multiplier": 9.0}]
+    for both in neither_nor_both:
         with pytest.raises(PlanError, match="epsilon or from noise_multiplier"):
             make_plan(**values, **both)
 
@@ -176,7 +177,7 @@ def test_epsilon_follows_from_a_noise_multiplier_as_well() -> None:
 @pytest.mark.parametrize("sigma", [0.1, 0.0, -1.0, math.nan, math.inf, 1e7, 0.2])
 def test_a_noise_multiplier_without_meaning_is_refused(sigma) -> None:
     """At 0.2 two hundred steps cost more than any plan may claim."""
-    values = {k: v for k, v in GIVEN.items() if k != "epsilon"} | {"steps": 200}
+    values: dict[str, Any] = {k: v for k, v in GIVEN.items() if k != "epsilon"} | {"steps": 200}
     with pytest.raises(PlanError):
         make_plan(**values, noise_multiplier=sigma)
 

@@ -88,6 +88,15 @@ def test_the_moments_accountant_of_abadi_2016() -> None:
     assert epsilon_pld([(event, 10_000)], DELTA) < epsilon_rdp([(event, 10_000)], DELTA) < classic
 
 
+@pytest.mark.parametrize(("sigma", "epochs", "printed"), [(1.3, 15, 1.19), (1.1, 60, 3.01), (0.7, 45, 7.10)])
+def test_the_table_of_tensorflow_privacy(sigma, epochs, printed) -> None:
+    """Its MNIST tutorial: 60,000 records, batches of 256, δ = 1e-5, by the conversion of that time."""
+    event, steps = sgm(256 / 60_000, sigma), epochs * 60_000 // 256
+    classic = min(steps * rdp(event, a) + math.log(1 / DELTA) / (a - 1) for a in ORDERS)
+    assert classic == pytest.approx(printed, abs=0.011)
+    assert epsilon_pld([(event, steps)], DELTA) < epsilon_rdp([(event, steps)], DELTA) < classic
+
+
 @pytest.mark.parametrize(
     ("q", "sigma", "steps"), [(0.01, 4.0, 10_000), (0.008, 1.0, 1250), (0.1, 2.0, 200), (1, 9, 60)]
 )

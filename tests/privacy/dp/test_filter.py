@@ -109,3 +109,14 @@ def test_nothing_is_free_and_infinite_costs_are_refused() -> None:
 def test_no_filter_without_a_meaning(epsilon, delta, order) -> None:
     with pytest.raises(VerificationError):
         Filter(epsilon, delta, order)
+
+
+@pytest.mark.parametrize("order", [1.5, 8.0, 24.0])
+def test_what_is_cached_is_what_is_computed(order) -> None:
+    """A ledger evaluates each distinct event once; ten rows of it cost what ten evaluations would."""
+    events = [SampledGaussian(q, s) for q in (0.01, 0.3, 1.0) for s in (1.0, 5.0)]
+    rdp.cache_clear()
+    plain = [rdp.__wrapped__(e, order) for e in events]
+    assert rdp.cache_info().currsize == 0
+    assert [rdp(e, order) for e in events * 10] == plain * 10
+    assert rdp.cache_info().misses == len(events)
