@@ -112,11 +112,18 @@ def test_the_verifiers_definitions_agree_with_the_engines(classes, model):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: cr.AlphaK(0, 2), lambda: cr.AlphaK(20, 2), lambda: cr.AlphaK(0.5, 1), lambda: cr.BetaLikeness(0),
-        lambda: cr.DeltaDisclosure(math.inf), lambda: cr.KMap(1, None), lambda: cr.KAnonymity(2.5),
-        lambda: cr.KAnonymity(True), lambda: cr.TCloseness(20), lambda: cr.TCloseness(0.2, distance="far"),
+        lambda: cr.AlphaK(0, 2),
+        lambda: cr.AlphaK(20, 2),
+        lambda: cr.AlphaK(0.5, 1),
+        lambda: cr.BetaLikeness(0),
+        lambda: cr.DeltaDisclosure(math.inf),
+        lambda: cr.KMap(1, None),
+        lambda: cr.KAnonymity(2.5),  # type: ignore[arg-type]
+        lambda: cr.KAnonymity(True),
+        lambda: cr.TCloseness(20),
+        lambda: cr.TCloseness(0.2, distance="far"),  # type: ignore[arg-type]
     ],
-)  # fmt: skip
+)
 def test_meaningless_parameters_are_refused(make):
     with pytest.raises(ContractError):
         make()

@@ -9,12 +9,13 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.errors import AnonymityError
-from fedveil.privacy.anonymization.anonymizer import Anonymizer
+from fedveil.privacy.anonymization.anonymizer import Anonymizer, Method
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.criteria import (
     AlphaK,
@@ -107,7 +108,7 @@ def test_release_keeps_its_promises(tmp_path_factory, rows, models, method, limi
         assert covers(SPEC.quasi[1], r["city"], city)
     # The verifier, which shares no code with the search, agrees on the written bytes.
     path = tmp_path_factory.mktemp("r") / "r.parquet"
-    pa.parquet.write_table(out, path)
+    pq.write_table(out, path)
     found = recheck(path, SPEC, models, original_rows=len(rows), suppression_limit=limit)
     assert found.met, found
     assert found.rows == len(released)
@@ -211,7 +212,7 @@ def test_kmap_counts_the_population(tmp_path_factory, rows, method):
     out = a.fit_transform(sample)
     assert out.num_rows == sample.num_rows
     path = tmp_path_factory.mktemp("k") / "r.parquet"
-    pa.parquet.write_table(out, path)
+    pq.write_table(out, path)
     assert recheck(path, SPEC, [model]).met
 
 
@@ -270,8 +271,9 @@ def test_suppressed_and_missing_cells_are_their_own_categories():
 def test_a_suppressed_cell_is_not_any_value_in_labels_either():
     table = pa.table({"city": ["a", "a", "*", "*", "b"]})
     spec = TableSpec((QuasiIdentifier("city"),))
-    for method, limit in (("peel", 0.2), ("optimal", 0.2)):
-        out = Anonymizer(spec, [KAnonymity(2)], method=method, suppression_limit=limit).fit_transform(table)
+    labelled: tuple[Method, ...] = ("peel", "optimal")
+    for method in labelled:
+        out = Anonymizer(spec, [KAnonymity(2)], method=method, suppression_limit=0.2).fit_transform(table)
         assert Counter(out["city"].to_pylist()) == {"a": 2, "*": 2}
     out = Anonymizer(spec, [KAnonymity(5)], method="peel").fit_transform(table)
     assert set(out["city"].to_pylist()) == {"**"}
