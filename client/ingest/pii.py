@@ -137,6 +137,8 @@ _COMPILED = {p.kind: re.compile(p.expression) for p in PATTERNS}
 # Every pattern needs one of these; texts without any are passed over at once.
 _POSSIBLE = r"@|\d{4}|\d[ .-]\d{2}|://|(?i:www\.)|(?:[0-9A-Fa-f]{2}[:-]){5}|\d\)"
 
+_WHOLE = r"^[0-9][0-9 -]{7,22}[0-9]$"  # of a number's cells: a measurement with decimals is no identifier
+
 
 def scan(text: pa.Array, *, only_digits: bool = False) -> dict[str, int]:
     """How many cells of ``text`` hold which kind of identifier.
@@ -146,7 +148,7 @@ def scan(text: pa.Array, *, only_digits: bool = False) -> dict[str, int]:
     """
     encoded = pc.dictionary_encode(text)
     counts = np.bincount(encoded.indices.to_numpy(zero_copy_only=False), minlength=len(encoded.dictionary))
-    possible = pc.match_substring_regex(encoded.dictionary, _POSSIBLE)
+    possible = pc.match_substring_regex(encoded.dictionary, _WHOLE if only_digits else _POSSIBLE)
     where = np.flatnonzero(possible.to_numpy(zero_copy_only=False))
     found: dict[str, int] = {}
     if not len(where):

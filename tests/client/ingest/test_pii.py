@@ -79,6 +79,7 @@ def test_counts_cells_not_distinct_texts():
 
 def test_numbers_are_only_scanned_for_check_digits():
     assert found("192.0.2.17", "9434765919", only_digits=True) == {"uk-nhs": 1}
+    assert found("0.4111111111111111", "1.9434765919", only_digits=True) == {}
 
 
 def test_column_names():
