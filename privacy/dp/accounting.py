@@ -156,7 +156,9 @@ def rdp(event: SampledGaussian, order: float) -> float:
     """Rényi divergence of order ``order`` of one step (Mironov, Talwar & Zhang 2019, through dp-accounting).
 
     Never below the true value and never 0: exact for q = 1; below it 1e-12 covers the rounding of a sum of terms
-    near 1, in which the divergence of a very small q/σ would drown. Infinite where it cannot be computed.
+    near 1, in which the divergence of a very small q/σ would drown. Where the library's series for a fractional order
+    does not converge (orders below 2 at a large q), that of the next whole order, which is never smaller. Infinite
+    where that cannot be computed either.
     """
     sigma = event.noise_multiplier
     if event.sample_rate == 1:
@@ -170,7 +172,9 @@ def rdp(event: SampledGaussian, order: float) -> float:
         value = (float(accountant.get_epsilon(tiny)) - conversion(order, tiny)) / _REPEAT
     except (OverflowError, ZeroDivisionError):
         return math.inf
-    return math.inf if math.isnan(value) else max(value, 0.0) + _ROUNDING
+    if not math.isfinite(value):
+        return math.inf if order == math.ceil(order) else rdp(event, float(math.ceil(order)))
+    return max(value, 0.0) + _ROUNDING
 
 
 def conversion(order: float, delta: float) -> float:

@@ -19,6 +19,8 @@ from dp_accounting.rdp import RdpAccountant
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.events import SampledGaussian
 
+_OFTEN = 1 << 40  # composed so often, a divergence is what the conversion to ε drowns in
+
 # An own, coarser table of orders than the ledger's: a bound need not be the best one to be a bound.
 _ORDERS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, *map(float, range(4, 65)), 80.0, 128.0, 256.0, 512.0, 1024.0)
 
@@ -101,7 +103,20 @@ def _at_order(counted: tuple[tuple[tuple[float, float], int], ...], order: float
     accountant = RdpAccountant(orders=[order])
     for (q, sigma), times in counted:
         accountant.compose(_mechanism(q, sigma), times)
-    return float(accountant.get_epsilon(delta))
+    found = float(accountant.get_epsilon(delta))
+    if math.isfinite(found) or order == math.ceil(order):
+        return found
+    # The library's series did not converge: divergence grows with the order, so the next whole one bounds it.
+    offset = lambda a: math.log1p(-1 / a) - math.log(delta * a) / (a - 1)  # noqa: E731
+    total = 0.0
+    for (q, sigma), times in counted:
+        for a in (order, float(math.ceil(order))):
+            accountant = RdpAccountant(orders=[a])
+            accountant.compose(_mechanism(q, sigma), times * _OFTEN)
+            if math.isfinite(value := float(accountant.get_epsilon(delta))):
+                break
+        total += (value - offset(a)) / _OFTEN
+    return total + offset(order)
 
 
 def gaussian_delta(sigma: float, steps: int, epsilon: float) -> float:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+from dp_accounting import dp_event
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.accounting import ORDERS, Filter, best_order, conversion, epsilon_rdp, gaussian_epsilon, rdp
 from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.report import recompute
 
 DELTA = 1e-5
 EVENTS = st.builds(
@@ -111,7 +114,22 @@ def test_no_filter_without_a_meaning(epsilon, delta, order) -> None:
         Filter(epsilon, delta, order)
 
 
-@pytest.mark.parametrize("order", [1.5, 8.0, 24.0])
+def test_a_large_cap_affords_large_samples_too() -> None:
+    """Its order is below 2, where the library finds no value for them: the next whole order's is charged."""
+    event, cheaper = SampledGaussian(0.5, 5.0), SampledGaussian(1.0, 5.0)
+    f = filter_of(50.0)
+    assert f.order < 2
+    accountant = RdpAccountant(orders=[f.order])
+    accountant.compose(dp_event.PoissonSampledDpEvent(0.5, dp_event.GaussianDpEvent(5.0)), 1)
+    assert accountant.get_epsilon(DELTA) == math.inf
+    assert rdp(event, f.order) == rdp(event, 2.0) > 0
+    assert f.affords(event) > 100
+    mixed = [event] * 7 + [cheaper] * 3
+    spent = sum(rdp(e, f.order) for e in mixed)
+    assert recompute.by_filter(mixed, f.order, DELTA) == pytest.approx(f.epsilon_of(spent), abs=1e-9)
+
+
+@pytest.mark.parametrize("order", [2.0, 8.0, 24.0])
 def test_what_is_cached_is_what_is_computed(order) -> None:
     """A ledger evaluates each distinct event once; ten rows of it cost what ten evaluations would."""
     events = [SampledGaussian(q, s) for q in (0.01, 0.3, 1.0) for s in (1.0, 5.0)]
