@@ -92,6 +92,7 @@ class Lattice:
         shape = [len(d.levels) for d in domains]
         self._strides = np.array([int(np.prod(shape[j + 1 :])) for j in range(len(shape))])
         self._dead = np.zeros(len(self._nodes), bool)
+        self._below = self._dead.reshape(shape)  # the same flags, by level of each attribute
         self._seen: dict[int, Node] = {}
         self._cache: dict[int, Tuples] = {}
         self.best: Node | None = None
@@ -178,7 +179,7 @@ class Lattice:
             self.best = node
         if too_small > self._limit:
             # Predictive tagging: classes of a finer node are parts of these, so at least as many rows are too few.
-            self._dead |= (self._nodes <= self._nodes[i]).all(axis=1)
+            self._below[tuple(slice(level + 1) for level in levels)] = True
         return node
 
     def _improves(self, node: Node) -> bool:

@@ -6,6 +6,7 @@ on the number of rows, and a row that occurs w times is the same as a row of wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -86,7 +87,7 @@ def combinations(columns: Sequence[Codes], widths: Sequence[int]) -> tuple[Index
 
     Sorts only where a table of all combinations would be much larger than the number of tuples.
     """
-    m, span = len(columns[0]), int(np.prod([float(w) for w in widths]))
+    m, span = len(columns[0]), math.prod(widths)
     if span >= 1 << 62:
         inverse = grouping.group(columns, m).inverse
     else:
@@ -262,7 +263,7 @@ class Keys:
 
     def __init__(self, codes: Codes, levels: Sequence[Sequence[Codes]]) -> None:
         widths = [int(lut[0].max()) + 1 for lut in levels]
-        exact = float(np.prod([float(w) for w in widths])) < float(1 << 62)
+        exact = math.prod(widths) < 1 << 62
         strides = np.cumprod([1, *widths[:-1]]).tolist() if exact else [1] * len(widths)
         self.exact = exact
         self.columns = [
