@@ -1,0 +1,96 @@
+"""A checked table through every method of the engine: verified, and encoded to one width whatever the method."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedveil.client.ingest import release, sets
+from fedveil.client.ingest.sources import read
+from fedveil.common.contract import DataContract
+from fedveil.common.errors import AnonymityError, UsageError
+
+JOB = [["nurse", "care", "*"], ["medic", "care", "*"], ["clerk", "office", "*"]]
+
+
+def agreed(**changes):
+    columns = [
+        {"name": "born", "role": "quasi", "type": "date", "format": "%d.%m.%Y", "low": "1920-01-01",
+         "high": "2019-12-31", "levels": "decade", "encoding": "sets"},
+        {"name": "age", "role": "quasi", "type": "number", "low": 0, "high": 100, "ladder": [[20, 50, 70], [50], []],
+         "level": 2, "encoding": "sets", "missing": "indicator"},
+        {"name": "job", "role": "quasi", "type": "category", "values": ["nurse", "medic", "clerk"], "hierarchy": JOB,
+         "level": 1, "encoding": "sets"},
+        {"name": "x", "role": "feature", "type": "number", "low": 0, "high": 1},
+        {"name": "y", "role": "target", "type": "number", "low": 0, "high": 4, "threshold": 0},
+    ]  # fmt: skip
+    base = {
+        "name": "r",
+        "version": "1",
+        "purpose": "p",
+        "unit": "u",
+        "k": 5,
+        "l": 2,
+        "sensitive_target": True,
+        "t": 0.45,
+    }
+    return DataContract.model_validate({**base, "suppression_limit": 0.2, "columns": columns, **changes})
+
+
+@pytest.fixture
+def checked(table):
+    rows = []
+    for i in range(400):
+        age = "" if i % 9 == 0 else str(i * 37 % 100)
+        born = f"{1 + i * 7 % 28}.{1 + i % 12}.{1990 + i * 11 % 29}"
+        rows.append([born, age, JOB[i * 5 % 7 % 3][0], f"{i / 400:.3f}", str(i * 13 % 5 if i * 29 % 97 < 48 else 0)])
+    return read(table(rows, ["born", "age", "job", "x", "y"]), agreed())
+
+
+@pytest.mark.parametrize("method", ["fixed", "mondrian", "optimal", "peel", "auto"])
+def test_every_method_is_verified_and_encodes_alike(tmp_path, checked, method):
+    contract, out = agreed(), tmp_path / "r.parquet"
+    done = release.anonymise(checked, contract, method, out)
+    assert done.findings.met
+    assert [f.name for f in done.findings.findings] == ["k-anonymity", "distinct l-diversity", "t-closeness"]
+    assert done.stability.factor is None  # suppression for l, or a method that looks at the data
+    released = pq.read_table(out)
+    encoded = sets.encode_released(released, contract)
+    assert encoded.X.shape == (released.num_rows, contract.width)
+    job = [n.startswith("job=") for n in contract.feature_names]
+    assert abs(encoded.X[:, job].sum(axis=1) - 1).max() < 1e-6
+    # The exact x travels along: every record's own job lies in its released set.
+    exact = dict(zip((f"{x:.3f}" for x in checked.columns["x"]), checked.columns["job"], strict=True))
+    place = {v: contract.feature_names.index(f"job={v}") for v in ("nurse", "medic", "clerk")}
+    for row, x in zip(encoded.X, released["x"].to_pylist(), strict=True):
+        assert row[place[exact[f"{x:.3f}"]]] > 0
+    assert release.verify(out, contract).rows == released.num_rows
+    risk = release.risk(out, contract)
+    assert risk.prosecutor <= 1 / 5
+    assert risk.unique == 0
+    assert risk.marketer == risk.classes / risk.rows
+
+
+def test_a_tampered_release_is_refused(tmp_path, checked):
+    contract, out = agreed(), tmp_path / "r.parquet"
+    release.anonymise(checked, contract, "mondrian", out)
+    released = pq.read_table(out)
+    lonely = released.slice(0, 1).set_column(0, "born", pa.array(["[-100,-99]"]))
+    plain = released.cast(
+        pa.schema([(f.name, pa.string() if f.name in ("born", "age", "job") else f.type) for f in released.schema])
+    )
+    pq.write_table(pa.concat_tables([plain, lonely.cast(plain.schema)]), tmp_path / "bad.parquet")
+    with pytest.raises(AnonymityError):
+        release.verify(tmp_path / "bad.parquet", contract)
+    assert release.risk(tmp_path / "bad.parquet", contract).prosecutor == 1
+
+
+def test_what_cannot_be_met_leaves_no_file(tmp_path, checked):
+    with pytest.raises(AnonymityError):
+        release.anonymise(checked, agreed(k=401), "mondrian", tmp_path / "r.csv")
+    assert not list(tmp_path.glob("*r.csv*"))
+    (tmp_path / "there.csv").write_text("")
+    for name in ("there.csv", "r.xlsx"):
+        with pytest.raises(UsageError, match="cannot be the release"):
+            release.anonymise(checked, agreed(), "mondrian", tmp_path / name)
+    with pytest.raises(AnonymityError, match="not a readable release"):
+        release.risk(tmp_path / "there.csv", agreed())
