@@ -152,7 +152,7 @@ def digits_page(found: dict[tuple[int, float], list[Row]]) -> str:
         column = {k: [r[k] for r in rows] for k in rows[0]}
         gaps = [[a - b for a, b in zip(column[x], column[f"central {x}"], strict=True)] for x in ("open", "default")]
         price = statistics.mean(column["open"]) - statistics.mean(column["default"])
-        within = all(statistics.mean(g) >= -CLOSE for g in gaps)
+        within = all(abs(statistics.mean(g)) <= CLOSE for g in gaps)
         cells = [
             spread(column["central open"]), spread(column["open"]), spread(gaps[0], "+"),
             spread(column["central default"]), spread(column["default"]), spread(gaps[1], "+"),
@@ -261,7 +261,7 @@ without a secure sum offer), with a recipe of its own: logistic regression, chos
 
 HEAD = f"""\
 | ε | sites | central | distributed, t = d = 0 | difference | central at σ·sqrt(n/h) | distributed, default t, d \
-| difference | price of t, d | local | at most {CLOSE:g} below central | seeds |
+| difference | price of t, d | local | both differences within {CLOSE:g} | seeds |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
