@@ -82,8 +82,9 @@ class Consortium:
     """
 
     def __init__(
-        self, home: Path, template: Path, forks: Forks | None, *, steps: int, round_timeout: int = 30, grace: int = 3
-    ) -> None:
+        self, home: Path, template: Path, forks: Forks | None, *, steps: int, round_timeout: int = 30, grace: int = 3,
+        join_timeout: int = 60,
+    ) -> None:  # fmt: skip
         self.home, self.run, self.forks = home, home / "run", forks
         shutil.copytree(template, home)
         self.port = free_port()
@@ -91,6 +92,7 @@ class Consortium:
         self.replace(
             home / "federation.toml", here, ("steps = 20", f"steps = {steps}"),
             ("round_timeout = 30", f"round_timeout = {round_timeout}"), ("grace = 5", f"grace = {grace}"),
+            ("join_timeout = 60", f"join_timeout = {join_timeout}"),
         )  # fmt: skip
         for site in HOSPITALS:
             self.replace(home / site / "site.toml", here)
