@@ -95,7 +95,7 @@ def combinations(columns: Sequence[Codes], widths: Sequence[int]) -> tuple[Index
         for column, width in zip(columns, widths, strict=True):
             inverse *= width
             inverse += column
-    if span > max(1 << 18, 16 * m):
+    if span > max(1 << 14, 32 * m):
         _, first, inverse = np.unique(inverse, return_index=True, return_inverse=True)
         return inverse.reshape(-1), first
     member = np.full(span, -1, np.int64)
