@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fedveil.common import canonical
-from fedveil.common.errors import FedveilError, JournalError
+from fedveil.common.errors import FedveilError, HelperRefusal, JournalError
 from fedveil.common.units import SiteId
 from fedveil.privacy.joining import Copy, heads_of
 
@@ -54,6 +54,24 @@ class PeerHeads:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+    def follow(self, heads: dict[SiteId, Copy]) -> None:
+        """:meth:`keep`, for heads of journals that are being written: they must not lie behind what is known.
+
+        Raises:
+            HelperRefusal: naming the site whose journal went back in time, or stands still with another last row.
+        """
+        for site, copy in sorted(heads.items()):
+            known = self._heads.get(site)
+            if known is None or known.ledger != copy.ledger:
+                continue
+            same = copy.head.rows == known.head.rows
+            if copy.head.rows < known.head.rows or (same and copy.head.hash != known.head.hash):
+                raise HelperRefusal(
+                    f"the journal of {site!r} went back in time: {copy.head.rows} rows, {known.head.rows} before",
+                    hint="its disk was restored, or its journal rewritten; no sum that it is in is opened",
+                )
+        self.keep(heads)
 
     def _newer(self, site: SiteId, copy: Copy) -> bool:
         known = self._heads[site]

@@ -83,7 +83,7 @@ def contribute(site: Site, request: Packet) -> Packet:
         session.exhausted = True
         raise
     noisy += discrete_gaussian(plan.share_std, plan.model.parameters)
-    sealed = session.sum.contribute(round_, nonce, _narrow(noisy))
+    sealed = session.sum.contribute(round_, nonce, _narrow(noisy), site.head)
     site.ledger.commit(session.id, round_)
     return sealed
 
@@ -101,8 +101,8 @@ def apply(site: Site, request: Packet) -> Packet:
 
 
 def agree(site: Site, request: Packet) -> Packet:
-    """Sign the announced set of members, once per round."""
-    return site.session(request.header.get("session")).sum.agree(request)
+    """Sign the announced set of members, once per round, unless a member's journal went back in time."""
+    return site.session(request.header.get("session")).sum.agree(request, site.witness)
 
 
 def open_sum(site: Site, request: Packet) -> Packet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
 from fedveil.common.identity import Roster
-from fedveil.common.journal import Row
+from fedveil.common.journal import Head, Row
 from fedveil.common.settings import LimitsSection
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy import plan as plans
-from fedveil.privacy.joining import JOIN, check_joins, heads_in, sum_spec
+from fedveil.privacy.joining import JOIN, Copy, check_joins, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.heads import check_head
@@ -226,6 +226,21 @@ class Site:
     def _ledger_id(self) -> str:
         """Which ledger this is: the hash of its first row, which names the lineage."""
         return self.ledger.journal.rows[0].hash
+
+    @property
+    def head(self) -> tuple[int, str, str]:
+        """Where this site's journal stands, and which journal it is."""
+        return (*self.ledger.head, self._ledger_id)
+
+    def witness(self, heads: Mapping[SiteId, tuple[int, str, str]]) -> None:
+        """Remember where the members' journals stand; :class:`HelperRefusal` if one of them went back in time.
+
+        A site whose disk was restored within a run is seen by its peers here, in the round in which it contributes
+        again: it would not know what it has charged, nor which keys it has used.
+        """
+        self.peers.follow(
+            {s: Copy(Head(rows, hash_), ledger) for s, (rows, hash_, ledger) in heads.items() if s != self.id}
+        )
 
     def revealed(self, session: Session) -> RevealedModel:
         """This site's own model of a session; :class:`ProtocolError` where the server reads the sums."""

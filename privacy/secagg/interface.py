@@ -15,7 +15,7 @@ vectors, whatever their signs and sizes, as long as that *sum* stays within ``Su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,6 +35,8 @@ MAX_NONCE = 128
 READY = "sum/ready"
 
 Integers = NDArray[np.int64 | np.int32]
+Head = tuple[int, str, str]  # rows of a journal, the hash of the last one, and the hash of the first one
+Witness = Callable[[Mapping[SiteId, Head]], None]
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,11 @@ class SiteSum(ABC):
         """Take what the server relays after all replies came; :class:`SecureSumError` if nothing was expected."""
 
     @abstractmethod
-    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
         """This site's contribution: (D,) integers of any sign, noise included; on stable storage on return.
 
-        int32 takes half of the memory of int64 and gives the same contribution; the vector is only read.
+        int32 takes half of the memory of int64 and gives the same contribution; the vector is only read. ``head`` is
+        where this site's journal stands; protocols with an agreement show it to the helpers.
 
         A second call for the same round and nonce returns the same bytes and ignores ``values``.
 
@@ -172,8 +175,11 @@ class SiteSum(ABC):
         """The complete contribution of ``round`` if it is the latest one made, bit for bit; else None."""
 
     @abstractmethod
-    def agree(self, request: Packet) -> Packet:
-        """Check the announced members of a sum and sign them; :class:`HelperRefusal` otherwise."""
+    def agree(self, request: Packet, witness: Witness | None = None) -> Packet:
+        """Check the announced members of a sum and sign them; :class:`HelperRefusal` otherwise.
+
+        ``witness`` is given the members' signed journal heads before anything is promised, and may refuse.
+        """
 
     @abstractmethod
     def open(self, request: Packet) -> Packet:

@@ -24,9 +24,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import IdentityError, SecureSumError, WireError
+from fedveil.common.journal import MAX_ROWS
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.privacy.secagg.interface import SumSpec, is_hex
+from fedveil.privacy.secagg.interface import Head, SumSpec, is_hex
 from fedveil.privacy.secagg.params import N
 from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
 
@@ -46,13 +47,14 @@ _DOMAINS = {
 
 @dataclass(frozen=True)
 class Contribution:
-    """A verified header of a contribution; ``digest`` stands for all of it."""
+    """A verified header of a contribution; ``digest`` stands for all of it, ``head`` is where its journal stood."""
 
     site: SiteId
     nonce: str
     ciphertext: str
     shares: tuple[str, ...]
     digest: str
+    head: Head | None
 
 
 def sign_header(key: Ed25519PrivateKey, header: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, head
         raise SecureSumError("a contribution of a site that did not join")
     site = SiteId(site)
     expected = contribution_header(spec, joins, round, nonce, site)
-    if set(header) != {*expected, "ciphertext", "shares", "signature"}:
+    if set(header) - {"head"} != {*expected, "ciphertext", "shares", "signature"}:
         raise WireError(f"the header of the contribution of {site!r} has missing or unknown fields")
     for name, value in expected.items():
         if type(header[name]) is not type(value) or header[name] != value:
@@ -113,8 +115,17 @@ def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, head
         raise WireError(f"the contribution of {site!r} has a malformed header")
     if not all(is_hex(h, 64) for h in shares):
         raise WireError(f"the contribution of {site!r} has a malformed header")
+    head = _head(site, header["head"]) if "head" in header else None
     check_signature(spec, site, header)
-    return Contribution(site, nonce, header["ciphertext"], tuple(shares), canonical.digest(header))
+    return Contribution(site, nonce, header["ciphertext"], tuple(shares), canonical.digest(header), head)
+
+
+def _head(site: SiteId, value: Any) -> Head:
+    if not (isinstance(value, list) and len(value) == 3 and type(value[0]) is int and 0 < value[0] <= MAX_ROWS):
+        raise WireError(f"the journal head of {site!r} is malformed")
+    if not (is_hex(value[1], 64) and is_hex(value[2], 64)):
+        raise WireError(f"the journal head of {site!r} is malformed")
+    return value[0], value[1], value[2]
 
 
 def box_context(round: int, nonce: str, ciphertext: str) -> list[Any]:

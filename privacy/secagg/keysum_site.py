@@ -26,7 +26,7 @@ from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.blinding import GroupKey
 from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_parts
-from fedveil.privacy.secagg.interface import READY, Integers, SiteSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, Head, Integers, SiteSum, SumSpec, Witness
 from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
 from fedveil.privacy.secagg.store import Store
@@ -63,7 +63,7 @@ class KeysumSite(SiteSum):
         messages.check_request(self._spec, packet, messages.GROUP)
         self._group.take(joins.sites[0], packet.buffer("box", GROUP_BOX_BYTES))
 
-    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
         """See :meth:`SiteSum.contribute`: encrypt, share the key, seal, sign, store."""
         self._spec.check_round(round, nonce)
         joins = self._joined()
@@ -80,6 +80,8 @@ class KeysumSite(SiteSum):
             secret.fill(0)
         header = messages.contribution_header(self._spec, joins, round, nonce, self._site)
         header |= {"ciphertext": digest, "shares": [sha256(box) for box in boxes]}
+        if head is not None:
+            header["head"] = list(head)
         packet = Packet(
             messages.sign_header(self._signing_key, header), {"ciphertext": ciphertext, "shares": b"".join(boxes)}
         )
@@ -89,7 +91,7 @@ class KeysumSite(SiteSum):
         """See :meth:`SiteSum.replay`."""
         return self._contributions.replay(round)
 
-    def agree(self, request: Packet) -> Packet:
+    def agree(self, request: Packet, witness: Witness | None = None) -> Packet:
         """See :meth:`SiteSum.agree`: sign the announced members, one set per round."""
         try:
             joins = self._joined()
@@ -97,6 +99,8 @@ class KeysumSite(SiteSum):
                 raise SecureSumError("this site is not on the committee that opens sums")
             round, members = self._check_members(request, messages.MEMBERS)
             self._check_own(round, members)
+            if witness is not None:
+                witness({m.site: m.head for m in members if m.head is not None})
         except (WireError, IdentityError, SecureSumError) as e:
             raise _refusal(e) from e
         digest = messages.members_digest(self._spec, round, {m.site: m.digest for m in members})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import HelperRefusal, SecureSumError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.privacy.secagg.interface import READY, Integers, ServerSum, SiteSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, Head, Integers, ServerSum, SiteSum, SumSpec, Witness
 from fedveil.privacy.secagg.store import Store
 
 
@@ -45,7 +45,7 @@ class PlainSite(SiteSum):
         """Nothing is relayed in this protocol."""
         raise SecureSumError(f"an unexpected message in the protocol {self._spec.protocol!r}")
 
-    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
         """See :meth:`SiteSum.contribute`."""
         self._spec.check_round(round, nonce)
         held = self._held(round)
@@ -69,7 +69,7 @@ class PlainSite(SiteSum):
         held = self._held(round)
         return None if held is None else self._packet(round, *held)
 
-    def agree(self, request: Packet) -> Packet:
+    def agree(self, request: Packet, witness: Witness | None = None) -> Packet:
         """This protocol has no agreement: always refused."""
         raise HelperRefusal(f"the protocol {self._spec.protocol!r} has no agreement step")
 

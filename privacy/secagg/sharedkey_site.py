@@ -14,7 +14,7 @@ from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal
 from fedveil.privacy.secagg import sharedkey_common as messages
 from fedveil.privacy.secagg.contributions import Contributions
-from fedveil.privacy.secagg.interface import READY, Integers, SiteSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, Head, Integers, SiteSum, SumSpec, Witness
 from fedveil.privacy.secagg.keysum_common import check_request, sign_header
 from fedveil.privacy.secagg.params import CKKS_MAX_VALUE, CKKS_SLOTS, check_sharedkey
 from fedveil.privacy.secagg.sealed import SessionKey
@@ -65,7 +65,7 @@ class SharedKeySite(SiteSum):
         self._ckks = _seal.Ckks(key)
         self._store.put(self._session.name("ckks"), key)
 
-    def contribute(self, round: int, nonce: str, values: Integers) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
         """See :meth:`SiteSum.contribute`.
 
         Raises:
@@ -89,7 +89,7 @@ class SharedKeySite(SiteSum):
         """See :meth:`SiteSum.replay`."""
         return self._contributions.replay(round)
 
-    def agree(self, request: Packet) -> Packet:
+    def agree(self, request: Packet, witness: Witness | None = None) -> Packet:
         """This protocol has no agreement: always refused."""
         raise HelperRefusal("the protocol 'sharedkey' has no agreement step")
 
