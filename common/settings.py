@@ -5,15 +5,20 @@ Unknown keys are refused. Paths in a file are relative to the file.
 
 from __future__ import annotations
 
+import datetime
 import tomllib
+import zoneinfo
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedveil.common.errors import ConfigError
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
+Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", max_length=64)]
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+WEEK: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
 class FederationSection(BaseModel):
@@ -34,7 +39,8 @@ class PrivacySection(BaseModel):
     model_config = _FROZEN
     mode: Literal["distributed", "local", "client"] = "distributed"
     sum: Literal["keysum", "sharedkey", "none"] = "keysum"
-    epsilon: float = Field(gt=0, le=1000, description="ε of the run")
+    epsilon: float | None = Field(default=None, gt=0, le=1000, description="ε of the run; or noise_multiplier")
+    noise_multiplier: float | None = Field(default=None, gt=0, le=1e6, description="σ of the run; ε follows from it")
     delta: float = Field(default=1e-5, gt=0, le=0.01, description="δ of the run")
     records: int = Field(ge=1, description="declared number of records in all: a public constant, not a count")
     steps: int = Field(ge=1, le=1 << 20, description="secure sums in the run")
@@ -47,6 +53,12 @@ class PrivacySection(BaseModel):
     committee: int = Field(default=0, ge=0, le=200, description="helpers that open sums; 0: all sites (to 200)")
     committee_seed: str = Field(default="", description="64 hexadecimal digits from a public beacon nobody chose")
     local_steps: int = Field(default=1, ge=1, description="local steps per round (mode client only)")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PrivacySection:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give privacy.epsilon or privacy.noise_multiplier, exactly one of the two")
+        return self
 
 
 class ModelSection(BaseModel):
@@ -104,9 +116,14 @@ class LimitsSection(BaseModel):
 
     model_config = _FROZEN
     max_epsilon: float = Field(gt=0, le=1000, description="cap of the lineage's ledger over all runs")
+    max_epsilon_per_run: float | None = Field(default=None, gt=0, le=1000, description="ε of one run; default: the cap")
     delta: float = Field(default=1e-5, gt=0, le=0.01, description="δ of the ledger, fixed when it is opened")
     min_noise_multiplier: float = Field(default=0.5, ge=0, description="smallest σ accepted in a plan")
     tasks: tuple[Literal["train", "stats"], ...] = Field(default=("train",), description="what sums may be for")
+    metrics: tuple[Literal["count", "mean", "variance", "histogram", "accuracy", "confusion"], ...] = Field(
+        default=("count", "mean", "variance", "histogram", "accuracy", "confusion"),
+        description="which charged statistics the task 'stats' may ask for; uncharged ones never leave",
+    )
     modes: tuple[Literal["distributed", "local", "client"], ...] = ("distributed",)
     sums: tuple[Literal["keysum", "sharedkey", "plain", "none"], ...] = ("keysum",)
     min_colluders: int = Field(default=1, ge=0, description="fewest colluding sites a plan must stand (t)")
@@ -114,14 +131,91 @@ class LimitsSection(BaseModel):
     min_sites: int = Field(default=3, ge=1, description="fewest sites of a plan")
     min_honest: int = Field(default=2, ge=1, description="fewest honest shares of a plan")
     max_fallback_epsilon: float = Field(default=1000, gt=0, description="largest ε if everybody else colludes")
+    models: tuple[Hex64, ...] = Field(default=(), description="SHA-256 of the model specs allowed; empty: any")
+    plans: tuple[Hex64, ...] = Field(default=(), description="hashes of the plans allowed; empty: any")
+    min_k: int = Field(default=5, ge=1, description="smallest k that the data contract may require")
+    min_l: int = Field(default=1, ge=1, description="smallest l that the data contract may require")
+    max_t: float | None = Field(default=None, gt=0, le=1, description="largest t; a contract without t is refused too")
+    hours: str = Field(default="", description="HH:MM-HH:MM in which a run may begin and go on; empty: always")
+    days: tuple[Day, ...] = Field(default=WEEK, min_length=1, description="days on which the hours hold")
+    timezone: str = Field(default="UTC", description="IANA name of the zone of hours and days")
+    approvals: int = Field(default=0, ge=0, le=8, description="persons who must approve each run at this site")
+    approvers: tuple[Hex64, ...] = Field(default=(), description="public keys of those who may approve")
+    max_unused_sessions: int = Field(
+        default=32, ge=1, le=4096, description="sessions joined in 24 hours in which nothing was charged"
+    )
+
+    @field_validator("hours")
+    @classmethod
+    def _clock_times(cls, value: str) -> str:
+        if value:
+            window(value)
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(value)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as e:
+            raise ValueError("no such time zone on this machine") from e
+        return value
+
+    @model_validator(mode="after")
+    def _enough_approvers(self) -> LimitsSection:
+        if len(set(self.approvers)) < self.approvals:
+            raise ValueError(f"limits.approvals = {self.approvals} needs as many different keys in limits.approvers")
+        return self
+
+
+def window(hours: str) -> tuple[datetime.time, datetime.time]:
+    """Both ends of ``HH:MM-HH:MM``; a window whose end is before its start goes over midnight.
+
+    Raises:
+        ValueError: it is written otherwise, or both ends are the same.
+    """
+    first, dash, last = hours.partition("-")
+    ends = datetime.time.fromisoformat(first.strip()), datetime.time.fromisoformat(last.strip())
+    if not dash or ends[0] == ends[1] or any(t.tzinfo for t in ends):
+        raise ValueError("working hours are written HH:MM-HH:MM")
+    return ends
 
 
 class TrainingSection(BaseModel):
-    """How gradients are computed."""
+    """How gradients are computed, and how much of the machine that may take."""
 
     model_config = _FROZEN
     engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus", "ghost"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=0, ge=0, le=4096, description="CPU threads of one computation; 0: all")
+    gpu_memory: float = Field(default=1.0, gt=0, le=1, description="fraction of the GPU's memory that may be used")
+
+
+class DataSection(BaseModel):
+    """How the site's table is written, and which version of the data set it is."""
+
+    model_config = _FROZEN
+    encoding: str = Field(default="auto", max_length=32, description="of a CSV file")
+    delimiter: str = Field(default="auto", max_length=4, description="of a CSV file; tab is a tab")
+    decimal: Literal[".", ","] = Field(default=".", description="decimal sign of a CSV file")
+    thousands: str = Field(default="", max_length=1, description="sign between thousands in a CSV file")
+    corrections: Path | None = Field(default=None, description="TOML file with the site's declared corrections")
+    query: str = Field(default="", max_length=1 << 16, description="for a database: one SELECT, ordered")
+    url_file: Path | None = Field(default=None, description="file (mode 0600) with the URL of a SQL database")
+    fhir: Path | None = Field(default=None, description="for .ndjson: TOML file with resource and [paths]")
+    version: str = Field(default="", max_length=128, description="version of the data set, fixed in its ledger")
+
+
+class EgressSection(BaseModel):
+    """When answers leave."""
+
+    model_config = _FROZEN
+    slot: float = Field(
+        default=1.0,
+        ge=0,
+        le=60,
+        description="seconds: an answer computed from records leaves at a multiple; 0: at once",
+    )
 
 
 class SiteSettings(BaseModel):
@@ -130,7 +224,9 @@ class SiteSettings(BaseModel):
     model_config = _FROZEN
     site: SiteSection
     limits: LimitsSection
+    data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
+    egress: EgressSection = EgressSection()
 
 
 _T = TypeVar("_T", Federation, SiteSettings)

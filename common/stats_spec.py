@@ -212,6 +212,8 @@ class StatsSpec(BaseModel):
             found = {d.name: d for d in contract.loaded}.get(c.column)
             if found is None or not (found.is_feature or found.role == "target"):
                 return f"column {c.column!r}, which the contract does not give"
+            if found.encoding == "sets":
+                return f"column {c.column!r}, whose cells are encoded as sets"
             own = _located(contract, found)
             asked = {"moments", "histogram"} | ({"cuts"} if c.source == "number" else set())
             if own.model_dump(exclude=asked) != c.model_dump(exclude=asked):
@@ -252,7 +254,7 @@ def request(
     counted = bool({"histogram", "quantiles"} & set(what))
     wanted = [
         asked
-        for name in columns or known
+        for name in columns or (n for n, c in known.items() if c.encoding != "sets")
         if (asked := _asked(_located(contract, known[name]), moments, counted, bins)) is not None
     ]
     if columns and len(wanted) != len(columns):
@@ -284,7 +286,16 @@ def _asked(c: ColumnStats, moments: int, counted: bool, bins: int) -> ColumnStat
 
 
 def _located(contract: DataContract, column: Column) -> ColumnStats:
-    """Where and how ``column`` stands in the encoding; nothing asked about it yet."""
+    """Where and how ``column`` stands in the encoding; nothing asked about it yet.
+
+    Raises:
+        PlanError: its cells are encoded as sets of leaves, of which no statistic is defined here.
+    """
+    if column.encoding == "sets":
+        raise PlanError(
+            f"column {column.name!r} is encoded as sets: a record may stand for several values at once",
+            hint='statistics need encoding = "labels"',
+        )
     at = sum(len(c.feature_names) for c in itertools.takewhile(lambda c: c.name != column.name, contract.columns))
     source: Source = "target" if column.role == "target" else "coded" if column.coded else "number"
     number = column.type == "number" and source != "target"

@@ -31,7 +31,7 @@ def plan_from_settings(
         federation: ``federation.toml``.
         contract: the agreed contract; its hash goes into the plan.
         sites: number of sites on the roster.
-        noise_multiplier: σ to plan with; ε then follows from it, and the one in the settings is left aside.
+        noise_multiplier: σ to plan with; ε then follows from it, and what the settings say of either is left aside.
 
     Raises:
         PlanError: with the reason and the nearest consistent plan.
@@ -43,7 +43,7 @@ def plan_from_settings(
         sites=sites,
         records=p.records,
         epsilon=p.epsilon if noise_multiplier is None else None,
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=p.noise_multiplier if noise_multiplier is None else noise_multiplier,
         delta=p.delta,
         steps=p.steps,
         clip=p.clip,
@@ -68,7 +68,7 @@ def plan_of_statistics(
 
     Args:
         spec: what is asked for (:func:`fedveil.common.stats_spec.request`).
-        epsilon: ε of the run; by default what federation.toml says for a training run.
+        epsilon: ε of the run; by default what federation.toml says for a training run: ε, or σ for this one sum.
 
     Raises:
         PlanError: with the reason and the nearest consistent plan.
@@ -80,6 +80,7 @@ def plan_of_statistics(
         sites=sites,
         records=p.records,
         epsilon=p.epsilon if epsilon is None else epsilon,
+        noise_multiplier=p.noise_multiplier if epsilon is None else None,
         delta=p.delta,
         steps=1,
         clip=spec.norm_bound,
