@@ -1,0 +1,183 @@
+"""Is every record clipped, sampled and counted as the plan claims? Checks on sums over the slab's records."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from fedveil.privacy.audit.evidence import Finding, Release, Run
+from fedveil.privacy.audit.noise_checks import POWER, mean, two_sided
+from fedveil.privacy.audit.slab import Slab, noise_std, residuals, spread
+from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
+from fedveil.privacy.plan import PrivacyPlan
+
+_LOOSE = 0.01  # how far PLD's discretisation may lie above what a ledger counts
+
+
+def clipping(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float, confidence: float) -> Finding:
+    """With q = 1: the norm of one record's contribution against C, over all records and by group; two-sided."""
+    scores, counts = np.sum([slab.scores(r) for r in releases], axis=0), slab.counts * len(releases)
+    noise = math.sqrt(sum(spread(plan, len(r.members)) ** 2 for r in releases))
+    off = np.abs(scores - counts) / noise
+    std = noise * math.sqrt(counts.size) / float(counts.sum())
+    norm = float(scores.sum() / counts.sum())
+    p = min(2 * float(stats.norm.sf(abs(norm - 1) / std)), 2 * float(stats.norm.sf(off.max())) * off.size)
+    half = float(stats.norm.isf((1 - confidence) / 2)) * std
+    least = float(stats.norm.isf(alpha / 4) + stats.norm.ppf(POWER)) * std
+    return Finding(
+        "clip: norm of a record", "norm of one record's contribution against C, over all and by group", min(1.0, 2 * p),
+        alpha, norm * plan.clip, plan.clip, int(counts.sum()), f"contributions of {1 + least:.3f} C",
+        ((norm - half) * plan.clip, (norm + half) * plan.clip),
+    )  # fmt: skip
+
+
+def clipped_sum(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
+    """With q = 1: every coordinate of the sums against the known clipped sum; clipping by layer shows in the bias."""
+    return mean(residuals(plan, releases, slab.known(slab.counts)), alpha, "clip: whole gradient")
+
+
+def sampling_rate(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
+    """How many records entered, in all and by site, against Binomial(n, q): an exact test.
+
+    What is seen is the count plus Gaussian noise of known variance; the test convolves the two distributions.
+    """
+    q, rounds = plan.sample_rate, len(releases)
+    noise = float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
+    seen = np.sum([slab.scores(r) for r in releases], axis=0)
+    by_site, trials = seen.sum(1), slab.counts.sum(1) * rounds
+    added = noise * rounds * slab.counts.shape[1]
+    each = [_noisy_binomial(t, int(n), q, added) for t, n in zip(by_site, trials, strict=True)]
+    whole = _noisy_binomial(float(seen.sum()), int(trials.sum()), q, added * len(each))
+    n = int(trials.sum())
+    std = math.sqrt(n * q * (1 - q) + added * len(each)) / n
+    least = float((stats.norm.isf(alpha / 4) + stats.norm.ppf(POWER)) * std)
+    half = float(stats.norm.isf(0.025)) * std
+    rate = float(seen.sum()) / n
+    return Finding(
+        "sampling: rate", "share of the records that entered a round against q (binomial)",
+        min(1.0, 2 * min(whole, len(each) * min(each))), alpha, rate, q, n, f"a rate off by {least:.2g}",
+        (rate - half, rate + half),
+    )  # fmt: skip
+
+
+def _noisy_binomial(seen: float, trials: int, q: float, noise: float) -> float:
+    """Two-sided p-value of ``seen`` = Binomial(trials, q) + N(0, noise)."""
+    std = math.sqrt(max(noise, 1e-12))
+    k = np.arange(trials + 1)
+    weights = stats.binom.pmf(k, trials, q)
+    below = float(weights @ stats.norm.cdf((seen - k) / std))
+    return min(1.0, 2 * min(below, float(weights @ stats.norm.sf((seen - k) / std))))
+
+
+def batch_sizes(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
+    """Poisson sampling leaves the batch size random: the variance of the counts, two-sided."""
+    noise = float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
+    d = np.stack([slab.scores(r) for r in releases]) - plan.sample_rate * slab.counts
+    p, ratio = _dispersion(d, np.broadcast_to(slab.counts, d.shape), plan.sample_rate, noise)
+    return Finding(
+        "sampling: random batch size", "variance of the number of records in a round against q(1-q)n", p, alpha,
+        ratio, 1.0, d.size, _share(plan.sample_rate, slab, noise, d.size, alpha),
+    )  # fmt: skip
+
+
+def fresh_samples(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
+    """Samples of different rounds are independent: the variance of the counts summed over the rounds, two-sided."""
+    rounds = len(releases)
+    noise = float(np.sum([spread(plan, len(r.members)) ** 2 for r in releases]))
+    d = np.sum([slab.scores(r) for r in releases], axis=0) - rounds * plan.sample_rate * slab.counts
+    p, ratio = _dispersion(d, rounds * slab.counts, plan.sample_rate, noise)
+    return Finding(
+        "sampling: rounds independent", "variance of the number of records over all rounds against independence", p,
+        alpha, ratio, 1.0, d.size * rounds, _repeated(plan.sample_rate, slab, noise / rounds, rounds, alpha),
+    )  # fmt: skip
+
+
+def _dispersion(d: NDArray[np.float64], n: NDArray[np.int64], q: float, noise: float) -> tuple[float, float]:
+    """p-value of Σd² for d = Binomial(n, q) - nq + N(0, noise), and its ratio to the mean.
+
+    Chi-square with the first two moments of the statistic (Satterthwaite), fourth moments of the binomial included.
+    """
+    v = n * q * (1 - q)
+    fourth = v * (1 + 3 * (n - 2) * q * (1 - q))
+    expected = v + noise
+    spread_ = fourth + 6 * v * noise + 3 * noise**2 - expected**2
+    freedom = 2 * float(expected.sum()) ** 2 / float(spread_.sum())
+    ratio = float((d**2).sum() / expected.sum())
+    return two_sided(ratio * freedom, freedom), ratio
+
+
+def _share(q: float, slab: Slab, noise: float, samples: int, alpha: float) -> str:
+    mine = float(slab.counts.mean()) * q * (1 - q)
+    limit = float(stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * math.sqrt(2 / samples) * (mine + noise) / mine
+    return "batches of a fixed size" if limit < 1 else "nothing: the noise hides the batch sizes"
+
+
+def _repeated(q: float, slab: Slab, noise: float, rounds: int, alpha: float) -> str:
+    mine = float(slab.counts.mean()) * q * (1 - q)
+    limit = float(stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * math.sqrt(2 / slab.counts.size)
+    ratio = (rounds * mine + noise) / (mine + noise)
+    return "the same records in every round" if ratio > 1 + limit else "nothing: the noise hides the samples"
+
+
+def neighbours(
+    plans: tuple[PrivacyPlan, PrivacyPlan], slabs: tuple[Slab, Slab], runs: tuple[Run, Run], alpha: float
+) -> list[Finding]:
+    """N against N + 1 records at one site, q = 1: noise and divisor are the plan's, the sums are one clip apart."""
+    p, factor, off, scores = [], [], 0.0, []
+    for plan, slab, run in zip(plans, slabs, runs, strict=True):
+        z = residuals(plan, run.releases, slab.known(slab.counts))
+        p.append(two_sided(float((z**2).sum()), z.size))
+        factor.append(float(z.std()))
+        scores.append(np.mean([slab.scores(r)[0, 0] for r in run.releases]))
+        for r in run.releases:
+            off = max(off, float(np.abs(r.applied * plan.divisor - r.values).max()) / noise_std(plan, len(r.members)))
+    rounds = len(runs[0].releases)
+    samples = 2 * rounds * plans[0].model.parameters
+    std = spread(plans[0], len(runs[0].releases[0].members)) * math.sqrt(2 / rounds)
+    apart = float(scores[1] - scores[0])
+    far = float((stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * std)
+    ratio = factor[1] / max(factor[0], 1e-300)
+    return [
+        Finding("neighbours: noise", "noise with N + 1 records against noise with N, each against the claim",
+                min(1.0, 2 * min(p)), alpha, ratio, 1.0, samples, "a noise that depends on N"),
+        Finding("neighbours: divisor", "what the model was moved by against the sum divided by the plan's q·N",
+                float(off < 1e-6), alpha, off, 0.0, samples, "a divisor that is off by 1e-6"),
+        Finding("neighbours: distance", "distance of the mean sums over N and N + 1 records, in clips",
+                min(1.0, 2 * float(stats.norm.sf(abs(apart - 1) / std))), alpha, apart, 1.0, 2 * rounds,
+                f"a distance of {1 + far:.2g} clips"),
+    ]  # fmt: skip
+
+
+def charges(plan: PrivacyPlan, run: Run, alpha: float) -> Finding:
+    """Every ledger has charged each sum its site is in, and counts no less ε for all of them than PLD does."""
+    lacking = 0.0
+    for site, charge in run.charges.items():
+        took_part = sum(site in r.members for r in run.releases)
+        lacking = max(lacking, float(took_part - charge.steps), 1 - charge.epsilon / _least(plan, took_part))
+    complete = {s for r in run.releases for s in r.members} <= run.charges.keys() and bool(run.releases)
+    return Finding(
+        "ledger: composition", "ε in every site's ledger against PLD over all the sums it is in",
+        float(complete and lacking <= _LOOSE), alpha, lacking, 0.0, len(run.charges), "one step that is not composed",
+    )  # fmt: skip
+
+
+def _least(plan: PrivacyPlan, steps: int) -> float:
+    """ε of ``steps`` steps: exact for q = 1, by PLD below."""
+    if steps == 0:
+        return math.inf
+    if plan.event.sample_rate == 1:
+        return gaussian_epsilon(math.sqrt(steps) / plan.event.noise_multiplier, plan.delta)
+    return epsilon_pld([(plan.event, steps)], plan.delta)
+
+
+def stops(run: Run, carried: int, status: str, alpha: float) -> Finding:
+    """A cap that carries ``carried`` steps of a longer plan: as many sums and no more, and a normal ending."""
+    most = max((c.steps for c in run.charges.values()), default=0)
+    right = len(run.releases) == carried == most and run.status == status
+    return Finding(
+        "ledger: stops at the cap", "sums released under a cap that carries fewer than the plan has", float(right),
+        alpha, float(len(run.releases)), float(carried), len(run.charges), "one step over the cap",
+    )  # fmt: skip
