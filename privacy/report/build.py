@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-import fedveil
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
 from fedveil.privacy import plan as plans
+from fedveil.privacy.report import bill
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report.bundle import PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import compose
@@ -43,7 +41,7 @@ def build_report(run: Path, server_key: Ed25519PrivateKey) -> dict[str, Any]:
         raise VerificationError(
             "the key is not the one that the roster names for the server", hint="use the server's signing.key"
         )
-    payload = {**derive(facts), "software": software(), "written_at": int(time.time())}
+    payload = {**derive(facts), "software": bill.software(), "written_at": int(time.time())}
     document = identity.signed(server_key, DOMAIN, payload)
     partial = run / f".{REPORT}.part"
     partial.write_bytes(canonical.dumps(document) + b"\n")
@@ -60,14 +58,5 @@ def open_facts(bundle: Bundle) -> Facts:
     delivered: list[str] = [m.site for m in roster.sites if journal_name(m.site) in bundle.files]
     charges = {s: compose(bundle.site_rows(roster, s), history.session) for s in delivered}
     head = (len(rows), rows[-1].hash) if rows else (0, "0" * 64)
-    return Facts(plan, roster, history, charges, head, bundle.metrics(), bundle.digests)
-
-
-def software() -> dict[str, str]:
-    """Versions of what computed the numbers."""
-    return {
-        "fedveil": fedveil.__version__,
-        "dp-accounting": version("dp-accounting"),
-        "numpy": version("numpy"),
-        "python": platform.python_version(),
-    }
+    found = bundle.metrics(), bundle.digests, bundle.roots, bundle.audit
+    return Facts(plan, roster, history, charges, head, *found)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, identity, merkle
 from fedveil.common.errors import IdentityError, JournalError, VerificationError, WireError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Row, parse, verify_rows
-from fedveil.privacy.report import fields
+from fedveil.privacy.report import fields, results
 
 PLAN, ROSTER, JOINS, CONTRACT = "plan.json", "roster.json", "joins.json", "contract.json"
 PIN, JOURNAL, JOURNALS, METRICS, REPORT = "consortium.pub", "journal.jsonl", "journals", "metrics.jsonl", "report.json"
 MODEL = "model.f32"  # the final weights, float32 little-endian; may be left out of what an auditor gets
 MAX_METRIC_ROWS = 1 << 20
 _REQUIRED = (PLAN, ROSTER, JOINS, PIN, JOURNAL)
-_OPTIONAL = (CONTRACT, METRICS)
+_OPTIONAL = (CONTRACT, METRICS, results.AUDIT)
 _LIMITS = {
     PLAN: 1 << 20,
     ROSTER: 1 << 22,
@@ -29,6 +29,7 @@ _LIMITS = {
     PIN: 256,
     JOURNAL: 1 << 28,
     METRICS: 1 << 27,
+    results.AUDIT: results.LIMIT,
 }
 _SITE_LIMIT = 1 << 28
 _TOTAL_LIMIT = 1 << 31
@@ -63,6 +64,17 @@ class Bundle:
     def digests(self) -> dict[str, str]:
         """SHA-256 (hex) of every file."""
         return {name: canonical.sha256_hex(data) for name, data in sorted(self.files.items())}
+
+    @property
+    def roots(self) -> dict[str, str]:
+        """Merkle root (hex) of every journal, by owner: the leaves are its lines, without their ends."""
+        named = {JOURNAL: "server"} | {n: Path(n).stem for n in self.files if n.startswith(f"{JOURNALS}/")}
+        return {who: merkle.root(lines(self.files[name])).hex() for name, who in named.items()}
+
+    @property
+    def audit(self) -> dict[str, Any] | None:
+        """The empirical audit's results that lie in the folder, shape checked; None if there are none."""
+        return results.checked(self.json(results.AUDIT)) if results.AUDIT in self.files else None
 
     @property
     def pin(self) -> str:
@@ -107,6 +119,11 @@ class Bundle:
 def journal_name(site: str) -> str:
     """The file of a site's ledger, relative to the run's folder."""
     return f"{JOURNALS}/{site}.jsonl"
+
+
+def lines(data: bytes) -> list[bytes]:
+    """The complete lines of a journal's file: the leaves of its Merkle tree."""
+    return data.split(b"\n")[:-1]
 
 
 def read(run: Path) -> Bundle:

@@ -45,6 +45,8 @@ class Charges:
         exhausted: the budget refused a step of this session.
         models: this session's ``model`` rows.
         events: every charge of all sessions, what was imported from older ledgers first.
+        left: the part of the filter's Rényi budget that is not spent, in [0, 1].
+        spending: in order, the session of every row that spent (empty for an import) and the filter's ε after it.
     """
 
     lineage: str
@@ -63,6 +65,8 @@ class Charges:
     released: Released | None
     events: tuple[SampledGaussian, ...]
     head: tuple[int, str]
+    left: float
+    spending: tuple[tuple[str, float], ...]
 
 
 def compose(rows: list[Row], session: str) -> Charges:
@@ -81,6 +85,8 @@ def compose(rows: list[Row], session: str) -> Charges:
         except ArithmeticError as e:
             raise VerificationError(f"row {row.n} ({row.kind[:32]}) has numbers that cannot be composed") from e
         state.feed(row, before)
+        if row.kind in ("spend", "ledger.import"):
+            state.spending.append((str(row.body.get("session", "")), tally.epsilon))
     f = tally.filter
     if f is None:
         raise VerificationError("the ledger was never opened")
@@ -92,6 +98,7 @@ def compose(rows: list[Row], session: str) -> Charges:
         accepted=state.accepted, earlier_sessions=len(state.earlier if mine else state.others),
         exhausted=state.exhausted, models=tuple(state.models), released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
+        left=max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0, spending=tuple(state.spending),
     )  # fmt: skip
 
 
@@ -108,6 +115,7 @@ class _State:
         self.exhausted = self.ended = False
         self.models: list[Row] = []
         self.released: Released | None = None
+        self.spending: list[tuple[str, float]] = []
 
     def feed(self, row: Row, before: float) -> None:
         if row.kind == "data.released" and not self.spends:

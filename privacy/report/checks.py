@@ -18,12 +18,12 @@ from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import bill, claims, fields, recompute, schema, signatures
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import claims, fields, recompute
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import Charges, compose
-from fedveil.privacy.report.derive import Facts, derive
+from fedveil.privacy.report.derive import VERSION, Facts, derive
 from fedveil.privacy.report.history import COMPLETED, EXHAUSTED, History, replay
 
 _CONTRACT = "fedveil/contract/1"
@@ -59,6 +59,7 @@ class Audit:
         self._joins: dict[str, dict[str, Any]] | None = None
         self._plan: PrivacyPlan | None = None
         self._charges: dict[str, Charges] = {}
+        self.countersigned: tuple[str, ...] = ()
 
     @property
     def claim(self) -> str:
@@ -75,6 +76,7 @@ class Audit:
         yield "files", "the report and the files beside it are there, plain and within bounds", self._files
         yield "roster", "signature of the roster by the consortium's key", self._open_roster
         yield "report signature", "signature of the report by the server's key on the roster", self._open_report
+        yield "countersignatures", "signatures of this very report by sites on the roster", self._countersigned
         yield "server journal", "numbering, hash chain and signature of every row; head in the report", self._chain
         yield "order of events", "forward only: open, join, rounds, end; nothing afterwards", self._order
         yield "join statements", "every site signed this plan, roster, contract and session", self._signed_joins
@@ -104,6 +106,7 @@ class Audit:
         yield "budgets", "each site's spending over all its runs, by the filter's order", self._budgets
         yield "metrics file", "rounds in order; the spent epsilon it states", self._metrics
         yield "every field", "the report's fields against the same derivation from the journals", self._fields
+        yield "schema", f"the report's form against the published schema, version {VERSION}", self._schema
 
     # -- who may speak ------------------------------------------------------------------------------------------
 
@@ -123,10 +126,16 @@ class Audit:
     def _open_report(self) -> str:
         roster = self._got("roster", self._roster)
         payload = identity.opened(self._document, DOMAIN, roster.server.signing_key, what=REPORT)
-        if fields.mapping(payload, REPORT).get("v") != 1:
+        if fields.mapping(payload, REPORT).get("v") != VERSION:
             raise VerificationError("the report is of an unknown version", hint="use the same version of fedveil")
         self._payload = payload
         return f"key {roster.server.signing_key[:16]}..."
+
+    def _countersigned(self) -> str:
+        roster, payload = self._got("roster", self._roster), self._got("report signature", self._payload)
+        found = signatures.check(self._report.parent, roster, str(payload.get("session")), self._document)
+        self.countersigned = tuple(found)
+        return f"{len(found)} of {len(roster.sites)} sites"
 
     # -- what was said, in which order --------------------------------------------------------------------------
 
@@ -336,8 +345,8 @@ class Audit:
 
     def _fields(self) -> str:
         payload = dict(self._got("report signature", self._payload))
-        software = fields.mapping(payload.get("software"), "software")
-        if len(software) > 16 or any(not isinstance(v, str) or len(v) > 64 for v in software.values()):
+        software = payload.get("software")
+        if not bill.checked(software):
             raise VerificationError("the versions of the software are malformed")
         fields.integer(payload, "written_at", REPORT)
         for key in _OWN:
@@ -345,12 +354,16 @@ class Audit:
         rows, bundle = self._got("server journal", self._rows), self._got("files", self._bundle)
         facts = Facts(
             self._got("plan", self._plan), self._got("roster", self._roster), self._ended(), self._in_order(),
-            (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests,
+            (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests, bundle.roots, bundle.audit,
         )  # fmt: skip
         claims.same(payload, canonical.loads(canonical.dumps(derive(facts))), REPORT)
-        return (
-            f"written with dp-accounting {software.get('dp-accounting', '?')}, fedveil {software.get('fedveil', '?')}"
-        )
+        by = {name: software[name]["version"] for name in ("dp-accounting", "fedveil") if name in software}
+        return "written with " + ", ".join(f"{name} {version}" for name, version in by.items())
+
+    def _schema(self) -> str:
+        if errors := schema.errors(self._got("report signature", self._document)):
+            raise VerificationError("; ".join(errors[:8]))
+        return schema.NAME
 
     def _on(self, check: Callable[[dict[str, Any], PrivacyPlan], str]) -> str:
         payload = self._got("report signature", self._payload)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from fedveil.privacy.report import fields, recompute
 from fedveil.privacy.report.history import History
 from fedveil.privacy.stats_document import STATISTICS, document
 
-_CLOSE = 1e-6
+_CLOSE, _NAMED = 1e-6, 8
 _STATISTICS_LIMIT = 1 << 25
 _NO_DISTRIBUTION, _NO_EXP = 1000.0, 700.0
 _TOO_MUCH = 1200.0  # by this table of orders, for what is at most 1000 by the builder's finer one
@@ -130,19 +132,26 @@ def statistics(plan: PrivacyPlan, history: History, folder: Path) -> str:
 
 
 def same(found: Any, derived: Any, where: str) -> None:
-    """Two JSON values are equal, floats to 1e-6; raises naming the first place where they are not."""
+    """Two JSON values are equal, floats to 1e-6; raises naming every place where they are not, up to a few."""
+    if odd := list(islice(_differences(found, derived, where), _NAMED + 1)):
+        more = "; and more" if len(odd) > _NAMED else ""
+        raise VerificationError("; ".join(odd[:_NAMED]) + more)
+
+
+def _differences(found: Any, derived: Any, where: str) -> Iterator[str]:
     if isinstance(derived, float) and type(found) in (int, float):
         if not math.isclose(found, derived, rel_tol=_CLOSE, abs_tol=1e-9):
-            raise VerificationError(f"{where} is {found!r}, the journals give {derived!r}")
+            yield f"{where} is {found!r}, the journals give {derived!r}"
     elif isinstance(derived, dict) and isinstance(found, dict):
-        if odd := sorted(set(found) ^ set(derived)):
-            raise VerificationError(f"{where}: {odd[0][:64]!r} is in only one of the report and the derivation")
-        for key, value in derived.items():
-            same(found[key], value, f"{where}: {key}")
+        for key in sorted(set(found) ^ set(derived)):
+            yield f"{where}: {key[:64]!r} is in only one of the report and the derivation"
+        for key in sorted(derived.keys() & found.keys()):
+            yield from _differences(found[key], derived[key], f"{where}: {key}")
     elif isinstance(derived, list) and isinstance(found, list):
         if len(found) != len(derived):
-            raise VerificationError(f"{where} has {len(found)} entries, the journals give {len(derived)}")
+            yield f"{where} has {len(found)} entries, the journals give {len(derived)}"
+            return
         for i, (a, b) in enumerate(zip(found, derived, strict=True)):
-            same(a, b, f"{where}[{i}]")
+            yield from _differences(a, b, f"{where}[{i}]")
     elif type(found) is not type(derived) or found != derived:
-        raise VerificationError(f"{where} is not what the journals give")
+        yield f"{where} is not what the journals give"

@@ -11,10 +11,15 @@ from fedveil.privacy.dp.accounting import PLD_INTERVAL, epsilon_pld, epsilon_rdp
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import loss, wording
+from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round
 
+VERSION = 2
 MAX_METRIC_POINTS = 256
+MAX_REFUSALS = MAX_RUNS = 64
+MAX_SPENDING = 24
+SIGNED_IN = "en"  # the language of the sentences that are signed; pages in others say the same
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Facts:
         server_head: rows and last hash of the server's journal.
         metrics: rows of ``metrics.jsonl``.
         digests: SHA-256 of every file of the bundle.
+        roots: Merkle root of every journal, by owner.
+        audit: an empirical audit's results, repeated and not recomputed.
     """
 
     plan: PrivacyPlan
@@ -35,6 +42,8 @@ class Facts:
     server_head: tuple[int, str]
     metrics: list[dict[str, Any]]
     digests: Mapping[str, str]
+    roots: Mapping[str, str]
+    audit: dict[str, Any] | None = None
 
     @property
     def simulated(self) -> bool:
@@ -55,13 +64,12 @@ def derive(f: Facts) -> dict[str, Any]:
     """
     plan, end = f.plan, f.history.ended
     earlier = {s: c.earlier_sessions for s, c in f.charges.items()}
-    return {
-        "v": 1,
+    numbers = {
+        "v": VERSION,
         "session": f.history.session,
         "consortium": f.roster.consortium,
         "status": end.status,
         "simulated": f.simulated,
-        "notice": wording.SIMULATED if f.simulated else "",
         "claim": _claim(plan),
         "trust": _trust(plan),
         "mechanism": _mechanism(plan),
@@ -70,17 +78,16 @@ def derive(f: Facts) -> dict[str, Any]:
         "accounting": _accounting(f),
         "sites": {m.site: _site(f, m.site) for m in f.roster.sites},
         "ledgers_missing": f.missing,
-        "tuning": {"earlier_sessions": earlier, "sentence": wording.tuning(earlier)},
-        "public_data": wording.public_data(plan),
-        "covered": wording.covered(plan),
-        "not_covered": wording.not_covered(plan, f.missing),
-        "deviations": wording.deviations(plan, f.simulated),
-        "audit": None,
+        "refusals": [{"round": r.round, "site": r.site, "code": r.code} for r in f.history.refusals[:MAX_REFUSALS]],
+        "tuning": {"earlier_sessions": earlier},
+        "audit": f.audit,
+        "plan": plan.to_json(),
         "model": plan.model.model_dump(mode="json") | {"parameters": plan.model.parameters},
         "optimizer": plan.optimizer.model_dump(mode="json"),
         "metrics": _metrics(f),
         "hashes": _hashes(f),
     }
+    return wording.insert(numbers, Speaker(SIGNED_IN))
 
 
 def _claim(plan: PrivacyPlan) -> dict[str, Any]:
@@ -89,7 +96,6 @@ def _claim(plan: PrivacyPlan) -> dict[str, Any]:
     weakest, accountant = loss.fallback(plan)
     replaced, by = loss.replace_one(plan)
     return {
-        "sentence": wording.claim(plan),
         "unit": plan.unit,
         "adjacency": plan.adjacency,
         "epsilon": plan.claim,
@@ -98,14 +104,11 @@ def _claim(plan: PrivacyPlan) -> dict[str, Any]:
         "epsilon_rdp": epsilon_rdp([(plan.event, plan.steps)], plan.delta),
         "replace_one_epsilon": replaced,
         "replace_one_accountant": by,
-        "replace_one_sentence": wording.replace_one(plan, replaced),
         "fallback_epsilon": weakest,
         "fallback_accountant": accountant,
-        "fallback_sentence": wording.fallback(plan, weakest),
         "filter_epsilon": plan.filter_epsilon(),
         "curve": [list(p) for p in points],
         "attack": [{"false_positive_rate": a, "true_positive_rate": b} for a, b in rates],
-        "attack_sentence": wording.attack(rates),
     }
 
 
@@ -113,8 +116,7 @@ def _trust(plan: PrivacyPlan) -> dict[str, Any]:
     return {
         "mode": plan.mode,
         "sum": plan.sum,
-        "protects": wording.protects(plan),
-        "against": wording.against(plan),
+        "task": plan.task,
         "sites": plan.sites,
         "colluders": plan.colluders,
         "dropouts": plan.dropouts,
@@ -126,9 +128,6 @@ def _trust(plan: PrivacyPlan) -> dict[str, Any]:
 
 def _mechanism(plan: PrivacyPlan) -> dict[str, Any]:
     return {
-        "name": "one vector of statistics per record, clipped; discrete Gaussian noise in shares, one sum"
-        if plan.task == "stats"
-        else "per-record clipping, Poisson sampling, discrete Gaussian noise in shares, one sum",
         "clip": plan.clip,
         "sensitivity": plan.sensitivity,
         "inflation": plan.inflation,
@@ -139,7 +138,6 @@ def _mechanism(plan: PrivacyPlan) -> dict[str, Any]:
         "share_std_in_grid_units": plan.share_std,
         "bound_in_grid_units": plan.bound,
         "modulus_bits": MODULUS_BITS,
-        "sampling": "poisson" if plan.event.sample_rate < 1 else "every record in every step",
         "sample_rate": plan.event.sample_rate,
         "records_declared": plan.records,
         "divisor": plan.divisor,
@@ -156,7 +154,7 @@ def _steps(f: Facts) -> dict[str, Any]:
         "aborted": outcomes.count("aborted"),
         "interrupted": outcomes.count("interrupted"),
         "restarts": f.history.restarts,
-        "refusals": f.history.refusals,
+        "refusals": len(f.history.refusals),
         "repairs": f.history.repairs,
     }
 
@@ -178,9 +176,7 @@ def _accounting(f: Facts) -> dict[str, Any]:
     plan, opened = f.plan, len(f.history.rounds)
     spent = [(plan.event, opened)]
     return {
-        "claim_by": f"PLD (dp-accounting, discretisation {PLD_INTERVAL:g}), all planned steps, at h shares",
-        "second": "RDP (dp-accounting), best of a fixed table of orders",
-        "across_runs": "RDP filter, order fixed when the ledger was opened (Feldman & Zrnic 2021)",
+        "interval": PLD_INTERVAL,
         "epsilon_spent_pld": epsilon_pld(spent, plan.delta),
         "epsilon_spent_rdp": epsilon_rdp(spent, plan.delta),
         "by_step": loss.by_step(plan.event, plan.steps, plan.delta),
@@ -199,12 +195,32 @@ def _site(f: Facts, site: str) -> dict[str, Any] | None:
         "order": c.order,
         "epsilon_before": c.epsilon_before,
         "epsilon_after": c.epsilon_after,
+        "left": c.left,
+        "runs": _runs(c),
+        "spending": _spending(c),
         "charged": len(c.spends),
         "committed": c.committed,
         "earlier_sessions": c.earlier_sessions,
         "exhausted": c.exhausted,
         "anonymisation": _anonymisation(f.plan, c),
     }
+
+
+def _runs(c: Charges) -> list[dict[str, Any]]:
+    """What each session (empty name: an imported ledger) was charged, in the order of its first charge."""
+    found: dict[str, dict[str, Any]] = {}
+    for session, epsilon in c.spending:
+        run = found.setdefault(session, {"session": session[:64], "steps": 0})
+        run["steps"] += 1
+        run["epsilon_after"] = epsilon
+    return list(found.values())[-MAX_RUNS:]
+
+
+def _spending(c: Charges) -> list[list[float]]:
+    """``[rows that spent, ε of the filter after them]``, thinned evenly; the first and the last are kept."""
+    points = [[i + 1, epsilon] for i, (_, epsilon) in enumerate(c.spending)]
+    every = max(1, -(-len(points) // MAX_SPENDING))
+    return [p for i, p in enumerate(points) if i == 0 or (len(points) - 1 - i) % every == 0]
 
 
 def _anonymisation(plan: PrivacyPlan, c: Charges) -> dict[str, Any] | None:
@@ -245,5 +261,6 @@ def _hashes(f: Facts) -> dict[str, Any]:
         "model": f.history.ended.model_hash,
         "joins": f.history.joins_digest,
         "heads": {"server": list(f.server_head), **heads},
+        "roots": dict(f.roots),
         "files": dict(f.digests),
     }

@@ -53,6 +53,15 @@ class End:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A site that said no: in which round (None: outside of rounds), and the name of the error."""
+
+    round: int | None
+    site: str
+    code: str
+
+
 @dataclass
 class History:
     """The whole journal; made by :func:`replay`. ``model_hash`` is the initial model's, empty if it is not stated."""
@@ -68,7 +77,7 @@ class History:
     rounds: list[Round] = field(default_factory=list)
     restarts: int = 0
     repairs: int = 0
-    refusals: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
     end: End | None = None
 
     @property
@@ -202,8 +211,12 @@ class _Reader:
         self._may_announce = self._open is not None
         self.history.restarts += 1
 
-    def _refused(self, _: dict[str, Any], __: str) -> None:
-        self.history.refusals += 1
+    def _refused(self, b: dict[str, Any], where: str) -> None:
+        # A site that could not be authenticated has no name; an older journal may lack the code.
+        site = "" if b.get("site") is None else fields.text(b, "site", where, limit=64)
+        code = fields.text(b, "code", where, limit=64) if "code" in b else ""
+        number = fields.integer(b, "round", where, high=1 << 20) if "round" in b else None
+        self.history.refusals.append(Refusal(number, site, code))
 
     def _repaired(self, _: dict[str, Any], __: str) -> None:
         self.history.repairs += 1

@@ -12,7 +12,7 @@ from fedveil.privacy.plan import PrivacyPlan
 
 CURVE_POINTS = 33
 STEP_POINTS = 16
-FALSE_ALARMS = (0.01, 0.1)
+FALSE_ALARMS = (0.001, 0.01, 0.05, 0.1)
 # Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and so it is named.
 _TOO_MUCH, _TOO_LITTLE_NOISE = 1000.0, 0.05
 

@@ -13,12 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.checks import Audit, NotReached
 
+_PLD, _RDP, _FILTER, _CLOSED = "pld", "rdp", "filter", "closed"
+# Which accountant a check's numbers come from; the others compare bytes, hashes and order.
+_ACCOUNTANTS = {
+    "epsilon by PLD": (_PLD, _CLOSED),
+    "epsilon by RDP": (_RDP, _PLD),
+    "replace-one epsilon": (_PLD, _RDP, _CLOSED),
+    "fallback epsilon": (_PLD, _RDP),
+    "privacy curve": (_PLD,),
+    "budgets": (_FILTER,),
+    "metrics file": (_PLD,),
+}
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError)
 
 
@@ -30,13 +43,16 @@ class Check:
         name: stable name, by which a failure is reported.
         compared: what was held against what.
         passed: whether it holds.
-        detail: the numbers, or the reason of the failure.
+        detail: the numbers, or the reason of the failure; several reasons are parted by semicolons.
+        accountants: what the numbers were recomputed with (keys of the catalogue's section ``accountant``); empty
+            where none is recomputed.
     """
 
     name: str
     compared: str
     passed: bool
     detail: str
+    accountants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,17 +63,39 @@ class Verification:
         claim: the claimed sentence; empty unless every check passed.
         simulated: the run protected nobody (it was a study on one machine).
         pinned: the consortium's key was given, not taken from the bundle.
+        countersigned: the sites that signed this very report after verifying it.
     """
 
     checks: tuple[Check, ...]
     claim: str
     simulated: bool
     pinned: bool
+    countersigned: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Every check passed."""
         return all(c.passed for c in self.checks)
+
+    @property
+    def passed(self) -> int:
+        """How many checks passed."""
+        return sum(c.passed for c in self.checks)
+
+    @property
+    def failures(self) -> list[Check]:
+        """The checks that failed, in order."""
+        return [c for c in self.checks if not c.passed]
+
+    @property
+    def accountants(self) -> list[str]:
+        """What the privacy figures were recomputed with, in English, each once."""
+        return self.accountants_in(Speaker("en"))
+
+    def accountants_in(self, say: Speaker) -> list[str]:
+        """The same in a language of the catalogue."""
+        used = dict.fromkeys(a for c in self.checks for a in c.accountants)
+        return [say(f"accountant.{a}", version=version("dp-accounting")) for a in used]
 
     @property
     def failed(self) -> Check | None:
@@ -74,12 +112,16 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """A JSON form for programs."""
         return {
-            "v": 1,
+            "v": 2,
             "ok": self.ok,
+            "passed": self.passed,
+            "mismatches": [{"check": c.name, "detail": c.detail} for c in self.failures],
+            "accountants": self.accountants,
+            "countersigned": list(self.countersigned),
             "claim": self.claim,
             "simulated": self.simulated,
             "consortium_key_pinned": self.pinned,
-            "checks": [dict(c.__dict__) for c in self.checks],
+            "checks": [{**c.__dict__, "accountants": list(c.accountants)} for c in self.checks],
         }
 
 
@@ -98,12 +140,14 @@ def verify_report(report: Path, *, consortium_key: str | None = None) -> Verific
     for name, compared, step in audit.steps():
         checks.append(_run(name, compared, step))
     ok = all(c.passed for c in checks)
-    return Verification(tuple(checks), audit.claim if ok else "", audit.simulated, consortium_key is not None)
+    return Verification(
+        tuple(checks), audit.claim if ok else "", audit.simulated, consortium_key is not None, audit.countersigned
+    )
 
 
 def _run(name: str, compared: str, step: Callable[[], str]) -> Check:
     try:
-        return Check(name, compared, True, step())
+        return Check(name, compared, True, step(), _ACCOUNTANTS.get(name, ()))
     except NotReached as e:
         return Check(name, compared, False, f"could not be checked, because this failed before: {e}")
     except FedveilError as e:

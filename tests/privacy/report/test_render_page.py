@@ -9,8 +9,10 @@ import pytest
 
 from fedveil.common import canonical
 from fedveil.common.errors import VerificationError
+from fedveil.privacy.report.catalogue import Speaker
+from fedveil.privacy.report.charts import charts
 from fedveil.privacy.report.plots import Chart, Series, nice, thin
-from fedveil.privacy.report.render import charts, render_html, render_report
+from fedveil.privacy.report.render import render_html, render_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "line", "rect", "circle", "path"}
 EVIL = '"><script>alert(1)</script><svg onload=x>'
@@ -63,9 +65,9 @@ def test_the_page_is_self_contained_and_well_formed(honest, document) -> None:
 def test_every_chart_has_a_name_and_a_description(document) -> None:
     page = Page(render_html(document))
     drawn = [a for tag, a in page.tags if tag == "svg"]
-    assert len(drawn) == 6
+    assert len(drawn) == 7
     assert all(a["role"] == "img" and a["aria-label"] for a in drawn)
-    assert sum(tag == "desc" for tag, _ in page.tags) == 6
+    assert sum(tag == "desc" for tag, _ in page.tags) == 7
 
 
 def test_a_hostile_text_stays_text_wherever_it_stands(document) -> None:
@@ -116,7 +118,7 @@ def test_render_report_writes_beside_the_report(spoilt, tmp_path) -> None:
 
 def test_the_charts_draw_the_payloads_numbers(document) -> None:
     p = document["payload"]
-    by_title = {c.title: c for c in charts(p)}
+    by_title = {c.title: c for c in charts(p, Speaker("en"), "")}
     assert [y for _, y in by_title["Sites in each sum"].bars] == [4, 3, 0, 4]
     assert by_title["Privacy spent over the steps"].series[0].points[-1] == (4, p["claim"]["epsilon"])
     attack = by_title["Best possible membership test"].series[0].points

@@ -79,7 +79,7 @@ EDITS = {
     "fallback by another name": ("every field", lambda p: p["claim"].update(fallback_accountant="RDP")),
     "curve": ("privacy curve", lambda p: p["claim"]["curve"][3].__setitem__(1, 1e-9)),
     "curve of one point": ("privacy curve", lambda p: p["claim"].update(curve=[[1, 1]])),
-    "attack": ("privacy curve", lambda p: p["claim"]["attack"][0].update(true_positive_rate=0.011)),
+    "attack": ("privacy curve", lambda p: p["claim"]["attack"][1].update(true_positive_rate=0.011)),
     "budget": ("budgets", lambda p: p["sites"]["cava"].update(epsilon_after=1.0)),
     "budget before": ("every field", lambda p: p["sites"]["cava"].update(epsilon_before=0.0)),
     "sentence": ("every field", lambda p: p["claim"].update(sentence="Nobody learns anything.")),
@@ -95,7 +95,8 @@ EDITS = {
     "a field less": ("every field", lambda p: p.pop("tuning")),
     "a hash": ("every field", lambda p: p["hashes"]["files"].update({"plan.json": "0" * 64})),
     "software": ("every field", lambda p: p.update(software={"fedveil": 1})),
-    "version": ("report signature", lambda p: p.update(v=2)),
+    "version": ("report signature", lambda p: p.update(v=3)),
+    "an older version": ("report signature", lambda p: p.update(v=1)),
     "no heads": ("server journal", lambda p: p["hashes"].pop("heads")),
     "a site's head": ("ledger of alba", lambda p: p["hashes"]["heads"]["alba"].__setitem__(0, 3)),
 }  # fmt: skip

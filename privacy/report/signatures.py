@@ -1,0 +1,54 @@
+"""Sites' signatures under a finished report: "I verified exactly this one".
+
+The report follows from journals that every site signed already; a countersignature adds that the site has seen the
+report itself. They lie in ``signatures.json`` beside it, ``{site: signed statement}``, and may be merged by hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.identity import Roster
+from fedveil.privacy.report import bundle as bundles
+from fedveil.privacy.report import fields
+
+SIGNATURES = "signatures.json"
+DOMAIN = "fedveil/report-seen/1"
+_LIMIT = 1 << 23
+
+
+def check(folder: Path, roster: Roster, session: str, document: Any) -> list[str]:
+    """The sites whose signatures under ``document`` lie in ``folder``, in the roster's order.
+
+    Raises:
+        VerificationError, IdentityError: a signature is a stranger's, does not hold, or is under another report.
+    """
+    held, known = read(folder), {m.site: m.signing_key for m in roster.sites}
+    for site in held:
+        if site not in known:
+            raise VerificationError(f"{SIGNATURES} holds a signature of {site[:64]!r}, who is not on the roster")
+        what = f"the countersignature of {site}"
+        if identity.opened(held[site], DOMAIN, known[site], what=what) != statement(site, session, document):
+            raise VerificationError(f"{what} is under another report")
+    return [site for site in known if site in held]
+
+
+def statement(site: str, session: str, document: Any) -> dict[str, Any]:
+    """What ``site`` signs about the signed report ``document``."""
+    return {"v": 1, "site": site, "session": session, "report": canonical.digest(document)}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The signed statements in ``folder``, by site; nothing is checked yet."""
+    path = folder / SIGNATURES
+    if not path.exists():
+        return {}
+    try:
+        return fields.mapping(canonical.loads(bundles.read_bounded(path, _LIMIT), limit=_LIMIT), SIGNATURES)
+    except VerificationError:
+        raise
+    except FedveilError as e:
+        raise VerificationError(f"{SIGNATURES}: {e.message}") from e
