@@ -73,12 +73,16 @@ def chunks(message: Message, size: int = CHUNK) -> Iterator[bytes]:
     return cut(encode(message), size)
 
 
-def cut(pieces: Iterable[bytes], size: int = CHUNK) -> Iterator[bytes]:
-    """The pieces of a stream as chunks of exactly ``size`` bytes but for the last; each byte is copied once."""
+def cut(pieces: Iterable[bytes], size: int = CHUNK, *, skip: int = 0) -> Iterator[bytes]:
+    """The pieces of a stream, less the first ``skip`` bytes, as chunks of exactly ``size`` bytes but for the last.
+
+    Each byte is copied once.
+    """
     parts: list[bytes | memoryview] = []
     room = size
     for piece in pieces:
-        view = memoryview(piece)
+        view = memoryview(piece)[skip:]
+        skip -= min(skip, len(piece))
         while len(view) >= room:
             parts.append(view[:room])
             yield b"".join(parts)
@@ -123,6 +127,11 @@ class Decoder:
     def metadata(self) -> Metadata | None:
         """The message's metadata as soon as its header has arrived, before its buffers."""
         return None if self._header is None else self._header["metadata"]
+
+    @property
+    def expects(self) -> int:
+        """Bytes of all buffers as the header declares them; 0 before it has arrived."""
+        return sum(self._lengths)
 
     @property
     def complete(self) -> bool:

@@ -1,42 +1,37 @@
 """The server's half of our transport: Flower's ``Grid`` over mTLS gRPC. Sites dial out, nothing dials in.
 
-Two calls. ``Work``: a site opens it once and the server streams messages to it. ``Reply``: the site streams one
-answer. Each call is mapped from the peer's certificate (SHA-256 of its public key) to a member of the roster; a
-certificate of another authority already fails in the TLS handshake.
-
-Frames of ``Work`` are JSON control frames (``welcome``, ``message``, ``end``); after ``message`` come the codec's
-chunks of one message. ``Reply`` carries the codec's chunks alone. Both calls name the site's process in the
-metadata entry ``fedveil-instance``: a restarted process is told from a second one by whether the first one's stream
-is alive (closed sockets show at once, a cut line by keep-alive within 15 seconds).
+TLS 1.3 only; a certificate of another authority already fails in the handshake. What is said then is in
+:mod:`fedveil.deploy.transport.grpc_service`.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import ServerApp
 
-from fedveil.common import canonical, identity
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.errors import FedveilError, IdentityError, TransportError, WireError
+from fedveil.common.errors import TransportError
 from fedveil.common.identity import Roster
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits
+from fedveil.deploy import TLS13_ONLY
 from fedveil.deploy.transport import TlsFiles, Traffic
-from fedveil.deploy.transport.codec import CHUNK, Decoder, cut
+from fedveil.deploy.transport.codec import CHUNK
+from fedveil.deploy.transport.grpc_service import Service
+from fedveil.deploy.transport.guard import Bounds
 from fedveil.deploy.transport.mailbox import Mailbox
 
-SERVICE = "fedveil.Transport1"
-INSTANCE = "fedveil-instance"
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", CHUNK + 4096),
     ("grpc.max_send_message_length", CHUNK + 4096),
-    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_time_ms", 10_000),  # more often than a proxy forgets an idle connection
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),  # without it a dead line is noticed after a minute
     ("grpc.keepalive_permit_without_calls", 1),
@@ -48,8 +43,21 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_concurrent_streams", 16),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a peer that says nothing, or in drops
+    ("grpc.max_connection_idle_ms", 60_000),  # a site always has a call open
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
 ]
+_CONNECTIONS_PER_SITE, _SPARE_CONNECTIONS = 2, 512
 _FAREWELL_S = 5.0
+_SWEEP_S = 1.0
+_LOG = logging.getLogger("fedveil.transport")
+Gate = Callable[[SiteId, bytes], None]
+Report = Callable[[SiteId, str], None]
+
+
+def _silent(site: SiteId, what: str) -> None:
+    """Nobody is told."""
 
 
 class GrpcGrid(flower.BaseGrid):
@@ -59,12 +67,15 @@ class GrpcGrid(flower.BaseGrid):
         roster: who may connect; every site has a queue from the start, connected or not.
         limits: what one reply may measure.
         grace: seconds after which :meth:`send_and_receive` stops waiting for a site that is not connected.
+        bounds: what else a site may ask of the server.
     """
 
-    def __init__(self, roster: Roster, *, limits: Limits | None = None, grace: float = 10.0) -> None:
+    def __init__(
+        self, roster: Roster, *, limits: Limits | None = None, grace: float = 10.0, bounds: Bounds | None = None
+    ) -> None:
         super().__init__()
         self.limits = limits or Limits()
-        self.mailbox = Mailbox([m.site for m in roster.sites], grace)
+        self.mailbox = Mailbox([m.site for m in roster.sites], grace, bounds)
         self.counters = Traffic()
         self._site_of = {flower.node_id(m.site): m.site for m in roster.sites}
 
@@ -103,15 +114,18 @@ class GrpcGrid(flower.BaseGrid):
     def replies(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """:meth:`send_and_receive`, reply by reply in the order in which they come.
 
-        A reply that was given away is held by nobody else; those that come while it is worked on wait in memory.
+        A reply that was given away is held by nobody else. Of those that come while it is worked on, as many wait in
+        memory as ``bounds.held`` allows; the others wait at their sites, half sent.
         """
         return self.mailbox.replies(self.push_messages(messages), timeout)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """The replies that came within ``timeout`` seconds (None: no limit), in the order of ``messages``.
+        """The replies that came in time, in the order of ``messages``.
 
-        The wait ends earlier when every site still silent has been away for the grid's ``grace``. What was not
-        answered is withdrawn: a site that comes back later does not work for a round that is over.
+        A site is given up after ``timeout`` seconds (None: no limit) in which nothing moved to or from it, and after
+        ``bounds.longest`` times as long in any case. The wait ends earlier when every site still silent has been
+        away for the grid's ``grace``. What was not answered is withdrawn: a site that comes back later does not work
+        for a round that is over.
         """
         return self.mailbox.collect(list(self.push_messages(messages)), timeout)
 
@@ -127,6 +141,9 @@ def serve(
     ready: Callable[[int], None] | None = None,
     limits: Limits | None = None,
     grace: float = 10.0,
+    bounds: Bounds | None = None,
+    gate: Gate | None = None,
+    report: Report = _silent,
 ) -> GrpcGrid:
     """Run ``server_app`` over mTLS gRPC; returns the grid when the app has ended and the sites were told.
 
@@ -134,7 +151,11 @@ def serve(
         address: ``host:port`` to listen on; port 0 chooses a free one.
         run_config: the app's ``context.run_config``; ``node_config`` likewise.
         ready: called with the port once connections are accepted, before the app begins.
-        limits, grace: see :class:`GrpcGrid`.
+        limits, grace, bounds: see :class:`GrpcGrid`.
+        gate: called with a site and its certificate (PEM) at every call, and every second for every open session;
+            raises :class:`IdentityError` when the certificate is not, or no longer, to be accepted.
+        report: told, from any thread, of what a site tried and was refused (a second live process of one identity,
+            a transfer that is too slow, ...); a refusal that repeats itself is told once a minute.
 
     The app's exceptions are the caller's. After an ``Exception`` the sites are told that the run was aborted; after
     ``KeyboardInterrupt`` or ``SystemExit`` they are told nothing and try to reconnect, as after a crash, so that
@@ -143,18 +164,23 @@ def serve(
     Raises:
         TransportError: the address cannot be bound, or a TLS file cannot be read.
     """
-    grid = GrpcGrid(roster, limits=limits, grace=grace)
-    workers = 2 * len(roster.sites) + 8
+    warn_of_old_tls()
+    grid = GrpcGrid(roster, limits=limits, grace=grace, bounds=bounds)
+    workers = 3 * len(roster.sites) + 8
+    connections = _CONNECTIONS_PER_SITE * len(roster.sites) + _SPARE_CONNECTIONS
+    service = Service(grid.mailbox, roster, grid.counters, grid.limits, grid.run.run_id, gate, report)
     server = grpc.server(
         futures.ThreadPoolExecutor(workers, thread_name_prefix="fedveil-grpc"),
-        handlers=[_Service(grid, roster).handler()],
-        options=_SERVER_OPTIONS,
+        handlers=[service.handler()],
+        options=[*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)],
         maximum_concurrent_rpcs=workers,
     )
     port = _bind(server, address, tls)
-    status = ""
+    status, over = "", threading.Event()
+    watch = threading.Thread(target=service.watch, args=(over, _SWEEP_S), name="fedveil-watch", daemon=True)
     try:
         server.start()
+        watch.start()
         if ready is not None:
             ready(port)
         config = dict(node_config or {})
@@ -167,6 +193,7 @@ def serve(
     finally:
         if status:
             grid.mailbox.end(status, _FAREWELL_S)
+        over.set()
         server.stop(_FAREWELL_S if status else 0).wait()
     return grid
 
@@ -177,6 +204,12 @@ def read_tls(tls: TlsFiles) -> tuple[bytes, bytes, bytes]:
         return tls.ca.read_bytes(), tls.certificate.read_bytes(), tls.key.read_bytes()
     except OSError as e:
         raise TransportError(f"{e.filename} could not be read: {e.strerror}", hint="run 'fedveil provision'") from e
+
+
+def warn_of_old_tls() -> None:
+    """Say so if this process cannot refuse TLS 1.2."""
+    if not TLS13_ONLY:
+        _LOG.warning("grpc was imported before fedveil.deploy: TLS 1.2 is not excluded; import fedveil.deploy first")
 
 
 def _bind(server: grpc.Server, address: str, tls: TlsFiles) -> int:
@@ -191,94 +224,3 @@ def _bind(server: grpc.Server, address: str, tls: TlsFiles) -> int:
     if not port:
         raise TransportError(f"cannot listen on {address}", hint="check the address and the TLS files")
     return port
-
-
-class _Service:
-    """The two calls. Whatever a peer sends ends in an answer or a status, never in a handler's exception."""
-
-    def __init__(self, grid: GrpcGrid, roster: Roster) -> None:
-        self._grid, self._mailbox, self._roster = grid, grid.mailbox, roster
-        self._site_by_pem = lru_cache(maxsize=2 * len(roster.sites))(self._look_up)
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The calls by name; requests and responses are bytes."""
-        calls = {
-            "Work": grpc.unary_stream_rpc_method_handler(self.work),
-            "Reply": grpc.stream_unary_rpc_method_handler(self.reply),
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, calls)
-
-    def work(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Stream messages to a site until the run or the connection ends."""
-        site, instance = self._peer(context)
-        try:
-            session = self._mailbox.attach(site, instance)
-        except TransportError as e:
-            _abort(context, grpc.StatusCode.ALREADY_EXISTS, e)
-        try:
-            if not context.add_callback(lambda: self._mailbox.detach(site, session)):
-                return
-            yield canonical.dumps({"t": "welcome", "v": 1, "site": site, "run": str(self._grid.run.run_id)})
-            while not isinstance(parcel := self._mailbox.next_parcel(site, session), str):
-                yield canonical.dumps({"t": "message"})
-                for chunk in cut(parcel.pieces):
-                    self._grid.counters.add(site, sent=len(chunk))
-                    yield chunk
-            if parcel:
-                yield canonical.dumps({"t": "end", "status": parcel})
-        finally:
-            self._mailbox.detach(site, session)
-
-    def reply(self, stream: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        """Receive one answer; b"stale" when nobody waits for it any more."""
-        site, instance = self._peer(context)
-        try:
-            self._mailbox.begin_reply(site, instance)
-        except TransportError as e:
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, e)
-        try:
-            return self._receive(site, stream, context)
-        finally:
-            self._mailbox.end_reply(site)
-
-    def _receive(self, site: SiteId, stream: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        decoder = Decoder(self._grid.limits)
-        message_id = ""
-        try:
-            for chunk in stream:
-                self._grid.counters.add(site, received=len(chunk))
-                decoder.feed(chunk)
-                if not message_id and decoder.metadata is not None:
-                    message_id = decoder.metadata.reply_to_message_id
-                    if not self._mailbox.owes(site, message_id):
-                        return b"stale"
-            if not decoder.complete:
-                # A lost connection can look like this: the message stays owed and is sent again.
-                _abort(context, grpc.StatusCode.ABORTED, WireError("the reply's stream ended early"))
-            reply = decoder.result()
-        except WireError as e:
-            if decoder.metadata is not None:
-                self._mailbox.accept(site, decoder.metadata.reply_to_message_id, e)
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, e)
-        return b"ok" if self._mailbox.accept(site, message_id, reply) else b"stale"
-
-    def _peer(self, context: grpc.ServicerContext) -> tuple[SiteId, str]:
-        pems = context.auth_context().get("x509_pem_cert") or []
-        instance = dict(context.invocation_metadata()).get(INSTANCE, "")
-        try:
-            if len(pems) != 1:
-                raise IdentityError("no client certificate", hint="connect with the site's TLS files")
-            site = self._site_by_pem(pems[0])
-        except IdentityError as e:
-            _abort(context, grpc.StatusCode.PERMISSION_DENIED, e)
-        if not (isinstance(instance, str) and 0 < len(instance) <= 64):
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, WireError(f"the metadata lacks {INSTANCE}"))
-        return site, instance
-
-    def _look_up(self, pem: bytes) -> SiteId:
-        return self._roster.by_tls_key(identity.spki_sha256(pem)).site
-
-
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, error: FedveilError) -> NoReturn:
-    context.abort(code, flower.error_text(error))
-    raise error  # abort() never returns; this tells type checkers

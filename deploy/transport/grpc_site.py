@@ -1,8 +1,8 @@
 """The site's half of our transport: dial the server, answer its messages with the locally installed ClientApp.
 
 No code is received. Messages are handled one after the other in the caller's thread; when the connection breaks,
-the site dials again, and a message that it had answered already is answered with the same bytes without asking
-the app.
+the site dials again, a half-sent message or answer goes on where it broke off, and a message that it had answered
+already is answered with the same bytes without asking the app.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits
 from fedveil.deploy.transport import TlsFiles
 from fedveil.deploy.transport.codec import Decoder, cut, encode
-from fedveil.deploy.transport.grpc_grid import INSTANCE, OPTIONS, SERVICE, read_tls
+from fedveil.deploy.transport.grpc_grid import OPTIONS, read_tls, warn_of_old_tls
+from fedveil.deploy.transport.grpc_service import FROM, HAVE, INSTANCE, SERVICE
 
 _LOG = logging.getLogger("fedveil.transport")
 _OPTIONS: list[tuple[str, Any]] = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
@@ -72,6 +73,7 @@ def run_site(
         WireError: the server broke the protocol.
     """
     flower.quiet_flower()
+    warn_of_old_tls()
     worker = _Site(client_app, address, tls, site, stop, on_status or (lambda _: None), limits or Limits())
     worker.context = Context(0, flower.node_id(site), dict(node_config), RecordDict(), dict(run_config or {}))
     watcher = threading.Thread(target=worker.watch, name=f"fedveil-stop-{site}", daemon=True)
@@ -104,6 +106,8 @@ class _Site:
         self._stop, self._status, self._limits = stop, on_status, limits
         self._metadata = ((INSTANCE, secrets.token_hex(16)),)
         self._last: tuple[str, list[bytes]] = ("", [])
+        self._asked = 0  # bytes of the message that was answered last
+        self._partial: Decoder | None = None
         self._lock = threading.Lock()
         self._idle_call: grpc.Call | None = None
         self._connected = False
@@ -158,7 +162,7 @@ class _Site:
         ca, certificate, key = read_tls(self._tls)
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         with grpc.secure_channel(self._address, credentials, _OPTIONS) as channel:
-            call = channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=self._metadata)
+            call = channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=(*self._metadata, *self._have()))
             reply = channel.stream_unary(f"/{SERVICE}/Reply")
             try:
                 self._welcome(self._frame(call))
@@ -169,7 +173,8 @@ class _Site:
                         return control["status"]
                     if control.get("t") != "message":
                         raise WireError("the server sent an unknown control frame")
-                    self._send(reply, self._work(call))
+                    start, got = _offset(control, "from"), _offset(control, "got")
+                    self._send(reply, self._work(call, start), got)
                     if self._stop.is_set():
                         raise _Lost
             finally:
@@ -201,21 +206,40 @@ class _Site:
         self._connected = True
         self._status("connected")
 
-    def _work(self, call: Any) -> list[bytes]:
-        decoder = Decoder(self._limits)
+    def _have(self) -> tuple[tuple[str, str], ...]:
+        """What the server need not send again: the message answered last, or what came of the one that broke off."""
+        message_id, size = self._last[0], self._asked
+        if self._partial is not None and self._partial.metadata is not None:
+            message_id, size = self._partial.metadata.message_id, self._partial.received
+        return ((HAVE, f"{message_id}:{size}"),) if message_id else ()
+
+    def _work(self, call: Any, start: int) -> list[bytes]:
+        """The answer to the message that follows on ``call`` from its byte ``start``."""
+        partial, self._partial = self._partial, None
+        if start and partial is None:
+            if start != self._asked or not self._last[0]:
+                raise WireError("the server goes on with a message that was never begun")
+            return self._last[1]
+        if start and partial is not None and start != partial.received:
+            raise WireError("the server goes on at another byte than where the message broke off")
+        decoder = partial if start and partial is not None else Decoder(self._limits)
         while not decoder.complete:
+            self._partial = decoder
             decoder.feed(self._frame(call))
+        self._partial = None
         message = decoder.result()
         message_id = message.metadata.message_id
         if message_id != self._last[0]:
             self._status("working")
-            self._last = ("", [])
+            self._last, self._asked = ("", []), 0
             self._last = (message_id, _encoded(flower.answer(self._app, message, self.context), message))
+            self._asked = decoder.received
         return self._last[1]
 
-    def _send(self, reply: grpc.StreamUnaryMultiCallable, pieces: list[bytes]) -> None:
+    def _send(self, reply: grpc.StreamUnaryMultiCallable, pieces: list[bytes], got: int) -> None:
+        metadata = (*self._metadata, (FROM, str(got))) if got else self._metadata
         try:
-            reply(cut(pieces), metadata=self._metadata)
+            reply(cut(pieces, skip=got), metadata=metadata)
         except grpc.RpcError as e:
             code = e.code() if isinstance(e, grpc.Call) else None
             if code == grpc.StatusCode.INVALID_ARGUMENT:
@@ -255,6 +279,13 @@ def _encoded(out: Message, request: Message) -> list[bytes]:
 def _control(frame: bytes) -> dict[str, Any]:
     value = canonical.loads(frame, limit=_CONTROL_LIMIT)
     if not isinstance(value, dict):
+        raise WireError("the server sent a malformed control frame")
+    return value
+
+
+def _offset(control: dict[str, Any], name: str) -> int:
+    value = control.get(name, 0)
+    if type(value) is not int or not 0 <= value < 2**50:
         raise WireError("the server sent a malformed control frame")
     return value
 

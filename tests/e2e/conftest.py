@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,14 @@ class Consortium:
                 )  # fmt: skip
         return self.processes[name]
 
+    def start_in(self, line: Line, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """:meth:`start`, as a process of its own behind ``line``."""
+        with (self.home / f"{name}.log").open("ab") as log:
+            command = [*line.prefix, sys.executable, "-m", "fedveil", *arguments]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_ENV, cwd=self.home)
+        self.processes[name] = process
+        return process
+
     def server(self, verb: str = "start") -> subprocess.Popen[bytes] | Forked:
         """``fedveil server start`` or ``resume``."""
         run = ["--run", str(self.run)] if verb == "start" else [str(self.run)]
@@ -196,6 +205,130 @@ class Consortium:
             if process.poll() is None:
                 process.kill()
                 process.wait(10)
+
+
+class Line:
+    """A way to the server that can be cut without a word, as when a cable is pulled, and mended."""
+
+    prefix: tuple[str, ...] = ()
+    host = "127.0.0.1"
+
+    def route(self, port: int) -> int:
+        """The port of ``host`` at which a server that listens on ``host``'s ``port`` is reached over this line."""
+        raise NotImplementedError
+
+    def cut(self) -> None:
+        """From now on nothing passes, and nobody is told."""
+        raise NotImplementedError
+
+    def mend(self) -> None:
+        """Let everything pass again, new connections and what old ones send again."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Take the line down."""
+
+
+class Namespace(Line):
+    """A network namespace of its own, with one virtual cable to this one; needs root."""
+
+    def __init__(self) -> None:
+        self.name = f"fv{os.getpid() % 100_000}"
+        self.host = "10.213.77.1"
+        self.prefix = ("ip", "netns", "exec", self.name)
+        near, far = f"{self.name}a", f"{self.name}b"
+        self._far = far
+        try:
+            self._ip("netns", "add", self.name)
+            self._ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", self.name)
+            self._ip("addr", "add", f"{self.host}/30", "dev", near)
+            self._ip("link", "set", near, "up")
+            self._ip("-n", self.name, "addr", "add", "10.213.77.2/30", "dev", far)
+            self.mend()
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+    def route(self, port: int) -> int:
+        return port
+
+    def cut(self) -> None:
+        self._ip("-n", self.name, "link", "set", self._far, "down")
+
+    def mend(self) -> None:
+        self._ip("-n", self.name, "link", "set", self._far, "up")
+
+    def close(self) -> None:
+        subprocess.run(["ip", "netns", "del", self.name], capture_output=True, timeout=20)
+
+
+class Relay(Line):
+    """A TCP relay in this process that can stop forwarding; old connections stay dead when it goes on."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._open, self._dead = True, threading.Event()
+
+    def route(self, port: int) -> int:
+        self._target = port
+        threading.Thread(target=self._accept, daemon=True).start()
+        return int(self._listener.getsockname()[1])
+
+    def cut(self) -> None:
+        self._open = False
+        self._dead.set()
+
+    def mend(self) -> None:
+        self._open, self._dead = True, threading.Event()
+
+    def close(self) -> None:
+        for s in (self._listener, *self._sockets):
+            s.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self._sockets.append(near)
+            try:
+                if not self._open:
+                    continue  # taken and never answered
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                near.close()  # nobody listens behind the relay
+                continue
+            self._sockets.append(far)
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(a, b, self._dead), daemon=True).start()
+
+    @staticmethod
+    def _pump(a: socket.socket, b: socket.socket, dead: threading.Event) -> None:
+        try:
+            while data := a.recv(1 << 16):
+                if not dead.is_set():
+                    b.sendall(data)
+            if not dead.is_set():
+                b.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[Line]:
+    """A network namespace where this account may make one, a relay otherwise."""
+    try:
+        made: Line = Namespace()
+    except (OSError, subprocess.SubprocessError):
+        made = Relay()
+    yield made
+    made.close()
 
 
 def free_port() -> int:

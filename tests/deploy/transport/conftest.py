@@ -21,7 +21,8 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.deploy.provision import load_roster, load_tls, make_consortium
 from fedveil.deploy.transport.codec import Decoder
-from fedveil.deploy.transport.grpc_grid import INSTANCE, OPTIONS, SERVICE, GrpcGrid, read_tls, serve
+from fedveil.deploy.transport.grpc_grid import OPTIONS, GrpcGrid, read_tls, serve
+from fedveil.deploy.transport.grpc_service import INSTANCE, SERVICE
 from fedveil.deploy.transport.grpc_site import run_site
 
 PING = Packet({"kind": "ping"})
@@ -77,7 +78,7 @@ class Wire:
 
     def message(self) -> Message:
         """The next message."""
-        assert canonical.loads(next(self.work)) == {"t": "message"}
+        assert canonical.loads(next(self.work))["t"] == "message"
         decoder = Decoder(Limits())
         while not decoder.complete:
             decoder.feed(next(self.work))

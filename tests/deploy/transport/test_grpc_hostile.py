@@ -15,7 +15,8 @@ from fedveil.common.errors import WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.deploy.transport.codec import cut, encode
-from fedveil.deploy.transport.grpc_grid import INSTANCE, SERVICE, GrpcGrid
+from fedveil.deploy.transport.grpc_grid import GrpcGrid
+from fedveil.deploy.transport.grpc_service import INSTANCE, SERVICE
 
 if TYPE_CHECKING:
     from tests.deploy.transport.conftest import Wire, World

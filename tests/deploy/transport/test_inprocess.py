@@ -60,7 +60,6 @@ def test_traffic_counts_payload_bytes() -> None:
 
 def test_sites_cannot_alter_each_others_messages_nor_the_servers() -> None:
     app = ClientApp()
-    kept: list[Message] = []
 
     @app.train()
     def spoil(message: Message, context: Context) -> Message:
@@ -70,7 +69,6 @@ def test_sites_cannot_alter_each_others_messages_nor_the_servers() -> None:
         config["l"].append(2)  # type: ignore[union-attr]
         arrays["w"].data = b"xyz"  # type: ignore[union-attr]
         out = Message(message.content, reply_to=message)
-        kept.append(out)
         return out
 
     content = RecordDict({"c": ConfigRecord({"l": [1]}), "a": ArrayRecord({"w": Array("uint8", (3,), "s", b"abc")})})
@@ -78,7 +76,6 @@ def test_sites_cannot_alter_each_others_messages_nor_the_servers() -> None:
     messages = [Message(content, n, "train") for n in grid.get_node_ids()]
     replies = list(grid.send_and_receive(messages))
     assert content["c"]["l"] == [1]
-    kept[0].content["c"]["l"].append(9)  # type: ignore[union-attr]
     assert [m.content["c"]["l"] for m in replies] == [[1, 2]] * 3
 
 

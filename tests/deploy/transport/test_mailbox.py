@@ -75,12 +75,14 @@ def test_answers_are_taken_from_the_debtor_only() -> None:
     assert not box.owes(B, message_id)
     assert box.owes(A, message_id)
     with pytest.raises(TransportError):
-        box.begin_reply(B, "one")
-    box.begin_reply(A, "one")
+        box.begin_reply(B, "one", Limits())
+    incoming = box.begin_reply(A, "one", Limits())
     with pytest.raises(TransportError, match="under way"):
-        box.begin_reply(A, "one")
-    box.end_reply(A)
-    box.begin_reply(A, "one")
+        box.begin_reply(A, "one", Limits())
+    box.end_reply(A, incoming, keep=True)
+    with pytest.raises(TransportError, match="half-sent"):
+        box.begin_reply(A, "one", Limits(), 17)
+    box.begin_reply(A, "one", Limits())
 
 
 def test_an_unreadable_answer_is_an_error_for_the_app() -> None:
