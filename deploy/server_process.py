@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,12 @@ from fedveil.client.ingest import encode, quality, sources
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common import contract as contracts
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import BudgetExhausted, JournalError, RunAborted
+from fedveil.common.errors import BudgetExhausted, JournalError, RunAborted, TransportError
 from fedveil.common.settings import Federation
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits
 from fedveil.deploy.provision import load_roster, load_tls
-from fedveil.deploy.transport.grpc_grid import serve
+from fedveil.deploy.transport.grpc_grid import require_free, serve
 from fedveil.privacy import plan as plans
 from fedveil.privacy.anonymization import fixed
 from fedveil.privacy.plan import PrivacyPlan
@@ -28,6 +35,11 @@ from fedveil.server import job as jobs
 from fedveil.server.app import make_app
 from fedveil.server.evaluate import Evaluator
 from fedveil.server.job import Job
+
+DRAIN_S = 30.0
+STOPPED = 128 + signal.SIGTERM
+_UNDER_WAY = ("round.open", "round.set")
+_LOG = logging.getLogger("fedveil.server")
 
 
 def public_table(path: Path, contract: DataContract) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -63,6 +75,7 @@ def begin(
         FedveilError: as for :func:`start`.
     """
     f = federation.federation
+    require_free(f.address)
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
     plan = make(contract, len(roster.sites))
@@ -82,6 +95,7 @@ def begin(
 def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None = None) -> Job:
     """Go on with a run whose server stopped; see :func:`fedveil.server.job.resume`."""
     f = federation.federation
+    require_free(f.address)
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
     if not (run / "plan.json").exists():
@@ -108,8 +122,18 @@ def _serve(job: Job, federation: Federation) -> Job:
     flwr_adapter.quiet_flower()
     server, strategy = make_app(job)
     f = federation.federation
+    refusals = queue.SimpleQueue[tuple[SiteId, str]]()
     try:
-        serve(server, address=f.address, tls=load_tls(f.identity), roster=job.roster, grace=federation.run.grace)
+        with _watched(job, refusals):
+            serve(
+                server,
+                address=f.address,
+                tls=load_tls(f.identity),
+                roster=job.roster,
+                grace=federation.run.grace,
+                limits=_reply_limits(job.plan),
+                report=lambda site, what: refusals.put((site, what)),
+            )
     finally:
         job.journal.close()
     build_report(job.run, job.key)
@@ -119,6 +143,52 @@ def _serve(job: Job, federation: Federation) -> Job:
     if strategy.status == jobs.EXHAUSTED:
         raise BudgetExhausted(f"the budget is spent; the last model is in {job.run}", hint="a normal ending")
     return job
+
+
+def _reply_limits(plan: PrivacyPlan) -> Limits:
+    """What one reply of an honest site can measure: a contribution with its shares, or a ledger."""
+    each = 80 if plan.sum == "sharedkey" else 8
+    return Limits(buffers=(64 << 20) + each * plan.model.parameters + (16 << 10) * plan.sites)
+
+
+@contextmanager
+def _watched(job: Job, refusals: queue.SimpleQueue[tuple[SiteId, str]]) -> Iterator[None]:
+    """While inside: after every round, journal what the transport refused; on SIGTERM, stop when the round is over.
+
+    A stop leaves by ``SystemExit(143)``, at most DRAIN_S seconds after the signal: the sites are told nothing and dial
+    again, and ``fedveil server resume`` goes on. The journal belongs to the app's thread, which is this one.
+    """
+    told, stopping = job.progress, threading.Event()
+
+    def progress(kind: str, facts: dict[str, Any]) -> None:
+        told(kind, facts)
+        if kind == "end":
+            return  # its journal is closed
+        while not refusals.empty():
+            site, what = refusals.get()
+            body = {"session": job.session, "site": site, "code": TransportError.__name__, "reason": what}
+            job.journal.append("site.refused", body)
+        if stopping.is_set():
+            raise SystemExit(STOPPED)
+
+    def stop(number: int, _: object) -> None:
+        if number == signal.SIGALRM or not (job.journal.rows and job.journal.rows[-1].kind in _UNDER_WAY):
+            raise SystemExit(STOPPED)
+        _LOG.warning("stopping when this round is over, in %g seconds at most", DRAIN_S)
+        stopping.set()
+        signal.setitimer(signal.ITIMER_REAL, DRAIN_S)
+
+    job.progress = progress
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ TLS 1.3 only; a certificate of another authority already fails in the handshake.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
@@ -196,6 +197,24 @@ def serve(
         over.set()
         server.stop(_FAREWELL_S if status else 0).wait()
     return grid
+
+
+def require_free(address: str) -> None:
+    """Raise :class:`TransportError` if nobody could listen on ``address`` now."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise TransportError(f"address = {address!r} is not host:port", hint="for example 0.0.0.0:8443")
+    try:
+        [*_, (family, kind, _, _, target)] = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(target)
+    except (OSError, OverflowError) as e:
+        raise TransportError(
+            f"cannot listen on {address}", hint="is another server running there? choose another port"
+        ) from e
 
 
 def read_tls(tls: TlsFiles) -> tuple[bytes, bytes, bytes]:

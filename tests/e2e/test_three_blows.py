@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def reachable(c, line) -> None:
 
 def command(c, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "fedveil", *arguments], capture_output=True, text=True, timeout=120, cwd=c.home
-    )
+        [sys.executable, "-m", "fedveil", *arguments], capture_output=True, text=True, timeout=120, cwd=c.home,
+        env={**os.environ, "COLUMNS": "300"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
