@@ -12,6 +12,7 @@ removal or reordering of earlier rows; a cut tail shows against a head kept else
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -71,6 +72,7 @@ class Journal:
         self._fd: int | None = None
         self._pid = os.getpid()
         self._pending: list[bytes] = []
+        self._head = Head(0, GENESIS)
 
     @classmethod
     def open(
@@ -117,12 +119,13 @@ class Journal:
         if head.rows >= MAX_ROWS:
             raise JournalError(f"{self.path} is full", hint=f"a journal holds at most {MAX_ROWS} rows")
         at = int(self._clock())
-        core = {"v": 1, "n": head.rows, "owner": self.owner, "at": at, "kind": kind, "body": body, "prev": head.hash}
-        digest = canonical.digest(core)
-        row = Row(
-            head.rows, self.owner, at, kind, body, head.hash, digest, sign(self._key, DOMAIN, digest.encode()).hex()
-        )
-        line = row.line()
+        start = b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
+        rest = canonical.dumps({"kind": kind, "n": head.rows, "owner": self.owner, "prev": head.hash, "v": 1})[1:]
+        digest = hashlib.sha256(start + rest).hexdigest()
+        signature = sign(self._key, DOMAIN, digest.encode()).hex()
+        row = Row(head.rows, self.owner, at, kind, body, head.hash, digest, signature)
+        # The canonical line, put together: its keys in order are those above with "hash" and "sig" between them.
+        line = b'%s"hash":"%s",%s"sig":"%s","v":1}\n' % (start, digest.encode(), rest[:-6], signature.encode())
         if len(line) > MAX_ROW_BYTES:
             raise JournalError(f"a row of {len(line)} bytes is over the limit of {MAX_ROW_BYTES}")
         if self._durable:
@@ -140,12 +143,13 @@ class Journal:
         else:
             self._pending.append(line)
         self.rows.append(row)
+        self._head = Head(row.n + 1, digest)
         return row
 
     @property
     def head(self) -> Head:
         """Row count and last hash."""
-        return Head(len(self.rows), self.rows[-1].hash if self.rows else GENESIS)
+        return self._head
 
     def of_kind(self, *kinds: str) -> Iterator[Row]:
         """The rows whose kind is one of ``kinds``, in order."""
@@ -195,6 +199,8 @@ class Journal:
             self.rows = verify_rows(parse(data[:end]), public_hex(self._key), owner=self.owner)
         except FedveilError as e:
             raise JournalError(f"{self.path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+        if self.rows:
+            self._head = Head(len(self.rows), self.rows[-1].hash)
         return len(data) - end
 
 

@@ -27,17 +27,13 @@ _LOG = logging.getLogger("fedveil.server")
 class Exchange:
     """The sites behind a Grid's nodes.
 
-    Args:
-        one_by_one: the Grid answers while a message is pushed; nothing is gained by pushing all before.
-
     Attributes:
         nodes: Flower's number of each site that takes part; filled as sites are admitted.
     """
 
-    def __init__(self, job: Job, grid: Grid, *, one_by_one: bool = False) -> None:
+    def __init__(self, job: Job, grid: Grid) -> None:
         self.job, self.grid = job, grid
         self.nodes: dict[SiteId, int] = {}
-        self._one_by_one = one_by_one
 
     def site_of(self, node: int) -> str:
         """The site that the transport authenticated behind a node; empty where the transport authenticates nobody."""
@@ -53,13 +49,9 @@ class Exchange:
         return len(self.nodes) if wait is None else int(wait(count, timeout))
 
     def messages(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> list[Message]:
-        """Requests to the sites that have a node; a packet that goes to many is turned into a record once."""
-        records = {id(p): flwr_adapter.to_record(p) for p in {id(p): p for p in packets.values()}.values()}
-        return [
-            flwr_adapter.request(records[id(p)], to=self.nodes[s], action=action, round=round_)
-            for s, p in packets.items()
-            if s in self.nodes
-        ]
+        """Requests to the sites that have a node."""
+        at = {self.nodes[s]: p for s, p in packets.items() if s in self.nodes}
+        return flwr_adapter.requests(at, action=action, round=round_)
 
     def replies(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """The replies in the order in which they come; at most ``timeout`` seconds are waited for them."""
@@ -68,9 +60,6 @@ class Exchange:
             return
         if (stream := getattr(self.grid, "replies", None)) is not None:
             yield from stream(messages, timeout=timeout)
-        elif self._one_by_one:
-            for message in messages:
-                yield from self.grid.send_and_receive([message], timeout=timeout)
         else:
             yield from _pulled(self.grid, messages, timeout)
 

@@ -43,7 +43,6 @@ class Job:
         journal: the server's signed journal of this run, open.
         first_round, state, nonce: where to go on; ``nonce`` is set when a round was open at a crash.
         durable: False in the simulator (no checkpoints, no fsync).
-        engine: what carries the messages; ``inprocess`` answers each one while it is sent.
         attached: further buffers that go to every site with the weights.
         progress: told of events (``joined``, ``round``, ``aborted``, ``end``) and their public numbers.
     """
@@ -62,7 +61,6 @@ class Job:
     join_timeout: float = 300.0
     round_timeout: float = 120.0
     durable: bool = True
-    engine: str = "grpc"
     progress: Progress = _silent
     attached: dict[str, bytes] = field(default_factory=dict)
 
@@ -120,7 +118,7 @@ def create(
         "engine": engine,
         "model_hash": state.hash,
     }
-    job = Job(run, session, plan, roster, key, journal, state, durable=durable, engine=engine, **options)
+    job = Job(run, session, plan, roster, key, journal, state, durable=durable, **options)
     job.journal.append("run.open", {**body, "checkpoint": job.checkpoint()})
     return job
 

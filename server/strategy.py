@@ -81,7 +81,7 @@ class SecureSumStrategy(Strategy):
         Raises:
             RunAborted, BudgetExhausted: the run could not begin. An ending after round 1 is a ``status``.
         """
-        self._linked = exchange = Exchange(self.job, grid, one_by_one=self.job.engine == "inprocess")
+        self._linked = exchange = Exchange(self.job, grid)
         self.summary()
         admission.join(exchange, self._sum)
         self._remember()

@@ -6,7 +6,7 @@ shared, so that no site can alter what another one sees and no array is duplicat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -82,6 +82,11 @@ class InprocessGrid(flower.BaseGrid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The replies of the sites that were not dropped, in the order of ``messages``."""
         return self.pull_messages(self.push_messages(messages))
+
+    def replies(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies one by one: a site is only asked when the reply before was taken."""
+        for message in messages:
+            yield from self.send_and_receive([message])
 
     def _deliver(self, message: Message) -> str:
         message_id = flower.stamp(message)

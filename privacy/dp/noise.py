@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import PlanError
 
 MAX_STD = float(1 << 48)
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16  # proposals at a time that stay in the cache
 
 
 class KeyStream:
@@ -35,9 +35,9 @@ class KeyStream:
         """``(count,)`` independent uniform 64-bit words."""
         return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
 
-    def uniform(self, count: int) -> NDArray[np.float64]:
-        """``(count,)`` uniform multiples of 2^-53 in [0, 1)."""
-        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    def uniform(self, *shape: int) -> NDArray[np.float64]:
+        """Uniform multiples of 2^-53 in [0, 1), in the shape asked for."""
+        return ((self.words(math.prod(shape)) >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
 
     def below(self, bound: int, count: int) -> NDArray[np.int64]:
         """``(count,)`` uniform integers in [0, bound), without modulo bias (rejection)."""
@@ -77,11 +77,12 @@ def _candidates(std: float, count: int, stream: KeyStream) -> NDArray[np.int64]:
     t = math.floor(std) + 1
     u = stream.below(t, count)
     # Algorithm 2: U uniform below t survives with probability exp(-U/t); V counts successes of Bernoulli(1/e).
-    keep = stream.uniform(count) < np.exp(-u / t)
-    v = np.floor(-np.log1p(-stream.uniform(count))).astype(np.int64)
+    survive, successes, accept = stream.uniform(3, count)
+    keep = survive < np.exp(-u / t)
+    v = np.floor(-np.log1p(-successes)).astype(np.int64)
     x = u + t * v
     negative = (stream.words(count) & np.uint64(1)).astype(bool)
     keep &= ~(negative & (x == 0))
     # Algorithm 3: from the Laplace to the Gaussian.
-    keep &= stream.uniform(count) < np.exp(-((x - std * std / t) ** 2) / (2 * std * std))
+    keep &= accept < np.exp(-((x - std * std / t) ** 2) / (2 * std * std))
     return np.where(negative, -x, x)[keep]

@@ -88,7 +88,7 @@ class Run:
 
     def resume(self) -> str:
         """Go on with a run whose server stopped; the status."""
-        self.job = jobs.resume(self.folder, self.world.roster, self.world.server, engine="inprocess", **self.options)
+        self.job = jobs.resume(self.folder, self.world.roster, self.world.server, **self.options)
         return self.go()
 
     def bodies(self, kind: str) -> list[dict[str, Any]]:

@@ -78,7 +78,6 @@ class Seldom(Streaming):
 @pytest.mark.parametrize("kind", [lambda g: g, Late, Streaming], ids=["inprocess", "pulled", "streaming"])
 def test_a_run_over_every_kind_of_grid(run, kind, sum_):
     r = run(sum=sum_, steps=1, grid=kind)
-    r.job.engine = "ray" if kind is Late else "inprocess"
     assert r.go() == "COMPLETED"
     assert [len(b["members"]) for b in r.bodies("round.applied")] == [4]
 

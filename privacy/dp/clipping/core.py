@@ -139,10 +139,13 @@ class Clipper:
         if not 0 < clip < float("inf"):
             raise ModelError(f"a clip of {clip!r} is not positive and finite")
         usable = self.usable(X, y)
-        excluded = len(X) - int(usable.sum())
+        excluded = 0 if usable.all() else len(X) - int(usable.sum())
         if excluded:
             X, y = X[usable], y[usable]
-        with _fresh_randomness(self._random, self.device):
+        if self._random:
+            with _fresh_randomness(self.device):
+                total, entered = self._blocks(X, y, clip * (1 - _MARGIN))
+        else:
             total, entered = self._blocks(X, y, clip * (1 - _MARGIN))
         excluded += len(X) - entered
         out = total.cpu().numpy()
@@ -171,10 +174,10 @@ class Clipper:
     def _add(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> int:
         """Add the sum over the records with a finite gradient to ``out``; returns their number."""
         while len(X):
-            bad = ~torch.isfinite(self._run(X, y, clip, out)[: len(X)]).cpu().numpy()
-            if not bad.any():
+            good = np.isfinite(self._run(X, y, clip, out).cpu().numpy()[: len(X)])
+            if good.all():
                 return len(X)
-            X, y = X[~bad], y[~bad]
+            X, y = X[good], y[good]
         return 0
 
     def _run(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> torch.Tensor:
@@ -207,11 +210,8 @@ def fitting(engine: Engine, size: int, wanted: int) -> int:
 
 
 @contextmanager
-def _fresh_randomness(needed: bool, device: torch.device) -> Iterator[None]:
+def _fresh_randomness(device: torch.device) -> Iterator[None]:
     """Masks of dropout that nobody can foretell: else a known position would give a known mask to each record."""
-    if not needed:
-        yield
-        return
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
         yield
