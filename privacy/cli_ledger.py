@@ -73,11 +73,22 @@ def export(
     if out is None:
         sys.stdout.write(data.decode())
         return
-    try:
-        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
-            f.write(data)
-    except OSError as e:
-        raise UsageError(f"{out} cannot be written: {e.strerror}", hint="choose a new file name") from e
+    _write_new(out, data)
+
+
+@app.command()
+def prove(
+    file: File,
+    row: Annotated[int, typer.Argument(help="The row's number, from 0.")],
+    out: Annotated[Path, typer.Option(help="Where to write the proof.")],
+    rows: Annotated[
+        int | None, typer.Option(help="Among so many first rows: what the report names. By default all there are.")
+    ] = None,
+) -> None:
+    """Write a proof that one row stands in this journal; 'fedveil audit row' checks it without the other rows."""
+    from fedveil.privacy.report.rows import prove as proof_of
+
+    _write_new(out, canonical.dumps(proof_of(file, row, rows)) + b"\n")
 
 
 @app.command("import")
@@ -187,6 +198,14 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
         return verify_rows(rows, public.strip(), owner=rows[0].owner) if public is not None else rows
     except FedveilError as e:
         raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+
+
+def _write_new(out: Path, data: bytes) -> None:
+    try:
+        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+            f.write(data)
+    except OSError as e:
+        raise UsageError(f"{out} cannot be written: {e.strerror}", hint="choose a new file name") from e
 
 
 def _show(found: dict[str, Any]) -> None:

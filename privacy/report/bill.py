@@ -12,6 +12,7 @@ from typing import Any
 
 import fedveil
 from fedveil.common import canonical
+from fedveil.common.errors import VerificationError
 
 # What decides a number or a key, where it is installed.
 PACKAGES = ("dp-accounting", "numpy", "scipy", "cryptography", "pydantic", "tenseal", "torch", "opacus", "flwr")
@@ -41,19 +42,18 @@ def software() -> dict[str, dict[str, str]]:
     return found
 
 
-def checked(value: Any) -> bool:
-    """Whether ``value`` has the form of :func:`software`, within bounds."""
-    return (
-        isinstance(value, dict)
-        and len(value) <= MAX_PACKAGES
-        and all(
-            len(name) <= MAX_TEXT
-            and isinstance(entry, dict)
-            and set(entry) == {"version", "sha256"}
-            and all(isinstance(x, str) and len(x) <= MAX_TEXT for x in entry.values())
-            for name, entry in value.items()
-        )
-    )
+def checked(value: Any) -> dict[str, dict[str, str]]:
+    """``value``, if it has the form of :func:`software`, within bounds; else a :class:`VerificationError`."""
+    if not isinstance(value, dict) or len(value) > MAX_PACKAGES or not all(map(_entry, value.items())):
+        raise VerificationError("the software bill is malformed")
+    return value
+
+
+def _entry(item: tuple[Any, Any]) -> bool:
+    name, entry = item
+    if len(name) > MAX_TEXT or not isinstance(entry, dict) or set(entry) != {"version", "sha256"}:
+        return False
+    return all(isinstance(x, str) and len(x) <= MAX_TEXT for x in entry.values())
 
 
 def _own() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import UsageError
+from fedveil.privacy.report import cli_evidence as evidence
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.bundle import REPORT
+from fedveil.privacy.report.catalogue import LANGUAGES
+from fedveil.privacy.report.cli_evidence import plain
+from fedveil.privacy.report.results import attach
 from fedveil.privacy.report.verify import Verification, verify_report
 
 app = typer.Typer(no_args_is_help=True, help="Check a privacy report from its journals alone, or write it again.")
 
 _SHOWN = 24
+GROUP = "fedveil.audit"  # sub-commands from rooms that this one does not import
 
 
 @app.command()
@@ -33,8 +38,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Recompute everything the report claims. Exit code 0 if every check passed, 60 if not."""
-    path = report / REPORT if report.is_dir() else report
-    result = verify_report(path, consortium_key=_key(consortium_key))
+    path = evidence.file_of(report)
+    result = verify_report(path, consortium_key=evidence.pinned(consortium_key))
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
     else:
@@ -46,30 +51,32 @@ def verify(
 def report(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     key: Annotated[Path, typer.Option(help="The server's signing key.")],
+    audit: Annotated[
+        list[Path] | None, typer.Option(help="Results of an empirical audit, taken into RUN/audit.json; repeatable.")
+    ] = None,
 ) -> None:
-    """Write RUN/report.json again from the journals of the run, and RUN/report.html beside it."""
+    """Write RUN/report.json again from the journals of the run, and its pages and cards beside it."""
+    if audit is not None:
+        attach(run, audit)
     build_report(run, identity.load_signing_key(key))
     render(run / REPORT)
 
 
 @app.command()
-def render(report: Annotated[Path, typer.Argument(help="report.json")]) -> None:
-    """Write report.html beside report.json."""
-    try:
-        from fedveil.privacy.report.render import render_report  # an auditor needs no jinja2
-    except ModuleNotFoundError as e:
-        raise UsageError(f"rendering needs {e.name}", hint="pip install 'fedveil[server]'") from e
-    Console().print(f"{render_report(report)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _key(value: str | None) -> str | None:
-    """A key given as digits or as the file that holds them."""
-    if value is None or len(value.strip()) == 64:
-        return value
-    path = Path(value)
-    if not path.is_file() or path.stat().st_size > 256:
-        raise UsageError("--consortium-key is neither 64 hexadecimal digits nor a small file that holds them")
-    return path.read_text(encoding="ascii", errors="replace").strip()
+def render(
+    report: Annotated[Path, typer.Argument(help="report.json, or the run's folder.")],
+    lang: Annotated[str, typer.Option(help="en, zh or all")] = "all",
+    consortium_key: Annotated[
+        str | None, typer.Option(help="The consortium's public key, so that the page says what was checked with it.")
+    ] = None,
+) -> None:
+    """Write report.html (English), report.zh.html (Chinese) and the cards beside report.json."""
+    render_report, page_path = evidence.rendering()
+    path, langs = evidence.file_of(report), LANGUAGES if lang == "all" else (lang,)
+    key = evidence.pinned(consortium_key)
+    render_report(path, langs, verification=verify_report(path, consortium_key=key))
+    for x in langs:
+        Console().print(f"{page_path(path, x)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(result: Verification) -> None:
@@ -83,16 +90,21 @@ def _show(result: Verification) -> None:
         if c.passed and c.name.startswith("ledger of ") and ledgers > _SHOWN:
             continue
         table.add_row(
-            "[green]ok[/]" if c.passed else "[bold red]FAILED[/]", _plain(c.name), _plain(c.compared), _plain(c.detail)
+            "[green]ok[/]" if c.passed else "[bold red]FAILED[/]", plain(c.name), plain(c.compared), plain(c.detail)
         )
     console.print(table)
+    console.print(plain(f"{result.passed} of {len(result.checks)} checks passed; recomputed with:"))
+    for accountant in result.accountants:
+        console.print(f"  {plain(accountant)}")
+    for c in result.failures:
+        console.print(f"[bold red]MISMATCH[/] {plain(c.name)}: {plain(c.detail)}")
     if ledgers > _SHOWN:
         console.print(f"{ledgers - _SHOWN} more ledgers passed and are not listed.")
     if not result.ok:
         return
     if result.simulated:
         console.print("[bold red]SIMULATED[/]: the run protected nobody; its numbers are for study only.")
-    console.print("[bold green]Every check passed.[/]", _plain(result.claim))
+    console.print("[bold green]Every check passed.[/]", plain(result.claim))
     if not result.pinned:
         console.print(
             "[yellow]The consortium's key was taken from the bundle.[/] Whoever made all of its files could have made "
@@ -100,6 +112,7 @@ def _show(result: Verification) -> None:
         )
 
 
-def _plain(text: str) -> str:
-    """Text of a report as text: no markup, no control characters reach the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("[", "\\[")
+for _command in (evidence.pdf, evidence.sign, evidence.row, evidence.compare, evidence.local, evidence.schema):
+    app.command()(_command)
+for _point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+    app.command(_point.name)(_point.load())

@@ -26,7 +26,7 @@ def check(folder: Path, roster: Roster, session: str, document: Any) -> list[str
     Raises:
         VerificationError, IdentityError: a signature is a stranger's, does not hold, or is under another report.
     """
-    held, known = read(folder), {m.site: m.signing_key for m in roster.sites}
+    held, known = read(folder), {str(m.site): m.signing_key for m in roster.sites}
     for site in held:
         if site not in known:
             raise VerificationError(f"{SIGNATURES} holds a signature of {site[:64]!r}, who is not on the roster")

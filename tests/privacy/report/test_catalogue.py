@@ -19,15 +19,15 @@ from fedveil.privacy.report.wording import words
 
 AUDIT = {
     "v": 1,
-    "conformance": {"measured_noise_multiplier": 7.1, "low": 6.9, "high": 7.3, "claimed_noise_multiplier": 7.0,
-                    "confidence": 0.99, "passed": True},
-    "one_run": {"epsilon_lower": 0.7, "confidence": 0.95},
+    "conformance": {"measured_noise_multiplier": 7.1, "interval": [6.9, 7.3], "claimed_noise_multiplier": 7.0,
+                    "confidence": 0.99, "passed": True, "plan_hash": "0" * 64},
+    "one_run": {"epsilon_lower_bound": 0.7, "claimed_epsilon": 2.0, "confidence": 0.95},
 }  # fmt: skip
 # Names and terms that stay as they are in a Chinese text.
 TERMS = {
     "PLD", "RDP", "SHA", "KEY", "JSON", "Ring", "LWE", "dp", "accounting", "Balle", "Wang", "Feldman", "Zrnic", "nyi",
     "Kairouz", "Liu", "Steinke", "WEAK", "fedveil", "audit", "verify", "report", "json", "consortium", "key", "UTC",
-    "kB", "MB", "GB", "L2",
+    "kB", "MB", "GB", "L2", "AUC",
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_every_message_is_in_every_language_with_the_same_placeholders() -> None
 def test_every_chinese_message_is_chinese() -> None:
     for key, texts in messages().items():
         plain = re.sub(r"\{[a-z_]+\}", "", texts["zh"])
-        left = {w for w in re.findall(r"[A-Za-z]{2,}", plain)} - TERMS
+        left = set(re.findall(r"[A-Za-z]{2,}", plain)) - TERMS
         assert not left, (key, left)
 
 

@@ -1,0 +1,151 @@
+"""More of ``fedveil audit``: pages on paper, a site's signature and local report, single rows, two parties' copies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import UsageError, VerificationError, WireError
+from fedveil.common.journal import parse, verify_rows
+from fedveil.privacy.report import compare as comparing
+from fedveil.privacy.report import local as locals_
+from fedveil.privacy.report import pdf as printing
+from fedveil.privacy.report import rows as proofs
+from fedveil.privacy.report.bundle import CONTRACT, REPORT, read_bounded
+from fedveil.privacy.report.countersign import countersign
+from fedveil.privacy.report.schema import schema as published
+
+Report = Annotated[Path, typer.Argument(help="report.json, or the run's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Pin = Annotated[
+    str | None,
+    typer.Option(help="The consortium's public key (64 hex digits) or a file that holds it, from a trusted source."),
+]
+Lang = Annotated[str, typer.Option(help="en or zh")]
+
+
+def pdf(report: Report, lang: Lang = "en", out: Annotated[Path | None, typer.Option(help="The PDF.")] = None) -> None:
+    """Print the page of a report as PDF (A4), by an installed headless Chromium."""
+    render_report, page_path = rendering()
+    path = file_of(report)
+    render_report(path, (lang,))
+    page = page_path(path, lang)
+    _say(f"{printing.print_page(page, out or page.with_suffix('.pdf'))}")
+
+
+def sign(
+    report: Report,
+    key: Annotated[Path, typer.Option(help="The site's signing.key.")],
+    consortium_key: Pin = None,
+) -> None:
+    """Verify a report and add this site's signature under it, in signatures.json beside it."""
+    site = countersign(file_of(report), identity.load_signing_key(key), pinned(consortium_key))
+    _say(f"signed by {site}")
+
+
+def row(
+    proof: Annotated[Path, typer.Argument(help="A proof file, from 'fedveil ledger prove'.")],
+    report: Annotated[Path, typer.Option(help="report.json beside its roster.json.")],
+    consortium_key: Pin = None,
+) -> None:
+    """Check that one row stands in the journal that a report names, without the rest of that journal."""
+    found = proofs.check(proof, file_of(report), pinned(consortium_key))
+    _say(f"row {found.n} of {found.owner} holds: {found.kind} {canonical.dumps(found.body).decode()}")
+
+
+def compare(
+    held: Annotated[
+        Path, typer.Argument(help="What was held earlier: a journal, a site's peers.json, a run's folder.")
+    ],
+    shown: Annotated[Path, typer.Argument(help="What is shown now: one of the same.")],
+    public: Annotated[str | None, typer.Option(help="The owner's public key, for two files of one journal.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find a fork, a rewritten row or a cut tail between two copies. Exit code 0 if there is none, 60 if there is."""
+    found = comparing.compare(held, shown, public)
+    if as_json:
+        sys.stdout.write(canonical.dumps(comparing.to_json(found)).decode() + "\n")
+    else:
+        table = Table("journal", "verdict", "row", "found", header_style="bold")
+        for f in found:
+            colour = "bold red" if f.bad else "green"
+            table.add_row(
+                plain(f.owner), f"[{colour}]{f.verdict}[/]", "-" if f.row is None else str(f.row), plain(f.detail)
+            )
+        Console(highlight=False).print(table)
+    if bad := next((f for f in found if f.bad), None):
+        raise VerificationError(f"{bad.owner}: {bad.verdict}: {bad.detail}", hint="keep both copies as evidence")
+
+
+def local(
+    folder: Annotated[
+        Path, typer.Argument(help="The site's private folder of ingestion (quality.json, lineage.json).")
+    ],
+    ledger: Annotated[Path, typer.Option(help="The site's ledger (journal.jsonl).")],
+    report: Annotated[Path | None, typer.Option(help="The federation's report.json, if there is one.")] = None,
+    public: Annotated[str | None, typer.Option(help="The site's public key: checks the ledger.")] = None,
+) -> None:
+    """Write the site's own report (quality, loss, risk, counts). It stays at the site: mode 0600."""
+    rows = parse(read_bounded(ledger, 1 << 28))
+    if not rows:
+        raise VerificationError(f"{ledger} is empty")
+    if public is not None:
+        verify_rows(rows, public.strip().lower(), owner=rows[0].owner)
+    document = contract = None
+    if report is not None:
+        path = file_of(report)
+        document = _json(path)
+        contract = _json(path.with_name(CONTRACT)) if path.with_name(CONTRACT).exists() else None
+    for written in locals_.write(folder, locals_.collect(folder, rows, document, contract)):
+        _say(f"{written}")
+
+
+def schema() -> None:
+    """Print the JSON schema of report.json."""
+    sys.stdout.write(canonical.dumps(published()).decode() + "\n")
+
+
+def rendering():
+    """The renderer; an auditor without jinja2 is told what to install."""
+    try:
+        from fedveil.privacy.report.render import page_path, render_report
+    except ModuleNotFoundError as e:
+        raise UsageError(f"rendering needs {e.name}", hint="pip install 'fedveil[server]'") from e
+    return render_report, page_path
+
+
+def file_of(report: Path) -> Path:
+    """The report's file, given it or its folder."""
+    return report / REPORT if report.is_dir() else report
+
+
+def pinned(value: str | None) -> str | None:
+    """A key given as digits or as the file that holds them."""
+    if value is None or len(value.strip()) == 64:
+        return value
+    path = Path(value)
+    if not path.is_file() or path.stat().st_size > 256:
+        raise UsageError("--consortium-key is neither 64 hexadecimal digits nor a small file that holds them")
+    return path.read_text(encoding="ascii", errors="replace").strip()
+
+
+def plain(text: str) -> str:
+    """Text of a report as text: no markup, no control characters reach the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("[", "\\[")
+
+
+def _json(path: Path):
+    try:
+        return canonical.loads(read_bounded(path, 1 << 28), limit=1 << 28)
+    except WireError as e:
+        raise VerificationError(f"{path.name}: {e.message}") from e
+
+
+def _say(text: str) -> None:
+    Console().print("".join(c if c.isprintable() else " " for c in text), markup=False, highlight=False, soft_wrap=True)
