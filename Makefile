@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-anon bench-secagg bench-dp bench-accuracy bench-round wheel clean
+.PHONY: demo test test-slow check bench bench-anon bench-secagg bench-audit bench-dp bench-accuracy bench-round wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -30,6 +30,9 @@ bench-anon: $(STAMP)
 bench-secagg: $(STAMP)
 	$(BIN)/python tests/bench/secagg_table.py
 
+bench-audit: $(STAMP)
+	$(BIN)/python tests/bench/audit_table.py
+
 bench-dp: $(STAMP)
 	$(BIN)/python tests/bench/dp_table.py
 
@@ -38,6 +41,19 @@ bench-accuracy: $(STAMP)
 
 bench-round: $(STAMP)
 	$(BIN)/python tests/bench/round_ratio.py
+
+.PHONY: test-hostile fuzz bench-transport
+
+# Everything that a hostile site, server or stranger may try, the minute of malformed frames included.
+test-hostile: $(STAMP)
+	$(BIN)/pytest -q -m "not gpu and not bench" tests/hostile tests/client/test_hostile_server.py tests/client/test_what_leaves.py tests/server/test_strategy_hostile_sites.py tests/deploy/transport/test_grpc_hostile.py tests/deploy/transport/test_grpc_entry.py
+
+# Five minutes of coverage-guided fuzzing of everything that parses a peer's bytes.
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/fuzzer.py 300
+
+bench-transport: $(STAMP)
+	$(BIN)/python tests/bench/transport_table.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build

@@ -191,7 +191,7 @@ def document(honest: list[Conformance], flagged: int, rows: list[str], seconds: 
     p, last = plan(), honest[-1]
     ratio = [c.measured / c.claimed for c in honest]
     covered = sum(c.low <= c.claimed <= c.high for c in honest)
-    checks = [f"| {f.name} | {f.asks} | {f.samples} | {f.detects} |" for f in last.findings]
+    checks = [f"| {f.name} | {f.asks.replace('|', chr(92) + '|')} | {f.samples} | {f.detects} |" for f in last.findings]
     return "\n".join([
         "# Planted faults", "",
         "`make bench-audit`: the conformance suite (`fedveil.privacy.audit.suite`) examines this program through its "
