@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-anon bench-secagg bench-audit bench-dp bench-accuracy bench-round wheel clean
+.PHONY: demo test test-slow check bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -54,6 +54,9 @@ fuzz: $(STAMP)
 
 bench-transport: $(STAMP)
 	$(BIN)/python tests/bench/transport_table.py
+
+bench-hospitals: $(STAMP)
+	$(BIN)/python tests/bench/hospitals_table.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build
