@@ -64,7 +64,8 @@ class Mailbox:
             WireError: the message cannot be encoded within the stream's bounds.
         """
         message_id = flower.stamp(message)
-        parcel = Parcel(message, encode(message), time.monotonic())
+        now = time.monotonic()
+        parcel = Parcel(message, encode(message), now, now + message.metadata.ttl)
         with self._lock:
             link = self._links[site]
             link.owed[message_id] = parcel
@@ -353,10 +354,8 @@ class Mailbox:
         return math.inf if link.session is not None else link.gone_since + self._grace - time.monotonic()
 
     def _first(self, link: Link) -> str:
-        now = time.time()
         for message_id, parcel in list(link.owed.items()):
-            metadata = parcel.message.metadata
-            if metadata.created_at + metadata.ttl > now:
+            if parcel.expires > time.monotonic():
                 return message_id
             self._forget(message_id)
             self._arrived.notify_all()

@@ -39,11 +39,17 @@ class Session:
 
 @dataclass(eq=False)
 class Parcel:
-    """An encoded message on its way to a site; ``moved`` is when a byte of it or of its answer last did."""
+    """An encoded message on its way to a site.
+
+    Attributes:
+        moved: when a byte of it or of its answer last did, on the monotonic clock.
+        expires: when it is not worth delivering any more; the wall clock may jump, so it is not asked.
+    """
 
     message: Message
     pieces: list[bytes]
-    moved: float = 0.0
+    moved: float
+    expires: float
 
     @property
     def size(self) -> int:

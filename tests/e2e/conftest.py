@@ -52,9 +52,9 @@ class Forks:
 class Forked:
     """One forked command, with the few methods of ``subprocess.Popen`` that the tests use."""
 
-    def __init__(self, forks: Forks, argv: list[str], cwd: Path, log: Path) -> None:
+    def __init__(self, forks: Forks, argv: list[str], cwd: Path, log: Path, fault: dict[str, Any] | None) -> None:
         self._forks, self._code = forks, None
-        self.pid = int(forks.ask({"start": {"argv": argv, "cwd": str(cwd), "log": str(log)}})["pid"])
+        self.pid = int(forks.ask({"start": {"argv": argv, "cwd": str(cwd), "log": str(log), "fault": fault}})["pid"])
 
     def poll(self) -> int | None:
         if self._code is None:
@@ -98,6 +98,7 @@ class Consortium:
         for site in HOSPITALS:
             self.replace(home / site / "site.toml", here)
         self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
+        self.faults: dict[str, dict[str, Any]] = {}  # by process: what its next start does to itself (forks.py)
 
     @staticmethod
     def replace(path: Path, *pairs: tuple[str, str]) -> None:
@@ -113,7 +114,8 @@ class Consortium:
         path = self.home / f"{name}.log"
         path.touch()
         if self.forks is not None:
-            self.processes[name] = Forked(self.forks, [*arguments], self.home, path)
+            fault = self.faults.pop(name, None)
+            self.processes[name] = Forked(self.forks, [*arguments], self.home, path, fault)
         else:
             with path.open("ab") as log:
                 self.processes[name] = subprocess.Popen(
