@@ -7,6 +7,7 @@ it was opened, and the report verifies.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from typing import Any
 
@@ -208,7 +209,7 @@ def test_a_second_server_on_the_same_run_is_refused(consortium: Any) -> None:
     consistent(c)
 
 
-def test_sigterm_ends_after_the_round_and_a_rival_is_in_the_journal(consortium: Any) -> None:
+def test_sigterm_ends_after_the_round(consortium: Any) -> None:
     c = consortium("drained", steps=20)
     c.everybody()
     c.until_round(2)
@@ -223,3 +224,23 @@ def test_sigterm_ends_after_the_round_and_a_rival_is_in_the_journal(consortium: 
     assert set(codes.values()) == {0}, (codes, c.log("server")[-3000:])
     assert [r["round"] for r in c.of_kind("round.applied")] == [*range(1, 21)]
     assert all(c.charged(s) == [*range(1, 21)] for s in HOSPITALS)
+
+
+def test_a_second_machine_under_one_identity_is_refused_and_reported(consortium: Any) -> None:
+    """Somebody copied the hospital's keys: the first session goes on, the second is turned away and on record."""
+    c = consortium("rival", steps=STEPS)
+    shutil.copytree(c.home / WEST, c.home / "rival")
+    c.server()
+    c.site(WEST)
+    c.until("the first session", lambda: "connected" in c.log(WEST))
+    c.start("rival", "client", "run", "rival/site.toml")
+    c.until("the refusal", lambda: f"{WEST}: a second live process under its identity was refused" in c.log("server"))
+    for site in HOSPITALS[:-1]:
+        c.site(site)
+    codes = {name: c.code(name) for name in c.processes}
+    assert codes.pop("rival") == 80, c.log("rival")[-2000:]
+    assert set(codes.values()) == {0}, (codes, c.log("server")[-3000:])
+    [row] = c.of_kind("site.refused")
+    assert (row["site"], row["code"]) == (WEST, "TransportError")
+    assert "second live process" in row["reason"]
+    consistent(c)
