@@ -286,7 +286,7 @@ def outcome_of(found: Recoding, tuples: Tuples) -> Outcome:
 
 def random_order(n: int) -> Index:
     """A permutation from the operating system's randomness (sorted 64-bit keys)."""
-    return np.argsort(np.frombuffer(os.urandom(8 * n), np.uint64), kind="stable")
+    return np.argsort(np.frombuffer(os.urandom(8 * n), np.uint64))
 
 
 def release(table: pa.Table, spec: TableSpec, found: Recoding, classes: Index, rows: Index) -> pa.Table:

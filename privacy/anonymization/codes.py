@@ -61,9 +61,14 @@ def group(columns: Sequence[Codes], rows: int) -> Groups:
             span = len(distinct)
         key = key * width + (c - lowest)
         span *= width
-    _, first, inverse, sizes = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    # np.unique would sort stably, which is several times slower: any row of a class stands for all of it.
+    order = np.argsort(key)
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+    first, sizes = order[starts], np.diff(starts, append=rows)
+    inverse = np.empty(rows, np.int64)
+    inverse[order] = np.repeat(np.arange(len(starts)), sizes)
     tuples = np.stack([c[first] for c in columns], axis=1) if columns else np.zeros((len(first), 0), np.int32)
-    return Groups(tuples.astype(np.int32), sizes.astype(np.int64), inverse.astype(np.int64))
+    return Groups(tuples.astype(np.int32), sizes.astype(np.int64), inverse)
 
 
 def histogram(groups: Groups, sensitive: Codes, domain: int) -> NDArray[np.int64]:

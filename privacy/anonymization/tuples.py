@@ -17,6 +17,8 @@ from fedveil.common.errors import AnonymityError
 from fedveil.privacy.anonymization import codes as grouping
 from fedveil.privacy.anonymization.criteria import AlphaK, Criterion, KAnonymity, KMap, Reference
 
+_SPARSE = 32  # places of a table for each tuple, up to which it is filled and read faster than tuples are sorted
+
 Codes = NDArray[np.int32]
 Index = NDArray[np.int64]
 CHUNK_CELLS = 1 << 23  # cells of a class-by-value table held at once
@@ -85,25 +87,36 @@ class Tuples:
 def combinations(columns: Sequence[Codes], widths: Sequence[int]) -> tuple[Index, Index]:
     """The combination of every tuple (m,), numbered in lexicographic order, and one tuple of each combination.
 
-    Sorts only where a table of all combinations would be much larger than the number of tuples.
+    Columns are joined one by one and renumbered densely whenever a table of all combinations would be much larger than
+    the number of tuples; it sorts only where even two of them give such a table.
     """
-    m, span = len(columns[0]), math.prod(widths)
-    if span >= 1 << 62:
-        inverse = grouping.group(columns, m).inverse
-    else:
-        inverse = np.zeros(m, np.int64)
-        for column, width in zip(columns, widths, strict=True):
+    m = len(columns[0])
+    limit = max(1 << 14, _SPARSE * m)
+    inverse, span = np.zeros(m, np.int64), 1
+    for column, width in zip(columns, widths, strict=True):
+        if span * width > limit:
+            inverse, span = _dense(inverse, span)
+        if span * width > limit:
+            _, inverse = np.unique(inverse * width + column, return_inverse=True)
+            inverse, span = inverse.reshape(-1), int(inverse.max(initial=-1)) + 1
+        else:
             inverse *= width
             inverse += column
-    if span > max(1 << 14, 32 * m):
-        _, first, inverse = np.unique(inverse, return_index=True, return_inverse=True)
-        return inverse.reshape(-1), first
-    member = np.full(span, -1, np.int64)
-    member[inverse] = np.arange(m)
-    present = np.flatnonzero(member >= 0)
-    first = member[present]
-    member[present] = np.arange(len(present))
-    return member[inverse], first
+            span *= width
+    inverse, span = _dense(inverse, span)
+    first = np.empty(span, np.int64)
+    first[inverse] = np.arange(m)
+    return inverse, first
+
+
+def _dense(numbers: Index, span: int) -> tuple[Index, int]:
+    """``numbers`` below ``span`` as 0, 1, ... in their order, and how many there are."""
+    seen = np.zeros(span, bool)
+    seen[numbers] = True
+    present = np.flatnonzero(seen)
+    place = np.empty(span, np.int64)
+    place[present] = np.arange(len(present))
+    return place[numbers], len(present)
 
 
 class Constraints:
