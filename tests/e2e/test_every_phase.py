@@ -65,7 +65,10 @@ SERVER = {
     "end before": at_row("run.end", "before", 1),
 }
 BOTH = {
-    "contribute": (at_row("round.open", "after"), at_site("contribute", "after")),
+    "contribute": (
+        {"target": "fedveil.server.rounds:Round.collect", "when": "after", "nth": 9},
+        at_site("contribute", "after"),
+    ),
     "agree": (at_row("round.set", "after"), at_site("contribute", "after")),
     "open": ({"target": "fedveil.server.rounds:Round.ask", "when": "before", "nth": 3}, at_site("agree", "after")),
     "apply": (at_row("round.applied", "before"), at_site("open_sum", "after")),
