@@ -11,6 +11,7 @@ from fedveil.privacy.dp.accounting import ORDERS
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 from fedveil.privacy.ledger import Tally
 from fedveil.privacy.report import fields
+from fedveil.privacy.report.history import History
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
 _MAX_CRITERIA, _MAX_EVENTS = 64, 4096
@@ -143,6 +144,26 @@ class _State:
         if self.before is None:
             self.before, self.earlier = before, set(self.others)
         self.spends[fields.integer(row.body, "round", f"row {row.n}", low=1, high=1 << 20)] = row
+
+
+def accepted(c: Charges, h: History) -> None:
+    """Raise :class:`VerificationError` unless the site accepted this session's plan before its first charge."""
+    if not c.spends:
+        return
+    row = c.accepted
+    if row is None or row.n > min(r.n for r in c.spends.values()):
+        raise VerificationError("it was charged for a session that the site had not accepted")
+    for key in ("plan_hash", "roster_hash", "contract_hash"):
+        if row.body.get(key) != getattr(h, key):
+            raise VerificationError(f"row {row.n} accepts another {key.replace('_', ' ')}")
+
+
+def known_models(c: Charges, h: History) -> None:
+    """Raise :class:`VerificationError` if the ledger names a model that the server's journal does not have."""
+    known = {r.model_in for r in h.rounds} | {r.model_out for r in h.applied} | {h.ended.model_hash}
+    for row in c.models:
+        if row.body.get("model_hash") not in known:
+            raise VerificationError(f"row {row.n} names a model that the server's journal does not have")
 
 
 def bounded(row: Row) -> None:

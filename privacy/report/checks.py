@@ -22,7 +22,7 @@ from fedveil.privacy.report import bill, claims, fields, recompute, schema, sign
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
-from fedveil.privacy.report.charges import Charges, compose
+from fedveil.privacy.report.charges import Charges, accepted, compose, known_models
 from fedveil.privacy.report.derive import VERSION, Facts, derive
 from fedveil.privacy.report.history import COMPLETED, EXHAUSTED, History, replay
 
@@ -273,11 +273,11 @@ class Audit:
         c = compose(rows, h.session)
         if c.unit != plan.unit:
             raise VerificationError(f"the ledger counts each {c.unit!r}, the plan each {plan.unit!r}")
-        _accepted(c, h)
+        accepted(c, h)
         for n, row in c.spends.items():
             if row.n < joined[0]:
                 raise VerificationError(f"row {row.n} charges round {n} before the site joined")
-        _known_models(c, h)
+        known_models(c, h)
         self._charges[site] = c
         return f"{len(rows)} rows, {len(c.spends)} steps charged, filter epsilon {c.epsilon_after:.4f} of {c.cap:g}"
 
@@ -389,21 +389,3 @@ class Audit:
 
     def _has(self, name: str) -> bool:
         return self._bundle is not None and name in self._bundle.files
-
-
-def _accepted(c: Charges, h: History) -> None:
-    if not c.spends:
-        return
-    row = c.accepted
-    if row is None or row.n > min(r.n for r in c.spends.values()):
-        raise VerificationError("it was charged for a session that the site had not accepted")
-    for key in ("plan_hash", "roster_hash", "contract_hash"):
-        if row.body.get(key) != getattr(h, key):
-            raise VerificationError(f"row {row.n} accepts another {key.replace('_', ' ')}")
-
-
-def _known_models(c: Charges, h: History) -> None:
-    known = {r.model_in for r in h.rounds} | {r.model_out for r in h.applied} | {h.ended.model_hash}
-    for row in c.models:
-        if row.body.get("model_hash") not in known:
-            raise VerificationError(f"row {row.n} names a model that the server's journal does not have")

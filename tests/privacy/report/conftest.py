@@ -18,6 +18,7 @@ from fedveil.common.journal import Journal
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.privacy.dp.accounting import epsilon_pld
+from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.build import build_report
@@ -48,6 +49,7 @@ class World:
     session: str = SESSION
     cap: float = 8.0
     earlier_steps: int = 0
+    earlier_events: tuple[SampledGaussian, ...] = ()
     simulated: bool = False
     absent: dict[int, set[str]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
@@ -108,8 +110,9 @@ class World:
             self.folder / "journals" / f"{site}.jsonl", site, self.sites[site], lineage=f"{site}-patients",
             cap=Epsilon(self.cap), delta=Delta(self.plan.delta), unit=self.plan.unit, durable=False, clock=lambda: 1e9,
         )  # fmt: skip
+        events = self.earlier_events or (self.plan.event,)
         for n in range(self.earlier_steps):
-            ledger.reserve("earlier", n + 1, "e" * 64, self.plan.event)
+            ledger.reserve("earlier", n + 1, "e" * 64, events[n % len(events)])
         ledger.note("data.released", **self.released)
         hashes = {"plan_hash": self.plan.hash, "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"]}
         ledger.note("plan.accepted", session=self.session, **hashes)

@@ -1,0 +1,366 @@
+"""Single rows, two parties' copies, a site's signature, its local report, an audit's results, paper."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+from typer.testing import CliRunner
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import IdentityError, UsageError, VerificationError
+from fedveil.common.journal import parse
+from fedveil.privacy.cli_ledger import app as ledger_app
+from fedveil.privacy.report import compare, local, pdf, rows
+from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.cli import app
+from fedveil.privacy.report.countersign import countersign
+from fedveil.privacy.report.results import attach, checked
+from fedveil.privacy.report.verify import verify_report
+
+
+def call(*arguments: object, to=app):
+    return CliRunner().invoke(to, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def journal(w, site: str = "berg"):
+    return w.folder / "journals" / f"{site}.jsonl"
+
+
+# -- single rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proof(honest, tmp_path):
+    path = tmp_path / "proof.json"
+    result = call("prove", journal(honest), 5, "--out", path, to=ledger_app)
+    assert result.exit_code == 0, result.exception
+    return path
+
+
+def test_a_row_is_shown_without_its_ledger(honest, proof, tmp_path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("report.json", "roster.json"):  # an auditor who has neither journals nor the rest of the run
+        (alone / name).write_bytes((honest.folder / name).read_bytes())
+    result = call("row", proof, "--report", alone, "--consortium-key", honest.public)
+    assert result.exit_code == 0, result.exception
+    assert "row 5 of berg holds" in result.stdout
+    assert len(canonical.loads(proof.read_bytes())["path"]) <= 5
+    with pytest.raises(VerificationError, match="missing"):
+        rows.check(proof, alone / "report.json", None)
+
+
+def test_every_row_of_every_journal_can_be_proved(honest, tmp_path) -> None:
+    path = tmp_path / "p.json"
+    for name in ("journal.jsonl", "journals/alba.jsonl"):
+        for i, row in enumerate(parse((honest.folder / name).read_bytes())):
+            path.write_bytes(canonical.dumps(rows.prove(honest.folder / name, i)))
+            assert rows.check(path, honest.report, honest.public).hash == row.hash
+
+
+FORGERIES = {
+    "another body": (lambda p: p["row"]["body"].update(extra=1), "does not lead to the root"),
+    "another place": (lambda p: p.update(index=4), "another row"),
+    "another owner": (lambda p: p.update(owner="alba"), "another row"),
+    "another ledger's row": (lambda p: p["row"].update(owner="alba"), "proof"),
+    "another size": (lambda p: p.update(size=p["size"] - 1), "names"),
+    "a hash of the path": (lambda p: p["path"].__setitem__(1, "0" * 64), "does not lead to the root"),
+    "a shorter path": (lambda p: p["path"].pop(), "shorter"),
+    "a longer path": (lambda p: p["path"].append("0" * 64), "longer"),
+    "an endless path": (lambda p: p.update(path=["0" * 64] * 1000), "malformed"),
+    "no path": (lambda p: p.update(path=None), "malformed"),
+    "no row": (lambda p: p.update(row=None), "well-formed"),
+    "a version": (lambda p: p.update(v=2), "malformed"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_proof_is_refused(honest, proof, forgery) -> None:
+    change, reason = FORGERIES[forgery]
+    value = canonical.loads(proof.read_bytes())
+    change(value)
+    proof.write_bytes(canonical.dumps(value))
+    with pytest.raises(VerificationError, match=reason):
+        rows.check(proof, honest.report, honest.public)
+
+
+def test_a_root_that_the_server_did_not_sign_proves_nothing(spoilt, proof) -> None:
+    document = canonical.loads(spoilt.report.read_bytes())
+    document["payload"]["hashes"]["roots"]["berg"] = "0" * 64
+    spoilt.report.write_bytes(canonical.dumps(document))
+    with pytest.raises(VerificationError, match="signature"):
+        rows.check(proof, spoilt.report, spoilt.public)
+
+
+def test_there_is_no_proof_of_a_row_that_is_not_there(honest, tmp_path) -> None:
+    for row, size in ((99, None), (-1, None), (5, 5), (0, 999)):
+        with pytest.raises(VerificationError, match="no row"):
+            rows.prove(journal(honest), row, size)
+
+
+# -- two parties' copies ----------------------------------------------------------------------------------------------
+
+
+def verdicts(a, b, public=None) -> dict[str, tuple[str, int | None]]:
+    return {f.owner: (f.verdict, f.row) for f in compare.compare(a, b, public)}
+
+
+@pytest.fixture
+def copy(honest, tmp_path):
+    path = tmp_path / "berg.jsonl"
+    path.write_bytes(journal(honest).read_bytes())
+    return path
+
+
+def lines(path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_equal_longer_and_shorter_copies(honest, copy, tmp_path) -> None:
+    assert verdicts(journal(honest), copy) == {"berg": ("same", None)}
+    short = tmp_path / "short.jsonl"
+    short.write_bytes(b"".join(lines(copy)[:4]))
+    assert verdicts(short, copy) == {"berg": ("continues", 4)}
+    assert verdicts(copy, short) == {"berg": ("cut", 4)}
+    result = call("compare", copy, short)
+    assert isinstance(result.exception, VerificationError)
+    assert result.exception.exit_code == 60
+    assert "before row 4" in result.exception.message
+
+
+def test_a_fork_is_found_at_its_first_row(honest, spoilt) -> None:
+    spoilt.rewrite("journals/berg.jsonl", "berg", lambda items: items[6][1].update(session="another"))
+    public = identity.public_hex(honest.sites["berg"])
+    assert verdicts(journal(honest), journal(spoilt), public) == {"berg": ("forked", 6)}
+    assert verdicts(honest.folder, spoilt.folder)["berg"] == ("forked", 6)
+    found = canonical.loads(call("compare", honest.folder, spoilt.folder, "--json").stdout)
+    assert found["ok"] is False
+    assert {"owner": "alba", "verdict": "same"}.items() <= found["journals"][1].items()
+
+
+def test_a_row_changed_without_the_key_is_found(honest, copy) -> None:
+    rows_ = lines(copy)
+    rows_[2] = rows_[2].replace(b'"earlier"', b'"earliez"')
+    copy.write_bytes(b"".join(rows_))
+    assert verdicts(journal(honest), copy) == {"berg": ("altered", 2)}
+    copy.write_bytes(b"".join(lines(journal(honest)))[:-9])
+    assert verdicts(journal(honest), copy)["berg"][0] == "altered"
+
+
+def test_a_signature_that_does_not_hold_is_found_with_the_key(honest, copy) -> None:
+    rows_ = [canonical.loads(x) for x in lines(copy)]
+    rows_[2]["sig"] = rows_[1]["sig"]
+    copy.write_bytes(b"".join(canonical.dumps(r) + b"\n" for r in rows_))
+    assert verdicts(journal(honest), copy) == {"berg": ("same", None)}
+    public = identity.public_hex(honest.sites["berg"])
+    assert verdicts(journal(honest), copy, public) == {"berg": ("altered", 2)}
+
+
+def test_another_journal_under_the_same_name_is_found(honest, spoilt) -> None:
+    spoilt.rewrite("journals/berg.jsonl", "berg", lambda items: items[0][1].update(lineage="a fresh start"))
+    assert verdicts(journal(honest), journal(spoilt)) == {"berg": ("replaced", 0)}
+
+
+def peers(tmp_path, w, rows_: int, digest: str | None = None):
+    hashes = [canonical.loads(x)["hash"] for x in lines(journal(w))]
+    path = tmp_path / "peers.json"
+    path.write_bytes(canonical.dumps({"berg": [rows_, digest or hashes[rows_ - 1], hashes[0]]}))
+    return path
+
+
+def test_a_ledger_against_the_heads_that_a_peer_has_seen(honest, copy, tmp_path) -> None:
+    total = len(lines(copy))
+    assert verdicts(peers(tmp_path, honest, total), copy) == {"berg": ("same", None)}
+    assert verdicts(peers(tmp_path, honest, 5), copy) == {"berg": ("continues", 5)}
+    assert verdicts(copy, peers(tmp_path, honest, 5)) == {"berg": ("continues", 5)}
+    assert verdicts(peers(tmp_path, honest, 5, "a" * 64), copy) == {"berg": ("rewritten", 4)}
+    seen = peers(tmp_path, honest, total)
+    copy.write_bytes(b"".join(lines(copy)[:-2]))
+    assert verdicts(seen, copy) == {"berg": ("cut", total - 2)}
+    assert verdicts(copy, seen) == {"berg": ("cut", total - 2)}
+
+
+def test_two_peers_who_were_told_two_stories(honest, tmp_path) -> None:
+    a = peers(tmp_path, honest, 5)
+    (tmp_path / "other").mkdir()
+    assert verdicts(a, peers(tmp_path / "other", honest, 5, "b" * 64)) == {"berg": ("forked", 4)}
+    assert verdicts(a, peers(tmp_path / "other", honest, 7)) == {"berg": ("not comparable", None)}
+
+
+def test_two_reports_of_one_session_must_say_the_same(honest, spoilt) -> None:
+    assert verdicts(honest.folder, spoilt.folder)["report.json"] == ("same", None)
+    payload = canonical.loads(spoilt.report.read_bytes())["payload"]
+    payload["claim"]["epsilon"] = 1.0
+    spoilt.report.write_bytes(canonical.dumps(identity.signed(spoilt.server, "fedveil/report/1", payload)))
+    found = compare.compare(honest.report, spoilt.report)[0]
+    assert (found.owner, found.verdict) == ("report.json", "forked")
+    assert "epsilon" in found.detail
+
+
+def test_what_is_no_journal_cannot_be_compared(honest, copy, tmp_path) -> None:
+    bad = tmp_path / "x.json"
+    for data in (b"[]", b"{", b'{"berg": [1]}', b'{"berg": [1, "zz", "zz"]}'):
+        bad.write_bytes(data)
+        with pytest.raises(VerificationError):
+            compare.compare(bad, copy)
+    with pytest.raises(VerificationError, match="no journal in common"):
+        compare.compare(journal(honest, "alba"), copy)
+
+
+# -- a site's signature -----------------------------------------------------------------------------------------------
+
+
+def test_sites_sign_the_very_report(spoilt, tmp_path) -> None:
+    for site in ("berg", "alba"):
+        assert countersign(spoilt.report, spoilt.sites[site], spoilt.public) == site
+    found = verify_report(spoilt.report)
+    assert found.ok
+    assert found.countersigned == ("alba", "berg")
+    build_report(spoilt.folder, spoilt.server)  # written at another second, perhaps: then another report
+    payload = canonical.loads(spoilt.report.read_bytes())["payload"] | {"written_at": 1}
+    spoilt.report.write_bytes(canonical.dumps(identity.signed(spoilt.server, "fedveil/report/1", payload)))
+    failed = verify_report(spoilt.report).failed
+    assert failed is not None
+    assert (failed.name, "another report" in failed.detail) == ("countersignatures", True)
+    key = tmp_path / "signing.key"
+    identity.save_signing_key(key, spoilt.sites["cava"])
+    assert isinstance(call("sign", spoilt.report, "--key", key).exception, VerificationError)
+    (spoilt.folder / "signatures.json").unlink()
+    result = call("sign", spoilt.folder, "--key", key, "--consortium-key", spoilt.public)
+    assert (result.exit_code, result.stdout.strip()) == (0, "signed by cava")
+
+
+def test_nobody_outside_signs_and_nothing_wrong_is_signed(spoilt) -> None:
+    with pytest.raises(IdentityError, match="no site"):
+        countersign(spoilt.report, identity.new_signing_key(), None)
+    (spoilt.folder / "joins.json").write_bytes(b"{}")
+    with pytest.raises(VerificationError):
+        countersign(spoilt.report, spoilt.sites["alba"], None)
+    assert not (spoilt.folder / "signatures.json").exists()
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{", b'{"evil": {}}', b'{"alba": {}}', b'{"alba": 5}'])
+def test_malformed_signatures_are_a_failed_check(spoilt, data) -> None:
+    (spoilt.folder / "signatures.json").write_bytes(data)
+    failed = verify_report(spoilt.report).failed
+    assert failed is not None
+    assert failed.name == "countersignatures"
+
+
+# -- what stays at the site -------------------------------------------------------------------------------------------
+
+
+def test_the_local_report_holds_what_the_federations_does_not(honest, tmp_path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "quality.json").write_bytes(canonical.dumps({
+        "rows": 41, "stages": [{"stage": "read", "rows": 41}, {"cells": 7, "stage": "missing"}],
+        "columns": [{"column": "<age>", "missing": 7}],
+    }))  # fmt: skip
+    (work / "lineage.json").write_bytes(canonical.dumps({
+        "source": {"rows": 41}, "released": {"rows": 38}, "suppressed_rows": 3,
+    }))  # fmt: skip
+    (work / "released.csv").write_text("age,sex,y\n40-50,m,1\n40-50,m,0\n50-60,f,1\n", encoding="utf-8")
+    contract = {"payload": {"contract": {"columns": [
+        {"name": "age", "role": "quasi"}, {"name": "sex", "role": "quasi"}, {"name": "y", "role": "target"},
+    ]}}}  # fmt: skip
+    document = canonical.loads(honest.report.read_bytes())
+    found = local.collect(work, parse(journal(honest).read_bytes()), document, contract)
+    assert found["continues_report"] is True
+    assert found["loss"] == {"source": 41, "released": 38, "suppressed": 3, "suppressed_share": 3 / 41}
+    assert found["risk"] == {"rows": 3, "classes": 2, "smallest_class": 1, "prosecutor": 1.0, "marketer": 2 / 3,
+                             "alone": 1 / 3}  # fmt: skip
+    for path in local.write(work, found):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        text = path.read_text(encoding="utf-8")
+        assert "41" in text
+        assert path.suffix == ".json" or "&lt;age&gt;" in text
+    for key in ("quality", "loss", "risk", "lineage"):
+        assert key not in document["payload"], "the federation's report holds none of it"
+
+
+def test_a_local_ledger_that_is_another_is_said(honest, spoilt, tmp_path) -> None:
+    spoilt.rewrite("journals/berg.jsonl", "berg", lambda items: items[3][1].update(remark="later"))
+    result = call("local", tmp_path, "--ledger", journal(spoilt), "--report", honest.report)
+    assert result.exit_code == 0, result.exception
+    assert "IS NOT THE ONE" in (tmp_path / "local-report.html").read_text(encoding="utf-8")
+    assert "不一致" in (tmp_path / "local-report.zh.html").read_text(encoding="utf-8")
+    stranger = identity.public_hex(identity.new_signing_key())
+    refused = call("local", tmp_path, "--ledger", journal(spoilt), "--public", stranger)
+    assert isinstance(refused.exception, VerificationError)
+
+
+# -- an audit's results -----------------------------------------------------------------------------------------------
+
+NOISE = {"measured_noise_multiplier": 5.0, "claimed_noise_multiplier": 5.1, "interval": [4.9, 5.2], "confidence": 0.99,
+         "passed": True, "plan_hash": "a" * 64, "samples": 4096}  # fmt: skip
+ONE = {"epsilon_lower_bound": 0.4, "claimed_epsilon": 2.0, "confidence": 0.95}
+
+
+def test_an_audits_results_enter_the_report_and_are_verified(spoilt, tmp_path) -> None:
+    key, results = tmp_path / "signing.key", [tmp_path / "noise.json", tmp_path / "one.json"]
+    identity.save_signing_key(key, spoilt.server)
+    results[0].write_bytes(canonical.dumps({"v": 1, "conformance": NOISE}))
+    results[1].write_bytes(canonical.dumps({"one_run": ONE}))
+    done = call("report", spoilt.folder, "--key", key, "--audit", results[0], "--audit", results[1])
+    assert done.exit_code == 0, done.exception
+    assert verify_report(spoilt.report).ok
+    payload = canonical.loads(spoilt.report.read_bytes())["payload"]
+    assert payload["audit"] == {"v": 1, "conformance": NOISE, "one_run": ONE}
+    page = (spoilt.folder / "report.html").read_text(encoding="utf-8")
+    assert "Measured noise multiplier 5 [4.9, 5.2] against claimed 5.1" in page
+    assert "another plan than this run" in page
+    assert "No evidence above ε ≥ 0.4" in page
+    value = canonical.loads((spoilt.folder / "audit.json").read_bytes())
+    value["conformance"]["measured_noise_multiplier"] = 5.1
+    (spoilt.folder / "audit.json").write_bytes(canonical.dumps(value))
+    failed = verify_report(spoilt.report).failed
+    assert failed is not None
+    assert "measured_noise_multiplier" in failed.detail
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        {},
+        {"v": 2},
+        {"v": 1, "conformance": {**NOISE, "passed": 1}},
+        {"v": 1, "conformance": {**NOISE, "interval": [5.2, 4.9]}},
+        {"v": 1, "conformance": {**NOISE, "interval": 5}},
+        {"v": 1, "conformance": {**NOISE, "plan_hash": "x"}},
+        {"v": 1, "one_run": {**ONE, "confidence": 95}},
+        {"v": 1, "one_run": {"epsilon_lower_bound": "0"}},
+        {"v": 1, "more": "x" * (1 << 20)},
+    ],
+)
+def test_malformed_results_are_refused(bad, spoilt, tmp_path) -> None:
+    with pytest.raises(VerificationError):
+        checked(bad)
+    (tmp_path / "bad.json").write_bytes(canonical.dumps(bad))
+    (spoilt.folder / "audit.json").write_bytes(canonical.dumps(bad))
+    assert not verify_report(spoilt.report).ok
+    with pytest.raises(VerificationError):
+        attach(spoilt.folder, [tmp_path / "none.json"])
+
+
+# -- paper ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_browser_the_user_is_told(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="no Chromium"):
+        pdf.print_page(tmp_path / "x.html", tmp_path / "x.pdf")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(pdf.browser() is None, reason="no Chromium here")
+def test_both_pages_are_printed(spoilt) -> None:
+    for lang in ("en", "zh"):
+        result = call("pdf", spoilt.folder, "--lang", lang)
+        assert result.exit_code == 0, result.exception
+    found = sorted(p.name for p in spoilt.folder.glob("*.pdf"))
+    assert found == ["report.pdf", "report.zh.pdf"]
+    assert all((spoilt.folder / name).stat().st_size > 50_000 for name in found)
