@@ -240,8 +240,8 @@ def _page(r: Result) -> str:
         "over many records, and over all sites, is taken apart again. A secure sum alone does not help against it; the "
         "noise inside does.", "",
         f"Rebuilt exactly: a mean square error per pixel below {inversion.EXACT:g}, pixels in 0..1. \"At most\": what "
-        "the run's whole privacy curve allows anybody, whatever the attack (100 % without a defence). The models of the "
-        "membership table train on few records, a tenth of them with a wrong label, so that there is something to "
+        "the run's whole privacy curve allows anybody, whatever the attack (100 % without a defence). The models of "
+        "the membership table train on few records, a tenth of them with a wrong label, so that there is something to "
         "memorise: the table speaks of leaks, and its accuracies say nothing about larger data.", "",
         f"About {r.seconds:.0f} s of CPU.", "",
     ])  # fmt: skip

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedveil.common import canonical
-from fedveil.common.errors import VerificationError
+from fedveil.common.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from fedveil.privacy.audit.attach import Evidence
     from fedveil.privacy.audit.evidence import Conformance
+    from fedveil.privacy.audit.one_run import OneRun
     from fedveil.privacy.plan import PrivacyPlan
 
-_RUN = "A run's folder, which then holds the result as audit.json; or a plan.json. Default: an example's plan."
+_RUN = "A run's folder, or its plan.json. Default: an example's plan."
 Run = Annotated[Path | None, typer.Argument(help=_RUN)]
+Keep = Annotated[
+    bool, typer.Option("--attach", help="Keep the result in RUN/audit.json; the run's report must be written again.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print what audit.json holds, as canonical JSON.")]
 
 
@@ -25,17 +29,17 @@ def conformance(
     run: Run = None,
     rounds: Annotated[int, typer.Option(min=2, max=10_000, help="Sums that the noise is measured in.")] = 12,
     inputs: Annotated[int, typer.Option(min=16, max=1 << 20, help="Features of the audit slab.")] = 2048,
+    keep: Keep = False,
     as_json: Json = False,
 ) -> None:
     """Measure noise, clipping, sampling and ledger of this program against a plan. Exit code 60 if a check fails."""
     from fedveil.deploy.audit.inprocess import InProcess
-    from fedveil.privacy.audit.attach import Evidence, attach
+    from fedveil.privacy.audit.attach import Evidence
     from fedveil.privacy.audit.suite import Effort, examine
 
     plan = _plan(run)
     result = examine(InProcess(), plan, Effort(rounds=rounds, inputs=inputs))
-    if run is not None and run.is_dir():
-        attach(run, result)
+    _keep(run, keep, result)
     if as_json:
         _print_json(Evidence(plan.hash, conformance=result))
     else:
@@ -52,17 +56,19 @@ def one_run(
     canaries: Annotated[int, typer.Option(min=10, max=1 << 17, help="Records that toss a coin.")] = 1000,
     steps: Annotated[int, typer.Option(min=0, max=100_000, help="Sums; 0: the plan's.")] = 0,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the bound.")] = 0.95,
+    keep: Keep = False,
     as_json: Json = False,
 ) -> None:
     """Bound ε from below by one run over canaries. Exit code 60 if the bound exceeds the claim."""
     from fedveil.deploy.audit.canaries import Setting
     from fedveil.deploy.audit.canaries import one_run as audit_once
-    from fedveil.privacy.audit.attach import Evidence, attach
+    from fedveil.privacy.audit.attach import Evidence
 
     plan = _plan(run)
+    if keep and steps not in (0, plan.steps):
+        raise UsageError("a bound of fewer steps is no evidence about the run", hint="leave --steps or --attach out")
     result = audit_once(plan, Setting(canaries, confidence, steps))
-    if run is not None and run.is_dir() and steps in (0, plan.steps):
-        attach(run, result)
+    _keep(run, keep, result)
     if as_json:
         _print_json(Evidence(plan.hash, one_run=result))
     else:
@@ -87,6 +93,20 @@ def attacks(
     write(result, out)
     _print(result.table())
     _print(f"written to {out / 'attacks.md'} and {out / 'attacks.png'}")
+
+
+def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun) -> None:
+    """Write ``RUN/audit.json`` if asked to, and say what that means for a report that is there already."""
+    from fedveil.privacy.audit.attach import attach
+    from fedveil.privacy.report.bundle import REPORT
+
+    if not wanted:
+        return
+    if run is None or not run.is_dir():
+        raise UsageError("--attach needs a run's folder")
+    attach(run, result)
+    if (run / REPORT).exists():
+        typer.echo(f"the report is out of date: 'fedveil audit report {run} --key ...' writes it again", err=True)
 
 
 def _plan(run: Path | None) -> PrivacyPlan:

@@ -73,13 +73,16 @@ def _noisy_binomial(seen: float, trials: int, q: float, noise: float) -> float:
 
 
 def batch_sizes(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
-    """Poisson sampling leaves the batch size random: the variance of the counts, two-sided."""
-    noise = float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
-    d = np.stack([slab.scores(r) for r in releases]) - plan.sample_rate * slab.counts
-    p, ratio = _dispersion(d, np.broadcast_to(slab.counts, d.shape), plan.sample_rate, noise)
+    """Poisson sampling leaves a site's batch size random: the variance of the counts by site and round, two-sided."""
+    noise = slab.counts.shape[1] * float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
+    sizes = slab.counts.sum(1)
+    d = np.stack([slab.scores(r).sum(1) for r in releases]) - plan.sample_rate * sizes
+    n = np.broadcast_to(sizes, d.shape)
+    p, ratio = _dispersion(d, n, plan.sample_rate, noise)
+    seen = _fault_seen(n, plan.sample_rate, noise, 0.0, alpha)
     return Finding(
-        "sampling: random batch size", "variance of the number of records in a round against q(1-q)n", p, alpha,
-        ratio, 1.0, d.size, _share(plan.sample_rate, slab, noise, d.size, alpha),
+        "sampling: random batch size", "variance of the records that a site takes in a round against q(1-q)n", p, alpha,
+        ratio, 1.0, d.size, "batches of a fixed size" if seen else "nothing: the noise hides the batch sizes",
     )  # fmt: skip
 
 
@@ -89,37 +92,34 @@ def fresh_samples(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], 
     noise = float(np.sum([spread(plan, len(r.members)) ** 2 for r in releases]))
     d = np.sum([slab.scores(r) for r in releases], axis=0) - rounds * plan.sample_rate * slab.counts
     p, ratio = _dispersion(d, rounds * slab.counts, plan.sample_rate, noise)
+    seen = _fault_seen(rounds * slab.counts, plan.sample_rate, noise, float(rounds), alpha)
     return Finding(
         "sampling: rounds independent", "variance of the number of records over all rounds against independence", p,
-        alpha, ratio, 1.0, d.size * rounds, _repeated(plan.sample_rate, slab, noise / rounds, rounds, alpha),
+        alpha, ratio, 1.0, d.size * rounds, "the same records in every round" if seen else "nothing: too much noise",
     )  # fmt: skip
 
 
 def _dispersion(d: NDArray[np.float64], n: NDArray[np.int64], q: float, noise: float) -> tuple[float, float]:
-    """p-value of Σd² for d = Binomial(n, q) - nq + N(0, noise), and its ratio to the mean.
-
-    Chi-square with the first two moments of the statistic (Satterthwaite), fourth moments of the binomial included.
-    """
-    v = n * q * (1 - q)
-    fourth = v * (1 + 3 * (n - 2) * q * (1 - q))
-    expected = v + noise
-    spread_ = fourth + 6 * v * noise + 3 * noise**2 - expected**2
-    freedom = 2 * float(expected.sum()) ** 2 / float(spread_.sum())
-    ratio = float((d**2).sum() / expected.sum())
+    """p-value of Σd² for d = Binomial(n, q) - nq + N(0, noise), and its ratio to the mean."""
+    ratio = float((d**2).sum() / (n * q * (1 - q) + noise).sum())
+    freedom = _freedom(n, q, noise)
     return two_sided(ratio * freedom, freedom), ratio
 
 
-def _share(q: float, slab: Slab, noise: float, samples: int, alpha: float) -> str:
-    mine = float(slab.counts.mean()) * q * (1 - q)
-    limit = float(stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * math.sqrt(2 / samples) * (mine + noise) / mine
-    return "batches of a fixed size" if limit < 1 else "nothing: the noise hides the batch sizes"
+def _freedom(n: NDArray[np.int64], q: float, noise: float) -> float:
+    """Of the chi-square with the first two moments of Σd² (Satterthwaite); fourth moments of the binomial included."""
+    v = n * q * (1 - q)
+    fourth = v * (1 + 3 * (n - 2) * q * (1 - q))
+    expected = v + noise
+    return 2 * float(expected.sum()) ** 2 / float((fourth + 6 * v * noise + 3 * noise**2 - expected**2).sum())
 
 
-def _repeated(q: float, slab: Slab, noise: float, rounds: int, alpha: float) -> str:
-    mine = float(slab.counts.mean()) * q * (1 - q)
-    limit = float(stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * math.sqrt(2 / slab.counts.size)
-    ratio = (rounds * mine + noise) / (mine + noise)
-    return "the same records in every round" if ratio > 1 + limit else "nothing: the noise hides the samples"
+def _fault_seen(n: NDArray[np.int64], q: float, noise: float, times: float, alpha: float) -> bool:
+    """Whether a sampling variance ``times`` what it must be fails the check, with the power stated elsewhere."""
+    v = float((n * q * (1 - q)).mean())
+    ratio, freedom = (times * v + noise) / (v + noise), _freedom(n, q, noise)
+    edge = stats.chi2.ppf(POWER if ratio < 1 else 1 - POWER, freedom)
+    return two_sided(ratio * float(edge), freedom) < alpha
 
 
 def neighbours(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,10 @@ from fedveil.privacy.audit import noise_checks as noise
 from fedveil.privacy.audit import record_checks as records
 from fedveil.privacy.audit.evidence import Conformance, Finding, Implementation, Run
 from fedveil.privacy.audit.slab import Slab, noise_std, residuals, slab_plan
+from fedveil.privacy.dp.accounting import Filter, best_order
 from fedveil.privacy.plan import PrivacyPlan
 
 EXHAUSTED = "BUDGET_EXHAUSTED"
-_CARRIED, _PLANNED = 2, 4
 
 
 @dataclass(frozen=True)
@@ -162,15 +163,16 @@ def _pair(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> tuple
 
 
 def _stopping(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> Finding:
-    """A cap that carries half of the plan's steps."""
+    """A cap that carries two steps less than the plan has; without sampling, so that a step costs something."""
     inputs = max(16, plan.sites)
-    whole, half = (
-        slab_plan(plan, inputs=inputs, steps=s, sample_rate=plan.sample_rate, records=plan.sites)
-        for s in (_PLANNED, _CARRIED)
-    )
+    make = partial(slab_plan, plan, inputs=inputs, sample_rate=1.0, records=plan.sites)
+    few = make(steps=2)
+    cap = few.filter_epsilon()
+    carried = Filter(cap, plan.delta, best_order(cap, plan.delta)).affords(few.event)
+    whole = make(steps=carried + 2)
     empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, plan.clip)
-    run = implementation.run(whole, empty.parts(), absent=[frozenset()] * _PLANNED, cap=half.filter_epsilon())
-    return records.stops(run, _CARRIED, EXHAUSTED, e.alpha)
+    run = implementation.run(whole, empty.parts(), absent=[frozenset()] * whole.steps, cap=cap)
+    return records.stops(run, carried, EXHAUSTED, e.alpha)
 
 
 def _run(

@@ -129,8 +129,15 @@ def test_the_commands_and_the_file_beside_the_run(tmp_path):
     runner = CliRunner()
     shown = runner.invoke(build(), ["audit", "conformance", str(tmp_path), "--rounds", "4", "--inputs", "256"])
     assert shown.exit_code == 0, shown.output
+    assert not (tmp_path / "audit.json").exists()
+    (tmp_path / "report.json").touch()
+    kept = runner.invoke(
+        build(), ["audit", "conformance", str(tmp_path), "--rounds", "4", "--inputs", "64", "--attach"]
+    )
+    assert kept.exit_code == 0, kept.output
+    assert "out of date" in kept.output
     assert "against claimed 2" in shown.output
-    bound = runner.invoke(build(), ["audit", "one-run", str(tmp_path), "--canaries", "50", "--json"])
+    bound = runner.invoke(build(), ["audit", "one-run", str(tmp_path), "--canaries", "50", "--json", "--attach"])
     assert bound.exit_code == 0, bound.output
     held = read(tmp_path, plan.hash)
     assert held is not None
@@ -138,6 +145,15 @@ def test_the_commands_and_the_file_beside_the_run(tmp_path):
     assert held.one_run is not None
     assert held.one_run.guesses.canaries == 50
     assert canonical.loads(bound.stdout)["one_run"] == held.one_run.to_json()
+
+
+@pytest.mark.parametrize("more", [["--attach"], ["RUN", "--attach", "--steps", "2"], ["RUN/nothing"]])
+def test_what_cannot_be_attached_is_refused(tmp_path, more):
+    (tmp_path / "plan.json").write_text(json.dumps(small().to_json()))
+    words = [w.replace("RUN", str(tmp_path)) for w in more]
+    done = CliRunner().invoke(build(), ["audit", "one-run", *words, "--canaries", "20"])
+    assert isinstance(done.exception, UsageError)
+    assert not (tmp_path / "audit.json").exists()
 
 
 def test_a_failed_examination_ends_with_the_code_of_verification(tmp_path, monkeypatch):
