@@ -14,7 +14,7 @@ from fedveil.privacy.audit.slab import Slab, slab_plan
 from fedveil.privacy.dp.noise import KeyStream
 from fedveil.privacy.plan import PrivacyPlan
 
-MAX_CANARIES = 1 << 17
+MAX_CANARIES = 1 << 13  # a record has a feature for every canary: their table grows with the square
 
 
 @dataclass(frozen=True)

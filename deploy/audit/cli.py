@@ -53,7 +53,7 @@ def conformance(
 
 def one_run(
     run: Run = None,
-    canaries: Annotated[int, typer.Option(min=10, max=1 << 17, help="Records that toss a coin.")] = 1000,
+    canaries: Annotated[int, typer.Option(min=10, max=1 << 13, help="Records that toss a coin.")] = 1000,
     steps: Annotated[int, typer.Option(min=0, max=100_000, help="Sums; 0: the plan's.")] = 0,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the bound.")] = 0.95,
     keep: Keep = False,

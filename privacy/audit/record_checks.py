@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedveil.privacy.audit.evidence import Finding, Release, Run
-from fedveil.privacy.audit.noise_checks import POWER, mean, two_sided
+from fedveil.privacy.audit.noise_checks import POWER, mean, two_sided, weakest
 from fedveil.privacy.audit.slab import Slab, noise_std, residuals, spread
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.plan import PrivacyPlan
@@ -140,9 +140,10 @@ def neighbours(
     apart = float(scores[1] - scores[0])
     far = float((stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * std)
     ratio = factor[1] / max(factor[0], 1e-300)
+    least = f"noise x{weakest(samples // 2, alpha / 2):.3f} at one of the two"
     return [
         Finding("neighbours: noise", "noise with N + 1 records against noise with N, each against the claim",
-                min(1.0, 2 * min(p)), alpha, ratio, 1.0, samples, "a noise that depends on N"),
+                min(1.0, 2 * min(p)), alpha, ratio, 1.0, samples, least),
         Finding("neighbours: divisor", "what the model was moved by against the sum divided by the plan's q·N",
                 float(off < 1e-6), alpha, off, 0.0, samples, "a divisor that is off by 1e-6"),
         Finding("neighbours: distance", "distance of the mean sums over N and N + 1 records, in clips",

@@ -24,6 +24,7 @@ from fedveil.privacy.dp.accounting import Filter, best_order
 from fedveil.privacy.plan import PrivacyPlan
 
 EXHAUSTED = "BUDGET_EXHAUSTED"
+_MOST_GROUPS = 2048  # in all: every record has a feature for each
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Effort:
     Attributes:
         rounds: sums over empty sites, through all patterns of drop-outs, and over the slab's records.
         inputs: features of the slab; a sum has ``2 * (inputs + 1)`` coordinates.
-        groups: directions of each site.
+        groups: directions of each site; fewer where there are many sites.
         group: records on a direction at most; the grid's clamp may allow fewer.
         alpha: each check fails a correct program with at most this probability.
         confidence: of the intervals.
@@ -105,8 +106,9 @@ def _noise_findings(plan: PrivacyPlan, z: noise.Residuals, e: Effort) -> list[Fi
 
 def _noise_alone(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> tuple[PrivacyPlan, Slab, Run]:
     """All sites empty; rounds go through every number of drop-outs."""
-    inner = slab_plan(plan, inputs=e.inputs, steps=e.rounds, sample_rate=plan.sample_rate, records=plan.sites)
-    empty = Slab(np.zeros((plan.sites, 1), np.int64), e.inputs, plan.clip)
+    inputs = max(e.inputs, plan.sites)
+    inner = slab_plan(plan, inputs=inputs, steps=e.rounds, sample_rate=plan.sample_rate, records=plan.sites)
+    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, plan.clip)
     return inner, empty, _run(implementation, inner, empty, absent=list(_absences(plan, e.rounds)))
 
 
@@ -118,14 +120,15 @@ def _absences(plan: PrivacyPlan, rounds: int) -> Iterable[frozenset[int]]:
 
 def _groups(plan: PrivacyPlan, e: Effort) -> NDArray[np.int64]:
     """Records by site and group: different numbers, so that nothing can follow from a site's own size unseen."""
-    wanted = e.group - np.arange(plan.sites * e.groups).reshape(plan.sites, e.groups) % max(1, e.group // 2)
+    groups = max(1, min(e.groups, _MOST_GROUPS // plan.sites))
+    wanted = e.group - np.arange(plan.sites * groups).reshape(plan.sites, groups) % max(1, e.group // 2)
     return wanted.astype(np.int64)
 
 
 def _slab(plan: PrivacyPlan, e: Effort, steps: int, rate: float) -> tuple[PrivacyPlan, Slab]:
     """A plan and a slab of which no group reaches the grid's clamp."""
-    inputs = max(e.inputs, plan.sites * e.groups)
     counts = _groups(plan, e)
+    inputs = max(e.inputs, counts.size)
     inner = slab_plan(plan, inputs=inputs, steps=steps, sample_rate=rate, records=int(counts.sum()), quiet=True)
     most = max(1, int(inner.clamp / plan.clip / 2))  # so that twice the clip is seen before the clamp hides it
     return inner, Slab(np.minimum(counts, most), inputs, plan.clip)
@@ -150,13 +153,13 @@ def _sampling(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> l
 def _pair(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> tuple[list[Finding], list[noise.Residuals]]:
     """The same plan over N and over N + 1 records at the first site; the others are empty."""
     N = 4
-    steps = max(2, e.rounds // 2)
-    inner = slab_plan(plan, inputs=e.inputs, steps=steps, sample_rate=1.0, records=plan.sites * N, quiet=True)
+    inputs, steps = max(e.inputs, plan.sites), max(2, e.rounds // 2)
+    inner = slab_plan(plan, inputs=inputs, steps=steps, sample_rate=1.0, records=plan.sites * N, quiet=True)
     slabs, runs = [], []
     for size in (N, N + 1):
         counts = np.zeros((plan.sites, 1), np.int64)
         counts[0] = size
-        slabs.append(Slab(counts, e.inputs, plan.clip))
+        slabs.append(Slab(counts, inputs, plan.clip))
         runs.append(_run(implementation, inner, slabs[-1]))
     z = [residuals(inner, r.releases, s.known(s.counts)) for r, s in zip(runs, slabs, strict=True)]
     return records.neighbours((inner, inner), (slabs[0], slabs[1]), (runs[0], runs[1]), e.alpha), z

@@ -37,7 +37,7 @@ def train_plan(**changes):
     return make_plan(**{**given, **changes})
 
 
-@pytest.mark.parametrize("sum_", ["keysum", "sharedkey", "plain"])
+@pytest.mark.parametrize("sum_", ["keysum", "plain", pytest.param("sharedkey", marks=pytest.mark.slow)])
 def test_the_honest_program_passes_every_check(sum_):
     result = examine(InProcess(), train_plan(sum=sum_))
     assert result.failed == ()

@@ -106,7 +106,7 @@ def test_the_definition_passes():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mode": "local", "sum": "none"}, {"sample_rate": 1.0}, {"sites": 30, "noise_multiplier": 0.7},
+    [{"mode": "local", "sum": "none"}, {"sample_rate": 1.0}, {"sites": 400, "noise_multiplier": 0.7},
      {"clip": 40.0}, {"sample_rate": 0.01}, {"noise_multiplier": 60.0}],
 )  # fmt: skip
 def test_other_plans_pass(changes):
