@@ -118,7 +118,7 @@ def test_the_connection_survives_the_encryption_of_a_hundred_million_parameters(
 
     def main(grid: GrpcGrid) -> tuple[Packet, float]:
         real = grid.mailbox.attach
-        monkeypatch.setattr(grid.mailbox, "attach", lambda s, i: attached.append(i) or real(s, i))
+        monkeypatch.setattr(grid.mailbox, "attach", lambda s, i, **k: attached.append(i) or real(s, i, **k))
         assert grid.wait_for_sites(1, 60) == 1
         node = flower.node_id(SiteId("north"))
         request = flower.request(Packet({"kind": "contribute"}), to=node, action="train.contribute", round=1)

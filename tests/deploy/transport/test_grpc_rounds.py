@@ -287,8 +287,13 @@ class Line:
                 near, _ = self.listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self.target))
-            self.sockets += [near, far]
+            self.sockets.append(near)
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                near.close()  # the server has ended
+                continue
+            self.sockets.append(far)
             dead = self.dead = threading.Event()
             for a, b in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=(a, b, dead), daemon=True).start()
