@@ -1,7 +1,8 @@
 """A server process for attacks on the transport: it asks every connected site again and again, and says how it is.
 
-``python transport_server.py FOLDER BURST STALL``. Lines of JSON on stdout: ``{"port"}``, then ``{"rounds", "answered",
-"rss"}`` (bytes) after every round, ``{"report": [site, what]}`` for what was refused, ``{"ended"}`` once stdin was closed.
+``python transport_server.py FOLDER BURST STALL``. Lines of JSON on stdout: ``{"port"}``, then after every round
+``{"rounds", "answered", "rss"}`` (bytes), ``{"report": [site, what]}`` for what was refused, ``{"ended"}`` once stdin
+was closed.
 """
 
 from __future__ import annotations
