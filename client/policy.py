@@ -1,10 +1,19 @@
-"""The site's own limits: what a server may ask for. It refuses; it never adjusts a plan silently."""
+"""The site's own limits: what a server may ask for, and when. It refuses; it never adjusts a plan silently."""
 
 from __future__ import annotations
 
-from fedveil.common.errors import PolicyRefusal
-from fedveil.common.settings import LimitsSection
+import datetime
+import zoneinfo
+from functools import lru_cache
+
+from fedveil.common import canonical
+from fedveil.common.contract import DataContract
+from fedveil.common.errors import AnonymityError, PolicyRefusal
+from fedveil.common.settings import WEEK, LimitsSection, window
+from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.plan import PrivacyPlan
+
+_HINT = "change the plan, or ask the site's owner to change site.toml"
 
 
 def check(plan: PrivacyPlan, limits: LimitsSection) -> None:
@@ -12,30 +21,114 @@ def check(plan: PrivacyPlan, limits: LimitsSection) -> None:
 
     The cap on ε over all runs is not checked here: the ledger enforces it step by step.
     """
+    if text := _broken(plan, limits):
+        raise PolicyRefusal(text, hint=_HINT)
+
+
+def check_hours(limits: LimitsSection, now: datetime.datetime | None = None) -> None:
+    """Raise :class:`PolicyRefusal` outside the site's working hours.
+
+    Args:
+        now: with a time zone; by default the machine's clock.
+    """
+    if not limits.hours and set(limits.days) == set(WEEK):
+        return
+    local = (now or datetime.datetime.now(datetime.UTC)).astimezone(zoneinfo.ZoneInfo(limits.timezone))
+    day = local.date()
+    inside = True
+    if limits.hours:
+        first, last = window(limits.hours)
+        at = local.time()
+        inside = first <= at < last if first < last else at >= first or at < last
+        if first > last and at < last:  # after midnight, the window is the evening's before
+            day -= datetime.timedelta(days=1)
+    if not inside or WEEK[day.weekday()] not in limits.days:
+        raise PolicyRefusal(
+            f"this site works {', '.join(limits.days)} {limits.hours or 'all day'} ({limits.timezone}) only",
+            hint="start or resume the run in that time",
+        )
+
+
+def check_contract(contract: DataContract, limits: LimitsSection) -> None:
+    """Raise :class:`AnonymityError` for a data contract that asks for less anonymity than the site's floor."""
+    for broken, text in (
+        (contract.k < limits.min_k, f"k = {contract.k} is below this site's {limits.min_k}"),
+        (contract.l < limits.min_l, f"l = {contract.l} is below this site's {limits.min_l}"),
+        (
+            limits.max_t is not None and (contract.t is None or contract.t > limits.max_t),
+            f"t = {contract.t} is not within this site's {limits.max_t}",
+        ),
+    ):
+        if broken:
+            raise AnonymityError(
+                f"the data contract's {text}", hint="agree on another contract, or change [limits] in site.toml"
+            )
+
+
+def model_hash(plan: PrivacyPlan) -> str:
+    """SHA-256 (hex) of the canonical spec of what a plan computes: what ``[limits] models`` lists."""
+    return canonical.digest(plan.model.model_dump(mode="json"))
+
+
+def metrics_of(spec: StatsSpec) -> tuple[str, ...]:
+    """The names of the statistics that a spec opens, as ``[limits] metrics`` lists them."""
+    found = ["count"]
+    if any(c.moments for c in spec.columns):
+        found.append("mean")
+    if any(c.moments == 2 for c in spec.columns):
+        found.append("variance")
+    if any(c.histogram for c in spec.columns):
+        found.append("histogram")
+    if spec.metric is not None:
+        found += ["accuracy", "confusion"] if spec.metric.confusion else ["accuracy"]
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _broken(plan: PrivacyPlan, limits: LimitsSection) -> str:
+    """The first limit that the plan breaks, in words; empty if none. Asked for again with every answer."""
+    per_run = min(limits.max_epsilon, limits.max_epsilon_per_run or limits.max_epsilon)
+    shared = plan.mode != "local"
     for broken, text in (
         (plan.task not in limits.tasks, f"task {plan.task!r} is not among the tasks this site allows"),
         (plan.mode not in limits.modes, f"mode {plan.mode!r} is not among the modes this site allows"),
         (plan.sum not in limits.sums, f"sum {plan.sum!r} is not among the sums this site allows"),
         (plan.delta > limits.delta, f"delta = {plan.delta:g} is above this site's {limits.delta:g}"),
-        (plan.epsilon > limits.max_epsilon, f"epsilon = {plan.epsilon:g} is above this site's {limits.max_epsilon:g}"),
+        (plan.epsilon > per_run, f"epsilon = {plan.epsilon:g} is above this site's {per_run:g} for one run"),
         (
             plan.noise_multiplier < limits.min_noise_multiplier,
             f"noise multiplier {plan.noise_multiplier:g} is below this site's {limits.min_noise_multiplier:g}",
         ),
         (plan.sites < limits.min_sites, f"{plan.sites} sites are fewer than this site's {limits.min_sites}"),
         (
-            plan.mode != "local" and plan.honest < limits.min_honest,
+            shared and plan.honest < limits.min_honest,
             f"{plan.honest} honest shares are fewer than this site's {limits.min_honest}",
         ),
         (
-            plan.mode != "local" and plan.colluders < limits.min_colluders,
+            shared and plan.colluders < limits.min_colluders,
             f"{plan.colluders} colluding sites are fewer than the {limits.min_colluders} this site wants stood",
         ),
         (plan.committee > 0 and not limits.committee, "this site does not let a committee open sums"),
-        (
-            plan.fallback > limits.max_fallback_epsilon,
-            f"the fallback epsilon {plan.fallback:.3g} is above this site's {limits.max_fallback_epsilon:g}",
-        ),
     ):
         if broken:
-            raise PolicyRefusal(text, hint="change the plan, or ask the site's owner to change site.toml")
+            return text
+    return _unlisted(plan, limits) or _fallback(plan, limits)
+
+
+def _unlisted(plan: PrivacyPlan, limits: LimitsSection) -> str:
+    if limits.plans and plan.hash not in limits.plans:
+        return f"the plan {plan.hash} is not among the plans this site allows"
+    if limits.models and (found := model_hash(plan)) not in limits.models:
+        return f"the model {plan.model.name!r} ({found}) is not among the models this site allows"
+    if isinstance(plan.model, StatsSpec):
+        asked = [m for m in metrics_of(plan.model) if m not in limits.metrics]
+        if asked:
+            return f"statistic {asked[0]!r} is not among the metrics this site allows"
+    return ""
+
+
+def _fallback(plan: PrivacyPlan, limits: LimitsSection) -> str:
+    """Last, because it takes an accountant."""
+    if plan.fallback > limits.max_fallback_epsilon:
+        return f"the fallback epsilon {plan.fallback:.3g} is above this site's {limits.max_fallback_epsilon:g}"
+    return ""

@@ -69,6 +69,7 @@ def contribute(site: Site, request: Packet) -> Packet:
         if (session.id, round_) not in site.ledger.tally.committed:
             site.ledger.commit(session.id, round_)  # a crash came between keeping the answer and this row
         return again
+    site.permit(session)
     weights = _weights(site, session, request)
 
     if isinstance(plan.model, StatsSpec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil.client import policy
+from fedveil.client.approval import Approvals
 from fedveil.client.peers import PeerHeads
 from fedveil.client.revealed import RevealedModel
 from fedveil.common import canonical, identity
@@ -31,6 +33,8 @@ from fedveil.privacy.secagg.heads import check_head
 from fedveil.privacy.secagg.interface import SiteSum, is_hex
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import Store
+
+_DAY_S = 86400.0
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Site:
         peers: what this site remembers of the others' journals.
         models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
+        approvals: where persons' approvals are found, for limits that ask for them.
     """
 
     id: SiteId
@@ -96,6 +101,7 @@ class Site:
     models: Path | None = None
     peers: PeerHeads = field(default_factory=PeerHeads)
     contract: DataContract | None = None
+    approvals: Approvals | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
 
     def accept(self, session: str, plan_json: Any, roster_hash: str, contract_hash: str) -> Session:
@@ -120,21 +126,74 @@ class Site:
             raise ProtocolError(f"the statistics read the records otherwise than the contract: {where}")
         if self.ledger.tally.unit != plan.unit:
             raise PolicyRefusal(f"this site's ledger counts each {self.ledger.tally.unit}, the plan each {plan.unit}")
-        policy.check(plan, self.limits)
+        self._permitted(session, plan)
+        approvals = [] if self._noted("plan.accepted", session) else self._admitted(session, plan)
         known = self._open(session, plan)
         if known.plan.hash != plan.hash:
             raise ProtocolError("another plan was signed for this session")
         if not self._noted("plan.accepted", session):
-            if self.ledger.affords(plan.event) < 1:
-                self.ledger.note("refused", session=session, reason=BudgetExhausted.__name__)
-                del self._sessions[session]
-                raise BudgetExhausted("the budget of this site's data set does not carry one step of the plan")
             self.ledger.note("data.released", **self.evidence)
+            if approvals:
+                self.ledger.note("plan.approved", session=session, plan_hash=plan.hash, approvals=approvals)
             self.ledger.note(
                 "plan.accepted",
                 session=session, plan_hash=plan.hash, roster_hash=roster_hash, contract_hash=contract_hash,
             )  # fmt: skip
         return known
+
+    def permit(self, session: Session) -> None:
+        """Before a round is charged: the site's limits as they are now, and its working hours.
+
+        Raises:
+            PolicyRefusal: they say no; one row of the ledger says that they did.
+        """
+        self._permitted(session.id, session.plan)
+
+    def _permitted(self, session: str, plan: PrivacyPlan) -> None:
+        try:
+            policy.check(plan, self.limits)
+            policy.check_hours(self.limits)
+        except PolicyRefusal as e:
+            self.refused(session, e.code)
+            raise
+
+    def _admitted(self, session: str, plan: PrivacyPlan) -> list[str]:
+        """What a session under a new name needs beside a fitting plan; the digests of the approvals it uses up.
+
+        Raises:
+            PolicyRefusal, BudgetExhausted: nothing was written for it, except that this was refused.
+        """
+        spent, since = {s for s, _ in self.ledger.tally.by_round}, time.time() - _DAY_S
+        accepted = (r for r in self.ledger.journal.of_kind("plan.accepted") if r.at >= since)
+        if sum(r.body["session"] not in spent for r in accepted) >= self.limits.max_unused_sessions:
+            # No row: whoever asks for ever new sessions must not fill the ledger with refusals either.
+            raise PolicyRefusal(
+                f"{self.limits.max_unused_sessions} sessions in which nothing was charged began here within 24 hours",
+                hint="resume a run that began, or wait; the site's owner can raise max_unused_sessions",
+            )
+        if self.ledger.affords(plan.event) < 1:
+            self.refused(session, BudgetExhausted.__name__)
+            raise BudgetExhausted("the budget of this site's data set does not carry one step of the plan")
+        if not self.limits.approvals:
+            return []
+        if self.approvals is None:
+            raise PolicyRefusal("this site asks for approvals and keeps none", hint="run it from its site.toml")
+        used = [d for r in self.ledger.journal.of_kind("plan.approved") for d in r.body["approvals"]]
+        try:
+            return self.approvals.require(plan, used)
+        except PolicyRefusal as e:
+            self.refused(session, e.code)
+            raise
+
+    def refused(self, session: Any, reason: str) -> None:
+        """Note a refusal, unless the ledger ends with one for the same reason: asking again does not fill it."""
+        for row in reversed(self.ledger.journal.rows):
+            if row.kind != "refused":
+                break
+            if row.body["reason"] == reason:
+                return
+        if isinstance(session, str) and is_hex(session, 64):
+            self.ledger.note("refused", session=session, reason=reason)
 
     def _open(self, session: str, plan: PrivacyPlan) -> Session:
         """The session, from memory or made anew; its plan is on disk before anything is signed."""

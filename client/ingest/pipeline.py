@@ -86,7 +86,7 @@ def ingest(
     table = recoded.table.take(_shuffled(recoded.table.rows))
     released = _write_verified(table, contract, work)
     X, y = encode.encode(table, contract)
-    evidence = _evidence(contract, committed, lineage.commitment(secret, "released", released))
+    evidence = evidence_of(contract, committed, lineage.commitment(secret, "released", released))
     done = [*report.stages, stages.Stage("suppression", raw.rows, table.rows, 0, {"limit": contract.suppression_limit})]
     record = {
         "v": 2,
@@ -169,8 +169,11 @@ def _csv_bytes(table: fixed.ReleasedTable, contract: DataContract) -> bytes:
     return out.getvalue().encode()
 
 
-def _evidence(contract: DataContract, source: str, released: str) -> dict[str, Any]:
-    """Built only after the verification passed, hence ``met``; a table that fails has no evidence."""
+def evidence_of(contract: DataContract, source: str, released: str) -> dict[str, Any]:
+    """What may be said of a release: a function of the contract and two commitments, of no other property of the data.
+
+    Built only after the verification passed, hence ``met``; a table that fails has no evidence.
+    """
     steps = stages.stability(contract)
     factor = stages.total(steps)
     unit = contract.unit if factor == 1 else f"{contract.unit}; a group of {factor} of them" if factor else None

@@ -1,0 +1,188 @@
+"""Persons who must say yes before a run begins at this site, each with a key of their own.
+
+::
+
+    <state>/requests/<plan hash>/plan.json           what was asked for, written by the site
+    <state>/requests/<plan hash>/<approver>.json     one person's signed yes, named by the public key
+
+An approval is for one plan (its hash) and one run: the first session that is accepted under it is written into the
+ledger beside the approvals' digests, which are worth nothing afterwards. Approvers' keys are Ed25519 keys of persons,
+listed in ``[limits] approvers``; the site's process holds none of them and cannot approve anything itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.client.policy import model_hash
+from fedveil.common import canonical, identity
+from fedveil.common.errors import ConfigError, FedveilError, PolicyRefusal
+from fedveil.common.settings import LimitsSection
+from fedveil.common.units import SiteId
+from fedveil.privacy import plan as plans
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.interface import is_hex
+
+DOMAIN = "fedveil/approval/1"
+VALID_S = 7 * 86400.0
+MAX_WAITING = 64
+MAX_BYTES = 1 << 22
+_PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One plan that somebody asked for: ``folder`` holds it and the approvals given so far."""
+
+    folder: Path
+    plan: PrivacyPlan
+    given: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What a person decides by."""
+        p = self.plan
+        return {
+            "plan_hash": p.hash,
+            "model": p.model.name,
+            "model_hash": model_hash(p),
+            "task": p.task,
+            "mode": p.mode,
+            "sum": p.sum,
+            "epsilon": p.epsilon,
+            "delta": p.delta,
+            "fallback_epsilon": p.fallback,
+            "steps": p.steps,
+            "sites": p.sites,
+            "approvals": self.given,
+        }
+
+
+class Approvals:
+    """The site's side: asks for approvals, and finds them.
+
+    Args:
+        folder: ``<state>/requests``; made when the first request is written.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, folder: Path, site: SiteId, limits: LimitsSection, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._folder, self._site, self._limits, self._clock = folder, site, limits, clock
+
+    def require(self, plan: PrivacyPlan, used: Iterable[str]) -> list[str]:
+        """The digests of enough valid approvals of ``plan``, none of them in ``used``; [] where none are needed.
+
+        Raises:
+            PolicyRefusal: too few; the request is then in the folder, for ``fedveil client requests``.
+        """
+        need = self._limits.approvals
+        if not need:
+            return []
+        spent, own = set(used), self._folder / plan.hash
+        found = {a: d for a, d in self._valid(own, plan.hash) if d not in spent}
+        if len(found) >= need:
+            return sorted(found.values())[:need]
+        self._ask(plan)
+        raise PolicyRefusal(
+            f"this run needs the approval of {need} persons at this site and has {len(found)}: plan {plan.hash}",
+            hint="start the run again once they have approved it",
+        )
+
+    def _ask(self, plan: PrivacyPlan) -> None:
+        """Keep the plan for a person to read; only so many, because whoever asks is not trusted."""
+        own = self._folder / plan.hash
+        if own.exists():
+            return
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if sum(1 for _ in self._folder.iterdir()) >= MAX_WAITING:
+            raise PolicyRefusal(
+                f"{MAX_WAITING} runs wait for an approval at this site", hint="its owner has to look at them first"
+            )
+        part = self._folder / f".{secrets.token_hex(8)}"
+        part.mkdir(mode=0o700)
+        (part / _PLAN).write_bytes(canonical.dumps(plan.to_json()))
+        part.rename(own)
+
+    def _valid(self, own: Path, plan_hash: str) -> Iterator[tuple[str, str]]:
+        """(approver, digest) of every approval that holds now; a file that does not is passed over."""
+        for public in dict.fromkeys(self._limits.approvers):
+            try:
+                with (own / f"{public}.json").open("rb") as f:
+                    document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
+                said = identity.opened(document, DOMAIN, public, what="an approval")
+                ok = isinstance(said, dict) and said.get("site") == self._site and said.get("plan_hash") == plan_hash
+                if ok and float(said["at"]) - 600 <= self._clock() < float(said["until"]):
+                    yield public, canonical.digest(document)
+            except (OSError, FedveilError, KeyError, TypeError, ValueError):
+                continue
+
+
+def waiting(folder: Path) -> list[Waiting]:
+    """Every request in a site's folder, in the order of their names."""
+    out: list[Waiting] = []
+    for own in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if is_hex(own.name, 64):
+            try:
+                with (own / _PLAN).open("rb") as f:
+                    plan = plans.from_json(canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES))
+            except OSError as e:
+                raise ConfigError(f"{own} cannot be read: {e.strerror}", hint="run this as the site's user") from e
+            given = sum(1 for p in own.iterdir() if is_hex(p.stem, 64))
+            out.append(Waiting(own, plan, given))
+    return out
+
+
+def find(folder: Path, run: str) -> Waiting:
+    """The one request whose plan hash begins with ``run`` (8 digits or more).
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    found = [w for w in waiting(folder) if len(run) >= 8 and w.plan.hash.startswith(run)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{len(found)} waiting runs begin with {run[:64]!r}",
+            hint="'fedveil client requests' lists them; give at least 8 digits of the plan's hash",
+        )
+    return found[0]
+
+
+def approve(
+    wanted: Waiting, site: SiteId, limits: LimitsSection, key: Ed25519PrivateKey, clock: Callable[[], float] = time.time
+) -> Path:
+    """Sign a yes to one run, valid for seven days; a later one of the same person replaces it.
+
+    Raises:
+        ConfigError: the key is not one of the site's approvers.
+    """
+    public = identity.public_hex(key)
+    if public not in limits.approvers:
+        raise ConfigError(
+            "this key is not among [limits] approvers of site.toml", hint=f"the site's owner adds {public} there"
+        )
+    if wanted.folder.name != wanted.plan.hash:
+        raise ConfigError(f"{wanted.folder} holds another plan than its name says", hint="remove it; it was altered")
+    now = int(clock())
+    said = {
+        "v": 1, "site": site, "plan_hash": wanted.plan.hash, "at": now, "until": now + int(VALID_S),
+        "nonce": secrets.token_hex(16),
+    }  # fmt: skip
+    path = wanted.folder / f"{public}.json"
+    part = wanted.folder / f".{public}.part"
+    part.write_bytes(canonical.dumps(identity.signed(key, DOMAIN, said)))
+    part.replace(path)
+    return path
+
+
+def reject(wanted: Waiting) -> None:
+    """Remove a request and what was approved of it."""
+    shutil.rmtree(wanted.folder)
