@@ -17,6 +17,7 @@ from fedveil.server.job import write_durably
 
 _KEYED = ("keysum", "sharedkey")
 _POLL = 0.05
+_LATE_S = 10.0  # for the sites beyond those that a sum needs
 
 
 def join(exchange: Exchange, server_sum: ServerSum) -> None:
@@ -103,16 +104,21 @@ def _admit(exchange: Exchange, reply: Message) -> None:
 
 
 def _reconnect(exchange: Exchange) -> None:
-    """After a restart: wait for the sites to dial in again, all of them or as many as a sum needs."""
+    """After a restart: wait for the sites to dial in again: all of them, or enough for a sum and a little longer.
+
+    Enough must come within the time to join; a site that died for good does not hold the others up for all of it.
+    """
     job = exchange.job
     expected = {flwr_adapter.node_id(m.site): m.site for m in job.roster.sites}
-    deadline = time.monotonic() + job.join_timeout
+    deadline, enough = time.monotonic() + job.join_timeout, float("inf")
     there: set[int] = set()
     while len(there) < job.plan.sites:
         there = {n for n in exchange.grid.get_node_ids() if n in expected}
-        if time.monotonic() > deadline:
-            if len(there) >= job.plan.members:
-                break
+        now = time.monotonic()
+        enough = min(enough, now) if len(there) >= job.plan.members else float("inf")
+        if now > enough + _LATE_S:
+            break
+        if now > deadline and len(there) < job.plan.members:
             raise RunAborted(f"only {len(there)} of {job.plan.members} needed sites came back")
         time.sleep(_POLL)
     exchange.nodes.update({s: n for n, s in expected.items()})
