@@ -157,6 +157,9 @@ min_noise_multiplier = 5.0
 
 [training]
 engine = "opacus"
+
+[egress]
+slot = 0.02                   # seconds; a step takes a few milliseconds here
 """
 
 

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 
+from fedveil.client import policy
 from fedveil.client.app import make_app
-from fedveil.client.ingest import lineage
+from fedveil.client.approval import Approvals
+from fedveil.client.egress import Gate
+from fedveil.client.ingest import corrections, lineage
+from fedveil.client.ingest.cli_source import dialect_of, source_of
 from fedveil.client.ingest.pipeline import Ingested, ingest
+from fedveil.client.ingest.sources import Rules, Source
 from fedveil.client.peers import PeerHeads
 from fedveil.client.session import Site
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
 from fedveil.common import identity
+from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, IdentityError
-from fedveil.common.settings import SiteSettings
+from fedveil.common.settings import SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_site import run_site
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.secagg.store import DirectoryStore
 
+LEDGER, REQUESTS, SALT = "ledger.jsonl", "requests", "subject.salt"
+_SALT_BYTES = 32
 _LOG = logging.getLogger("fedveil.site")
 
 
@@ -47,13 +59,18 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
             f"{s.identity / 'signing.key'} is not the key of {site!r} on the roster", hint="check site.toml's id"
         )
     contract = contracts.load_signed(s.contract, (s.identity / "consortium.pub").read_text().strip())
+    policy.check_contract(contract, settings.limits)
     s.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    salt = subject_salt(s.state)
     ledger = Ledger.open(
-        s.state / "ledger.jsonl", site, key, lineage=s.lineage, unit=unit,
+        s.state / LEDGER, site, key, lineage=s.lineage, unit=unit,
         cap=Epsilon(settings.limits.max_epsilon), delta=Delta(settings.limits.delta),
+        version=settings.data.version, subject_salt=hashlib.sha256(salt).hexdigest() if salt else "",
     )  # fmt: skip
     try:
-        data = ingest(s.data, contract, s.state / "data", secret=lineage.site_secret(s.state / "data"))
+        data = _ingested(settings, contract, key, salt)
+        device = pick_device(settings.training.device)
+        cap_resources(settings.training, device)
     except BaseException:
         ledger.close()
         raise
@@ -61,12 +78,59 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         id=site, key=key, roster=roster, contract_hash=contract.hash, width=contract.width,
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
-        engine=settings.training.engine, device=pick_device(settings.training.device), models=s.state / "models",
+        engine=settings.training.engine, device=device, models=s.state / "models",
         peers=PeerHeads(s.state / "peers.json"),
         contract=contract,
+        approvals=Approvals(s.state / REQUESTS, site, settings.limits),
     )  # fmt: skip
     out.tidy()
     return out, data
+
+
+def source_from(settings: SiteSettings) -> Source:
+    """The site's table, as ``[site] data`` and ``[data]`` say.
+
+    Raises:
+        ConfigError, UsageError: settings that do not go together, or a file that others can read.
+    """
+    d = settings.data
+    return source_of(settings.site.data, d.query, d.url_file, d.fhir)
+
+
+def subject_salt(state: Path) -> bytes:
+    """The secret under which this site tells subjects apart: 32 random bytes, made once with the ledger, mode 0600.
+
+    Empty beside a ledger that was opened without one.
+
+    Raises:
+        ConfigError: the file does not hold it.
+    """
+    path = state / SALT
+    if not path.exists():
+        if (state / LEDGER).exists():
+            return b""
+        identity.write_secret(path, secrets.token_bytes(_SALT_BYTES))
+    salt = path.read_bytes()
+    if len(salt) != _SALT_BYTES or path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} is not a private file of {_SALT_BYTES} bytes", hint="restore it; chmod 600")
+    return salt
+
+
+def cap_resources(training: TrainingSection, device: str) -> None:
+    """Keep this process within the owner's share of the machine: CPU threads, and a fraction of the GPU's memory."""
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    if device.startswith("cuda") and training.gpu_memory < 1:
+        torch.cuda.set_per_process_memory_fraction(training.gpu_memory)
+
+
+def _ingested(settings: SiteSettings, contract: DataContract, key: Ed25519PrivateKey, salt: bytes) -> Ingested:
+    d, work = settings.data, settings.site.state / "data"
+    secret = lineage.site_secret(work)
+    own = corrections.load(d.corrections) if d.corrections else ()
+    dialect = dialect_of(d.encoding, d.delimiter, d.decimal, d.thousands)
+    rules = Rules(own, salt or secret)
+    return ingest(source_from(settings), contract, work, secret=secret, dialect=dialect, rules=rules, key=key)
 
 
 def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 60.0) -> None:
@@ -90,8 +154,8 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         run_site(
-            make_app(resolve), address=settings.site.server, tls=tls, site=site.id, node_config={}, stop=stop,
-            on_status=status, wait=wait,
+            make_app(resolve, Gate(settings.egress.slot)), address=settings.site.server, tls=tls, site=site.id,
+            node_config={}, stop=stop, on_status=status, wait=wait,
         )  # fmt: skip
     finally:
         site.ledger.close()
