@@ -18,12 +18,15 @@ from fedveil.privacy.report.bundle import PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import compose
 from fedveil.privacy.report.derive import Facts, derive
 from fedveil.privacy.report.history import replay
+from fedveil.privacy.report.signatures import SIGNATURES
 
 DOMAIN = "fedveil/report/1"
 
 
 def build_report(run: Path, server_key: Ed25519PrivateKey) -> dict[str, Any]:
     """Derive the report of a finished run from its folder, sign it, write ``report.json`` beside the journals.
+
+    Sites' signatures under an older report are moved to ``signatures.json.old``.
 
     Args:
         run: the run's folder (plan, roster, joins, journals).
@@ -43,6 +46,9 @@ def build_report(run: Path, server_key: Ed25519PrivateKey) -> dict[str, Any]:
         )
     payload = {**derive(facts), "software": bill.software(), "written_at": int(time.time())}
     document = identity.signed(server_key, DOMAIN, payload)
+    if (held := run / SIGNATURES).exists():
+        # They are under the report that this one replaces: kept, but no longer beside it.
+        os.replace(held, run / f"{SIGNATURES}.old")
     partial = run / f".{REPORT}.part"
     partial.write_bytes(canonical.dumps(document) + b"\n")
     os.replace(partial, run / REPORT)

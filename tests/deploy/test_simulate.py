@@ -18,7 +18,8 @@ from fedveil.privacy.report.verify import verify_report
 
 FILES = {
     "config.json", "consortium.pub", "curve.png", "joins.json", "journal.jsonl", "journals", "ledgers", "metrics.jsonl",
-    "model.f32", "plan.json", "report.html", "report.json", "roster.json",
+    "model.f32", "plan.json", "report.html", "report.json", "report.zh.html", "roster.json",
+    "model-card.md", "model-card.zh.md", "data-card.md", "data-card.zh.md",
 }  # fmt: skip
 SMALL = Config(clients=4, dataset="digits", steps=2)
 

@@ -154,3 +154,15 @@ def test_ticks_are_round_and_inside() -> None:
     assert nice(1, 1, 5) == [1]
     assert len(thin([(i, 0) for i in range(100_000)])) <= 240
     assert thin([(i, 0) for i in range(1000)])[-1] == (999, 0)
+
+
+def test_a_report_that_fails_its_checks_is_shown_as_one(spoilt) -> None:
+    (spoilt.folder / "joins.json").write_bytes(b"{}")
+    render_report(spoilt.report)
+    english = (spoilt.folder / "report.html").read_text(encoding="utf-8")
+    assert "Do not rely on this report" in english
+    assert "join statements" in english
+    assert "请勿依赖本报告" in (spoilt.folder / "report.zh.html").read_text(encoding="utf-8")
+    (spoilt.folder / "journal.jsonl").unlink()
+    render_report(spoilt.report)
+    assert "FAILED" in (spoilt.folder / "report.html").read_text(encoding="utf-8")
