@@ -55,5 +55,22 @@ def status(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
         typer.echo(f"{name}: {value}")
 
 
+@app.command()
+def monitor(
+    run: Annotated[Path, typer.Argument(help="a run folder; it need not exist yet")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0: any free one")] = 9464,
+) -> None:
+    """Show a run on loopback: a status page, /metrics for Prometheus, /healthz. Reads only; stop it with Ctrl-C."""
+    from fedveil.deploy.monitor_web import Monitor
+
+    _logging()
+    shown = Monitor(run, port)
+    typer.echo(f"http://127.0.0.1:{shown.port}/ shows {run}")
+    try:
+        shown.serve()
+    except KeyboardInterrupt:
+        typer.echo("stopped")
+
+
 def _logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
