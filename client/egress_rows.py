@@ -19,6 +19,7 @@ from fedveil.privacy.secagg.interface import is_hex
 
 Check = Callable[[Any], bool]
 MAX_TEXT = 256
+ENDINGS = ("COMPLETED", "BUDGET_EXHAUSTED", "ABORTED")  # how a run can end; a text of its own would be a channel
 
 
 def hexadecimal(digits: int) -> Check:
@@ -127,7 +128,7 @@ _FORMS: dict[str, dict[str, Check]] = {
     "commit": {"session": _HEX, "round": whole},
     "refused": {"session": _HEX, "reason": _CODE},
     "model": {"session": _HEX, "round": whole, "model_hash": _HEX},
-    "session.end": {"session": _HEX, "status": text(32)},
+    "session.end": {"session": _HEX, "status": _one_of(*ENDINGS)},
     "journal.repaired": {"dropped_bytes": whole},
 }  # fmt: skip
 _OPTIONAL: dict[str, dict[str, Check]] = {"ledger.open": {"version": text(128), "subject_salt": text(128)}}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedveil.client.egress_rows import ENDINGS
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import clipper, site_sum
@@ -116,7 +117,7 @@ def finish(site: Site, request: Packet) -> Packet:
     h = request.expect("finish").header
     session = site.session(h.get("session"))
     model_hash, status = h.get("model_hash"), h.get("status")
-    if not (is_hex(model_hash, 64) and isinstance(status, str) and len(status) <= 32 and status.isprintable()):
+    if not (is_hex(model_hash, 64) and status in ENDINGS):
         raise WireError("a malformed end of session")
     if session.plan.reveal_to == "sites":
         model = site.revealed(session)

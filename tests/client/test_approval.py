@@ -1,0 +1,133 @@
+"""Approvals: persons with keys of their own say yes, to one run, and nobody else can."""
+
+from __future__ import annotations
+
+import json
+import secrets
+
+import pytest
+
+from fedveil.client import approval
+from fedveil.client import round as line
+from fedveil.client.approval import DOMAIN, Approvals, approve, find, reject, waiting
+from fedveil.common import canonical, identity
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.settings import LimitsSection
+
+
+@pytest.fixture
+def people():
+    return [identity.new_signing_key() for _ in range(3)]
+
+
+@pytest.fixture
+def asked(world, people):
+    """A site that wants two of three persons' approval, and was asked once."""
+    listed = tuple(identity.public_hex(k) for k in people)
+    w = world(limits={"approvals": 2, "approvers": listed})
+    w.requests = w.folder / "site-1" / "requests"
+    w.sites[0].approvals = Approvals(w.requests, w.sites[0].id, w.sites[0].limits)
+    with pytest.raises(PolicyRefusal, match="approval of 2 persons") as e:
+        line.join(w.sites[0], w.proposal())
+    assert w.plan.hash in e.value.message
+    return w
+
+
+def join(w, **changes):
+    return line.join(w.sites[0], w.proposal(session=secrets.token_hex(32), **changes))
+
+
+def yes(w, key, **more):
+    return approve(find(w.requests, w.plan.hash[:12]), w.sites[0].id, w.sites[0].limits, key, **more)
+
+
+def test_two_persons_one_run(asked, people):
+    assert [w.given for w in waiting(asked.requests)] == [0]
+    yes(asked, people[0])
+    with pytest.raises(PolicyRefusal, match="has 1"):
+        join(asked)
+    yes(asked, people[0])  # the same person twice is one person
+    with pytest.raises(PolicyRefusal, match="has 1"):
+        join(asked)
+    yes(asked, people[2])
+    session = secrets.token_hex(32)
+    line.join(asked.sites[0], asked.proposal(session=session))
+    line.join(asked.sites[0], asked.proposal(session=session))  # a repeated request needs no second approval
+    row = next(asked.sites[0].ledger.journal.of_kind("plan.approved"))
+    assert row.body["session"] == session
+    assert len(row.body["approvals"]) == 2
+    with pytest.raises(PolicyRefusal, match="has 0"):  # used up, also after a restart
+        join(asked)
+    asked.reopen(0).approvals = Approvals(asked.requests, asked.sites[0].id, asked.sites[0].limits)
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
+def test_what_a_person_is_shown(asked):
+    shown = waiting(asked.requests)[0].to_json()
+    assert shown["plan_hash"] == asked.plan.hash
+    assert (shown["epsilon"], shown["steps"], shown["sites"]) == (2.0, 4, 4)
+    json.dumps(shown)
+
+
+def test_another_plan_needs_another_approval(asked, people, world):
+    for key in people[:2]:
+        yes(asked, key)
+    other = world(steps=3).plan
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked, plan=other.to_json())
+    assert len(waiting(asked.requests)) == 2
+    reject(find(asked.requests, other.hash))
+    assert len(waiting(asked.requests)) == 1
+
+
+def test_a_stranger_cannot_approve(asked, people):
+    stranger = identity.new_signing_key()
+    with pytest.raises(ConfigError, match="not among"):
+        yes(asked, stranger)
+    # ... nor by writing the file by hand, under an approver's name
+    said = {"v": 1, "site": "site-1", "plan_hash": asked.plan.hash, "at": 0, "until": 1 << 40, "nonce": ""}
+    for key, name in ((stranger, stranger), (stranger, people[0]), (people[1], people[0])):
+        path = asked.requests / asked.plan.hash / f"{identity.public_hex(name)}.json"
+        path.write_bytes(canonical.dumps(identity.signed(key, DOMAIN, said)))
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
+@pytest.mark.parametrize("change", [{"site": "site-2"}, {"plan_hash": "0" * 64}, {"until": 5}, {"at": 1 << 40}])
+def test_an_approval_for_something_else_or_another_time(asked, people, change):
+    said = {"v": 1, "site": "site-1", "plan_hash": asked.plan.hash, "at": 0, "until": 1 << 40, "nonce": "n"} | change
+    for key in people:
+        path = asked.requests / asked.plan.hash / f"{identity.public_hex(key)}.json"
+        path.write_bytes(canonical.dumps(identity.signed(key, DOMAIN, said)))
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
+def test_an_altered_request_is_not_signed(asked, people, world):
+    other = world(epsilon=2.5).plan
+    (asked.requests / asked.plan.hash / "plan.json").write_bytes(canonical.dumps(other.to_json()))
+    with pytest.raises(ConfigError, match="another plan"):
+        approve(waiting(asked.requests)[0], asked.sites[0].id, asked.sites[0].limits, people[0])
+
+
+def test_requests_do_not_pile_up(asked, world, monkeypatch):
+    monkeypatch.setattr(approval, "MAX_WAITING", 2)
+    join_with = [world(steps=s).plan.to_json() for s in (2, 3)]
+    with pytest.raises(PolicyRefusal, match="needs the approval"):
+        join(asked, plan=join_with[0])
+    with pytest.raises(PolicyRefusal, match="wait for an approval"):
+        join(asked, plan=join_with[1])
+    assert len(waiting(asked.requests)) == 2
+    assert len(list(asked.sites[0].ledger.journal.of_kind("refused"))) == 1
+
+
+@pytest.mark.parametrize("run", ["", "abc", "f" * 64, "../../../x"])
+def test_a_run_is_named_unambiguously(asked, run):
+    with pytest.raises(ConfigError, match="0 waiting runs"):
+        find(asked.requests, run)
+
+
+def test_settings_that_cannot_hold():
+    with pytest.raises(ValueError, match="as many different keys"):
+        LimitsSection(max_epsilon=1.0, approvals=2, approvers=("0" * 64, "0" * 64))
