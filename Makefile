@@ -58,6 +58,19 @@ bench-transport: $(STAMP)
 bench-hospitals: $(STAMP)
 	$(BIN)/python tests/bench/hospitals_table.py
 
+.PHONY: wheelhouse
+
+# Everything that an air-gapped machine needs, as wheels with checksums in build/wheelhouse. Make it on a machine with the
+# same system and Python; EXTRAS=server for a coordinator. There: WHEELHOUSE=$$PWD/wheelhouse sh deploy/packaging/install.sh
+# cpu, or: pip install --no-index --find-links wheelhouse 'fedveil[client,sql]'. For torch without CUDA say
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu here.
+EXTRAS ?= client,sql
+wheelhouse: $(STAMP)
+	rm -rf build/wheelhouse
+	$(BIN)/pip wheel -q --disable-pip-version-check -c constraints.txt -w build/wheelhouse '.[$(EXTRAS)]'
+	cd build/wheelhouse && sha256sum *.whl > SHA256SUMS
+	@echo "$$(ls build/wheelhouse/*.whl | wc -l) wheels in build/wheelhouse"
+
 wheel: $(STAMP)
 	$(BIN)/python -m build
 
