@@ -168,12 +168,15 @@ for _name, _action, _change in [
     ("the message's kind", "contribute", _header(kind=lambda w: f"keysum/{w.value}")),
     ("the ledger's head at the end", "finish", _header(head=lambda w: [int(w.value * 1000), _as_hash(w)])),
     ("a header's name", "contribute", lambda w, p: Packet({**p.header, f"m{w.value}": 0}, p.buffers)),
-    ("a buffer of its own", "contribute", lambda w, p: Packet(p.header, {**p.buffers, "metrics": spellings(w.value)[0]})),
+    ("a buffer of its own", "contribute",
+     lambda w, p: Packet(p.header, {**p.buffers, "metrics": spellings(w.value)[0]})),
     ("a buffer's name", "contribute", lambda w, p: Packet(p.header, {**p.buffers, f"x{round(w.value * 1e6)}": b""})),
     ("a longer ciphertext", "contribute",
      lambda w, p: Packet(p.header, {**p.buffers, "ciphertext": p.buffers["ciphertext"] + spellings(w.value)[2]})),
     ("records in place of the ciphertext", "contribute",
-     lambda w, p: Packet(p.header, {**p.buffers, "ciphertext": spellings(w.value)[2].ljust(len(p.buffers["ciphertext"]))})),
+     lambda w, p: Packet(p.header, {
+         **p.buffers, "ciphertext": spellings(w.value)[2].ljust(len(p.buffers["ciphertext"])),
+     })),
     ("the size alone", "contribute",
      lambda w, p: Packet(p.header, {**p.buffers, "shares": p.buffers["shares"] + bytes(int(w.value * 1000))})),
     ("a row appended to the journal handed over", "finish",
@@ -229,7 +232,8 @@ def leaking(w: World, action: str, change: Change, monkeypatch: pytest.MonkeyPat
     """The site answers ``action`` through ``change``."""
     honest = getattr(line, action)
     own = w.ready(action).packet  # the other sites' answers are made by the honest handlers
-    monkeypatch.setattr(w, "packet", lambda a, _made=own(action): _made if a == action else own(a))
+    made = own(action)
+    monkeypatch.setattr(w, "packet", lambda a: made if a == action else own(a))
     monkeypatch.setattr(line, action, lambda site, request: change(w, honest(site, request)))
     return w
 
