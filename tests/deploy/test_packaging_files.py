@@ -14,7 +14,7 @@ import pytest
 import typer.main
 import yaml
 
-from fedveil.common import canonical, errors
+from fedveil.common import canonical, cli, errors, settings
 from fedveil.deploy import cli_server, cli_site, server_process
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +282,35 @@ class TestServe:
     def test_an_ended_run_stays_ended(self, tmp_path):
         (tmp_path / "journal.jsonl").write_bytes(canonical.dumps({"kind": "run.end", "body": {}, "at": 1}) + b"\n")
         assert self.serve(tmp_path, tmp_path) == f"the run in {tmp_path} has ended"
+
+
+class TestInstitution:
+    """docs/institution.md: what it tells people to type."""
+
+    TEXT = (ROOT / "docs" / "institution.md").read_text()
+
+    def test_ten_commands(self):
+        [block] = re.findall(r"```sh\n(.*?)```", self.TEXT, re.S)
+        assert len(block.strip().splitlines()) == 10
+
+    def test_files_that_it_names_are_here(self):
+        named = set(re.findall(r"deploy/packaging/[\w./@-]*\w", self.TEXT))
+        assert len(named) >= 4
+        assert [n for n in sorted(named) if not (ROOT / n).exists()] == []
+
+    def test_commands_that_it_names_exist(self):
+        program = typer.main.get_command(cli.build())
+        named = set(re.findall(r"fedveil ((?:data|ledger|server|client|audit) [a-z]+)", self.TEXT))
+        assert len(named) >= 5
+        for words in sorted(named):
+            command: Any = program
+            for word in words.split():
+                assert word in command.commands, words
+                command = command.commands[word]
+
+    def test_its_site_toml_is_one(self, tmp_path):
+        [block] = re.findall(r"```toml\n(.*?)```", self.TEXT, re.S)
+        (tmp_path / "site.toml").write_text(block)
+        loaded = settings.load(tmp_path / "site.toml", settings.SiteSettings)
+        writable = unit(PACKAGING / "systemd" / "fedveil-client.service")["StateDirectory"]
+        assert loaded.site.state == Path("/var/lib") / writable[0]
