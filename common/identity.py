@@ -26,6 +26,8 @@ from fedveil.common.units import MAX_SITES, SiteId, site_id
 
 SERVER = SiteId("server")
 _ROSTER = "fedveil/roster/1"
+_REVOKED = "fedveil/revoked/1"
+MAX_VERSION = 1 << 31
 
 
 def new_signing_key() -> Ed25519PrivateKey:
@@ -114,13 +116,19 @@ class Member:
 
 @dataclass(frozen=True)
 class Roster:
-    """The members of a consortium, in the order that fixes their Shamir indices (first site: 1)."""
+    """The members of a consortium, in the order that fixes their Shamir indices (first site: 1).
+
+    ``version`` only goes forward: a member never goes back to an older roster.
+    """
 
     consortium: str
     server: Member
     sites: tuple[Member, ...]
+    version: int = 1
 
     def __post_init__(self) -> None:
+        if not 0 < self.version <= MAX_VERSION:
+            raise IdentityError(f"a roster's version {self.version} is outside 1..2^31")
         if not 0 < len(self.sites) <= MAX_SITES:
             raise IdentityError(f"a roster of {len(self.sites)} sites is outside 1..{MAX_SITES}")
         for what, values in (
@@ -133,13 +141,14 @@ class Roster:
 
     @cached_property
     def payload(self) -> dict[str, Any]:
-        """The JSON form that is signed."""
+        """The JSON form that is signed; the first version is not written, so that its hash is what it was."""
         member = lambda m: {"site": m.site, "signing_key": m.signing_key, "tls_key": m.tls_key}  # noqa: E731
         return {
             "v": 1,
             "consortium": self.consortium,
             "server": member(self.server),
             "sites": [member(m) for m in self.sites],
+            **({"version": self.version} if self.version > 1 else {}),
         }
 
     @cached_property
@@ -176,9 +185,10 @@ def roster_from_payload(payload: Any) -> Roster:
         if payload["v"] != 1:
             raise IdentityError(f"roster version {payload['v']!r} is not known")
         member = lambda m: Member(site_id(m["site"]), _hex32(m["signing_key"]), _hex32(m["tls_key"], empty=True))  # noqa: E731
-        if type(payload["consortium"]) is not str or type(payload["sites"]) is not list:
+        version = payload.get("version", 1)
+        if type(payload["consortium"]) is not str or type(payload["sites"]) is not list or type(version) is not int:
             raise TypeError
-        return Roster(payload["consortium"], member(payload["server"]), tuple(map(member, payload["sites"])))
+        return Roster(payload["consortium"], member(payload["server"]), tuple(map(member, payload["sites"])), version)
     except (KeyError, TypeError, AttributeError, ConfigError) as e:
         raise IdentityError("the roster is malformed") from e
 
@@ -191,6 +201,46 @@ def sign_roster(roster: Roster, consortium_key: Ed25519PrivateKey) -> dict[str, 
 def open_roster(document: Any, consortium_public: str) -> Roster:
     """Check the consortium's signature against the pinned key and parse."""
     return roster_from_payload(opened(document, _ROSTER, consortium_public, what="the roster"))
+
+
+@dataclass(frozen=True)
+class Revocations:
+    """Who may not connect any more, although a certificate still holds.
+
+    Attributes:
+        number: grows with every list; a later list is the one in force.
+        sites: members that are shut out with every key.
+        tls_keys: SHA-256 (hex) of the public keys of single certificates, whoever holds them.
+    """
+
+    number: int
+    sites: frozenset[str]
+    tls_keys: frozenset[str]
+
+    def refuse(self, site: str, tls_key: str) -> None:
+        """Raise :class:`IdentityError` if ``site`` or this key of it was revoked."""
+        if site in self.sites or tls_key in self.tls_keys:
+            raise IdentityError(
+                f"{site!r} was revoked by the consortium (list {self.number})", hint="ask the consortium why"
+            )
+
+
+def sign_revocations(revoked: Revocations, consortium_key: Ed25519PrivateKey) -> dict[str, Any]:
+    """The signed file."""
+    payload = {"v": 1, "number": revoked.number, "sites": sorted(revoked.sites), "tls_keys": sorted(revoked.tls_keys)}
+    return signed(consortium_key, _REVOKED, payload)
+
+
+def open_revocations(document: Any, consortium_public: str) -> Revocations:
+    """Check the consortium's signature against the pinned key and parse; :class:`IdentityError` otherwise."""
+    payload = opened(document, _REVOKED, consortium_public, what="the revocation list")
+    try:
+        if payload["v"] != 1 or type(payload["number"]) is not int or not 0 < payload["number"] <= MAX_VERSION:
+            raise TypeError
+        sites, keys = ([*payload[name]] for name in ("sites", "tls_keys"))
+        return Revocations(payload["number"], frozenset(map(site_id, sites)), frozenset(map(_hex32, keys)))
+    except (KeyError, TypeError, ConfigError) as e:
+        raise IdentityError("the revocation list is malformed") from e
 
 
 def signed(key: Ed25519PrivateKey, domain: str, payload: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import typer
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -40,7 +39,13 @@ def members(out: Path) -> list[Path]:
 
 
 def test_layout_and_modes(made: Path) -> None:
-    assert {p.name for p in (made / "consortium").iterdir()} == {"ca.key", "ca.pem", "consortium.key", "consortium.pub"}
+    assert {p.name for p in (made / "consortium").iterdir()} == {
+        "ca.key",
+        "ca.pem",
+        "consortium.key",
+        "consortium.pub",
+        "roster.json",
+    }
     for folder in members(made):
         assert {p.name for p in folder.iterdir()} == MEMBER_FILES
     keys = list(made.rglob("*.key"))
@@ -164,7 +169,7 @@ def test_load_tls_refuses_what_does_not_belong_together(copy: Path, tmp_path: Pa
 
 def test_an_expired_certificate_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedveil.deploy.provision._SKEW", datetime.timedelta(days=40))
-    monkeypatch.setattr("fedveil.deploy.provision._Authority._builder", _expired_builder)
+    monkeypatch.setattr("fedveil.deploy.provision.Authority._builder", _expired_builder)
     make_consortium(tmp_path, ["a"], consortium="c", days=1)
     with pytest.raises(IdentityError, match="which is not now"):
         load_tls(tmp_path / "server")
@@ -198,8 +203,7 @@ def test_load_roster_checks_the_pinned_signature(copy: Path, tmp_path: Path) -> 
 
 
 def test_the_command(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(provision)
+    app = provision
     args = [str(tmp_path / "o"), "--site", "a", "--site", "b", "--host", "10.0.0.7", "--consortium", "hearts"]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
