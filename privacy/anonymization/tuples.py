@@ -67,8 +67,8 @@ class Tuples:
         own = np.arange(groups)
         for name, values in self.sensitive.items():
             domain = len(self.references[name].counts) + 1
-            _, first, joint = np.unique(inverse * domain + values + 1, return_index=True, return_inverse=True)
-            own, inverse = own[inverse[first]], joint.reshape(-1)
+            joint, first = combinations([inverse, values + 1], [len(own), domain])
+            own, inverse = own[inverse[first]], joint
         size = len(first)
 
         def summed(w: NDArray[np.int64]) -> NDArray[np.int64]:
