@@ -40,14 +40,14 @@ from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.server.evaluate import Evaluator
 
 DOCS = Path(__file__).parents[2] / "docs" / "bench-hospitals.md"
+Treatment = Literal["raw", "fixed", "mondrian"]
 SEEDS, K = 10, 5
 EPSILONS = (3.0, 1.0)
-TREATMENTS = {
+TREATMENTS: dict[Treatment, str] = {
     "raw": "as they are",
     "fixed": f"{K}-anonymous, fixed levels (age below 55 or not; sex hidden)",
     "mondrian": f"{K}-anonymous, Mondrian, sets of values",
 }
-Treatment = Literal["raw", "fixed", "mondrian"]
 NUMBERS = {
     "trestbps": (50, 250, "mmHg"),
     "chol": (50, 700, "mg/dl"),
@@ -155,7 +155,7 @@ def scores(treatment: Treatment, train: list[Path], test: list[Path], scratch: P
     return out
 
 
-def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+def table(results: dict[Treatment, list[dict[str, dict[str, float]]]]) -> str:
     """Markdown: a row per treatment, a column per noise."""
     columns = list(next(iter(results.values()))[0])
     lines = [f"| training rows | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
@@ -176,7 +176,7 @@ def main() -> None:
         sys.exit(0)
     torch.set_num_threads(1)
     started = time.perf_counter()
-    results: dict[str, list[dict[str, dict[str, float]]]] = {t: [] for t in TREATMENTS}
+    results: dict[Treatment, list[dict[str, dict[str, float]]]] = {t: [] for t in TREATMENTS}
     for seed in range(SEEDS):
         with tempfile.TemporaryDirectory() as scratch:
             train, test = files(Path(scratch), seed)

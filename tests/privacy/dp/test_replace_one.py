@@ -60,8 +60,10 @@ def test_one_sampled_step_is_the_integral(q, sigma) -> None:
         def density(x, side):
             return q * mpmath.npdf(x, side, sigma) + (1 - q) * mpmath.npdf(x, 0, sigma)
 
-        positive = lambda x: max(mpmath.mpf(0), density(x, 1) - mpmath.exp(epsilon) * density(x, -1))  # noqa: E731
-        return mpmath.quad(positive, mpmath.linspace(-1, 1 + 12 * sigma, 60))
+        def positive(x):
+            return max(mpmath.mpf(0), density(x, 1) - mpmath.exp(epsilon) * density(x, -1))
+
+        return float(str(mpmath.quad(positive, mpmath.linspace(-1, 1 + 12 * sigma, 60))))
 
     assert excess(found) <= DELTA
     assert excess(found - 3e-3) > DELTA
