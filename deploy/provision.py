@@ -195,7 +195,7 @@ def sign_csr(
     """Admit a member, or renew its certificate; its private keys never come here."""
     from fedveil.deploy import enrol_consortium
 
-    typer.echo(enrol_consortium.sign_request(folder, request, out, fingerprint=fingerprint, days=days))
+    typer.echo(enrol_consortium.sign_request(folder, request, out, heard=fingerprint, days=days))
 
 
 @provision.command("roster")

@@ -23,6 +23,7 @@ from fedveil.common.errors import BudgetExhausted, JournalError, RunAborted, Tra
 from fedveil.common.settings import Federation
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits
+from fedveil.deploy.enrol_gate import Doorkeeper
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import require_free, serve
 from fedveil.privacy import plan as plans
@@ -132,6 +133,7 @@ def _serve(job: Job, federation: Federation) -> Job:
                 roster=job.roster,
                 grace=federation.run.grace,
                 limits=_reply_limits(job.plan),
+                gate=Doorkeeper(f.identity),
                 report=lambda site, what: refusals.put((site, what)),
             )
     finally:
