@@ -30,6 +30,8 @@ KEPT_ROUNDS = 2048  # for the curves and the table; the counters go over all of 
 MAX_LINE = 1 << 20
 MAX_PLAN = 1 << 22
 _LOCKS = Path("/proc/locks")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the kernel's PROC_PID_INIT_INO: not in a container
 _LOG = logging.getLogger("fedveil.monitor")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
@@ -115,6 +117,7 @@ class RunView:
         self._metrics = Tail(run / "metrics.jsonl", self._forget_metrics)
         self.plan: dict[str, Any] = {}
         self.name = ""
+        self._seen = False  # the lock of a server, at least once
         self._forget_journal()
         self._forget_metrics()
 
@@ -201,6 +204,9 @@ class RunView:
         if not self.session:
             return Health("waiting")
         alive = held(self.run / "journal.jsonl")
+        if alive is False and not (self._seen or sees_every_process()):
+            alive = None
+        self._seen = self._seen or alive is True
         return Health("stopped" if alive is False else "running", alive)
 
     def quiet_for(self, now: float | None = None) -> float:
@@ -210,20 +216,25 @@ class RunView:
 
 
 def held(path: Path, locks: Path = _LOCKS) -> bool | None:
-    """Whether a process holds a lock on ``path``, from the kernel's list; None where that cannot be seen.
+    """Whether a process that we can see holds a lock on ``path``, by the kernel's list; None where there is no list.
 
     Nothing is locked to find out: a lock of ours, however short, could stop a server that starts at that moment.
-    Only inode numbers are compared, since some file systems show another device number there; in a container the
-    list leaves out processes of other containers, so an empty list says nothing.
+    Only inode numbers are compared, since some file systems show another device number there.
     """
     try:
         rows = [line.split() for line in locks.read_text().splitlines()]
         inode = str(path.stat().st_ino)
     except OSError:
         return None
-    if not rows:
-        return None
     return any("FLOCK" in row and any(w.rpartition(":")[2] == inode and w.count(":") == 2 for w in row) for row in rows)
+
+
+def sees_every_process(namespace: Path = _PID_NAMESPACE) -> bool:
+    """False in a container, where the list of locks leaves out those of processes elsewhere."""
+    try:
+        return os.readlink(namespace) == _FIRST_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def _document(path: Path) -> dict[str, Any]:
