@@ -32,6 +32,7 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, IdentityError
 from fedveil.common.settings import SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
+from fedveil.deploy.enrol import due
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_site import run_site
 from fedveil.privacy.ledger import Ledger
@@ -68,7 +69,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         version=settings.data.version, subject_salt=hashlib.sha256(salt).hexdigest() if salt else "",
     )  # fmt: skip
     try:
-        data = _ingested(settings, contract, key, salt)
+        data = ingested(settings, contract, key, salt, s.state / "data")
         device = pick_device(settings.training.device)
         cap_resources(settings.training, device)
     except BaseException:
@@ -97,17 +98,17 @@ def source_from(settings: SiteSettings) -> Source:
     return source_of(settings.site.data, d.query, d.url_file, d.fhir)
 
 
-def subject_salt(state: Path) -> bytes:
+def subject_salt(state: Path, *, make: bool = True) -> bytes:
     """The secret under which this site tells subjects apart: 32 random bytes, made once with the ledger, mode 0600.
 
-    Empty beside a ledger that was opened without one.
+    Empty beside a ledger that was opened without one; and where there is none yet and ``make`` is False.
 
     Raises:
         ConfigError: the file does not hold it.
     """
     path = state / SALT
     if not path.exists():
-        if (state / LEDGER).exists():
+        if not make or (state / LEDGER).exists():
             return b""
         identity.write_secret(path, secrets.token_bytes(_SALT_BYTES))
     salt = path.read_bytes()
@@ -124,8 +125,15 @@ def cap_resources(training: TrainingSection, device: str) -> None:
         torch.cuda.set_per_process_memory_fraction(training.gpu_memory)
 
 
-def _ingested(settings: SiteSettings, contract: DataContract, key: Ed25519PrivateKey, salt: bytes) -> Ingested:
-    d, work = settings.data, settings.site.state / "data"
+def ingested(
+    settings: SiteSettings, contract: DataContract, key: Ed25519PrivateKey, salt: bytes, work: Path
+) -> Ingested:
+    """The site's table through the whole ingestion, as ``[data]`` says, with its reports in ``work``.
+
+    Raises:
+        ConfigError, DataError, AnonymityError: see :func:`fedveil.client.ingest.pipeline.ingest`.
+    """
+    d = settings.data
     secret = lineage.site_secret(work)
     own = corrections.load(d.corrections) if d.corrections else ()
     dialect = dialect_of(d.encoding, d.delimiter, d.decimal, d.thousands)
@@ -142,6 +150,9 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
     if ":" not in settings.site.server:
         raise ConfigError(f"server = {settings.site.server!r} is not host:port")
     tls = load_tls(settings.site.identity)
+    days, soon = due(settings.site.identity)
+    if soon:
+        status(f"the certificate holds for {days:.1f} more days: fedveil client renew {settings.site.identity}")
     site, data = prepare(settings)
     status(f"ingested: {Path(settings.site.data).name} meets the contract; reports in {data.released.parent}")
 
