@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedveil.client import policy
 from fedveil.client.egress_rows import check_rows, exactly, hexadecimal
 from fedveil.client.session import Session, Site
 from fedveil.common import canonical, identity
@@ -54,7 +53,7 @@ class Forms:
 
     def _join(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         """The signed statement: hashes everybody knows, a fresh public key, and where journals stand."""
-        policy.check(session.plan, site.limits)
+        site.fits(session)
         _exact(packet, {"kind": "joined", "statement": lambda s: isinstance(s, dict)})
         payload = identity.opened(
             packet.header["statement"], JOIN, identity.public_hex(site.key), what="this site's own statement"
@@ -109,7 +108,7 @@ class Forms:
     def _contribute(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         """The sum's own form; and the ledger: nothing leaves unless this round was charged what the plan says."""
         plan, round_ = session.plan, request.header.get("round")
-        policy.check(plan, site.limits)
+        site.fits(session)
         if not isinstance(round_, int) or site.ledger.tally.by_round.get((session.id, round_)) != plan.event:
             raise PolicyRefusal("a contribution to a round that the ledger was not charged for")
         if (session.id, round_) not in site.ledger.tally.committed:
@@ -159,7 +158,7 @@ class Forms:
 
     def _open(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         """A helper's share of the sum of keys; or, where every site has the key, the sum itself."""
-        policy.check(session.plan, site.limits)
+        site.fits(session)
         spec, round_ = self._spec(session, site), int(str(request.header.get("round")))
         if spec.protocol == "keysum":
             answer = packet.buffers.get("answer", b"")

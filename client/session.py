@@ -49,6 +49,7 @@ class Session:
         exhausted: the budget refused a step: nothing of this session is charged any more.
         ended: the server ended the session: nothing is charged any more.
         model: this site's own model, where only the sites read the sums.
+        within: the limits that the plan was found to keep.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Session:
     exhausted: bool = False
     ended: bool = False
     model: RevealedModel | None = None
+    within: LimitsSection | None = None
 
     def __post_init__(self) -> None:
         self.plan_hash = self.plan.hash  # asked for twice a round
@@ -147,7 +149,18 @@ class Site:
         Raises:
             PolicyRefusal: they say no; one row of the ledger says that they did.
         """
-        self._permitted(session.id, session.plan)
+        try:
+            self.fits(session)
+            policy.check_hours(self.limits)
+        except PolicyRefusal as e:
+            self.refused(session.id, e.code)
+            raise
+
+    def fits(self, session: Session) -> None:
+        """Raise :class:`PolicyRefusal` unless the session's plan keeps the site's limits as they are now."""
+        if session.within is not self.limits:  # both are frozen: what was found once holds for these two objects
+            policy.check(session.plan, self.limits)
+            session.within = self.limits
 
     def _permitted(self, session: str, plan: PrivacyPlan) -> None:
         try:
