@@ -21,7 +21,7 @@ def check(plan: PrivacyPlan, limits: LimitsSection) -> None:
 
     The cap on ε over all runs is not checked here: the ledger enforces it step by step.
     """
-    if text := _broken(plan, limits):
+    if text := _broken(plan, limits):  # type: ignore[arg-type]  # frozen pydantic models are hashable
         raise PolicyRefusal(text, hint=_HINT)
 
 

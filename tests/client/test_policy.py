@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,13 +15,15 @@ from pydantic import ValidationError
 from fedveil.client import policy
 from fedveil.client import round as line
 from fedveil.common.errors import AnonymityError, BudgetExhausted, FedveilError, PolicyRefusal
+from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import WEEK, LimitsSection
 from fedveil.common.stats_spec import ColumnStats, MetricSpec, StatsSpec
 from fedveil.deploy import demo_world
 
 
 def limits(**more) -> LimitsSection:
-    return LimitsSection(**({"max_epsilon": 3.0} | more))
+    values: dict[str, Any] = {"max_epsilon": 3.0, **more}
+    return LimitsSection(**values)
 
 
 def at(day: int, hour: int, minute: int = 0) -> datetime.datetime:
@@ -113,7 +116,7 @@ class TestLists:
         assert policy.metrics_of(spec) == ("count", "mean")
         both = StatsSpec(inputs=2, classes=2, columns=(ColumnStats(**number, moments=2, histogram=True),))
         assert policy.metrics_of(both) == ("count", "mean", "variance", "histogram")
-        network = {"name": "logistic", "inputs": 2, "classes": 2}
+        network = ModelSpec(name="logistic", inputs=2, classes=2)
         metric = MetricSpec(network=network, model_hash="0" * 64, confusion=True)
         assert policy.metrics_of(StatsSpec(inputs=2, classes=2, metric=metric)) == ("count", "accuracy", "confusion")
 

@@ -1,0 +1,40 @@
+"""A hospital is revoked while a run goes on: it is shut out within seconds, and the run ends without it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from fedveil.deploy import enrol_consortium
+from fedveil.deploy.demo_world import HOSPITALS
+
+WEST = HOSPITALS[-1]
+
+
+@pytest.fixture(scope="module")
+def revoked(consortium):
+    c = consortium("revoked", steps=14)
+    for site in HOSPITALS:  # long slots, so that the run is not over before the list is read
+        c.replace(c.home / site / "site.toml", ("slot = 0.02", "slot = 0.4"))
+    c.everybody()
+    c.until_round(3)
+    folder = c.home / "pki" / "consortium"
+    enrol_consortium.revoke(folder, WEST)
+    part = c.home / "pki" / "server" / "revoked.part"
+    shutil.copy(folder / "revoked.json", part)
+    part.rename(part.with_name("revoked.json"))
+    return c
+
+
+def test_it_is_shut_out_and_told_why(revoked):
+    assert revoked.code(WEST) == 80
+    assert "was revoked by the consortium (list 1)" in revoked.log(WEST)
+
+
+def test_the_others_finish_the_run(revoked):
+    assert [revoked.code(name) for name in ("server", *HOSPITALS[:-1])] == [0, 0, 0, 0]
+    applied = revoked.of_kind("round.applied")
+    assert len(applied) == 14
+    assert WEST in applied[2]["members"]
+    assert applied[-1]["members"] == list(HOSPITALS[:-1])
