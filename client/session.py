@@ -219,9 +219,12 @@ class Site:
                 store.put("plan", canonical.dumps(plan.to_json()))
             spec = sum_spec(plan, session, self.roster)
             refused = any(r.body.get("reason") == BudgetExhausted.__name__ for r in self._noted("refused", session))
+            ended = bool(self._noted("session.end", session))
+            if self._noted("plan.accepted", session) and not ended:
+                self._same_data()  # before the session is held: a second request must meet the same refusal
             self._sessions[session] = Session(
                 session, plan, site_sum(spec, self.id, self.key, store), begun=plan.sum in ("plain", "none"),
-                exhausted=refused, ended=bool(self._noted("session.end", session)),
+                exhausted=refused, ended=ended,
             )  # fmt: skip
         return self._sessions[session]
 
@@ -243,8 +246,6 @@ class Site:
         if held is None:
             raise ProtocolError("this site has not joined that session", hint="start the run again")
         found = self._open(name, plans.from_json(canonical.loads(held)))
-        if not found.ended:
-            self._same_data()
         if not found.ended and (joins := self.store_for(name).get("joins")) is not None:
             found.sum.begin(canonical.loads(joins))
             found.begun = True

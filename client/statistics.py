@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import ProtocolError, WireError
 from fedveil.common.models import build, predict, unflatten
+from fedveil.common.networks import Tokens
 from fedveil.common.stats_spec import EVALUATED, MetricSpec, StatsSpec
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.dp import statistics
@@ -38,14 +39,19 @@ def statistics_sum(
 
 
 def predictions(metric: MetricSpec, weights: NDArray[np.float32], X: NDArray[np.float32]) -> NDArray[np.int64]:
-    """``(n,)`` predicted classes, one record at a time.
+    """``(n,)`` predicted classes, one record at a time; -1 for a record that the network cannot take.
 
     In a batch, the rounding of one record's scores depends on how many others there are; near a tie that could turn
-    another record's prediction over, and the sum would move by more than one record's share.
+    another record's prediction over, and the sum would move by more than one record's share. For the same reason a
+    record that the network cannot take (no token id) is left out by itself and never by an exception.
     """
     model = build(metric.network).double().eval()
     unflatten(model, weights)
-    return np.array([int(predict(model, row[None]).argmax()) for row in X], np.int64)
+    usable = np.isfinite(X).all(axis=1)
+    if isinstance(model, Tokens):
+        usable &= model.usable(X)
+    pairs = zip(X, usable.tolist(), strict=True)
+    return np.array([int(predict(model, row[None]).argmax()) if ok else -1 for row, ok in pairs], np.int64)
 
 
 def _weights(metric: MetricSpec, request: Packet) -> NDArray[np.float32]:

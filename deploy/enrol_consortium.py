@@ -125,10 +125,11 @@ def revoke(folder: Path, site: str, *, key_only: bool = False) -> Revocations:
         raise IdentityError(f"{site[:64]!r} is not a member", hint=", ".join(state["members"])[:512])
     sites = old.sites if key_only else old.sites | {site}
     made = Revocations(old.number + 1, sites, old.tls_keys | {known["tls_key"]})
+    # The list first: should this stop in between, the member is shut out and the command can be given again.
+    replace(folder / "revoked.json", canonical.dumps(identity.sign_revocations(made, _key(folder))) + b"\n")
     if not key_only:
         del state["members"][site]
         _write(folder, state)
-    replace(folder / "revoked.json", canonical.dumps(identity.sign_revocations(made, _key(folder))) + b"\n")
     return made
 
 

@@ -143,8 +143,9 @@ def _batches(path: Path, spec: TableSpec, names: Sequence[str]) -> Iterator[Any]
         file = pq.ParquetFile(path, read_dictionary=texts)
         source: Iterator[Any] = file.iter_batches(BATCH, columns=list(names))
     elif path.suffix == ".csv":
-        quasi = {q.name: pa.string() for q in spec.quasi}
-        convert = pacsv.ConvertOptions(column_types=quasi, strings_can_be_null=False)
+        # As text, all of them: a guessed type would read "NA" as no value and "01" as 1.
+        texts = dict.fromkeys(names, pa.string())
+        convert = pacsv.ConvertOptions(column_types=texts, strings_can_be_null=False)
         reader = pacsv.open_csv(path, convert_options=convert)
         found, source = reader.schema.names, iter(reader)
     else:
@@ -170,7 +171,7 @@ def _numbered(array: Any, known: dict[str, int]) -> Any:
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
 
