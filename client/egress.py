@@ -26,7 +26,7 @@ from flwr.app import Message
 from fedveil.client.egress_forms import Forms
 from fedveil.client.session import Site
 from fedveil.common import errors, flwr_adapter
-from fedveil.common.errors import FedveilError, PolicyRefusal
+from fedveil.common.errors import FedveilError, PolicyRefusal, trace
 from fedveil.common.wire import Packet
 
 _LOG = logging.getLogger("fedveil.client")
@@ -91,7 +91,7 @@ class Gate:
         try:
             self._forms.check(packet, action, request, site)
         except Exception as e:  # of whatever class: an answer that cannot be judged does not leave
-            _LOG.error("%s (%s: %s)", HELD, type(e).__name__, e)
+            _LOG.error("%s (%s)", HELD, e if isinstance(e, FedveilError) else trace(e))
             site.refused(request.header.get("session"), PolicyRefusal.__name__)
             raise PolicyRefusal(HELD, hint="the reason is in the site's own log") from None
         return Cleared(packet)
@@ -135,8 +135,10 @@ def _held_records(traceback: TracebackType | None) -> bool:
 
 
 def _log(error: Exception, action: str) -> None:
-    """To the site's own log: the words of ours, the traceback of everything else."""
+    """To the site's own log: the words of ours; of everything else the class and the place, since a library's words
+    may quote a record.
+    """
     if isinstance(error, FedveilError):
         _LOG.warning("%s: %s: %s", action, error.code, error)
     else:
-        _LOG.error("%s failed", action, exc_info=error)
+        _LOG.error("%s failed: %s", action, trace(error))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from fedveil.common import canonical
 from fedveil.common.errors import FedveilError, HelperRefusal, JournalError
+from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.privacy.joining import Copy, heads_of
 
@@ -43,17 +43,7 @@ class PeerHeads:
             return
         self._heads |= ahead
         if self._path is not None:
-            temporary = self._path.with_name(f".{self._path.name}.part")
-            with temporary.open("wb") as f:
-                f.write(canonical.dumps(self.copies()))
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.rename(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            write_durably(self._path, canonical.dumps(self.copies()))
 
     def follow(self, heads: dict[SiteId, Copy]) -> None:
         """:meth:`keep`, for heads of journals that are being written: they must not lie behind what is known.

@@ -27,6 +27,8 @@ A message says what was wrong and where; ``hint`` says what to do. Neither ever 
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -164,6 +166,16 @@ class RunAborted(FedveilError):
     """A run ended before its plan was carried out."""
 
     exit_code = 90
+
+
+def trace(error: BaseException) -> str:
+    """Where an exception that is not ours came from: its class, and file and line of every frame, innermost last.
+
+    Without its words, which libraries make of the values they were given.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " > ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno}" for f in frames)
+    return f"{type(error).__name__} at {places or 'no frame'}"
 
 
 def by_code(code: str) -> type[FedveilError]:

@@ -277,8 +277,8 @@ def content_bytes(message: Message) -> int:
 def answer(app: ClientApp, message: Message, context: Context) -> Message:
     """What ``app`` says to ``message``, with its id set; exceptions become error replies.
 
-    A :class:`FedveilError` is sent as :func:`error_reply`. Any other exception is logged here, with its
-    traceback, and the peer learns only that there was one.
+    A :class:`FedveilError` is sent as :func:`error_reply`. Any other exception is logged here, by class
+    and place, and the peer learns only that there was one.
     """
     try:
         out = app(message, context)
@@ -288,8 +288,8 @@ def answer(app: ClientApp, message: Message, context: Context) -> Message:
     except FedveilError as e:
         _LOG.warning("%s answered with %s: %s", message.metadata.message_type, e.code, e)
         out = error_reply(e, message)
-    except Exception:
-        _LOG.exception("%s failed inside the client app", message.metadata.message_type)
+    except Exception as e:
+        _LOG.error("%s failed inside the client app: %s", message.metadata.message_type, errors.trace(e))
         out = internal_error_reply(message)
     stamp(out)
     return out

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
 from fedveil.common.errors import FedveilError, IdentityError, JournalError, VerificationError
+from fedveil.common.files import sync_folder
 from fedveil.common.identity import public_hex, sign, verify
 
 DOMAIN = "fedveil/journal/1"
@@ -107,7 +108,7 @@ class Journal:
             if torn:
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
                 self.append("journal.repaired", {"dropped_bytes": torn})
-            _fsync_directory(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
@@ -273,11 +274,3 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

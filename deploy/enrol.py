@@ -28,6 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import FedveilError, IdentityError
+from fedveil.common.files import write_durably
 from fedveil.common.identity import Roster
 from fedveil.common.units import site_id
 from fedveil.deploy.provision import MAX_ROSTER_BYTES, load_roster
@@ -114,9 +115,9 @@ def install(folder: Path, reply: Path, *, consortium_key: str = "") -> x509.Cert
     if name.endswith(_NEXT):
         os.replace(folder / name, folder / "tls.key")
     for file, data in (("tls.pem", pem), ("ca.pem", ca), ("consortium.pub", pin.encode() + b"\n")):
-        replace(folder / file, data)
+        write_durably(folder / file, data)
     if said.get("roster") is not None:
-        replace(folder / "roster.json", canonical.dumps(said["roster"]) + b"\n")
+        write_durably(folder / "roster.json", canonical.dumps(said["roster"]) + b"\n")
     (folder / REQUEST).unlink(missing_ok=True)
     return certificate
 
@@ -135,7 +136,7 @@ def take_roster(folder: Path, file: Path) -> Roster:
         ) from e
     document = read_document(file)
     made = _check_roster(folder, document, pin)
-    replace(folder / "roster.json", canonical.dumps(document) + b"\n")
+    write_durably(folder / "roster.json", canonical.dumps(document) + b"\n")
     return made
 
 
@@ -183,7 +184,7 @@ def _write_request(folder: Path, member: str, tls: str, host: str) -> str:
         "csr": csr.public_bytes(ser.Encoding.PEM).decode(),
     }  # fmt: skip
     document = identity.signed(key, ASKED, payload)
-    replace(folder / REQUEST, canonical.dumps(document) + b"\n")
+    write_durably(folder / REQUEST, canonical.dumps(document) + b"\n")
     return fingerprint(document)
 
 
@@ -235,13 +236,3 @@ def _check_roster(folder: Path, document: Any, pin: str) -> Roster:
                 hint="a roster only goes forward: ask for the latest one",
             )
     return made
-
-
-def replace(path: Path, data: bytes) -> None:
-    """All of a file or nothing, on disk when this returns."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)

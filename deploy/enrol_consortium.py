@@ -23,9 +23,10 @@ from cryptography.x509.oid import NameOID
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, IdentityError
+from fedveil.common.files import write_durably
 from fedveil.common.identity import Member, Revocations, Roster
 from fedveil.common.units import site_id
-from fedveil.deploy.enrol import ANSWERED, ASKED, MAX_REQUEST_BYTES, fingerprint, read_document, replace
+from fedveil.deploy.enrol import ANSWERED, ASKED, MAX_REQUEST_BYTES, fingerprint, read_document
 from fedveil.deploy.provision import MAX_DAYS, Authority
 
 _MEMBERS = "members.json"
@@ -46,8 +47,8 @@ def found(folder: Path, consortium: str, days: int = MAX_DAYS) -> str:
     pem = authority.key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
     identity.write_secret(folder / "ca.key", pem)
     identity.save_signing_key(folder / "consortium.key", key)
-    replace(folder / "ca.pem", authority.pem)
-    replace(folder / "consortium.pub", identity.public_hex(key).encode() + b"\n")
+    write_durably(folder / "ca.pem", authority.pem)
+    write_durably(folder / "consortium.pub", identity.public_hex(key).encode() + b"\n")
     _write(folder, {"v": 1, "consortium": consortium, "version": 0, "members": {}})
     return identity.public_hex(key)
 
@@ -91,7 +92,7 @@ def sign_request(folder: Path, request: Path, out: Path, *, heard: str = "", day
         "ca": (folder / "ca.pem").read_text(), "roster": roster,
     }  # fmt: skip
     _write(folder, state)
-    replace(out, canonical.dumps(identity.signed(_key(folder), ANSWERED, payload)) + b"\n")
+    write_durably(out, canonical.dumps(identity.signed(_key(folder), ANSWERED, payload)) + b"\n")
     return done
 
 
@@ -109,7 +110,7 @@ def publish(folder: Path) -> Roster:
     state["version"] += 1
     made = Roster(state["consortium"], server, tuple(members.values()), state["version"])
     _write(folder, state)
-    replace(folder / "roster.json", canonical.dumps(identity.sign_roster(made, _key(folder))) + b"\n")
+    write_durably(folder / "roster.json", canonical.dumps(identity.sign_roster(made, _key(folder))) + b"\n")
     return made
 
 
@@ -126,7 +127,7 @@ def revoke(folder: Path, site: str, *, key_only: bool = False) -> Revocations:
     sites = old.sites if key_only else old.sites | {site}
     made = Revocations(old.number + 1, sites, old.tls_keys | {known["tls_key"]})
     # The list first: should this stop in between, the member is shut out and the command can be given again.
-    replace(folder / "revoked.json", canonical.dumps(identity.sign_revocations(made, _key(folder))) + b"\n")
+    write_durably(folder / "revoked.json", canonical.dumps(identity.sign_revocations(made, _key(folder))) + b"\n")
     if not key_only:
         del state["members"][site]
         _write(folder, state)
@@ -190,4 +191,4 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:
-    replace(folder / _MEMBERS, canonical.dumps(state) + b"\n")
+    write_durably(folder / _MEMBERS, canonical.dumps(state) + b"\n")

@@ -8,12 +8,12 @@ from flwr.app import Message
 
 from fedveil.common import canonical, flwr_adapter
 from fedveil.common.errors import BudgetExhausted, IdentityError, ProtocolError, RunAborted
+from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.joining import check_join, check_joins
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.server.exchange import Exchange
-from fedveil.server.job import write_durably
 
 _KEYED = ("keysum", "sharedkey")
 _POLL = 0.05

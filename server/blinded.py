@@ -7,10 +7,11 @@ from pathlib import Path
 
 from fedveil.common import canonical
 from fedveil.common.errors import JournalError
+from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.joining import chained
-from fedveil.server.job import Job, write_durably
+from fedveil.server.job import Job
 
 Ask = Callable[[dict[SiteId, Packet]], dict[SiteId, Packet]]
 

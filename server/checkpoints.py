@@ -7,12 +7,12 @@ crash at any byte leaves a journal whose last applied row names a complete file.
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 
 from fedveil.common.errors import JournalError
+from fedveil.common.files import write_durably
 from fedveil.common.wire import sha256
 from fedveil.privacy.optim import ModelState
 
@@ -30,27 +30,11 @@ def save(folder: Path, state: ModelState) -> str:
     """Write ``state`` durably under the SHA-256 of its bytes; returns that hash. Older ones but one are removed."""
     data = encode(state)
     name = sha256(data)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.part"
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(folder / f"{name}.npz")
-    sync_folder(folder)
+    write_durably(folder / f"{name}.npz", data)
     old = sorted(folder.glob("*.npz"), key=lambda p: p.stat().st_mtime_ns)[:-KEEP]
     for path in old:
         path.unlink()
     return name
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in ``folder`` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def load(folder: Path, name: str) -> ModelState:

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Mapping
 
 from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.files import write_durably
 from fedveil.common.journal import parse, verify_rows
 from fedveil.common.units import SiteId
 from fedveil.privacy.report.charges import compose
-from fedveil.server.job import Job, write_durably
+from fedveil.server.job import Job
 
 _LOG = logging.getLogger("fedveil.server")
 

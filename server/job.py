@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
 from fedveil.common.errors import JournalError, WireError
+from fedveil.common.files import write_durably
 from fedveil.common.identity import SERVER, Roster
 from fedveil.common.journal import Journal
 from fedveil.common.models import build, flatten
@@ -187,15 +187,3 @@ def _mend_metrics(path: Path, first: int) -> None:
     lines = path.read_text(errors="replace").split("\n")[:-1]
     kept = [line for line in lines if json.loads(line)["round"] < first]
     write_durably(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is whole or absent after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(path)
-    checkpoints.sync_folder(path.parent)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fedveil.common import canonical
+from fedveil.common.files import write_durably
 from fedveil.privacy.stats_document import STATISTICS, document
-from fedveil.server.job import Job, write_durably
+from fedveil.server.job import Job
 
 
 def publish(job: Job) -> None:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedveil.common.errors import BudgetExhausted, ProtocolError, RunAborted, SecureSumError
+from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
@@ -26,7 +27,7 @@ from fedveil.privacy.secagg.server import server_sum
 from fedveil.server import admission, delivered, statistics
 from fedveil.server.blinded import BlindedSums, blinded_sums
 from fedveil.server.exchange import Exchange
-from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job, write_durably
+from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job
 from fedveil.server.rounds import Round
 
 MAX_CONSECUTIVE_ABORTS = 3

@@ -271,7 +271,8 @@ def _encoded(out: Message, request: Message) -> list[bytes]:
         return encode(out)
     except WireError as e:
         _LOG.error("%s gave a reply that cannot be sent: %s", request.metadata.message_type, e)
-        error = flower.error_reply(e, request)
+        # In fixed words: this error is made after the egress gate.
+        error = flower.error_reply(WireError("the reply cannot be sent", hint="see the site's own log"), request)
         flower.stamp(error)
         return encode(error)
 

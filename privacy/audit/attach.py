@@ -114,7 +114,10 @@ def _conformance(b: dict[str, Any], plan_hash: str) -> Conformance:
     if not isinstance(findings, list) or not 1 <= len(findings) <= MAX_FINDINGS:
         raise VerificationError(f"{where}: findings is not a list of 1..{MAX_FINDINGS}")
     low, high = _interval(b.get("interval"), where)
-    number = lambda key, top=1e9: fields.number(b, key, where, high=top)  # noqa: E731
+
+    def number(key: str, top: float = 1e9) -> float:
+        return fields.number(b, key, where, high=top)
+
     return Conformance(
         plan_hash, fields.text(b, "sum", where, limit=32), number("claimed_noise_multiplier"),
         number("measured_noise_multiplier"), low, high, number("confidence", 1.0),
@@ -124,8 +127,13 @@ def _conformance(b: dict[str, Any], plan_hash: str) -> Conformance:
 
 def _finding(b: dict[str, Any]) -> Finding:
     where = "finding"
-    text = lambda key: fields.text(b, key, where, limit=_TEXT)  # noqa: E731
-    number = lambda key, low, high: fields.number(b, key, where, low=low, high=high)  # noqa: E731
+
+    def text(key: str) -> str:
+        return fields.text(b, key, where, limit=_TEXT)
+
+    def number(key: str, low: float, high: float) -> float:
+        return fields.number(b, key, where, low=low, high=high)
+
     return Finding(
         text("name"), text("asks"), number("p_value", 0.0, 1.0), number("alpha", 0.0, 1.0),
         number("measured", -1e18, 1e18), number("expected", -1e18, 1e18), fields.integer(b, "samples", where),
@@ -143,7 +151,10 @@ def _one_run(b: dict[str, Any]) -> OneRun:
         guesses = Guesses(*counts)
     except UsageError as e:
         raise VerificationError(f"{where}: {e.message}") from e
-    number = lambda key, top: fields.number(b, key, where, high=top)  # noqa: E731
+
+    def number(key: str, top: float) -> float:
+        return fields.number(b, key, where, high=top)
+
     return OneRun(
         number("epsilon_lower_bound", 1e6), number("confidence", 1.0), number("delta", 1.0), cast(Method, method),
         guesses, number("claimed_epsilon", 1e9),

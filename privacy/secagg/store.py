@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from fedveil.common.errors import SecureSumError
+from fedveil.common.files import sync_folder
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,159}")
 _OVERWRITE_UP_TO = 1 << 16
@@ -136,11 +137,7 @@ class DirectoryStore(Store):
             raise SecureSumError(f"{self._path} cannot be read: {e.strerror}") from e
 
     def _sync(self) -> None:
-        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_folder(self._path)
 
 
 def _shred(path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import DataError, FedveilError, JournalError, RunAborted
+from fedveil.common.files import write_durably
 from fedveil.common.journal import Journal
 from fedveil.common.model_spec import ModelSpec
 from fedveil.deploy import server_process, simulation
@@ -124,7 +125,7 @@ class Crashed:
         self.world = simulation.World.make(4)
         job = jobs.create(folder, plan, self.world.roster, self.world.server, documents=self.world.documents())
         job.joins = {"any": 1}
-        jobs.write_durably(folder / "joins.json", canonical.dumps(job.joins))
+        write_durably(folder / "joins.json", canonical.dumps(job.joins))
         s = {"session": job.session}
         job.journal.append("run.joined", {**s, "joins_digest": canonical.digest(job.joins), "sites": []})
         self.states = [job.state]
