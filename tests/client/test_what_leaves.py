@@ -75,7 +75,7 @@ def test_only_classes_that_never_look_at_data_speak(cls, where, monkeypatch, cap
 
 
 @pytest.mark.parametrize("cls", [ValueError, KeyError, RuntimeError, AssertionError, MemoryError, UnicodeError])
-def test_any_other_exception_says_nothing_at_all(cls, monkeypatch):
+def test_any_other_exception_says_nothing_at_all(cls, monkeypatch, caplog):
     def failing(*_: object) -> Packet:
         raise cls(CANARY)
 
@@ -84,6 +84,8 @@ def test_any_other_exception_says_nothing_at_all(cls, monkeypatch):
     assert reply.has_error()
     assert CANARY not in text(reply)
     assert cls.__name__ not in text(reply)
+    assert CANARY not in caplog.text  # a library's words may quote a record
+    assert f"{cls.__name__} at " in caplog.text and "test_what_leaves.py:" in caplog.text
 
 
 BROKEN = {
@@ -114,7 +116,7 @@ def test_broken_data_release_noise_and_nothing_else(world, broken, engine, caplo
     assert CANARY not in text(reply)
 
 
-def test_an_unforeseen_exception_in_the_step_does_not_show(world, monkeypatch):
+def test_an_unforeseen_exception_in_the_step_does_not_show(world, monkeypatch, caplog):
     class Odd(Exception):
         """Of no class that anybody thought of."""
 
@@ -126,6 +128,7 @@ def test_an_unforeseen_exception_in_the_step_does_not_show(world, monkeypatch):
     reply = ask(w.sites[0], w.request(), "train.contribute")
     assert not reply.has_error()
     assert w.spends() == [1]
+    assert CANARY not in text(reply) + caplog.text
 
 
 def test_the_reply_to_every_message_of_an_honest_run_holds_no_record(world):
