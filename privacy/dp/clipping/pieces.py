@@ -37,7 +37,7 @@ class Dense:
 
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
-        return torch.cat([torch.linalg.vector_norm(v.double(), dim=1) for v in self._values.split(self._step)]).square()
+        return torch.cat([_norms(v.double()) for v in self._values.split(self._step)]).square()
 
     def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
@@ -58,7 +58,7 @@ class Outer:
 
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
-        return self._out.square().sum(1) * self._inward.square().sum(1)
+        return (_norms(self._out) * _norms(self._inward)).square()
 
     def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
@@ -87,11 +87,16 @@ class Rows:
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
         out = torch.zeros(self._records, dtype=torch.float64, device=self._values.device)
-        return out.index_add_(0, self._record, self._values.square().sum(1))
+        return out.index_add_(0, self._record, _norms(self._values).square())
 
     def add(self, factor: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
         out.view(self._rows, -1).index_add_(0, self._row, self._values * factor[self._record, None])
+
+
+def _norms(values: torch.Tensor) -> torch.Tensor:
+    """The norm of each row in one pass: squares written out are memory that has to be fetched anew for every batch."""
+    return torch.linalg.vector_norm(values, dim=1)
 
 
 @dataclass(frozen=True)
