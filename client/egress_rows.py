@@ -131,7 +131,10 @@ _FORMS: dict[str, dict[str, Check]] = {
     "session.end": {"session": _HEX, "status": _one_of(*ENDINGS)},
     "journal.repaired": {"dropped_bytes": whole},
 }  # fmt: skip
-_OPTIONAL: dict[str, dict[str, Check]] = {"ledger.open": {"version": text(128), "subject_salt": text(128)}}
+_OPTIONAL: dict[str, dict[str, Check]] = {
+    "ledger.open": {"version": text(128), "subject_salt": text(128)},
+    "plan.accepted": {"precision": _one_of("float32")},
+}
 _EVIDENCE: dict[str, Check] = {
     "v": _one_of(1),
     "contract": _HEX,

@@ -29,7 +29,7 @@ def join(site: Site, request: Packet) -> Packet:
     h = request.expect("join").header
     session = site.accept(h.get("session", ""), h.get("plan"), h.get("roster_hash", ""), h.get("contract_hash", ""))
     if session.plan.task == "train":  # a model that couples records is refused before round 1
-        clipper(session.plan.network, site.engine, site.device)
+        clipper(session.plan.network, site.engine, site.device, site.precision)
     return Packet({"kind": "joined", "statement": site.statement(session)})
 
 
@@ -76,7 +76,7 @@ def contribute(site: Site, request: Packet) -> Packet:
     if isinstance(plan.model, StatsSpec):
         clipped = statistics_sum(plan, plan.model, request, site.X, site.y)
     else:
-        clipped = site_sum(clipper(plan.model, site.engine, site.device), plan, weights, site.X, site.y)
+        clipped = site_sum(clipper(plan.model, site.engine, site.device, site.precision), plan, weights, site.X, site.y)
     noisy = to_grid(clipped, plan.clamp, plan.grid)
     del clipped
     try:

@@ -26,6 +26,7 @@ from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy import plan as plans
+from fedveil.privacy.dp.clipping import Precision
 from fedveil.privacy.joining import JOIN, Copy, check_joins, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
@@ -81,6 +82,7 @@ class Site:
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
         peers: what this site remembers of the others' journals.
+        precision: in which gradients of single records may be computed; anything but float64 is written down.
         models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
         approvals: where persons' approvals are found, for limits that ask for them.
@@ -99,6 +101,7 @@ class Site:
     ledger: Ledger
     store_for: Callable[[str], Store]
     engine: str = "auto"
+    precision: Precision = "float64"
     device: str = "cpu"
     models: Path | None = None
     peers: PeerHeads = field(default_factory=PeerHeads)
@@ -140,6 +143,7 @@ class Site:
             self.ledger.note(
                 "plan.accepted",
                 session=session, plan_hash=plan.hash, roster_hash=roster_hash, contract_hash=contract_hash,
+                **({} if self.precision == "float64" else {"precision": self.precision}),
             )  # fmt: skip
         return known
 

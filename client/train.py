@@ -26,21 +26,24 @@ def pick_device(wanted: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def clipper(spec: ModelSpec, engine: str, device: str) -> clipping.Clipper:
+def clipper(spec: ModelSpec, engine: str, device: str, precision: clipping.Precision = "float64") -> clipping.Clipper:
     """The clipping engine for a network, built once per process: ``auto`` probes parity first, speed second.
 
     Args:
         engine: ``auto``, or one of :data:`fedveil.privacy.dp.clipping.Engine`, which is probed for parity too.
+        precision: ``float32`` allows it where it is faster and the probe finds no record that moves another's rounding
+            (see :mod:`fedveil.privacy.dp.clipping`); ``float64`` claims nothing that only a probe stands for.
 
     Raises:
         ModelError: the network couples records (BatchNorm) or cannot be clipped per record (by that engine).
     """
+    tried = "auto" if precision == "float32" else "float64"
     if engine == "auto":
-        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision="float64")
+        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision=tried)
     if engine not in get_args(clipping.Engine):
         raise ModelError(f"unknown engine {engine!r}", hint="auto, " + ", ".join(get_args(clipping.Engine)))
     named = cast(clipping.Engine, engine)
-    return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, engines=(named,))
+    return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision=tried, engines=(named,))
 
 
 def site_sum(

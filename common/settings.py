@@ -186,6 +186,11 @@ class TrainingSection(BaseModel):
 
     model_config = _FROZEN
     engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus", "ghost"] = "auto"
+    precision: Literal["float64", "float32"] = Field(
+        default="float64",
+        description="float32 allows engines that compute each record's gradient in single precision (half the time of "
+        "large networks), under an assumption that is probed, written into the ledger and named in the report",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, le=4096, description="CPU threads of one computation; 0: all")
     gpu_memory: float = Field(default=1.0, gt=0, le=1, description="fraction of the GPU's memory that may be used")

@@ -79,7 +79,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         id=site, key=key, roster=roster, contract_hash=contract.hash, width=contract.width,
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
-        engine=settings.training.engine, device=device, models=s.state / "models",
+        engine=settings.training.engine, precision=settings.training.precision, device=device, models=s.state / "models",
         peers=PeerHeads(s.state / "peers.json"),
         contract=contract,
         approvals=Approvals(s.state / REQUESTS, site, settings.limits),

@@ -1,0 +1,69 @@
+"""Single precision at a site: off by default, allowed by its owner, written down before the first charge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from fedveil.client import round as line
+from fedveil.client import train
+from fedveil.client.egress_rows import check_rows
+from fedveil.common.errors import PolicyRefusal
+from fedveil.common.journal import Row
+from fedveil.common.model_spec import ModelSpec
+from fedveil.common.settings import TrainingSection
+
+CNN = ModelSpec(name="cnn", inputs=144, classes=10, hidden=(8, 8))
+
+
+def accepted(site) -> Row:
+    (row,) = site.ledger.journal.of_kind("plan.accepted")
+    return row
+
+
+def test_without_a_word_of_the_owner_everything_is_float64(world):
+    w = world(sum="plain")
+    site = w.sites[0]
+    line.join(site, w.proposal())
+    assert TrainingSection().precision == site.precision == "float64"
+    assert "precision" not in accepted(site).body
+    assert train.clipper(CNN, "auto", "cpu").precision == "float64"
+
+
+def test_what_the_owner_allows_is_in_the_ledger_and_may_leave(world):
+    w = world(sum="plain")
+    site = w.sites[0]
+    site.precision = "float32"
+    line.join(site, w.proposal())
+    row = accepted(site)
+    assert row.body["precision"] == "float32"
+    check_rows([row], site.id, None)
+    assert not list(site.ledger.journal.of_kind("spend"))  # written before anything is charged
+
+
+@pytest.mark.parametrize("said", ["float64", "float16", 4711, None])
+def test_no_other_precision_leaves(world, said):
+    w = world(sum="plain")
+    line.join(w.sites[0], w.proposal())
+    row = accepted(w.sites[0])
+    row.body["precision"] = said
+    with pytest.raises(PolicyRefusal):
+        check_rows([row], w.sites[0].id, None)
+
+
+def test_site_toml_knows_two_precisions():
+    assert TrainingSection(precision="float32").precision == "float32"
+    with pytest.raises(ValidationError):
+        TrainingSection.model_validate({"precision": "bfloat16"})
+
+
+@pytest.mark.parametrize("engine", ["auto", "book", "vmap", "ghost"])
+def test_the_sum_is_the_same_to_single_precision(engine):
+    rng = np.random.default_rng(5)
+    X, y = rng.normal(size=(40, CNN.inputs)).astype(np.float32), rng.integers(0, 10, 40)
+    allowed = train.clipper(CNN, engine, "cpu", "float32")
+    expected = train.clipper(CNN, engine, "cpu").clipped_sum(X, y, 0.3).values
+    assert engine != "ghost" or allowed.precision == "float64"  # its sum is accumulated in the network's precision
+    found = allowed.clipped_sum(X, y, 0.3).values
+    assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected)
