@@ -239,6 +239,10 @@ class Preflight:
         tally = tally_of(read_rows(path, identity.public_hex(key)))
         if tally.lineage != self._site.lineage:
             raise JournalError("the ledger is another data set's", hint="correct [site] lineage or state")
+        if tally.closed:
+            raise JournalError(
+                f"the ledger was closed: ledger {tally.closed[:16]}... counts it", hint="go on with that one"
+            )
         if tally.epsilon >= limits.max_epsilon:
             raise BudgetExhausted(
                 f"the budget of epsilon = {limits.max_epsilon:g} is spent", hint="a normal ending: no further runs"

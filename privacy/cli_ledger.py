@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
@@ -96,29 +97,60 @@ def import_(
     file: Annotated[Path, typer.Argument(help="The older ledger (journal.jsonl).")],
     into: Annotated[Path, typer.Option(help="The ledger that shall count it from now on; must have been opened.")],
     key: Annotated[Path, typer.Option(help="The signing.key of the site that owns --into.")],
-    public: Annotated[str, typer.Option(help="The public key of the older ledger's owner, 64 hex digits.")],
+    public: Annotated[str, typer.Option(help="The public key of the older ledger's owner, 64 hex digits.")] = "",
+    old_key: Annotated[Path | None, typer.Option(help="The older ledger's signing.key, if it is not --key.")] = None,
+    left_open: Annotated[
+        bool, typer.Option("--left-open", help="Its key is lost, or FILE is a copy: the older ledger is not closed.")
+    ] = False,
 ) -> None:
-    """Count what an older ledger has spent on the same people's records. The total only grows; once for a ledger."""
-    rows, held = read_rows(file, public), read_rows(into, None)
-    for row in rows:
-        bounded(row)
-    now, owner = tally_of(held), identity.load_signing_key(key)
+    """Close an older ledger of the same people's records, and count what it has spent. Once for a ledger.
+
+    The total only grows. If this is interrupted, give the command again. With --left-open whoever has the older
+    ledger and its key can go on spending from it, beside the new one: remove both.
+    """
+    if left_open and (old_key is not None or not public):
+        raise UsageError("--left-open needs the --public half of the older ledger's key, and not the key itself")
+    held, owner = read_rows(into, None), identity.load_signing_key(key)
+    now, old = tally_of(held), identity.load_signing_key(old_key) if old_key else owner
     if now.filter is None:
         raise VerificationError(f"{into}: the ledger was never opened")
+    if not left_open and public and public.strip() != identity.public_hex(old):
+        raise UsageError(
+            "the key at hand is not that of the older ledger, which could not be closed",
+            hint="--old-key FILE closes it; --left-open where its key is lost",
+        )
     ledger = Ledger.open(
         into, held[0].owner, owner, lineage=now.lineage, cap=Epsilon(now.filter.epsilon),
         delta=Delta(now.filter.delta), unit=now.unit,
     )  # fmt: skip
     try:
         before = ledger.tally.epsilon
-        ledger.adopt(rows, public.strip())
+        done = ledger.adopt(_bounded_rows(file), public.strip()) if left_open else _taken_over(ledger, file, old)
         after = ledger.tally.epsilon
     finally:
         ledger.close()
     Console(highlight=False).print(
-        f"{tally_of(rows).lineage} imported: filter ε {before:.4f} before, {after:.4f} now, of {now.filter.epsilon:g}",
+        f"{done.body['lineage']} imported: filter ε {before:.4f} before, {after:.4f} now, of {now.filter.epsilon:g}; "
+        f"the older ledger is {'LEFT OPEN' if left_open else 'closed'}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _taken_over(ledger: Ledger, file: Path, key: Ed25519PrivateKey) -> Row:
+    _bounded_rows(file)
+    return ledger.take_over(file, key)
+
+
+def _bounded_rows(file: Path) -> list[Row]:
+    """The rows of a ledger's file, without what a crash left behind the last one; no signature is checked."""
+    try:
+        data = read_bounded(file, _LIMIT)
+        rows = parse(data[: data.rfind(b"\n") + 1])
+        for row in rows:
+            bounded(row)
+    except FedveilError as e:
+        raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+    return rows
 
 
 def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
@@ -167,6 +199,7 @@ def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
         "epsilon_spent": tally.epsilon,
         "fraction_left": max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0,
         "steps": len(tally.by_round),
+        "closed_for": tally.closed,
         "imported": {name: sum(n for _, n in events) for name, events in tally.imported.items()},
         "sessions": sessions,
         "head": [len(rows), rows[-1].hash],
@@ -219,6 +252,8 @@ def _show(found: dict[str, Any]) -> None:
     if found["imported"]:
         steps = sum(found["imported"].values())
         head.add_row("imported", f"{steps} steps of {len(found['imported'])} older ledgers, counted in what is spent")
+    if found["closed_for"]:
+        head.add_row("closed", f"for good; ledger {found['closed_for'][:16]}... counts it")
     head.add_row("left", f"{found['fraction_left']:.1%} of the Rényi budget")
     checked = "chain and signatures hold" if found["signatures_checked"] else "NOT checked (give --public)"
     head.add_row("journal", f"{found['head'][0]} rows, {checked}")

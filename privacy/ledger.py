@@ -10,7 +10,8 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
     ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}, and {version, subject_salt} where given
     ledger.import   {lineage, owner, public, ledger, carries, head, events}   what an older ledger has spent
     ledger.cap      {cap_epsilon}                      the site's policy changed its cap
-    plan.accepted   {session, plan_hash, roster_hash, contract_hash}
+    ledger.closed   {ledger}                           nothing more is spent: that one (its first row) counts this
+    plan.accepted   {session, plan_hash, roster_hash, contract_hash[, precision]}
     data.released   {...}                              pass/fail and salted commitments of ingestion
     spend           {session, round, plan_hash, event}
     commit          {session, round}                   the value reserved for has been handed on
@@ -21,6 +22,8 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
 
 from __future__ import annotations
 
+import copy
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,19 +33,22 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
-from fedveil.common.journal import Head, Journal, Row, verify_rows
+from fedveil.common.identity import public_hex
+from fedveil.common.journal import Head, Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.dp.accounting import ORDERS, Filter, best_order, rdp
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 
 MAX_IMPORTED = 1 << 20
+MAX_NAMED = 4096  # different events of one import, and ledgers that it carries: what fits into a row
+_HEX = re.compile("[0-9a-f]{64}")
 
 
 class Tally:
     """What a list of ledger rows adds up to; the same code enforces (at the site) and verifies (anywhere).
 
     Feeding rows in order raises :class:`VerificationError` for a row that the rules do not allow: spending
-    before opening, twice for one round, an unknown event, past the cap in force.
+    before opening, twice for one round, an unknown event, past the cap in force, after the ledger was closed.
     """
 
     def __init__(self) -> None:
@@ -52,6 +58,7 @@ class Tally:
         self.by_round: dict[tuple[str, int], SampledGaussian] = {}
         self.committed: set[tuple[str, int]] = set()
         self.version, self.subject_salt = "", ""
+        self.closed = ""  # the ledger that counts this one's spending from now on
         self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
         self.counted: set[str] = set()  # every ledger whose spending is in here: the imported ones and theirs
 
@@ -68,6 +75,8 @@ class Tally:
                 self._spend(row)
             elif row.kind == "ledger.import":
                 self._import(row)
+            elif row.kind == "ledger.closed":
+                self._close(row)
             elif row.kind == "commit":
                 key = _key(b)
                 if key not in self.by_round:
@@ -91,8 +100,20 @@ class Tally:
             raise VerificationError(f"row {row.n} ({row.kind}) comes before the ledger was opened")
         return self.filter
 
+    def _open_filter(self, row: Row) -> Filter:
+        if self.closed:
+            raise VerificationError(f"row {row.n} ({row.kind}) comes after the ledger was closed")
+        return self._filter(row)
+
+    def _close(self, row: Row) -> None:
+        self._open_filter(row)
+        name = row.body["ledger"]
+        if not isinstance(name, str) or not _HEX.fullmatch(name):
+            raise TypeError
+        self.closed = name
+
     def _spend(self, row: Row) -> None:
-        f = self._filter(row)
+        f = self._open_filter(row)
         key, event = _key(row.body), from_json(row.body["event"])
         if key in self.by_round:
             raise VerificationError(f"row {row.n} charges round {key[1]} a second time")
@@ -103,7 +124,7 @@ class Tally:
 
     def _import(self, row: Row) -> None:
         """Spending of another ledger, added whatever the cap says: it has happened. Once for each ledger."""
-        f, b = self._filter(row), row.body
+        f, b = self._open_filter(row), row.body
         names = {b["ledger"], *b["carries"]}
         if not all(isinstance(name, str) for name in names) or names & self.counted:
             raise VerificationError(f"row {row.n} imports a ledger that was imported before")
@@ -177,20 +198,30 @@ class Ledger:
             subject_salt: SHA-256 (hex) of the salt under which the site tells subjects apart; not the salt itself.
 
         Raises:
-            JournalError: in use, forged, or of another lineage, version, subject salt, unit or δ.
+            JournalError: in use, forged, closed, or of another lineage, version, subject salt, unit or δ.
         """
-        journal = Journal.open(path, site, key, durable=durable, clock=clock)
+        self = cls._replayed(Journal.open(path, site, key, durable=durable, clock=clock))
         try:
-            self = cls(journal, Tally())
+            if self.tally.closed:
+                raise JournalError(
+                    f"{path} was closed: ledger {self.tally.closed[:16]}... counts what was spent from it",
+                    hint="go on with that ledger, and keep this one for auditors",
+                )
+            self._settle(lineage, cap, delta, unit, {"version": version, "subject_salt": subject_salt})
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @classmethod
+    def _replayed(cls, journal: Journal) -> Ledger:
+        self = cls(journal, Tally())
+        try:
             for row in journal.rows:
                 self.tally.feed(row)
-            self._settle(lineage, cap, delta, unit, {"version": version, "subject_salt": subject_salt})
         except VerificationError as e:
             journal.close()
-            raise JournalError(f"{path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
-        except BaseException:
-            journal.close()
-            raise
+            raise JournalError(f"{journal.path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
         return self
 
     def _settle(self, lineage: str, cap: Epsilon, delta: Delta, unit: str, subjects: dict[str, str]) -> None:
@@ -226,14 +257,15 @@ class Ledger:
 
     def note(self, kind: str, **body: Any) -> Row:
         """Add a row that spends nothing (``plan.accepted``, ``data.released``, ``refused``, ``model``, ...)."""
-        if kind in ("spend", "commit", "ledger.open", "ledger.cap", "ledger.import"):
+        if kind in ("spend", "commit", "ledger.open", "ledger.cap", "ledger.import", "ledger.closed"):
             raise JournalError(f"a row of kind {kind!r} cannot be added as a note")
         return self._append(kind, **body)
 
     def adopt(self, rows: list[Row], public: str) -> Row:
         """Count what another ledger has spent, as one signed row that names it; its imports are carried along.
 
-        The total never falls and may pass the cap: then nothing more is admitted.
+        The total never falls and may pass the cap: then nothing more is admitted. The other ledger stays open: whoever
+        has its key goes on spending from it. Where that key is at hand, use :meth:`take_over`.
 
         Args:
             rows: the other ledger, whole.
@@ -241,31 +273,74 @@ class Ledger:
 
         Raises:
             VerificationError: the other ledger does not hold, or was imported before.
-            JournalError: it is this ledger itself, or counts another unit.
+            JournalError: it is this ledger itself, counts another unit, or was closed in favour of another one.
         """
+        return self._append("ledger.import", **self._adoption(rows, public))
+
+    def take_over(self, path: Path, key: Ed25519PrivateKey) -> Row:
+        """Close another ledger for good, then :meth:`adopt` it whole, its last row included.
+
+        The closing row is on disk before the import is begun: a crash in between leaves a closed ledger, from which
+        nobody spends, and the same call again completes the import.
+
+        Args:
+            path: the other ledger's own file, not a copy of it. key: its owner's.
+
+        Raises:
+            VerificationError, JournalError: as :meth:`adopt`, or the other ledger is in use; it then is as it was.
+        """
+        if path.resolve() == self.journal.path.resolve():
+            raise JournalError("a ledger cannot import itself")
+        if not path.is_file():
+            raise JournalError(f"{path} is not a file")
+        data, public = path.read_bytes(), public_hex(key)
+        rows = parse(data[: data.rfind(b"\n") + 1])  # a torn last line was never acted upon; opening removes it
+        self._adoption(rows, public)  # what could refuse the import must do so before the other ledger is closed
+        old = Ledger._replayed(Journal.open(path, rows[0].owner, key))
+        try:
+            if not old.tally.closed:
+                old.retire(self.journal.rows[0].hash)
+            return self.adopt(old.journal.rows, public)
+        finally:
+            old.close()
+
+    def retire(self, ledger: str) -> Row:
+        """Never spend from this ledger again: ``ledger`` (the hash of its first row) is about to count it."""
+        return self._append("ledger.closed", ledger=ledger)
+
+    def _adoption(self, rows: list[Row], public: str) -> dict[str, Any]:
+        """The body of the row that imports another ledger, once everything that could refuse it was looked at."""
         verified = verify_rows(rows, public, owner=rows[0].owner if rows else "")
         old = Tally()
         for row in verified:
             old.feed(row)
         if not verified or old.filter is None:
             raise VerificationError("the ledger to be imported was never opened")
-        name = verified[0].hash
-        if name == self.journal.rows[0].hash or old.unit != self.tally.unit:
+        name, own = verified[0].hash, self.journal.rows[0].hash
+        if name == own or old.unit != self.tally.unit:
             raise JournalError("a ledger cannot import itself, nor one that counts another unit")
-        if twice := {name, *old.counted} & {*self.tally.counted, self.journal.rows[0].hash}:
+        if twice := {name, *old.counted} & {*self.tally.counted, own}:
             raise VerificationError(f"the spending of ledger {min(twice)[:16]}... is counted here already")
+        if old.closed not in ("", own):
+            raise JournalError(
+                f"the ledger was closed in favour of another one, {old.closed[:16]}...",
+                hint="import that one: it carries this one along",
+            )
         counted = Counter(old.events)
-        return self._append(
-            "ledger.import",
-            lineage=old.lineage, owner=verified[0].owner, public=public, ledger=name,
-            carries=sorted(old.counted), head=[len(verified), verified[-1].hash],
-            events=[[e.to_json(), n] for e, n in counted.items()],
-        )  # fmt: skip
+        if max(len(counted), len(old.counted)) > MAX_NAMED:
+            raise VerificationError(f"more than {MAX_NAMED} different events or ledgers cannot be imported at once")
+        body = {
+            "lineage": old.lineage, "owner": verified[0].owner, "public": public, "ledger": name,
+            "carries": sorted(old.counted), "head": [len(verified), verified[-1].hash],
+            "events": [[e.to_json(), n] for e, n in counted.items()],
+        }  # fmt: skip
+        copy.deepcopy(self.tally).feed(Row(self.head.rows, self.journal.owner, 0, "ledger.import", body, "", "", ""))
+        return body
 
     def affords(self, event: SampledGaussian) -> int:
         """How many steps of ``event`` the cap in force still carries."""
         f = self.tally.filter
-        return f.affords(event, self.tally.spent) if f else 0
+        return f.affords(event, self.tally.spent) if f and not self.tally.closed else 0
 
     def reserve(self, session: str, round_: int, plan_hash: str, event: SampledGaussian) -> None:
         """Charge one step; on disk when this returns. Only then may noise be drawn and a value leave.

@@ -244,6 +244,15 @@ class TestTheLedger:
         edit(home, "max_epsilon = 1.1", "max_epsilon = 0.5")
         assert failed(home, offline=True)["ledger"].exit_code == 3
 
+    def test_one_that_was_closed(self, home):
+        old, new = ledger(home), home / "new.jsonl"
+        path, key = old.journal.path, identity.load_signing_key(loaded(home).site.identity / "signing.key")
+        old.close()
+        taker = Ledger.open(new, EAST, key, lineage="x", cap=Epsilon(1.0), delta=Delta(1e-5))
+        taker.take_over(path, key)
+        taker.close()
+        assert "was closed" in failed(home, offline=True)["ledger"].message
+
     def test_one_that_was_edited_or_is_another_data_sets(self, home):
         ledger(home).close()
         path = home / EAST / "state" / "ledger.jsonl"

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from typer.testing import CliRunner
 
-from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
+from fedveil.common.errors import BudgetExhausted, JournalError, UsageError, VerificationError
 from fedveil.common.identity import new_signing_key, public_hex, save_signing_key
-from fedveil.common.journal import Row, parse, verify_rows
+from fedveil.common.journal import Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.cli_ledger import app
 from fedveil.privacy.dp.events import SampledGaussian
@@ -134,17 +135,138 @@ def test_import_rows_that_no_honest_ledger_holds(change: dict[str, Any]) -> None
     assert tally.spent == before
 
 
+def command(folder: Path, *more: str) -> Result:
+    for name, key in (("signing.key", KEY), ("old.key", OLD_KEY)):
+        if not (folder / name).exists():
+            save_signing_key(folder / name, key)
+    arguments = ["import", folder / "old", "--into", folder / "new", "--key", folder / "signing.key", *more]
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
 def test_the_command(tmp_path: Path, old: list[Row]) -> None:
-    save_signing_key(tmp_path / "signing.key", KEY)
     spent(opened(tmp_path / "new"))
-    arguments = ["import", str(tmp_path / "old"), "--into", str(tmp_path / "new"), "--key",
-                 str(tmp_path / "signing.key"), "--public", public_hex(OLD_KEY)]  # fmt: skip
-    result = CliRunner().invoke(app, arguments)
+    result = command(tmp_path, "--old-key", str(tmp_path / "old.key"), "--public", public_hex(OLD_KEY))
     assert result.exit_code == 0, result.exception
     assert "patients-1 imported: filter ε 0.0000 before" in result.stdout
-    assert isinstance(CliRunner().invoke(app, arguments).exception, VerificationError)
+    assert "is closed" in result.stdout
+    again = command(tmp_path, "--old-key", str(tmp_path / "old.key"))
+    assert isinstance(again.exception, VerificationError)
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "new"), "--public", public_hex(KEY)])
     assert "3 steps of 1 older ledgers" in shown.stdout
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "old"), "--public", public_hex(OLD_KEY)])
+    assert "for good" in shown.stdout
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "old"), "--public", public_hex(OLD_KEY)]).exit_code == 0
+
+
+def test_a_ledger_whose_key_is_not_at_hand_is_left_open_only_in_so_many_words(tmp_path: Path, old: list[Row]) -> None:
+    spent(opened(tmp_path / "new"))
+    files = {p: p.read_bytes() for p in (tmp_path / "old", tmp_path / "new")}
+    for arguments in (
+        ("--public", public_hex(OLD_KEY)),
+        ("--left-open",),
+        ("--left-open", "--public", public_hex(OLD_KEY), "--old-key", str(tmp_path / "old.key")),
+    ):
+        assert isinstance(command(tmp_path, *arguments).exception, UsageError)
+    assert command(tmp_path).exit_code != 0  # the new ledger's key is not the older one's
+    assert {p: p.read_bytes() for p in files} == files
+    result = command(tmp_path, "--left-open", "--public", public_hex(OLD_KEY))
+    assert result.exit_code == 0, result.exception
+    assert "LEFT OPEN" in result.stdout
+    assert (tmp_path / "old").read_bytes() == files[tmp_path / "old"]
+
+
+class TestTakenOver:
+    """An imported ledger is closed first, and never spent from again."""
+
+    @pytest.fixture
+    def new(self, tmp_path: Path) -> Ledger:
+        return opened(tmp_path / "new")
+
+    def test_nothing_is_spent_beside_the_new_ledger(self, tmp_path, old, new):
+        row = new.take_over(tmp_path / "old", OLD_KEY)
+        rows = verify_rows(parse((tmp_path / "old").read_bytes()), public_hex(OLD_KEY), owner="site-a-before")
+        assert [r.hash for r in rows[:-1]] == [r.hash for r in old]
+        assert (rows[-1].kind, rows[-1].body) == ("ledger.closed", {"ledger": new.journal.rows[0].hash})
+        assert row.body["head"] == [len(rows), rows[-1].hash], "the import names the row that closed the old ledger"
+        with pytest.raises(JournalError, match="was closed"):
+            opened(tmp_path / "old", key=OLD_KEY, cap=9.0, lineage="patients-1")
+        other = opened(tmp_path / "other", lineage="patients-3")
+        with pytest.raises(JournalError, match="in favour of another"):
+            other.take_over(tmp_path / "old", OLD_KEY)
+        with pytest.raises(JournalError, match="in favour of another"):
+            other.adopt(rows, public_hex(OLD_KEY))
+        assert len(other.journal.rows) == 1
+
+    def test_a_process_that_holds_the_old_ledger_is_waited_for(self, tmp_path, old, new):
+        holder = Ledger.open(
+            tmp_path / "old", "site-a-before", OLD_KEY, lineage="patients-1", cap=Epsilon(9.0), delta=Delta(DELTA)
+        )
+        with pytest.raises(JournalError, match="in use"):
+            new.take_over(tmp_path / "old", OLD_KEY)
+        holder.close()
+        assert len(new.journal.rows) == 1
+        assert len(parse((tmp_path / "old").read_bytes())) == len(old)
+
+    def test_what_could_not_be_imported_is_not_closed(self, tmp_path, old, new):
+        new.adopt(old, public_hex(OLD_KEY))
+        before = (tmp_path / "old").read_bytes()
+        for key in (OLD_KEY, KEY):
+            with pytest.raises(VerificationError):
+                new.take_over(tmp_path / "old", key)
+        for path in (tmp_path / "new", tmp_path / "nowhere"):
+            with pytest.raises(JournalError):
+                new.take_over(path, KEY)
+        assert (tmp_path / "old").read_bytes() == before
+        assert not (tmp_path / "nowhere").exists()
+
+    @pytest.mark.parametrize("torn", [0, 1, 150], ids=["after the closing row", "before its end", "within it"])
+    def test_a_crash_between_closing_and_import_is_gone_over_again(self, tmp_path, old, new, monkeypatch, torn):
+        with monkeypatch.context() as m:
+            m.setattr(Ledger, "adopt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                new.take_over(tmp_path / "old", OLD_KEY)
+        assert len(new.journal.rows) == 1
+        closed = (tmp_path / "old").read_bytes()
+        (tmp_path / "old").write_bytes(closed[: len(closed) - torn])
+        new.take_over(tmp_path / "old", OLD_KEY)
+        kinds = [r.kind for r in parse((tmp_path / "old").read_bytes())]
+        assert kinds.count("ledger.closed") == 1
+        assert kinds[-1] == "ledger.closed"
+        assert new.tally.events == [CHEAP, CHEAP, DEAR]
+        assert [r.kind for r in new.journal.rows] == ["ledger.open", "ledger.import"]
+
+    def test_a_ledger_that_took_one_over_can_be_taken_over_itself(self, tmp_path, old, new):
+        new.take_over(tmp_path / "old", OLD_KEY)
+        new.close()
+        third = opened(tmp_path / "third", lineage="patients-3")
+        third.take_over(tmp_path / "new", KEY)
+        assert third.tally.events == [CHEAP, CHEAP, DEAR]
+        assert third.tally.counted == {old[0].hash, new.journal.rows[0].hash}
+
+    @pytest.mark.parametrize(
+        ("kind", "body"),
+        [
+            ("spend", {"session": "run", "round": 9, "plan_hash": "a" * 64, "event": CHEAP.to_json()}),
+            ("ledger.import", {"ledger": "c" * 64, "carries": [], "events": [[CHEAP.to_json(), 1]]}),
+            ("ledger.closed", {"ledger": "c" * 64}),
+        ],
+    )
+    def test_rows_after_the_last_one_do_not_verify(self, tmp_path, old, new, kind, body):
+        new.take_over(tmp_path / "old", OLD_KEY)
+        with Journal.open(tmp_path / "old", "site-a-before", OLD_KEY) as journal:
+            compose(journal.rows, "run")  # closed, it does
+            journal.append(kind, body)
+            with pytest.raises(VerificationError, match="after the ledger was closed"):
+                compose(journal.rows, "run")
+        verified = CliRunner().invoke(app, ["verify", str(tmp_path / "old"), "--public", public_hex(OLD_KEY)])
+        assert isinstance(verified.exception, VerificationError)
+
+    @pytest.mark.parametrize("body", [{}, {"ledger": 5}, {"ledger": "x"}, {"ledger": "B" * 64}, {"ledger": None}])
+    def test_closing_rows_that_no_honest_ledger_holds(self, new, body):
+        with pytest.raises(VerificationError, match="malformed"):
+            new.tally.feed(Row(1, "site-a", 0, "ledger.closed", body, "", "", ""))
+        with pytest.raises(JournalError, match="note"):
+            new.note("ledger.closed", **body)
 
 
 def test_a_lineage_is_a_version_and_a_subject_salt_too(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
 from fedveil.common.journal import Journal, parse, verify_rows
+from fedveil.common.units import Delta, Epsilon
+from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.ledger import Ledger
 
 HERE = Path(__file__).parent
 
@@ -102,6 +105,24 @@ def test_both_refuse_a_changed_byte_at_the_same_row(journal, data) -> None:
     found = package(spoilt)
     assert isinstance(found, int)
     assert second(spoilt) == found
+
+
+def test_both_accept_a_ledger_that_was_closed(tmp_path) -> None:
+    event = SampledGaussian(1.0, 8.0)
+    for name in ("old", "new"):
+        ledger = Ledger.open(tmp_path / name, "alba", KEY, lineage=name, cap=Epsilon(4.0), delta=Delta(1e-5))
+        ledger.reserve("s", 1, "a" * 64, event)
+        if name == "new":
+            ledger.take_over(tmp_path / "old", KEY)
+        ledger.close()
+        data = (tmp_path / name).read_bytes()
+        assert second(data) == package(data)
+    data = (tmp_path / "old").read_bytes()
+    last = canonical.loads(data.splitlines()[-1])
+    assert last["kind"] == "ledger.closed"
+    assert second(data) == (3, last["hash"])
+    spoilt = data.replace(last["body"]["ledger"].encode(), b"f" * 64)
+    assert second(spoilt) == package(spoilt) == 2
 
 
 def test_both_refuse_rows_that_are_missing_doubled_moved_or_borrowed(journal) -> None:
