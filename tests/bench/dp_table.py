@@ -168,10 +168,11 @@ Written by `make bench-dp` in {time.perf_counter() - start:.0f} s: one thread of
 Times are CPU seconds.
 
 Slowdown to one plain gradient (forward, backward, float32) of the same network and batch; medians of interleaved
-ratios. *Ours* lets the probe choose engine and precision (named behind the figure); a site runs the float64 column.
-Where it computes in float32, the per-record gradients are still summed in float64, and the probe has checked bit for
-bit that no record's contribution depends on its neighbours or its place: an assumption that no claim is made on yet,
-which is why sites use float64. Opacus computes in float32 throughout.
+ratios. *Ours* lets the probe choose engine and precision (named behind the figure), as a site does whose owner wrote
+`precision = "float32"` under `[training]`; without it a site runs the column *float64 only*. Where float32 is chosen,
+the per-record gradients are still summed in float64, and the probe has checked bit for bit that no record's
+contribution depends on its neighbours or its place. That what holds for the probe's records holds for all is an
+assumption: such a site says so in its ledger, and the report names it. Opacus computes in float32 throughout.
 
 | network | batch | plain | {" | ".join(COLUMNS)} | targets | repetitions |
 |---|---|---|---|---|---|---|---|---|
