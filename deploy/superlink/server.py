@@ -1,0 +1,147 @@
+"""The server's executor: starts a run at SuperLink, takes the run's task, runs the installed ServerApp.
+
+What is not the run that this process started is ended as failed, and its bundle is not fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization as ser
+from flwr.app import Context, RecordDict
+
+from fedveil.common import canonical, flwr_adapter, identity
+from fedveil.common import contract as contracts
+from fedveil.common.errors import BudgetExhausted, IdentityError, JournalError, RunAborted, TransportError
+from fedveil.common.identity import Roster
+from fedveil.common.settings import Federation
+from fedveil.deploy.provision import load_roster
+from fedveil.deploy.server_process import _options, _reply_limits, _watched
+from fedveil.deploy.superlink.bundle import BUNDLE, PIN
+from fedveil.deploy.superlink.grid import SuperlinkGrid
+from fedveil.deploy.superlink.runtime import SERVER, Link, Task
+from fedveil.privacy import plan as plans
+from fedveil.privacy.planning import plan_from_settings
+from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.render import render_report
+from fedveil.server import job as jobs
+from fedveil.server.app import make_app
+from fedveil.server.job import Job
+
+_POLL_S = 0.2
+_PATIENCE_S = 60.0
+_OTHER = "this server runs no other bundle than fedveil's own, and starts its runs itself"
+Say = Callable[[str], None]
+
+
+def run(
+    federation: Federation,
+    folder: Path,
+    link: Link,
+    *,
+    certificates: Iterable[Path] = (),
+    resume: bool = False,
+    progress: jobs.Progress | None = None,
+    on_status: Say = lambda text: None,
+) -> Job:
+    """Run one job under SuperLink, from its plan to its report.
+
+    Args:
+        folder: of the run; a new one, or with ``resume`` the one to go on with.
+        link: SuperLink's interface on this machine, with the executors' secret.
+        certificates: of the sites, PEM; their keys are registered with SuperLink if the roster names them.
+        on_status: told, in words, of what happens.
+
+    Raises:
+        FedveilError: the plan is refused, SuperLink does not answer, or the run could not begin or was aborted.
+    """
+    f = federation.federation
+    roster = load_roster(f.identity)
+    for certificate in certificates:
+        on_status(f"{_register(link, roster, certificate)} may connect")
+    job = _opened(federation, folder, roster, resume, progress)
+    flwr_adapter.quiet_flower()
+    server, strategy = make_app(job)
+    try:
+        task = _own_task(link, on_status)
+        with task.held(), _watched(job, queue.SimpleQueue()):
+            failure = "the run was not finished"
+            try:
+                if task.begin().bundle != PIN:
+                    raise TransportError("SuperLink gives out another bundle than the one this run was started with")
+                grid = SuperlinkGrid(task, roster, limits=_reply_limits(job.plan))
+                server(grid, Context(task.run_id, flwr_adapter.SERVER_NODE, {}, RecordDict(), {}))
+                failure = "" if strategy.status == jobs.COMPLETED else strategy.status
+            finally:
+                task.finish(failure)
+    finally:
+        job.journal.close()
+    build_report(job.run, job.key)
+    render_report(job.run / "report.json")
+    if strategy.status == jobs.ABORTED:
+        raise RunAborted(f"the run in {job.run} was aborted", hint="the last model and the report are in its folder")
+    if strategy.status == jobs.EXHAUSTED:
+        raise BudgetExhausted(f"the budget is spent; the last model is in {job.run}", hint="a normal ending")
+    return job
+
+
+def refuse_others(link: Link, on_status: Say, *, own: int | None = None) -> Task | None:
+    """End every waiting ServerApp task that is not of the run ``own``; that one's task, if it is there."""
+    while (task := link.acquire(SERVER)) is not None:
+        if task.run_id == own:
+            return task
+        on_status(f"run {task.run_id}: refused, this server did not start it")
+        task.finish(_OTHER)
+    return None
+
+
+def _own_task(link: Link, on_status: Say) -> Task:
+    """Start a run under the pinned bundle and take its task."""
+    number = link.start_run(BUNDLE)
+    end = time.monotonic() + _PATIENCE_S
+    while (task := refuse_others(link, on_status, own=number)) is None:
+        if time.monotonic() > end:
+            raise TransportError("another executor has taken this run", hint="start SuperLink with --isolation process")
+        time.sleep(_POLL_S)
+    return task
+
+
+def _register(link: Link, roster: Roster, certificate: Path) -> str:
+    pem = certificate.read_bytes()
+    key = identity.spki_sha256(pem)
+    site = next((m.site for m in roster.sites if m.tls_key == key), None)
+    if site is None:
+        raise IdentityError(f"{certificate} is of no site on the roster", hint="use the site's current certificate")
+    public = x509.load_pem_x509_certificate(pem).public_key()
+    link.register(public.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo), site)
+    return site
+
+
+def _opened(federation: Federation, folder: Path, roster: Roster, resume: bool, progress: jobs.Progress | None) -> Job:
+    """The job, made anew or taken up again; as :func:`fedveil.deploy.server_process.start` and ``resume`` do."""
+    f = federation.federation
+    pin = (f.identity / "consortium.pub").read_text().strip()
+    contract = contracts.load_signed(f.contract, pin)
+    key = identity.load_signing_key(f.identity / "signing.key")
+    if resume:
+        if not (folder / "plan.json").exists():
+            raise JournalError(f"{folder} holds no run")
+        plan = plans.from_json(canonical.loads((folder / "plan.json").read_bytes()))
+        return jobs.resume(folder, roster, key, **_options(federation, contract, plan, progress))
+    plan = plan_from_settings(federation, contract, len(roster.sites))
+    documents: dict[str, Any] = {
+        "roster.json": json.loads((f.identity / "roster.json").read_text()),
+        "consortium.pub": pin + "\n",
+        "contract.json": json.loads(f.contract.read_text()),
+        "config.json": federation.model_dump(mode="json", exclude={"federation": {"identity", "contract", "runs"}}),
+    }
+    return jobs.create(
+        folder, plan, roster, key, documents=documents, engine="superlink",
+        **_options(federation, contract, plan, progress),
+    )  # fmt: skip
