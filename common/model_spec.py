@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
@@ -89,9 +90,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def parameters(self) -> int:
         """D, the number of trainable values (adapters only for ``lora-*``)."""
-        if self.rank:
-            return self.rank * sum(i + o for i, o in _linears(self.inner))
-        return _SIZES.get(self.name, _dense_size)(self)
+        return _trainable(self)
 
     @property
     def frozen(self) -> int:
@@ -119,6 +118,13 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
         if problem := self.inner.problem():
             return problem
         return "the adapters' rank is over 4096" if self.rank > 4096 else ""
+
+
+@lru_cache(maxsize=256)  # asked for several times in every contribution
+def _trainable(s: ModelSpec) -> int:
+    if s.rank:
+        return s.rank * sum(i + o for i, o in _linears(s.inner))
+    return _SIZES.get(s.name, _dense_size)(s)
 
 
 def _dense_size(s: ModelSpec) -> int:
