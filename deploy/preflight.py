@@ -11,7 +11,6 @@ import fcntl
 import os
 import shutil
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +42,7 @@ from fedveil.common.units import site_id
 from fedveil.deploy.enrol import due
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt
+from fedveil.deploy.transport.handshake import trusted
 from fedveil.privacy.cli_ledger import read_rows, tally_of
 
 MIN_FREE_BYTES = 1 << 30
@@ -178,30 +178,12 @@ class Preflight:
 
     def tls(self) -> str:
         """The server proves that it is the one of the roster, in TLS 1.3."""
-        host, port = self._address
-        files = load_tls(self._site.identity)
-        context = ssl.create_default_context(cafile=str(files.ca))
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(files.certificate, files.key)
-        context.set_alpn_protocols(["h2"])
         try:
-            with (
-                socket.create_connection((host, port), timeout=_TIMEOUT_S) as raw,
-                context.wrap_socket(raw, server_hostname=host) as connection,
-            ):
-                der = connection.getpeercert(binary_form=True) or b""
-        except ssl.SSLCertVerificationError as e:
-            raise TransportError(
-                f"the server's certificate is not accepted: {e.verify_message}",
-                hint="is [site] server the name it was provisioned with? is something in between breaking TLS open?",
-            ) from e
+            trusted(self._all.site.server, load_tls(self._site.identity), self._roster.server.tls_key)
         except OSError as e:
             raise TransportError(
                 "the TLS 1.3 handshake failed", hint="a proxy may be in between: it has to pass TLS through"
             ) from e
-        pem = ssl.DER_cert_to_PEM_cert(der).encode()
-        if identity.spki_sha256(pem) != self._roster.server.tls_key:
-            raise IdentityError("the server does not use the key on the roster", hint="take the latest roster")
         return "TLS 1.3 with the server of the roster"
 
     # --- what we bring --------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
     try:
         run_site(
             make_app(resolve, Gate(settings.egress.slot)), address=settings.site.server, tls=tls, site=site.id,
-            node_config={}, stop=stop, on_status=status, wait=wait,
+            node_config={}, stop=stop, on_status=status, wait=wait, server_key=site.roster.server.tls_key,
         )  # fmt: skip
     finally:
         site.ledger.close()

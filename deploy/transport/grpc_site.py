@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,13 +27,13 @@ from fedveil.deploy.transport import TlsFiles
 from fedveil.deploy.transport.codec import Decoder, cut, encode
 from fedveil.deploy.transport.grpc_grid import OPTIONS, read_tls, warn_of_old_tls
 from fedveil.deploy.transport.grpc_service import FROM, HAVE, INSTANCE, SERVICE
+from fedveil.deploy.transport.handshake import handshake_problem, trusted
 
 _LOG = logging.getLogger("fedveil.transport")
 _OPTIONS: list[tuple[str, Any]] = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.05, 5.0
 _STOP_POLL_S = 0.2
 _CONTROL_LIMIT = 4096
-_PROBES, _PROBE_S = 3, 3.0
 
 
 def run_site(
@@ -51,6 +49,7 @@ def run_site(
     wait: float = 60.0,
     takeover: float = 20.0,
     limits: Limits | None = None,
+    server_key: str = "",
 ) -> None:
     """Serve one run: returns when the server says that it is over, or soon after ``stop`` is set.
 
@@ -65,8 +64,11 @@ def run_site(
         takeover: seconds to wait while another process holds this identity; over 15 covers a predecessor whose
             machine vanished without closing its connection.
         limits: what a message from the server may measure.
+        server_key: SHA-256 (hex) of the public key that the roster names for the server's certificate; empty where it
+            names none: then any certificate of the authority for this host is the server's.
 
     Raises:
+        IdentityError: the server has a certificate of this authority with another key than ``server_key``.
         TransportError: no server within ``wait``; a certificate is refused by either side; the certificate
             is not on the roster or is another site's; another process is connected under this identity.
         RunAborted: the server ended the run by an error.
@@ -75,6 +77,7 @@ def run_site(
     flower.quiet_flower()
     warn_of_old_tls()
     worker = _Site(client_app, address, tls, site, stop, on_status or (lambda _: None), limits or Limits())
+    worker.server_key = server_key
     worker.context = Context(0, flower.node_id(site), dict(node_config), RecordDict(), dict(run_config or {}))
     watcher = threading.Thread(target=worker.watch, name=f"fedveil-stop-{site}", daemon=True)
     watcher.start()
@@ -91,6 +94,7 @@ class _Lost(Exception):
 
 class _Site:
     context: Context
+    server_key = ""
 
     def __init__(
         self,
@@ -160,6 +164,11 @@ class _Site:
 
     def _session(self) -> str:
         ca, certificate, key = read_tls(self._tls)
+        if self.server_key:
+            try:
+                ca = trusted(self._address, self._tls, self.server_key)
+            except OSError as e:
+                raise _Lost from e
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         with grpc.secure_channel(self._address, credentials, _OPTIONS) as channel:
             call = channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=(*self._metadata, *self._have()))
@@ -263,7 +272,7 @@ class _Site:
                 f"the server at {self._address} does not speak this protocol",
                 hint="install the same version of fedveil on both sides",
             )
-        return _handshake_problem(self._address, self._tls) if code == grpc.StatusCode.UNAVAILABLE else None
+        return handshake_problem(self._address, self._tls) if code == grpc.StatusCode.UNAVAILABLE else None
 
 
 def _encoded(out: Message, request: Message) -> list[bytes]:
@@ -293,43 +302,3 @@ def _offset(control: dict[str, Any], name: str) -> int:
 
 def _details(error: grpc.RpcError) -> str:
     return str(flower.parse_error(error.details() or "")) if isinstance(error, grpc.Call) else ""
-
-
-def _handshake_problem(address: str, tls: TlsFiles) -> TransportError | None:
-    """Do the TLS handshake again by hand, because gRPC does not say why one failed."""
-    try:
-        if not all(_closed_at_once(address, tls) for _ in range(_PROBES)):
-            return None
-    except ssl.SSLCertVerificationError as e:
-        return TransportError(
-            f"the server's certificate at {address} is not accepted: {e.verify_message}",
-            hint="use the ca.pem of this consortium and the host name that the server was provisioned with",
-        )
-    except (OSError, ValueError):
-        return None
-    return TransportError(
-        f"the server at {address} does not accept this site's certificate",
-        hint="use the TLS files that this consortium issued for the site, and check that they have not expired",
-    )
-
-
-def _closed_at_once(address: str, tls: TlsFiles) -> bool:
-    """Whether the server hangs up without a word after the handshake.
-
-    With TLS 1.3 its verdict on our certificate comes after our own handshake is complete. gRPC's verdict is to
-    close; a server that accepts us speaks first.
-    """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    context = ssl.create_default_context(cafile=str(tls.ca))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(tls.certificate, tls.key)
-    context.set_alpn_protocols(["h2"])
-    with (
-        socket.create_connection((host, int(port)), timeout=_PROBE_S) as raw,
-        context.wrap_socket(raw, server_hostname=host) as connection,
-    ):
-        try:
-            return not connection.recv(1)
-        except (ssl.SSLError, ConnectionError):
-            return True
