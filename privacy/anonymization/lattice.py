@@ -4,7 +4,8 @@ The search is in the spirit of Flash (Kohlmayer, Prasser, Eckert, Kuhn, PASSAT 2
 promising undecided node, binary search on each path, predictive tagging, and roll-up (a node is evaluated on the
 classes of a finer node, not on the rows). What is minimised is the certainty penalty per cell, suppressed rows counting
 as fully general. Its part without suppression is a sum over attributes, so it bounds every node from below: a node
-above the best loss found is never evaluated, and the result is the optimum.
+above the best loss found is never evaluated, and the result is the optimum. Tagging works for every criterion that has
+a bound in :mod:`.bounds`, although suppression makes t-closeness itself neither grow nor shrink along the lattice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import AnonymityError, UsageError
 from fedveil.privacy.anonymization.domains import Domain
+from fedveil.privacy.anonymization.rollup import Part, Rollup
 from fedveil.privacy.anonymization.tuples import Constraints, Tuples, combinations
 
 Index = NDArray[np.int64]
@@ -93,8 +95,10 @@ class Lattice:
         self._strides = np.array([int(np.prod(shape[j + 1 :])) for j in range(len(shape))])
         self._dead = np.zeros(len(self._nodes), bool)
         self._below = self._dead.reshape(shape)  # the same flags, by level of each attribute
-        self._seen: dict[int, Node] = {}
-        self._cache: dict[int, Tuples] = {}
+        self._seen: dict[int, bool] = {}
+        self._rollup = Rollup(tuples, domains, attributes=bool(constraints.attribute))
+        self._parts = [self._rollup.base]
+        self._levels = np.zeros((CACHED, len(domains)), np.int64)  # of the parts, in the same order
         self.best: Node | None = None
 
     @property
@@ -124,15 +128,22 @@ class Lattice:
 
     def classes(self, node: Sequence[int]) -> tuple[Index, int, Index]:
         """(u,) released class of every tuple (-1: suppressed), their number, and one tuple of each."""
-        luts, widths = self._labels(node)
+        luts = [d.levels[level] for d, level in zip(self._domains, node, strict=True)]
+        widths = [len(d.labels[level]) for d, level in zip(self._domains, node, strict=True)]
         inverse, first = combinations([lut[c] for lut, c in zip(luts, self._tuples.codes, strict=True)], widths)
         ok = self._constraints.surviving(inverse, len(first))
         place = np.where(ok, np.cumsum(ok) - 1, -1)
         return place[inverse], int(ok.sum()), first[ok]
 
     def evaluate(self, node: Sequence[int]) -> Node:
-        """One node's suppression and loss."""
-        return self._evaluate(int((np.asarray(node) * self._strides).sum()))
+        """One node's suppression and loss, all criteria looked at."""
+        i = int((np.asarray(node) * self._strides).sum())
+        keys, sizes = self._rollup.sizes(self._rollup.base, node)
+        own = self._rollup.part(self._rollup.base, keys, len(sizes))
+        failing = np.flatnonzero(~self._surviving(own))
+        suppressed = int(own.sizes[failing].sum())
+        loss = self._loss(i, tuple(node), own, failing)
+        return Node(tuple(node), suppressed, loss, suppressed <= self._limit)
 
     def _hopeless(self, i: int) -> bool:
         return self.best is not None and self._bound[i] > self.best.loss + TIE
@@ -160,70 +171,74 @@ class Lattice:
         a, b = 0, len(path) - 1
         while a <= b:
             middle = (a + b) // 2
-            if self._evaluate(path[middle]).feasible:
+            if self._evaluate(path[middle]):
                 b = middle - 1
             else:
                 a = middle + 1
         if path[0] not in self._seen and not self._dead[path[0]]:
             self._evaluate(path[0])
 
-    def _evaluate(self, i: int) -> Node:
+    def _evaluate(self, i: int) -> bool:
+        """Look at one node; whether finer nodes are worth looking at before coarser ones."""
         if i in self._seen:
             return self._seen[i]
-        levels = tuple(self._nodes[i].tolist())
-        suppressed, too_small, kept_loss = self._measure(i, levels)
-        loss = (kept_loss + suppressed) / max(self._rows, 1)
-        node = Node(levels, suppressed, loss, suppressed <= self._limit)
-        self._seen[i] = node
-        if node.feasible and self._improves(node):
-            self.best = node
-        if too_small > self._limit:
-            # Predictive tagging: classes of a finer node are parts of these, so at least as many rows are too few.
-            self._below[tuple(slice(level + 1) for level in levels)] = True
-        return node
+        self._seen[i] = worth = self._judge(i, tuple(self._nodes[i].tolist()))
+        return worth
 
-    def _improves(self, node: Node) -> bool:
-        if self.best is None or node.loss < self.best.loss - TIE:
-            return True
-        return node.loss <= self.best.loss + TIE and node.levels < self.best.levels
-
-    def _share(self, levels: tuple[int, ...], codes: NDArray[np.int32]) -> NDArray[np.float64]:
-        out = np.zeros(codes.shape[1])
-        for j, level in enumerate(levels):
-            d = self._domains[j]
-            out += d.shares[level][d.levels[level][codes[j]]]
-        return out / len(levels)
-
-    def _measure(self, i: int, levels: tuple[int, ...]) -> tuple[int, int, float]:
-        """Rows suppressed, rows in classes of fewer than k, and summed loss of the rest."""
-        part, classes, groups = self._base(i).rolled(*self._labels(levels))
+    def _judge(self, i: int, levels: tuple[int, ...]) -> bool:
+        finer = self._finer(i)
+        keys, sizes = self._rollup.sizes(finer, levels)
+        if self._rows - sizes[sizes >= self._constraints.k].sum() > self._limit:
+            self._tag(levels)
+            self._keep(i, finer, keys, len(sizes))
+            return False
+        few = np.flatnonzero((sizes < self._constraints.k)[keys])
+        loss = self._loss(i, levels, finer, few)
+        if self.best is not None and loss > self.best.loss + TIE:
+            return True  # the other criteria can only add to it
         if not self._constraints.attribute:
-            if len(self._cache) < CACHED:
-                self._cache[i] = part
-            enough = part.weights >= self._constraints.k
-            suppressed = int(part.weights[~enough].sum())
-            loss = float((part.weights[enough] * self._share(levels, part.codes[:, enough])).sum())
-            return suppressed, suppressed, loss
-        constraints = Constraints(self._constraints.models, part)
-        if len(self._cache) < CACHED:
-            self._cache[i] = part
-        ok = constraints.surviving(classes, groups)
-        sizes = np.bincount(classes, part.weights, groups).astype(np.int64)
-        kept = ok[classes]
-        share = self._share(levels, part.codes[:, kept])
-        return (
-            int(sizes[~ok].sum()),
-            int(sizes[sizes < self._constraints.k].sum()),
-            float((part.weights[kept] * share).sum()),
-        )
+            return self._found(Node(levels, int(finer.sizes[few].sum()), loss, True))
+        own = self._keep(i, finer, keys, len(sizes))
+        constraints = Constraints(self._constraints.models, own.entries.values)
+        if constraints.lost(own.entries.owner, own.count, self._limit) > self._limit:
+            self._tag(levels)
+            return False
+        ok = self._surviving(own)
+        failing = np.flatnonzero(~ok)
+        suppressed = int(own.sizes[failing].sum())
+        if suppressed > self._limit:
+            return False
+        return self._found(Node(levels, suppressed, self._loss(i, levels, own, failing), True))
 
-    def _labels(self, node: Sequence[int]) -> tuple[list[NDArray[np.int32]], list[int]]:
-        pairs = list(zip(self._domains, node, strict=True))
-        return [d.levels[level] for d, level in pairs], [len(d.labels[level]) for d, level in pairs]
+    def _surviving(self, own: Part) -> NDArray[np.bool_]:
+        return Constraints(self._constraints.models, own.entries.values).surviving(own.entries.owner, own.count)
 
-    def _base(self, i: int) -> Tuples:
-        """The smallest evaluated node that is at least as fine as node ``i`` in every attribute."""
-        known = list(self._cache)
-        finer = (self._nodes[known] <= self._nodes[i]).all(axis=1) if known else np.zeros(0, bool)
-        candidates = [self._cache[c] for c, ok in zip(known, finer.tolist(), strict=True) if ok]
-        return min([*candidates, self._tuples], key=lambda t: t.count)
+    def _loss(self, i: int, levels: tuple[int, ...], part: Part, suppressed: Index) -> float:
+        """Mean loss at a node once some classes of a finer ``part`` are suppressed."""
+        more = part.sizes[suppressed] * (1.0 - self._rollup.shares(part, levels, suppressed))
+        return float(self._bound[i]) + float(more.sum()) / max(self._rows, 1)
+
+    def _found(self, node: Node) -> bool:
+        """A feasible node: coarser ones on its path lose more."""
+        if self.best is None or node.loss < self.best.loss - TIE:
+            self.best = node
+        elif node.loss <= self.best.loss + TIE and node.levels < self.best.levels:
+            self.best = node
+        return True
+
+    def _tag(self, levels: tuple[int, ...]) -> None:
+        """Predictive tagging: what a node has to suppress, all finer nodes have to."""
+        self._below[tuple(slice(level + 1) for level in levels)] = True
+
+    def _keep(self, i: int, finer: Part, keys: Index, span: int) -> Part:
+        """The node as a part of its own, kept for roll-up while there is room."""
+        own = self._rollup.part(finer, keys, span)
+        if len(self._parts) < CACHED:
+            self._parts.append(own)
+            self._levels[len(self._parts) - 1] = self._nodes[i]
+        return own
+
+    def _finer(self, i: int) -> Part:
+        """The smallest part that is at least as fine as node ``i`` in every attribute."""
+        fits = (self._levels[: len(self._parts)] <= self._nodes[i]).all(axis=1)
+        return min((self._parts[p] for p in np.flatnonzero(fits).tolist()), key=lambda part: part.count)

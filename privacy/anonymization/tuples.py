@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import AnonymityError
 from fedveil.privacy.anonymization import codes as grouping
+from fedveil.privacy.anonymization.bounds import rows_lost
 from fedveil.privacy.anonymization.criteria import AlphaK, Criterion, KAnonymity, KMap, Reference
 
-_SPARSE = 32  # places of a table for each tuple, up to which it is filled and read faster than tuples are sorted
+SPARSE = 16  # places of a table for each tuple, up to which it is filled and read faster than tuples are sorted
 
 Codes = NDArray[np.int32]
 Index = NDArray[np.int64]
@@ -53,45 +54,15 @@ class Tuples:
         """Number of rows they stand for."""
         return int(self.weights.sum())
 
-    def rolled(self, luts: Sequence[Codes], widths: Sequence[int]) -> tuple[Tuples, Index, int]:
-        """Tuples of equal labels and equal sensitive values as one.
 
-        Args:
-            luts, widths: by attribute, the label of every leaf, and the number of labels.
-
-        Returns:
-            The new tuples; for each, the number of its combination of labels; how many combinations there are.
-        """
-        inverse, first = combinations([lut[c] for lut, c in zip(luts, self.codes, strict=True)], widths)
-        groups = len(first)
-        own = np.arange(groups)
-        for name, values in self.sensitive.items():
-            domain = len(self.references[name].counts) + 1
-            joint, first = combinations([inverse, values + 1], [len(own), domain])
-            own, inverse = own[inverse[first]], joint
-        size = len(first)
-
-        def summed(w: NDArray[np.int64]) -> NDArray[np.int64]:
-            return np.bincount(inverse, w, size).astype(np.int64)
-
-        part = Tuples(
-            self.codes[:, first],
-            summed(self.weights),
-            {n: v[first] for n, v in self.sensitive.items()},
-            self.references,
-            None if self.population is None else summed(self.population),
-        )
-        return part, own, groups
-
-
-def combinations(columns: Sequence[Codes], widths: Sequence[int]) -> tuple[Index, Index]:
+def combinations(columns: Sequence[NDArray[np.integer]], widths: Sequence[int]) -> tuple[Index, Index]:
     """The combination of every tuple (m,), numbered in lexicographic order, and one tuple of each combination.
 
     Columns are joined one by one and renumbered densely whenever a table of all combinations would be much larger than
     the number of tuples; it sorts only where even two of them give such a table.
     """
     m = len(columns[0])
-    limit = max(1 << 14, _SPARSE * m)
+    limit = max(1 << 14, SPARSE * m)
     inverse, span = np.zeros(m, np.int64), 1
     for column, width in zip(columns, widths, strict=True):
         if span * width > limit:
@@ -211,6 +182,18 @@ class Constraints:
                 break
             ok = again
         return ok
+
+    def lost(self, classes: Index, groups: int, limit: int) -> float:
+        """Rows that no release with at most ``limit`` rows suppressed contains, at these or any finer classes."""
+        sizes = np.bincount(classes, self.tuples.weights, groups)
+        lost = np.zeros(groups)
+        for m in self.attribute:
+            reference = self.tuples.references.get(m.column)
+            for start, stop, counts in self._histograms(m, classes, groups, np.arange(self.tuples.count)):
+                own = rows_lost(m, sizes[start:stop], counts, reference, limit)
+                np.maximum(lost[start:stop], own, out=lost[start:stop])
+        # A class is released with at least k rows, or not at all.
+        return float(np.where(sizes - lost < self.k, sizes, lost).sum())
 
     def references_of(self, members: Index) -> dict[str, Reference]:
         """The whole-table counts if only these tuples were released."""
