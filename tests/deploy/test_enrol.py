@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -354,6 +355,63 @@ class TestRevocation:
         with pytest.raises(IdentityError, match="revoked"):
             keeper("east", pems["east"])  # type: ignore[arg-type]
         assert "stays in force" in caplog.text
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_an_older_list_is_not_taken_after_a_restart(self, members, tmp_path, caplog, elsewhere):
+        server, pems = members.home / "server", {}
+        kept = tmp_path / "runs" / "seen.json" if elsewhere else None
+        if kept:
+            kept.parent.mkdir()
+        for name in ("east", "west"):
+            pems[name] = (members.home / name / "tls.pem").read_bytes()
+            enrol_consortium.revoke(members.consortium, name)
+            shutil.copy(members.consortium / "revoked.json", tmp_path / f"{name}.json")
+        shutil.copy(tmp_path / "west.json", server / "revoked.json")  # list 2: both of them
+        assert Doorkeeper(server, kept=kept).number == 2
+        for replaced in (tmp_path / "east.json", None):  # by list 1, or by none
+            (server / "revoked.json").unlink()
+            if replaced:
+                shutil.copy(replaced, server / "revoked.json")
+            keeper = Doorkeeper(server, kept=kept)
+            assert keeper.number == 2
+            with pytest.raises(IdentityError, match="revoked"):
+                keeper("west", pems["west"])  # type: ignore[arg-type]
+        assert "stays in force" in caplog.text
+
+    def test_a_list_taken_while_the_server_worked_is_kept_too(self, members, tmp_path):
+        server = members.home / "server"
+        keeper = Doorkeeper(server)
+        enrol_consortium.revoke(members.consortium, "east")
+        shutil.copy(members.consortium / "revoked.json", server)
+        assert keeper.number == 1
+        (server / "revoked.json").unlink()
+        assert Doorkeeper(server).number == 1
+
+    def test_two_lists_of_one_number_are_not_mixed(self, members, caplog):
+        server = members.home / "server"
+        key = identity.load_signing_key(members.consortium / "consortium.key")
+        for site in ("east", "west"):
+            made = identity.sign_revocations(Revocations(1, frozenset([site]), frozenset()), key)
+            (server / "revoked.json").write_bytes(canonical.dumps(made))
+            Doorkeeper(server)("west", (members.home / "west" / "tls.pem").read_bytes())  # type: ignore[arg-type]
+        assert "stays in force" in caplog.text
+
+    def test_a_list_that_cannot_be_kept(self, members, tmp_path, caplog):
+        server, nowhere = members.home / "server", tmp_path / "file" / "seen.json"
+        (tmp_path / "file").touch()
+        keeper = Doorkeeper(server, kept=nowhere)
+        enrol_consortium.revoke(members.consortium, "east")
+        shutil.copy(members.consortium / "revoked.json", server)
+        assert keeper.number == 1  # in force all the same, and said
+        assert "cannot be kept" in caplog.text
+        with pytest.raises(IdentityError, match="cannot be kept"):
+            Doorkeeper(server, kept=nowhere)
+
+    @pytest.mark.parametrize("text", [b"", b"{}", b"[]"])
+    def test_a_kept_list_that_was_spoilt_stops_the_server(self, members, text):
+        (members.home / "server" / "revoked.seen.json").write_bytes(text)
+        with pytest.raises(IdentityError):
+            Doorkeeper(members.home / "server")
 
     def test_a_list_that_does_not_hold_stops_a_server_at_its_start(self, members):
         (members.home / "server" / "revoked.json").write_text("{}")
