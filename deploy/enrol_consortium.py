@@ -100,9 +100,16 @@ def publish(folder: Path) -> Roster:
     """Sign the next version of the roster: everybody who was admitted, in the order of their names.
 
     Raises:
-        IdentityError: the server or every site is missing.
+        IdentityError: the server or every site is missing; or a member's TLS key was revoked and not replaced yet:
+            who pins the roster would go on to trust it.
     """
-    state = _read(folder)
+    state, revoked = _read(folder), _revocations(folder)
+    for name, m in state["members"].items():
+        if m["tls_key"] in revoked.tls_keys or name in revoked.sites:
+            raise IdentityError(
+                f"the TLS key of {name!r} was revoked and not replaced",
+                hint="it asks for another ('fedveil client renew --rotate', then sign-csr), or revoke the member",
+            )
     members = {s: Member(site_id(s), m["signing_key"], m["tls_key"]) for s, m in sorted(state["members"].items())}
     server = members.pop(identity.SERVER, None)
     if server is None or not members:

@@ -324,8 +324,15 @@ class TestRevocation:
         enrol.renew(east)
         with pytest.raises(IdentityError, match="revoked"):
             members.sign("east")
+        before = (members.consortium / "roster.json").read_bytes()
+        with pytest.raises(IdentityError, match="'east' was revoked and not replaced"):
+            members.publish()  # a roster that still names the key
+        assert (members.consortium / "roster.json").read_bytes() == before
         enrol.renew(east, rotate=True)
         enrol.install(east, members.sign("east"))
+        made = members.publish()
+        assert made.version == 2
+        assert made.member("east").tls_key == identity.spki_sha256((east / "tls.pem").read_bytes())
         assert enrol_consortium.revoke(members.consortium, "west").number == 2
 
     def test_the_doorkeeper_reads_the_list_while_it_works(self, members, caplog):
