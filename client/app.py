@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedveil.client import round as line
+from fedveil.client import seen
 from fedveil.client.egress import Cleared, Gate
 from fedveil.client.session import Site
 from fedveil.common import flwr_adapter
@@ -34,6 +35,7 @@ def make_app(resolve: Resolve, gate: Gate | None = None) -> ClientApp:
         (app.train, "open", line.open_sum),
         (app.query, "apply", line.apply),
         (app.query, "finish", line.finish),
+        (app.query, "report", seen.report),
     ):
         register(action)(_answering(resolve, action, handler, gate))
     return app

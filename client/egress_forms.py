@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedveil.client import seen
 from fedveil.client.egress_rows import check_rows, exactly, hexadecimal
 from fedveil.client.session import Session, Site
 from fedveil.common import canonical, identity
 from fedveil.common.errors import FedveilError, PolicyRefusal
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.joining import JOIN, heads_of, sum_spec
+from fedveil.privacy.report import signatures
 from fedveil.privacy.secagg import keysum_common as keysum
 from fedveil.privacy.secagg import sharedkey_common as sharedkey
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
@@ -37,12 +39,14 @@ class Forms:
         """Raise :class:`PolicyRefusal` unless ``packet`` is one of the answers to ``action`` that may leave.
 
         Args:
-            action: ``join``, ``begin``, ``deal``, ``contribute``, ``agree``, ``open``, ``apply`` or ``finish``.
+            action: ``join``, ``begin``, ``deal``, ``contribute``, ``agree``, ``open``, ``apply``, ``finish``,
+                ``report``.
             request: what is being answered.
         """
         check = {
             "join": self._join, "begin": self._begin, "deal": self._deal, "contribute": self._contribute,
             "agree": self._agree, "open": self._open, "apply": self._apply, "finish": self._finish,
+            "report": self._report,
         }.get(action)  # fmt: skip
         if check is None:
             raise PolicyRefusal("an answer to a request that is not in the table")
@@ -102,6 +106,16 @@ class Forms:
         _exact(packet, {"kind": "finished", "head": list(site.ledger.head)}, journal=len(lines))
         if packet.buffers["journal"] != lines:
             raise PolicyRefusal("the journal handed over is not the ledger's")
+
+    def _report(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
+        """That this site has seen the report which it has verified and kept; nothing else."""
+        _exact(packet, {"kind": "signed", "statement": lambda s: isinstance(s, dict)})
+        statement, own = packet.header["statement"], identity.public_hex(site.key)
+        exactly("the signature", statement, {"payload": lambda _: True, "signer": own, "signature": _SIGNATURE})
+        payload = identity.opened(statement, signatures.DOMAIN, own, what="this site's signature under the report")
+        exactly("the signature", payload, {
+            "v": 1, "site": site.id, "session": session.id, "report": seen.digest(site, session),
+        })  # fmt: skip
 
     # --- a round --------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fedveil.client.revealed import RevealedModel
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
-from fedveil.common.identity import Roster
+from fedveil.common.identity import Revocations, Roster
 from fedveil.common.journal import Head, Row
 from fedveil.common.settings import LimitsSection
 from fedveil.common.stats_spec import StatsSpec
@@ -82,10 +82,13 @@ class Site:
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
         peers: what this site remembers of the others' journals.
+        revoked: gives the newest list of revoked members that reached this site; None in the simulator.
         precision: in which gradients of single records may be computed; anything but float64 is written down.
         models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
         approvals: where persons' approvals are found, for limits that ask for them.
+        reports: folder for the federation's reports that this site has verified; None signs none.
+        consortium: the consortium's public key as this site has pinned it, under which reports are verified.
     """
 
     id: SiteId
@@ -105,8 +108,11 @@ class Site:
     device: str = "cpu"
     models: Path | None = None
     peers: PeerHeads = field(default_factory=PeerHeads)
+    revoked: Callable[[], Revocations] | None = None
     contract: DataContract | None = None
     approvals: Approvals | None = None
+    reports: Path | None = None
+    consortium: str = ""
     _sessions: dict[str, Session] = field(default_factory=dict)
 
     def accept(self, session: str, plan_json: Any, roster_hash: str, contract_hash: str) -> Session:
@@ -179,7 +185,9 @@ class Site:
 
         Raises:
             PolicyRefusal, BudgetExhausted: nothing was written for it, except that this was refused.
+            IdentityError: a member of the roster was revoked.
         """
+        self.not_revoked({m.site for m in (self.roster.server, *self.roster.sites)})
         spent, since = {s for s, _ in self.ledger.tally.by_round}, time.time() - _DAY_S
         accepted = (r for r in self.ledger.journal.of_kind("plan.accepted") if r.at >= since)
         if sum(r.body["session"] not in spent for r in accepted) >= self.limits.max_unused_sessions:
@@ -280,6 +288,8 @@ class Site:
         """
         found = self.session(session)
         fields = check_joins(joins, found.id, found.plan.hash, self.roster)
+        if self.store_for(found.id).get("joins") is None:  # a run that has begun goes on without whoever is revoked
+            self.not_revoked(set(fields))
         self._compare_heads(joins)
         self.store_for(found.id).put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
         reply = found.sum.begin(fields)
@@ -298,6 +308,18 @@ class Site:
         copies = {s: copy.head for s, copy in seen.items() if copy.ledger == self._ledger_id}
         check_head(self.ledger.head, copies, need=0, hash_at=lambda n: rows[n - 1].hash)
         self.peers.keep({s: copy for s, (copy, _) in heads.items() if s != self.id})
+
+    def not_revoked(self, sites: Collection[str]) -> None:
+        """Raise :class:`IdentityError` if one of these members was revoked, by the newest list that is here.
+
+        The server looks at its own list. This one is for a server that has none, or does not want to have it.
+        """
+        if self.revoked is None:
+            return
+        listed = self.revoked()
+        for member in (self.roster.server, *self.roster.sites):
+            if member.site in sites:
+                listed.refuse(member.site, member.tls_key)
 
     @property
     def _ledger_id(self) -> str:

@@ -251,4 +251,5 @@ def _verify(run: Path) -> None:
 
     verification = verify_report(run / "report.json")
     verification.raise_for_failure()
-    CONSOLE.print(f"fedveil audit verify: {len(verification.checks)} checks passed", highlight=False)
+    signed = f"signed by {len(verification.countersigned)} of {verification.sites} hospitals"
+    CONSOLE.print(f"fedveil audit verify: {len(verification.checks)} checks passed; {signed}", highlight=False)

@@ -32,6 +32,7 @@ from fedveil.privacy.anonymization import fixed
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.planning import plan_from_settings
 from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.bundle import REPORT
 from fedveil.privacy.report.render import render_report
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app
@@ -113,6 +114,7 @@ def _options(
     options: dict[str, Any] = {
         "join_timeout": federation.run.join_timeout,
         "round_timeout": federation.run.round_timeout,
+        "countersigned": True,
     }
     if federation.federation.public_test is not None and plan.task == "train":
         X, y = public_table(federation.federation.public_test, contract)
@@ -139,8 +141,9 @@ def _serve(job: Job, federation: Federation) -> Job:
             )
     finally:
         job.journal.close()
-    build_report(job.run, job.key)
-    render_report(job.run / "report.json")
+    if not (job.run / REPORT).exists():  # it could not be offered to the sites; here the reason is raised
+        build_report(job.run, job.key)
+    render_report(job.run / REPORT)
     if strategy.status == jobs.ABORTED:
         raise RunAborted(f"the run in {job.run} was aborted", hint="the last model and the report are in its folder")
     if strategy.status == jobs.EXHAUSTED:

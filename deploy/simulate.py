@@ -15,6 +15,7 @@ from fedveil.common import canonical
 from fedveil.common.errors import UsageError
 
 if TYPE_CHECKING:
+    from fedveil.deploy import simulation
     from fedveil.deploy.datasets import Split
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
@@ -173,7 +174,7 @@ def run_split(
         run_over_ray(server, world, plan, split, out, cap=cap, engine=engine)
     end = next(job.journal.of_kind("run.end"))
     if report:
-        _write_report(out, world.server)
+        _write_report(out, world)
     body = end.body
     return Outcome(
         body["status"], looked_at or body["metrics"], body["steps_done"], time.perf_counter() - started, plan, out
@@ -205,13 +206,21 @@ def _drops(rate: float):
     return drop
 
 
-def _write_report(out: Path, key: Any) -> None:
+def _write_report(out: Path, world: simulation.World) -> None:
+    """The report, signed by every virtual site whose ledger it was made from; and the server's key, for later audits.
+
+    The key speaks for nobody: it was made for this run, whose report says SIMULATED.
+    """
+    from fedveil.common import identity
     from fedveil.deploy.plot import write_curve
     from fedveil.privacy.report.build import build_report
+    from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
     from fedveil.privacy.report.render import render_report
 
-    build_report(out, key)
-    render_report(out / "report.json")
+    build_report(out, world.server)
+    world.countersign(out)
+    render_report(out / REPORT)
+    identity.save_signing_key(out / SIMULATED_KEY, world.server)
     write_curve(out)
 
 

@@ -7,6 +7,7 @@ noise, clipping and the secure sum are the real ones; with ``plain`` the sum its
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,14 +22,18 @@ from numpy.typing import NDArray
 
 from fedveil.client.session import Site
 from fedveil.common import identity
+from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Roster
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import countersign, signatures
+from fedveil.privacy.report.bundle import REPORT
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore, Store
 
-LINEAGE = "simulated"
+LINEAGE, LEDGERS = "simulated", "ledgers"
+_LOG = logging.getLogger("fedveil.simulation")
 _SMALL = 200_000
 
 
@@ -79,6 +84,22 @@ class World:
             "consortium.pub": identity.public_hex(self.consortium) + "\n",
         }
 
+    def countersign(self, run: Path) -> None:
+        """Verify the report in ``run`` once for all, and sign it for every site whose own ledger it was made from.
+
+        Raises:
+            VerificationError: a check failed; nobody signs.
+        """
+        seen = countersign.see(run / REPORT, identity.public_hex(self.consortium))
+        held: dict[str, Any] = {}
+        for site, key in zip(self.sites, self.keys, strict=True):
+            try:
+                ledger = (run / LEDGERS / f"{site}.jsonl").read_bytes()
+                held[site] = countersign.sign(seen, key, ledger)[1]
+            except (VerificationError, OSError) as e:
+                _LOG.warning("%s does not sign the report: %s", site, e)
+        signatures.keep(run, held)
+
 
 def make_site(
     roster: Roster,
@@ -96,7 +117,7 @@ def make_site(
     """One virtual site; its limits allow what the simulation asks for, its cap is enforced like any other."""
     member = roster.sites[index]
     ledger = Ledger.open(
-        state / "ledgers" / f"{member.site}.jsonl", member.site, key, lineage=LINEAGE,
+        state / LEDGERS / f"{member.site}.jsonl", member.site, key, lineage=LINEAGE,
         cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, durable=durable,
     )  # fmt: skip
     limits = LimitsSection(

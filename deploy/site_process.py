@@ -29,16 +29,19 @@ from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import ConfigError, IdentityError
+from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.common.settings import SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
 from fedveil.deploy.enrol import due
+from fedveil.deploy.enrol_revoked import KEPT, Revoked
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_site import run_site
 from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.report import local as locals_
+from fedveil.privacy.report.bundle import REPORT
 from fedveil.privacy.secagg.store import DirectoryStore
 
-LEDGER, REQUESTS, SALT = "ledger.jsonl", "requests", "subject.salt"
+LEDGER, REQUESTS, SALT, REPORTS = "ledger.jsonl", "requests", "subject.salt", "reports"
 _SALT_BYTES = 32
 _LOG = logging.getLogger("fedveil.site")
 
@@ -59,7 +62,8 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         raise IdentityError(
             f"{s.identity / 'signing.key'} is not the key of {site!r} on the roster", hint="check site.toml's id"
         )
-    contract = contracts.load_signed(s.contract, (s.identity / "consortium.pub").read_text().strip())
+    consortium = (s.identity / "consortium.pub").read_text().strip()
+    contract = contracts.load_signed(s.contract, consortium)
     policy.check_contract(contract, settings.limits)
     s.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     salt = subject_salt(s.state)
@@ -79,10 +83,14 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         id=site, key=key, roster=roster, contract_hash=contract.hash, width=contract.width,
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
-        engine=settings.training.engine, precision=settings.training.precision, device=device, models=s.state / "models",
+        engine=settings.training.engine, precision=settings.training.precision, device=device,
+        models=s.state / "models",
         peers=PeerHeads(s.state / "peers.json"),
+        revoked=Revoked(s.identity, s.state / KEPT),
         contract=contract,
         approvals=Approvals(s.state / REQUESTS, site, settings.limits),
+        reports=s.state / REPORTS,
+        consortium=consortium,
     )  # fmt: skip
     out.tidy()
     return out, data
@@ -169,4 +177,25 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
             node_config={}, stop=stop, on_status=status, wait=wait, server_key=site.roster.server.tls_key,
         )  # fmt: skip
     finally:
-        site.ledger.close()
+        try:
+            write_local_report(settings, site, status)
+        finally:
+            site.ledger.close()
+
+
+def write_local_report(settings: SiteSettings, site: Site, status: Callable[[str], None]) -> None:
+    """The site's own page about its table, its ledger and the newest report it has, beside the reports of ingestion.
+
+    It must not hide how the run ended: what it cannot be made from is said, and nothing is raised for it.
+    """
+    work, rows = settings.site.state / "data", site.ledger.journal.rows
+    ended = [str(r.body["session"]) for r in rows if r.kind == "session.end"]
+    newest = settings.site.state / REPORTS / ended[-1] / REPORT if ended else None
+    quasi = () if site.contract is None else site.contract.quasi
+    try:
+        held = newest if newest is not None and newest.is_file() else None
+        page = locals_.write(work, locals_.collect(work, rows, held, quasi))[1]
+    except (FedveilError, OSError) as e:
+        status(f"the local report could not be written: {e}")
+        return
+    status(f"local report: {page}; it stays here" + ("" if held is None else f"; the federation's: {held.parent}"))

@@ -44,6 +44,7 @@ class Job:
         first_round, state, nonce: where to go on; ``nonce`` is set when a round was open at a crash.
         durable: False in the simulator (no checkpoints, no fsync).
         attached: further buffers that go to every site with the weights.
+        countersigned: the report is written at the end of the run and sent to the sites for their signatures.
         progress: told of events (``joined``, ``round``, ``aborted``, ``end``) and their public numbers.
     """
 
@@ -63,6 +64,7 @@ class Job:
     durable: bool = True
     progress: Progress = _silent
     attached: dict[str, bytes] = field(default_factory=dict)
+    countersigned: bool = False
 
     def checkpoint(self) -> str:
         """Keep the state for a restart; returns its content hash."""

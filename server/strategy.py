@@ -24,7 +24,7 @@ from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
-from fedveil.server import admission, delivered, statistics
+from fedveil.server import admission, delivered, offered, statistics
 from fedveil.server.blinded import BlindedSums, blinded_sums
 from fedveil.server.exchange import Exchange
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job
@@ -278,6 +278,8 @@ class SecureSumStrategy(Strategy):
         job.journal.append("run.end", body)
         job.journal.close()
         job.progress("end", {"status": self.status, "steps": done, "metrics": metrics})
+        if job.countersigned:
+            offered.offer(job, link, [SiteId(site) for site in heads])
 
     def _arrays(self) -> ArrayRecord:
         data = self.job.state.sent()

@@ -98,7 +98,7 @@ def attacks(
 def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun) -> None:
     """Write ``RUN/audit.json`` if asked to, and say what that means for a report that is there already."""
     from fedveil.privacy.audit.attach import attach
-    from fedveil.privacy.report.bundle import REPORT
+    from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
 
     if not wanted:
         return
@@ -106,7 +106,8 @@ def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun) -> None:
         raise UsageError("--attach needs a run's folder")
     attach(run, result)
     if (run / REPORT).exists():
-        typer.echo(f"the report is out of date: 'fedveil audit report {run} --key ...' writes it again", err=True)
+        key = "" if (run / SIMULATED_KEY).exists() else " --key SERVER/signing.key"
+        typer.echo(f"the report is out of date: 'fedveil audit report {run}{key}' writes it again", err=True)
 
 
 def _plan(run: Path | None) -> PrivacyPlan:

@@ -19,6 +19,7 @@ PLAN, ROSTER, JOINS, CONTRACT = "plan.json", "roster.json", "joins.json", "contr
 PIN, JOURNAL, JOURNALS, METRICS, REPORT = "consortium.pub", "journal.jsonl", "journals", "metrics.jsonl", "report.json"
 MODEL = "model.f32"  # the final weights, float32 little-endian; may be left out of what an auditor gets
 MAX_METRIC_ROWS = 1 << 20
+SIMULATED_KEY = "signing.SIMULATED.key"  # the server's, of a simulated run; a real one never lies in a run's folder
 _REQUIRED = (PLAN, ROSTER, JOINS, PIN, JOURNAL)
 _OPTIONAL = (CONTRACT, METRICS, results.AUDIT)
 _LIMITS = {

@@ -52,7 +52,7 @@ class Audit:
         self._report, self._key = report, consortium_key
         self._bundle: Bundle | None = None
         self._document: Any = None
-        self._roster: Roster | None = None
+        self.roster: Roster | None = None
         self._payload: dict[str, Any] | None = None
         self._rows: list[Row] | None = None
         self._history: History | None = None
@@ -60,6 +60,11 @@ class Audit:
         self._plan: PrivacyPlan | None = None
         self._charges: dict[str, Charges] = {}
         self.countersigned: tuple[str, ...] = ()
+
+    @property
+    def established(self) -> tuple[Any, Roster, Bundle]:
+        """The report, the roster and the files as they were read for the checks."""
+        return self._document, self._got("roster", self.roster), self._got("files", self._bundle)
 
     @property
     def claim(self) -> str:
@@ -94,8 +99,8 @@ class Audit:
         )
         if self._plan and self._plan.task == "stats":
             yield "statistics", "every estimate against the opened sum, by the same derivation", self._statistics
-        if self._roster and self._history and self._history.end:
-            for m in self._roster.sites:
+        if self.roster and self._history and self._history.end:
+            for m in self.roster.sites:
                 if m.site in self._history.end.heads or self._has(journal_name(m.site)):
                     what = "chain, signatures, head, budget never exceeded, no step charged twice"
                     yield f"ledger of {m.site}", what, partial(self._ledger, m.site)
@@ -119,12 +124,12 @@ class Audit:
         bundle = self._got("files", self._bundle)
         roster = bundles.open_roster(bundle, self._key or bundle.pin)
         self._key, pinned = self._key or bundle.pin, self._key is not None
-        self._roster = roster
+        self.roster = roster
         how = "the key you gave" if pinned else f"key {self._key[:16]}... taken from the bundle, NOT pinned"
         return f"{roster.consortium[:64]!r}, {len(roster.sites)} sites; {how}"
 
     def _open_report(self) -> str:
-        roster = self._got("roster", self._roster)
+        roster = self._got("roster", self.roster)
         payload = identity.opened(self._document, DOMAIN, roster.server.signing_key, what=REPORT)
         if fields.mapping(payload, REPORT).get("v") != VERSION:
             raise VerificationError("the report is of an unknown version", hint="use the same version of fedveil")
@@ -132,7 +137,7 @@ class Audit:
         return f"key {roster.server.signing_key[:16]}..."
 
     def _countersigned(self) -> str:
-        roster, payload = self._got("roster", self._roster), self._got("report signature", self._payload)
+        roster, payload = self._got("roster", self.roster), self._got("report signature", self._payload)
         found = signatures.check(self._report.parent, roster, str(payload.get("session")), self._document)
         self.countersigned = tuple(found)
         return f"{len(found)} of {len(roster.sites)} sites"
@@ -140,7 +145,7 @@ class Audit:
     # -- what was said, in which order --------------------------------------------------------------------------
 
     def _chain(self) -> str:
-        rows = self._got("files", self._bundle).server_rows(self._got("roster", self._roster))
+        rows = self._got("files", self._bundle).server_rows(self._got("roster", self.roster))
         payload = self._got("report signature", self._payload)
         claimed = fields.head(payload["hashes"]["heads"]["server"], "the report's head of the server")
         if claimed != (found := (len(rows), rows[-1].hash if rows else GENESIS)):
@@ -163,7 +168,7 @@ class Audit:
         return f"{end.status}, {len(outcomes)} rounds, {applied} applied"
 
     def _signed_joins(self) -> str:
-        bundle, roster, h = self._got("files", self._bundle), self._got("roster", self._roster), self._ended()
+        bundle, roster, h = self._got("files", self._bundle), self._got("roster", self.roster), self._ended()
         documents = fields.mapping(bundle.json(JOINS), JOINS)
         names = {m.site for m in roster.sites}
         if set(documents) != names or set(h.joined) != names:
@@ -195,7 +200,7 @@ class Audit:
         p = p.check()
         if p.hash != canonical.digest(value):
             raise VerificationError("the plan's file leaves out fields that its hash covers")
-        if p.sites != len(self._got("roster", self._roster).sites):
+        if p.sites != len(self._got("roster", self.roster).sites):
             raise VerificationError(f"the plan speaks of {p.sites} sites, the roster of {len(self._joins or {})}")
         if p.contract_hash != self._ended().contract_hash:
             raise VerificationError("the plan was made for another contract than the one the sites signed")
@@ -215,7 +220,7 @@ class Audit:
         return f"hash {plan.contract_hash[:16]}..."
 
     def _sums(self) -> str:
-        plan, roster, h = self._got("plan", self._plan), self._got("roster", self._roster), self._ended()
+        plan, roster, h = self._got("plan", self._plan), self._got("roster", self.roster), self._ended()
         if len(h.rounds) > plan.steps:
             raise VerificationError(f"{len(h.rounds)} rounds were opened, {plan.steps} steps were planned")
         if h.ended.status == COMPLETED and len(h.rounds) != plan.steps:
@@ -260,7 +265,7 @@ class Audit:
 
     def _ledger(self, site: str) -> str:
         bundle, plan, h = self._got("files", self._bundle), self._got("plan", self._plan), self._ended()
-        rows = bundle.site_rows(self._got("roster", self._roster), site)
+        rows = bundle.site_rows(self._got("roster", self.roster), site)
         head = (len(rows), rows[-1].hash if rows else GENESIS)
         if head != h.ended.heads.get(site):
             raise VerificationError("its head is not the one that the server's journal names at the end of the run")
@@ -282,7 +287,7 @@ class Audit:
         return f"{len(rows)} rows, {len(c.spends)} steps charged, filter epsilon {c.epsilon_after:.4f} of {c.cap:g}"
 
     def _delivered(self) -> str:
-        h, roster, plan = self._ended(), self._got("roster", self._roster), self._got("plan", self._plan)
+        h, roster, plan = self._ended(), self._got("roster", self.roster), self._got("plan", self._plan)
         names = {m.site for m in roster.sites}
         if not names.issuperset(h.ended.heads):
             raise VerificationError("the run's end names the ledger of a stranger")
@@ -351,7 +356,7 @@ class Audit:
             payload.pop(key)
         rows, bundle = self._got("server journal", self._rows), self._got("files", self._bundle)
         facts = Facts(
-            self._got("plan", self._plan), self._got("roster", self._roster), self._ended(), self._in_order(),
+            self._got("plan", self._plan), self._got("roster", self.roster), self._ended(), self._in_order(),
             (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests, bundle.roots, bundle.audit,
         )  # fmt: skip
         claims.same(payload, canonical.loads(canonical.dumps(derive(facts))), REPORT)
@@ -383,7 +388,7 @@ class Audit:
     def _in_order(self) -> dict[str, Charges]:
         return {
             s: self._charged(s)
-            for s in (m.site for m in self._got("roster", self._roster).sites)
+            for s in (m.site for m in self._got("roster", self.roster).sites)
             if s in self._ended().ended.heads
         }
 

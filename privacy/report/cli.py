@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fedveil.common import canonical, identity
+from fedveil.common.errors import UsageError
 from fedveil.privacy.report import cli_evidence as evidence
 from fedveil.privacy.report.build import build_report
-from fedveil.privacy.report.bundle import REPORT
+from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
 from fedveil.privacy.report.catalogue import LANGUAGES
 from fedveil.privacy.report.cli_evidence import plain
 from fedveil.privacy.report.results import attach
+from fedveil.privacy.report.signatures import SIGNATURES
 from fedveil.privacy.report.verify import Verification, verify_report
 
 app = typer.Typer(no_args_is_help=True, help="Check a privacy report from its journals alone, or write it again.")
@@ -50,15 +52,23 @@ def verify(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    key: Annotated[Path, typer.Option(help="The server's signing key.")],
+    key: Annotated[
+        Path | None, typer.Option(help="The server's signing key; a simulated run's lies in its folder.")
+    ] = None,
     audit: Annotated[
         list[Path] | None, typer.Option(help="Results of an empirical audit, taken into RUN/audit.json; repeatable.")
     ] = None,
 ) -> None:
     """Write RUN/report.json again from the journals of the run, and its pages and cards beside it."""
+    found = key or run / SIMULATED_KEY
+    if key is None and not found.exists():
+        raise UsageError("the report is signed by the server", hint="--key SERVER/signing.key")
     if audit is not None:
         attach(run, audit)
-    build_report(run, identity.load_signing_key(key))
+    signed = (run / SIGNATURES).exists()
+    build_report(run, identity.load_signing_key(found))
+    if signed:
+        typer.echo(f"the sites signed the report before this one ({SIGNATURES}.old): 'fedveil audit sign' signs again")
     render(run / REPORT)
 
 
@@ -105,6 +115,7 @@ def _show(result: Verification) -> None:
     if result.simulated:
         console.print("[bold red]SIMULATED[/]: the run protected nobody; its numbers are for study only.")
     console.print("[bold green]Every check passed.[/]", plain(result.claim))
+    console.print(plain(f"Signed by the server, and by {len(result.countersigned)} of {result.sites} sites."))
     if not result.pinned:
         console.print(
             "[yellow]The consortium's key was taken from the bundle.[/] Whoever made all of its files could have made "

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import UsageError, VerificationError, WireError
+from fedveil.common.errors import UsageError, VerificationError
 from fedveil.common.journal import parse, verify_rows
 from fedveil.privacy.report import compare as comparing
 from fedveil.privacy.report import local as locals_
 from fedveil.privacy.report import pdf as printing
 from fedveil.privacy.report import rows as proofs
-from fedveil.privacy.report.bundle import CONTRACT, REPORT, read_bounded
+from fedveil.privacy.report.bundle import REPORT, read_bounded
 from fedveil.privacy.report.countersign import countersign
 from fedveil.privacy.report.schema import schema as published
 
@@ -43,9 +43,13 @@ def sign(
     report: Report,
     key: Annotated[Path, typer.Option(help="The site's signing.key.")],
     consortium_key: Pin = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="The site's own ledger: signed only if the report was made from it.")
+    ] = None,
 ) -> None:
     """Verify a report and add this site's signature under it, in signatures.json beside it."""
-    site = countersign(file_of(report), identity.load_signing_key(key), pinned(consortium_key))
+    own = None if ledger is None else read_bounded(ledger, 1 << 28)
+    site = countersign(file_of(report), identity.load_signing_key(key), pinned(consortium_key), own)
     _say(f"signed by {site}")
 
 
@@ -97,12 +101,9 @@ def local(
         raise VerificationError(f"{ledger} is empty")
     if public is not None:
         verify_rows(rows, public.strip().lower(), owner=rows[0].owner)
-    document = contract = None
-    if report is not None:
-        path = file_of(report)
-        document = _json(path)
-        contract = _json(path.with_name(CONTRACT)) if path.with_name(CONTRACT).exists() else None
-    for written in locals_.write(folder, locals_.collect(folder, rows, document, contract)):
+    path = None if report is None else file_of(report)
+    quasi = [] if path is None else locals_.quasi_identifiers(path.parent)
+    for written in locals_.write(folder, locals_.collect(folder, rows, path, quasi)):
         _say(f"{written}")
 
 
@@ -138,13 +139,6 @@ def pinned(value: str | None) -> str | None:
 def plain(text: str) -> str:
     """Text of a report as text: no markup, no control characters reach the terminal."""
     return "".join(c if c.isprintable() else " " for c in text).replace("[", "\\[")
-
-
-def _json(path: Path):
-    try:
-        return canonical.loads(read_bounded(path, 1 << 28), limit=1 << 28)
-    except WireError as e:
-        raise VerificationError(f"{path.name}: {e.message}") from e
 
 
 def _say(text: str) -> None:

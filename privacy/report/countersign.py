@@ -1,36 +1,86 @@
-"""A site's own signature under a finished report, made only after it verified everything itself."""
+"""A site's own signature under a finished report, made only after it verified everything itself.
+
+What is verified is what is signed: the report and the files beside it are read once.
+"""
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.common import canonical, identity
-from fedveil.common.errors import IdentityError
-from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report.signatures import DOMAIN, SIGNATURES, read, statement
-from fedveil.privacy.report.verify import verify_report
+from fedveil.common import identity
+from fedveil.common.errors import IdentityError, VerificationError
+from fedveil.common.identity import Roster
+from fedveil.privacy.report import signatures
+from fedveil.privacy.report.bundle import Bundle, journal_name
+from fedveil.privacy.report.verify import examined
 
 
-def countersign(report: Path, key: Ed25519PrivateKey, consortium_key: str | None) -> str:
+@dataclass(frozen=True)
+class Seen:
+    """A report that passed every check, as it was when it was checked.
+
+    Attributes:
+        document: the signed report ``{"payload", "signer", "signature"}``.
+        roster: the run's, signed by the consortium.
+        bundle: the files beside the report.
+    """
+
+    document: Any
+    roster: Roster
+    bundle: Bundle
+
+    @property
+    def session(self) -> str:
+        """The session that the report is about."""
+        return self.document["payload"]["session"]
+
+
+def see(report: Path, consortium_key: str | None) -> Seen:
+    """Verify ``report`` with the files beside it.
+
+    Raises:
+        VerificationError: a check failed.
+    """
+    verification, audit = examined(report, consortium_key=consortium_key)
+    verification.raise_for_failure()
+    return Seen(*audit.established)
+
+
+def sign(seen: Seen, key: Ed25519PrivateKey, ledger: bytes | None = None) -> tuple[str, dict[str, Any]]:
+    """The site whose key this is, and its signed statement that it has seen exactly this report.
+
+    Args:
+        ledger: the lines of the site's own ledger; they must begin with those that the report was made from.
+
+    Raises:
+        IdentityError: the key belongs to no site on the roster.
+        VerificationError: the report was made without this site's ledger, or from another one.
+    """
+    site = next((m.site for m in seen.roster.sites if m.signing_key == identity.public_hex(key)), None)
+    if site is None:
+        raise IdentityError("the key belongs to no site on the roster", hint="use the site's own signing.key")
+    if ledger is not None:
+        shown = seen.bundle.files.get(journal_name(site))
+        if shown is None:
+            raise VerificationError(f"the report was made without the ledger of {site}: it says nothing of this site")
+        if not ledger.startswith(shown):
+            raise VerificationError(
+                f"the report was made from a ledger of {site} that is not this site's",
+                hint="keep both as evidence; 'fedveil audit compare' names the row",
+            )
+    return site, identity.signed(key, signatures.DOMAIN, signatures.statement(site, seen.session, seen.document))
+
+
+def countersign(report: Path, key: Ed25519PrivateKey, consortium_key: str | None, ledger: bytes | None = None) -> str:
     """Verify ``report`` and add the signature of the site whose key this is; returns the site's name.
 
     Raises:
-        VerificationError: a check failed, so that nothing is signed.
-        IdentityError: the key belongs to no site on the roster.
+        VerificationError, IdentityError: see :func:`see` and :func:`sign`; nothing is signed.
     """
-    verify_report(report, consortium_key=consortium_key).raise_for_failure()
-    bundle = bundles.read(report.parent)
-    roster = bundles.open_roster(bundle, consortium_key or bundle.pin)
-    site = next((m.site for m in roster.sites if m.signing_key == identity.public_hex(key)), None)
-    if site is None:
-        raise IdentityError("the key belongs to no site on the roster", hint="use the site's own signing.key")
-    document = canonical.loads(report.read_bytes())
-    held = read(report.parent)
-    held[site] = identity.signed(key, DOMAIN, statement(site, document["payload"]["session"], document))
-    partial = report.with_name(f".{SIGNATURES}.part")
-    partial.write_bytes(canonical.dumps(held) + b"\n")
-    os.replace(partial, report.with_name(SIGNATURES))
+    site, statement = sign(see(report, consortium_key), key, ledger)
+    signatures.keep(report.parent, {site: statement})
     return site

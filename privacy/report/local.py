@@ -7,40 +7,46 @@ federation's report says of it. Written with mode 0600 into a folder of the site
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections import Counter
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fedveil.common import canonical
+from fedveil.common.contract import Column
 from fedveil.common.errors import UsageError, VerificationError, WireError
 from fedveil.common.journal import GENESIS, Row
-from fedveil.privacy.report import fields
-from fedveil.privacy.report.bundle import read_bounded
+from fedveil.privacy.report import fields, signatures
+from fedveil.privacy.report.bundle import CONTRACT, read_bounded
 from fedveil.privacy.report.catalogue import LANGUAGES, Speaker
 from fedveil.privacy.report.charges import compose
 
 LOCAL_JSON, LOCAL_PAGE, TEMPLATE = "local-report.json", "local-report.html", "local.html.j2"
 QUALITY, LINEAGE, RELEASED = "quality.json", "lineage.json", "released.csv"
-_LIMIT = 1 << 24
+_LIMIT, _REPORT_LIMIT = 1 << 24, 1 << 28
+Classes = Counter[tuple[str, ...]]  # rows by the released labels of the quasi-identifiers
 
 
-def collect(folder: Path, rows: list[Row], document: Any, contract: Any) -> dict[str, Any]:
+def collect(folder: Path, rows: list[Row], report: Path | None, quasi: Sequence[Column]) -> dict[str, Any]:
     """The local report as JSON.
 
     Args:
         folder: the site's private work folder of ingestion.
         rows: the site's ledger, verified or at least parsed.
-        document: the federation's signed report; None if there is none yet.
-        contract: the signed data contract (for the quasi-identifiers of the risk figures); None if not at hand.
+        report: the federation's ``report.json``; None if there is none yet.
+        quasi: the contract's quasi-identifiers, for the figures of loss and risk; empty where it is not at hand.
 
     Raises:
         VerificationError: a file is malformed, or the ledger breaks its own rules.
     """
-    payload = {} if document is None else fields.mapping(document.get("payload"), "the report")
+    document = {} if report is None else fields.mapping(_json(report, _REPORT_LIMIT), "the report")
+    payload = fields.mapping(document.get("payload", {}), "the report")
     charges = compose(rows, str(payload.get("session", "")))
     site = rows[0].owner
+    classes = _classes(folder / RELEASED, [c.name for c in quasi])
     sessions: dict[str, dict[str, Any]] = {}
     for name, epsilon in charges.spending:
         s = sessions.setdefault(name, {"session": name, "steps": 0})
@@ -56,10 +62,11 @@ def collect(folder: Path, rows: list[Row], document: Any, contract: Any) -> dict
         "sessions": list(sessions.values()),
         "head": list(charges.head),
         "continues_report": _continues(payload, site, rows),
+        "signed_report": None if report is None else _has_signed(report, site, document),
         "quality": _json(folder / QUALITY),
         "lineage": lineage,
-        "loss": _loss(lineage),
-        "risk": _risk(folder / RELEASED, _quasi(contract)),
+        "loss": _loss(lineage, classes, quasi),
+        "risk": _risk(classes),
     }  # fmt: skip
 
 
@@ -91,34 +98,84 @@ def _continues(payload: dict[str, Any], site: str, rows: list[Row]) -> bool | No
     return count <= len(rows) and digest == (rows[count - 1].hash if count else GENESIS)
 
 
-def _loss(lineage: dict[str, Any] | None) -> dict[str, Any]:
-    """Rows in and out; the part of them that suppression took."""
+def _has_signed(report: Path, site: str, document: dict[str, Any]) -> bool:
+    held = signatures.read(report.parent).get(site)
+    session = str(document.get("payload", {}).get("session"))
+    return isinstance(held, dict) and held.get("payload") == signatures.statement(site, session, document)
+
+
+def _loss(lineage: dict[str, Any] | None, classes: Classes, quasi: Sequence[Column]) -> dict[str, Any]:
+    """Rows in and out; the part of them that suppression took; what the recoding took of those that stayed."""
     if lineage is None:
         return {}
     rows = {k: lineage[k].get("rows") for k in ("source", "released") if isinstance(lineage.get(k), dict)}
     suppressed = lineage.get("suppressed_rows")
     before = suppressed + rows["released"] if _count(suppressed) and _count(rows.get("released")) else 0
-    return {**rows, "suppressed": suppressed, "suppressed_share": suppressed / before if before else None}
+    share = suppressed / before if before else None
+    return {**rows, "suppressed": suppressed, "suppressed_share": share} | _penalty(classes, quasi, share or 0.0)
+
+
+def _penalty(classes: Classes, quasi: Sequence[Column], suppressed: float) -> dict[str, Any]:
+    """Normalised certainty penalty (Xu et al., KDD 2006), in the contract's domains: 0 for exact values, 1 for "any".
+
+    A label of a number counts the part of the public bounds that it spans, a label of a category the part of the other
+    leaves that it holds, "no value" nothing, a suppressed row 1. The table's figure is the mean over all cells.
+
+    Args:
+        suppressed: the part of all rows that was suppressed.
+    """
+    rows = sum(classes.values())
+    if not rows:
+        return {}
+    spans = [_spans(c) for c in quasi]
+    columns = [sum(n * spans[i].get(labels[i], 0.0) for labels, n in classes.items()) / rows for i in range(len(quasi))]
+    kept = sum(columns) / len(columns)
+    by_column = {c.name: loss for c, loss in zip(quasi, columns, strict=True)}
+    return {"ncp": (1 - suppressed) * kept + suppressed, "ncp_of_released_by_column": by_column}
+
+
+def _spans(c: Column) -> dict[str, float]:
+    """The penalty of every label of a quasi-identifier."""
+    if c.type == "category":
+        others = max(sum(map(len, c.groups)) - 1, 1)
+        return {label: (len(group) - 1) / others for label, group in zip(c.labels, c.groups, strict=True)}
+    if c.low is None or c.high is None:
+        raise VerificationError(f"the quasi-identifier {c.name!r} has no public bounds")
+    edges = itertools.pairwise((c.low, *c.cuts, c.high))
+    return {label: (b - a) / (c.high - c.low) for label, (a, b) in zip(c.labels, edges, strict=True)}
 
 
 def _count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _quasi(contract: Any) -> list[str]:
-    columns = ((contract or {}).get("payload") or {}).get("contract", {}).get("columns", [])
-    return [str(c["name"]) for c in columns if isinstance(c, dict) and c.get("role") == "quasi" and "name" in c]
+def quasi_identifiers(run: Path) -> list[Column]:
+    """The quasi-identifiers of the contract in a run's folder; none where it has no contract.
+
+    Raises:
+        VerificationError, ContractError: it is malformed.
+    """
+    document = _json(run / CONTRACT)
+    payload = fields.mapping((document or {}).get("payload", {}), CONTRACT)
+    columns = fields.mapping(payload.get("contract", {}), CONTRACT).get("columns", [])
+    if not isinstance(columns, list):
+        raise VerificationError(f"{CONTRACT}: the columns are no list")
+    return [Column.model_validate(c) for c in columns if isinstance(c, dict) and c.get("role") == "quasi"]
 
 
-def _risk(released: Path, quasi: list[str]) -> dict[str, Any]:
-    """From the sizes of the classes of equal quasi-identifiers: El Emam's prosecutor and marketer risk."""
+def _classes(released: Path, quasi: list[str]) -> Classes:
+    """Rows of the released table by their quasi-identifiers' labels; empty without a table or quasi-identifiers."""
     if not quasi or not released.is_file():
-        return {}
+        return Counter()
     with released.open(encoding="utf-8", newline="") as f:
         table = csv.DictReader(f)
         if not set(quasi) <= set(table.fieldnames or ()):
-            return {}
-        classes = Counter(tuple(row[c] for c in quasi) for row in table)
+            return Counter()
+        return Counter(tuple(row[c] for c in quasi) for row in table)
+
+
+def _risk(classes: Classes) -> dict[str, Any]:
+    """From the sizes of the classes of equal quasi-identifiers: El Emam's prosecutor and marketer risk."""
     rows = sum(classes.values())
     if not rows:
         return {}
@@ -129,11 +186,11 @@ def _risk(released: Path, quasi: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path, limit: int = _LIMIT) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return fields.mapping(canonical.loads(read_bounded(path, _LIMIT)), path.name)
+        return fields.mapping(canonical.loads(read_bounded(path, limit), limit=limit), path.name)
     except WireError as e:
         raise VerificationError(f"{path.name}: {e.message}") from e
 

@@ -6,6 +6,8 @@ report itself. They lie in ``signatures.json`` beside it, ``{site: signed statem
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,26 @@ def check(folder: Path, roster: Roster, session: str, document: Any) -> list[str
     for site in held:
         if site not in known:
             raise VerificationError(f"{SIGNATURES} holds a signature of {site[:64]!r}, who is not on the roster")
-        what = f"the countersignature of {site}"
-        if identity.opened(held[site], DOMAIN, known[site], what=what) != statement(site, session, document):
-            raise VerificationError(f"{what} is under another report")
+        require(site, known[site], session, document, held[site])
     return [site for site in known if site in held]
+
+
+def require(site: str, key: str, session: str, document: Any, signed: Any) -> None:
+    """Raise unless ``signed`` is the statement of ``site``, under its ``key``, about exactly ``document``.
+
+    Raises:
+        VerificationError, IdentityError: it does not hold, or is under another report.
+    """
+    what = f"the countersignature of {site}"
+    if identity.opened(signed, DOMAIN, key, what=what) != statement(site, session, document):
+        raise VerificationError(f"{what} is under another report")
+
+
+def keep(folder: Path, signed: Mapping[str, Any]) -> None:
+    """Write statements beside the report in ``folder``, together with those that lie there already."""
+    partial = folder / f".{SIGNATURES}.part"
+    partial.write_bytes(canonical.dumps({**read(folder), **signed}) + b"\n")
+    os.replace(partial, folder / SIGNATURES)
 
 
 def statement(site: str, session: str, document: Any) -> dict[str, Any]:

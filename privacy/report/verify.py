@@ -64,6 +64,7 @@ class Verification:
         simulated: the run protected nobody (it was a study on one machine).
         pinned: the consortium's key was given, not taken from the bundle.
         countersigned: the sites that signed this very report after verifying it.
+        sites: how many sites the roster has.
     """
 
     checks: tuple[Check, ...]
@@ -71,6 +72,7 @@ class Verification:
     simulated: bool
     pinned: bool
     countersigned: tuple[str, ...] = ()
+    sites: int = 0
 
     @property
     def ok(self) -> bool:
@@ -118,6 +120,7 @@ class Verification:
             "mismatches": [{"check": c.name, "detail": c.detail} for c in self.failures],
             "accountants": self.accountants,
             "countersigned": list(self.countersigned),
+            "sites": self.sites,
             "claim": self.claim,
             "simulated": self.simulated,
             "consortium_key_pinned": self.pinned,
@@ -135,14 +138,20 @@ def verify_report(report: Path, *, consortium_key: str | None = None) -> Verific
     Returns:
         A :class:`Verification`; nothing in the files makes this function raise.
     """
+    return examined(report, consortium_key=consortium_key)[0]
+
+
+def examined(report: Path, *, consortium_key: str | None = None) -> tuple[Verification, Audit]:
+    """:func:`verify_report`, and what was read for it: whoever goes on with these files must not read them again."""
     audit = Audit(report, consortium_key.strip().lower() if consortium_key else None)
     checks: list[Check] = []
     for name, compared, step in audit.steps():
         checks.append(_run(name, compared, step))
     ok = all(c.passed for c in checks)
-    return Verification(
-        tuple(checks), audit.claim if ok else "", audit.simulated, consortium_key is not None, audit.countersigned
-    )
+    pinned = consortium_key is not None
+    sites = 0 if audit.roster is None else len(audit.roster.sites)
+    found = Verification(tuple(checks), audit.claim if ok else "", audit.simulated, pinned, audit.countersigned, sites)
+    return found, audit
 
 
 def _run(name: str, compared: str, step: Callable[[], str]) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,15 @@ from typer.testing import CliRunner
 from fedveil.common import cli
 from fedveil.common.errors import BudgetExhausted, PlanError, UsageError
 from fedveil.common.journal import parse
-from fedveil.deploy import baselines, datasets, simulate
+from fedveil.deploy import baselines, datasets, simulate, simulation
 from fedveil.deploy.simulate import Config
+from fedveil.privacy.report.bundle import SIMULATED_KEY
 from fedveil.privacy.report.verify import verify_report
 
 FILES = {
     "config.json", "consortium.pub", "curve.png", "joins.json", "journal.jsonl", "journals", "ledgers", "metrics.jsonl",
     "model.f32", "plan.json", "report.html", "report.json", "report.zh.html", "roster.json",
-    "model-card.md", "model-card.zh.md", "data-card.md", "data-card.zh.md",
+    "model-card.md", "model-card.zh.md", "data-card.md", "data-card.zh.md", "signatures.json", "signing.SIMULATED.key",
 }  # fmt: skip
 SMALL = Config(clients=4, dataset="digits", steps=2)
 
@@ -27,6 +29,7 @@ SMALL = Config(clients=4, dataset="digits", steps=2)
 def report(run):
     result = verify_report(run / "report.json")
     assert result.ok, result.failed
+    assert len(result.countersigned) == result.sites
     return json.loads((run / "report.json").read_text())["payload"]
 
 
@@ -90,6 +93,42 @@ def test_what_is_refused_and_before_a_folder_is_made(tmp_path, change, error, sa
         simulate.run(replace(SMALL, **change), tmp_path / "run")
     if error is not BudgetExhausted:
         assert not (tmp_path / "run").exists()
+
+
+def test_an_audit_is_attached_afterwards_with_the_runs_own_key(tmp_path):
+    run = tmp_path / "run"
+    simulate.run(replace(SMALL, sum="plain"), run)
+    assert stat.S_IMODE((run / SIMULATED_KEY).stat().st_mode) == 0o600
+    call = lambda *arguments: CliRunner().invoke(cli.build(), ["audit", *map(str, arguments)])  # noqa: E731
+    assert call("conformance", run, "--rounds", 4, "--inputs", 64, "--attach").exit_code == 0
+    assert not verify_report(run / "report.json").ok
+    done = call("report", run)
+    assert done.exit_code == 0, done.exception
+    assert "'fedveil audit sign' signs again" in done.stdout
+    found = verify_report(run / "report.json")
+    assert found.ok, found.failed
+    assert found.countersigned == ()
+    measured = json.loads((run / "report.json").read_text())["payload"]["audit"]["conformance"]
+    assert measured["passed"] is True
+    (run / SIMULATED_KEY).unlink()
+    assert isinstance(call("report", run).exception, UsageError)
+
+
+def test_a_virtual_site_does_not_sign_what_is_not_its_ledger(tmp_path, monkeypatch, caplog):
+    make = simulation.World.make
+    worlds = []
+    monkeypatch.setattr(simulation.World, "make", lambda n: worlds.append(make(n)) or worlds[-1])
+    simulate.run(replace(SMALL, sum="plain"), tmp_path / "run")
+    ledgers, held = tmp_path / "run" / simulation.LEDGERS, tmp_path / "run" / "signatures.json"
+    held.unlink()
+    lines = (ledgers / "site-0002.jsonl").read_bytes().splitlines(keepends=True)
+    (ledgers / "site-0002.jsonl").write_bytes(b"".join(lines[:-1]))
+    (ledgers / "site-0003.jsonl").unlink()
+    worlds[0].countersign(tmp_path / "run")
+    assert set(json.loads(held.read_text())) == {"site-0001", "site-0004"}
+    assert "site-0002 does not sign" in caplog.text
+    assert "site-0003 does not sign" in caplog.text
+    assert verify_report(tmp_path / "run" / "report.json").countersigned == ("site-0001", "site-0004")
 
 
 def test_a_thousand_clients_need_no_force(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_the_report_verifies_as_a_command(honest):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (honest.run / "report.html").stat().st_size > 1000
+
+
+def test_every_hospital_signed_the_report_and_wrote_a_page_of_its_own(honest):
+    assert verified(honest).countersigned == HOSPITALS
+    assert "countersigned by 4 of 4 sites" in (honest.run / "report.html").read_text()
+    session = honest.of_kind("run.open")[0]["session"]
+    for site in HOSPITALS:
+        state = honest.home / site / "state"
+        assert (state / "reports" / session / "report.json").read_bytes() == (honest.run / "report.json").read_bytes()
+        own = json.loads((state / "data" / "local-report.json").read_text())
+        assert (own["continues_report"], own["signed_report"]) == (True, True)
+        assert own["sessions"][-1]["steps"] == 6
+        assert own["risk"]["rows"] == own["loss"]["released"] > 80
+        assert 0 < own["loss"]["ncp"] < 1
+        assert "and signed it" in (state / "data" / "local-report.html").read_text()
 
 
 def test_no_record_is_in_what_the_server_holds(honest):

@@ -9,14 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
+from fedveil.common.contract import Column
 from fedveil.common.errors import IdentityError, UsageError, VerificationError
 from fedveil.common.journal import parse
 from fedveil.privacy.cli_ledger import app as ledger_app
 from fedveil.privacy.report import compare, local, pdf, rows
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.cli import app
-from fedveil.privacy.report.countersign import countersign
+from fedveil.privacy.report.countersign import countersign, see, sign
 from fedveil.privacy.report.results import attach, checked
+from fedveil.privacy.report.signatures import require
 from fedveil.privacy.report.verify import verify_report
 
 
@@ -233,6 +235,34 @@ def test_sites_sign_the_very_report(spoilt, tmp_path) -> None:
     assert (result.exit_code, result.stdout.strip()) == (0, "signed by cava")
 
 
+def test_a_site_signs_only_what_was_made_from_its_own_ledger(spoilt, tmp_path) -> None:
+    own = journal(spoilt).read_bytes()
+    for other in (own[:-1], b"", own.replace(b"berg", b"cava"), journal(spoilt, "alba").read_bytes()):
+        with pytest.raises(VerificationError, match="is not this site's"):
+            countersign(spoilt.report, spoilt.sites["berg"], None, other)
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(own + b"a later row\n")
+    identity.save_signing_key(tmp_path / "signing.key", spoilt.sites["berg"])
+    done = call("sign", spoilt.report, "--key", tmp_path / "signing.key", "--ledger", path)
+    assert (done.exit_code, done.stdout.strip()) == (0, "signed by berg")
+
+
+def test_a_site_whose_ledger_is_missing_does_not_sign(make) -> None:
+    w = make(lost={"dorn"})
+    with pytest.raises(VerificationError, match="without the ledger of dorn"):
+        countersign(w.report, w.sites["dorn"], None, b"x")
+    assert countersign(w.report, w.sites["alba"], None, journal(w, "alba").read_bytes()) == "alba"
+
+
+def test_what_is_signed_is_what_was_verified(spoilt, monkeypatch) -> None:
+    seen = see(spoilt.report, spoilt.public)
+    before = canonical.loads(spoilt.report.read_bytes())
+    spoilt.report.write_bytes(b"{}")  # between the checks and the signature
+    (spoilt.folder / "roster.json").unlink()
+    site, signed = sign(seen, spoilt.sites["berg"])
+    require(site, identity.public_hex(spoilt.sites["berg"]), seen.session, before, signed)
+
+
 def test_nobody_outside_signs_and_nothing_wrong_is_signed(spoilt) -> None:
     with pytest.raises(IdentityError, match="no site"):
         countersign(spoilt.report, identity.new_signing_key(), None)
@@ -253,6 +283,42 @@ def test_malformed_signatures_are_a_failed_check(spoilt, data) -> None:
 # -- what stays at the site -------------------------------------------------------------------------------------------
 
 
+COLUMNS = [
+    {"name": "age", "role": "quasi", "type": "number", "low": 40, "high": 80, "levels": [50]},
+    {"name": "sex", "role": "quasi", "type": "category", "values": ["f", "m"], "levels": [["f"], ["m"]]},
+    {"name": "y", "role": "target", "type": "number", "low": 0, "high": 2, "threshold": 1},
+]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ({"type": "number", "low": 0, "high": 10, "levels": [2, 7]}, [0.2, 0.5, 0.3]),
+        ({"type": "category", "values": list("abcd"), "levels": [["a", "b", "c"], ["d"]]}, [2 / 3, 0]),
+        ({"type": "category", "values": list("abcd"), "levels": [list("abcd")]}, [1]),
+        ({"type": "category", "values": ["a"], "levels": [["a"]]}, [0]),
+        ({"type": "category", "values": list("abc"), "level": 1,
+          "hierarchy": [["a", "x", "*"], ["b", "x", "*"], ["c", "z", "*"]]}, [0.5, 0]),
+    ],
+)  # fmt: skip
+def test_what_a_label_costs(column, expected) -> None:
+    c = Column.model_validate({"name": "c", "role": "quasi", **column})
+    assert list(local._spans(c).values()) == pytest.approx(expected)
+
+
+def test_the_local_report_says_whether_the_site_signed(spoilt, tmp_path) -> None:
+    rows_ = parse(journal(spoilt).read_bytes())
+    countersign(spoilt.report, spoilt.sites["berg"], spoilt.public, journal(spoilt).read_bytes())
+    found = local.collect(tmp_path, rows_, spoilt.report, ())
+    assert found["signed_report"] is True
+    pages = [p.read_text(encoding="utf-8") for p in local.write(tmp_path, found)]
+    assert "and signed it" in pages[1]
+    assert "并签了名" in pages[2]
+    build_report(spoilt.folder, spoilt.server)
+    assert local.collect(tmp_path, rows_, spoilt.report, ())["signed_report"] is False
+    assert local.collect(tmp_path, rows_, None, ())["signed_report"] is None
+
+
 def test_the_local_report_holds_what_the_federations_does_not(honest, tmp_path) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -263,14 +329,19 @@ def test_the_local_report_holds_what_the_federations_does_not(honest, tmp_path) 
     (work / "lineage.json").write_bytes(canonical.dumps({
         "source": {"rows": 41}, "released": {"rows": 38}, "suppressed_rows": 3,
     }))  # fmt: skip
-    (work / "released.csv").write_text("age,sex,y\n40-50,m,1\n40-50,m,0\n50-60,f,1\n", encoding="utf-8")
-    contract = {"payload": {"contract": {"columns": [
-        {"name": "age", "role": "quasi"}, {"name": "sex", "role": "quasi"}, {"name": "y", "role": "target"},
-    ]}}}  # fmt: skip
+    rows_ = '"[40,50)",m,>1\n"[40,50)",m,<=1\n"[50,80]",f,>1\n'
+    (work / "released.csv").write_text(f"age,sex,y\n{rows_}", encoding="utf-8")
+    (tmp_path / "contract.json").write_bytes(canonical.dumps({"payload": {"contract": {"columns": COLUMNS}}}))
     document = canonical.loads(honest.report.read_bytes())
-    found = local.collect(work, parse(journal(honest).read_bytes()), document, contract)
-    assert found["continues_report"] is True
-    assert found["loss"] == {"source": 41, "released": 38, "suppressed": 3, "suppressed_share": 3 / 41}
+    quasi = local.quasi_identifiers(tmp_path)
+    found = local.collect(work, parse(journal(honest).read_bytes()), honest.report, quasi)
+    assert (found["continues_report"], found["signed_report"]) == (True, False)
+    loss = found["loss"]
+    assert {k: loss[k] for k in ("source", "released", "suppressed")} == {"source": 41, "released": 38, "suppressed": 3}
+    assert loss["suppressed_share"] == 3 / 41
+    # Of 40 years one label spans 10 (two rows), one 30; a sex is exact. Suppressed rows count as fully general.
+    assert loss["ncp_of_released_by_column"] == {"age": pytest.approx((10 + 10 + 30) / 40 / 3), "sex": 0}
+    assert loss["ncp"] == pytest.approx(38 / 41 * (50 / 120 + 0) / 2 + 3 / 41)
     assert found["risk"] == {"rows": 3, "classes": 2, "smallest_class": 1, "prosecutor": 1.0, "marketer": 2 / 3,
                              "alone": 1 / 3}  # fmt: skip
     for path in local.write(work, found):

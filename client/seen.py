@@ -1,0 +1,90 @@
+"""The federation's report as it reaches this site: verified like any auditor would, kept, and signed.
+
+What comes is the report and all files it is checked beside, from a server that this site does not trust. Nothing is
+signed unless every check passes under the consortium's key that this site has pinned, and unless the report was made
+from this site's own ledger as it is on this disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fedveil.client.session import Session, Site
+from fedveil.common import canonical, identity
+from fedveil.common.errors import ProtocolError, VerificationError
+from fedveil.common.wire import Packet
+from fedveil.privacy.report import handover
+from fedveil.privacy.report.bundle import JOURNALS, REPORT
+from fedveil.privacy.report.countersign import see, sign
+from fedveil.privacy.report.signatures import SIGNATURES
+
+REFUSED = ".refused"
+
+
+def report(site: Site, request: Packet) -> Packet:
+    """Verify, keep and sign the report of a session that has ended; the same report again is signed again.
+
+    Raises:
+        ProtocolError: the session has not ended here, or another report of it was signed; this site keeps no reports.
+        WireError: what came is not a report with its files.
+        VerificationError: a check failed, or it is another run's. What came is kept beside, as evidence.
+    """
+    h = request.expect(handover.KIND).header
+    session = site.session(h.get("session"))
+    if site.reports is None:
+        raise ProtocolError("this site keeps no reports")
+    if not session.ended:
+        raise ProtocolError("a report of a session that has not ended here")
+    files = handover.unpacked(request, site.roster)
+    folder = site.reports / session.id
+    if folder.exists() and (folder / REPORT).read_bytes() != files[REPORT]:
+        raise ProtocolError("another report of this session was signed here")
+    draft = _written(folder.with_name(f".{session.id}.part"), files)
+    try:
+        statement = _signed(site, session, draft)
+    except VerificationError:
+        _replace(draft, folder.with_name(session.id + REFUSED))
+        raise
+    identity.write_secret(draft / SIGNATURES, canonical.dumps({site.id: statement}) + b"\n")
+    _replace(draft, folder)
+    return Packet({"kind": "signed", "statement": statement})
+
+
+def digest(site: Site, session: Session) -> str:
+    """The digest of the report of ``session`` that this site has verified and kept.
+
+    Raises:
+        ProtocolError: it has none.
+    """
+    path = None if site.reports is None else site.reports / session.id / REPORT
+    if path is None or not path.is_file():
+        raise ProtocolError("this site has kept no report of that session")
+    return canonical.digest(canonical.loads(path.read_bytes(), limit=handover.LIMIT))
+
+
+def _signed(site: Site, session: Session, draft: Path) -> dict[str, Any]:
+    seen = see(draft / REPORT, site.consortium)
+    if (seen.session, seen.roster.hash) != (session.id, site.roster.hash):
+        raise VerificationError("the report is of another session or roster than this site's")
+    if seen.document["payload"]["hashes"]["plan"] != session.plan_hash:
+        raise VerificationError("the report is of another plan than the one this site signed")
+    ledger = b"".join(row.line() for row in site.ledger.journal.rows)
+    return sign(seen, site.key, ledger)[1]
+
+
+def _written(folder: Path, files: dict[str, bytes]) -> Path:
+    """``files`` in a new folder, readable by this site alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for made in (folder.parent, folder, folder / JOURNALS):
+        made.mkdir(mode=0o700, exist_ok=True)
+    for name, data in files.items():  # names out of a closed table
+        identity.write_secret(folder / name, data)
+    return folder
+
+
+def _replace(draft: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
