@@ -103,7 +103,10 @@ def apply(site: Site, request: Packet) -> Packet:
 
 
 def agree(site: Site, request: Packet) -> Packet:
-    """Sign the announced set of members, once per round, unless a member's journal went back in time."""
+    """Sign the announced set of members, once per round, unless one was revoked or its journal went back in time."""
+    members = request.header.get("members")
+    headers = members if isinstance(members, list) else []
+    site.not_revoked([h.get("site") for h in headers if isinstance(h, dict) and isinstance(h.get("site"), str)])
     return site.session(request.header.get("session")).sum.agree(request, site.witness)
 
 

@@ -45,13 +45,16 @@ def join(
     reply: Annotated[Path | None, typer.Option(help="The consortium's answer, to be installed.")] = None,
     consortium_key: Annotated[str, typer.Option(help="As read out by the consortium; pinned the first time.")] = "",
     roster: Annotated[Path | None, typer.Option(help="A roster, to be installed; never an older one.")] = None,
+    revoked: Annotated[Path | None, typer.Option(help="A list of revoked members; never an older one.")] = None,
 ) -> None:
     """Enrol: make keys and a request (--site), then install the answer (--reply) and the roster (--roster)."""
     from fedveil.common.errors import UsageError
-    from fedveil.deploy import enrol
+    from fedveil.deploy import enrol, enrol_revoked
 
-    if sum(map(bool, (site, reply, roster))) != 1:
-        raise UsageError("one thing at a time", hint="--site NAME, then --reply FILE, then --roster FILE")
+    if sum(map(bool, (site, reply, roster, revoked))) != 1:
+        raise UsageError(
+            "one thing at a time", hint="--site NAME, then --reply FILE, then --roster FILE; --revoked FILE"
+        )
     if site:
         _asked(folder, enrol.request(folder, site, host=host))
     elif reply is not None:
@@ -60,6 +63,9 @@ def join(
     elif roster is not None:
         made = enrol.take_roster(folder, roster)
         typer.echo(f"roster version {made.version} of {made.consortium}: {len(made.sites)} sites, {made.hash}")
+    elif revoked is not None:
+        listed = enrol_revoked.take_revoked(folder, revoked)
+        typer.echo(f"revocation list {listed.number}: {len(listed.sites)} members, {len(listed.tls_keys)} keys")
 
 
 @app.command()

@@ -24,6 +24,24 @@ NOBODY = Revocations(0, frozenset(), frozenset())
 _LOG = logging.getLogger("fedveil.identity")
 
 
+def take_revoked(folder: Path, file: Path) -> Revocations:
+    """Install a revocation list in a member's folder: signed by the pinned key, and no older than the one there.
+
+    Raises:
+        IdentityError: it is not.
+    """
+    pin, document = _pinned(folder), read_document(file)
+    made = identity.open_revocations(document, pin)
+    held = identity.open_revocations(read_document(folder / REVOKED), pin) if (folder / REVOKED).exists() else NOBODY
+    if made.number < held.number or (made.number == held.number and made != held):
+        raise IdentityError(
+            f"revocation list {made.number} does not follow list {held.number}, which is in use",
+            hint="a list only goes forward: ask for the latest one",
+        )
+    write_durably(folder / REVOKED, canonical.dumps(document) + b"\n")
+    return made
+
+
 class Revoked:
     """The list in force; called, it looks whether a newer one has come.
 
@@ -31,17 +49,15 @@ class Revoked:
         folder: a member's identity folder with the consortium's pinned key; ``revoked.json`` may come there, and be
             replaced, at any time. A list that is not signed by that key, or is not newer, is not taken, and logged.
         kept: where the newest list is kept; by default beside it. The process must be able to write there.
+        keeps: False only looks, and writes nothing.
 
     Raises:
         IdentityError: a list at the start, or the kept one, does not hold; or it cannot be kept.
     """
 
-    def __init__(self, folder: Path, kept: Path | None = None) -> None:
-        self._path, self._kept = folder / REVOKED, kept or folder / KEPT
-        try:
-            self._pin = (folder / "consortium.pub").read_text(encoding="ascii").strip()
-        except (OSError, ValueError) as e:
-            raise IdentityError(f"{folder} has no pinned consortium key", hint="enrol first") from e
+    def __init__(self, folder: Path, kept: Path | None = None, *, keeps: bool = True) -> None:
+        self._path, self._kept, self._keeps = folder / REVOKED, kept or folder / KEPT, keeps
+        self._pin = _pinned(folder)
         self._lock = threading.Lock()
         self._stamped: tuple[int, int, int] | None = None
         self._now = NOBODY
@@ -88,6 +104,8 @@ class Revoked:
         return found.number > self._now.number
 
     def _keep(self, document: Any) -> None:
+        if not self._keeps:
+            return
         try:
             write_durably(self._kept, canonical.dumps(document) + b"\n")
         except OSError as e:
@@ -99,3 +117,10 @@ class Revoked:
         except OSError:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _pinned(folder: Path) -> str:
+    try:
+        return (folder / "consortium.pub").read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as e:
+        raise IdentityError(f"{folder} has no pinned consortium key", hint="enrol first: fedveil client join") from e

@@ -40,6 +40,7 @@ from fedveil.common.journal import Row
 from fedveil.common.settings import SiteSettings
 from fedveil.common.units import site_id
 from fedveil.deploy.enrol import due
+from fedveil.deploy.enrol_revoked import KEPT, Revoked
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt
 from fedveil.deploy.transport.handshake import trusted
@@ -124,7 +125,7 @@ class Preflight:
         return f"holds for {days:.0f} more days"
 
     def roster(self) -> str:
-        """This site is on it, with the keys of its folder."""
+        """This site is on it, with the keys of its folder, and nobody on it was revoked."""
         member = self._roster.member(site_id(self._site.id))
         key = identity.load_signing_key(self._site.identity / "signing.key")
         if member.signing_key != identity.public_hex(key):
@@ -135,6 +136,12 @@ class Preflight:
             raise IdentityError(
                 "the roster names another TLS key for this site", hint="take the latest roster: client join --roster"
             )
+        listed = Revoked(self._site.identity, self._site.state / KEPT, keeps=False)()
+        try:
+            for member in (self._roster.server, *self._roster.sites):
+                listed.refuse(member.site, member.tls_key)
+        except IdentityError as e:
+            raise IdentityError(e.message, hint="ask the consortium for a roster without it: no run begins") from e
         return f"version {self._roster.version}, {len(self._roster.sites)} sites"
 
     def clock(self) -> str:

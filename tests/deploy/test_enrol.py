@@ -20,7 +20,9 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.common.identity import Revocations
 from fedveil.deploy import enrol, enrol_consortium
+from fedveil.deploy.cli_site import app as site_commands
 from fedveil.deploy.enrol_gate import Doorkeeper
+from fedveil.deploy.enrol_revoked import Revoked, take_revoked
 from fedveil.deploy.provision import load_roster, load_tls, make_consortium, provision
 
 NAMES = ("server", "east", "west")
@@ -419,6 +421,28 @@ class TestRevocation:
         (members.home / "server" / "revoked.seen.json").write_bytes(text)
         with pytest.raises(IdentityError):
             Doorkeeper(members.home / "server")
+
+    def test_a_site_takes_lists_forward_only(self, members, tmp_path):
+        east, lists = members.home / "east", []
+        for name in ("west", "east"):
+            enrol_consortium.revoke(members.consortium, name)
+            lists.append(tmp_path / f"{name}.json")
+            shutil.copy(members.consortium / "revoked.json", lists[-1])
+        look = Revoked(east, tmp_path / "state" / "seen.json", keeps=False)
+        assert look() == Revocations(0, frozenset(), frozenset())
+        for file in (lists[0], lists[0], lists[1]):
+            assert take_revoked(east, file) == look()
+        assert look().sites == {"east", "west"}
+        assert not (tmp_path / "state").exists()
+        before = (east / "revoked.json").read_bytes()
+        for bad in (lists[0], members.consortium / "roster.json", tmp_path / "nothing"):
+            with pytest.raises(IdentityError):
+                take_revoked(east, bad)
+        assert (east / "revoked.json").read_bytes() == before
+        with pytest.raises(IdentityError, match="pinned"):
+            take_revoked(tmp_path, lists[1])
+        told = CliRunner().invoke(site_commands, ["join", str(east), "--revoked", str(lists[1])])
+        assert told.output == "revocation list 2: 2 members, 2 keys\n"
 
     def test_a_list_that_does_not_hold_stops_a_server_at_its_start(self, members):
         (members.home / "server" / "revoked.json").write_text("{}")

@@ -15,8 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedveil.common import identity
+from fedveil.common import canonical, identity
 from fedveil.common import settings as files
+from fedveil.common.errors import IdentityError
+from fedveil.common.identity import Revocations
 from fedveil.common.settings import SiteSettings
 from fedveil.common.units import Delta, Epsilon
 from fedveil.deploy import demo_world, preflight, site_process
@@ -199,6 +201,34 @@ class TestIdentity:
     def test_no_folder(self, home):
         shutil.rmtree(home / "pki" / "sites" / EAST)
         assert {"certificate", "roster", "contract"} <= set(failed(home, offline=True))
+
+    def test_a_revoked_peer_and_a_revoked_key(self, home):
+        key = identity.load_signing_key(home / "pki" / "consortium" / "consortium.key")
+        where = home / "pki" / "sites" / EAST / "revoked.json"
+        theirs = identity.spki_sha256((home / "pki" / "sites" / "hospital-west" / "tls.pem").read_bytes())
+        for sites, keys in (({"hospital-west"}, ()), ((), {theirs})):
+            made = Revocations(1, frozenset(sites), frozenset(keys))
+            where.write_bytes(canonical.dumps(identity.sign_revocations(made, key)))
+            found = failed(home, offline=True)
+            assert set(found) == {"roster"}
+            assert "'hospital-west' was revoked" in found["roster"].message
+        where.write_bytes(b"{}")
+        assert set(failed(home, offline=True)) == {"roster"}
+
+    def test_a_site_looks_at_the_list_in_its_folder(self, home):
+        site, _ = site_process.prepare(loaded(home))
+        try:
+            key = identity.load_signing_key(home / "pki" / "consortium" / "consortium.key")
+            made = Revocations(1, frozenset({"hospital-west"}), frozenset())
+            where = home / "pki" / "sites" / EAST / "revoked.json"
+            site.not_revoked({"hospital-west"})
+            where.write_bytes(canonical.dumps(identity.sign_revocations(made, key)))
+            for _ in range(2):  # also when it is taken away again
+                with pytest.raises(IdentityError, match="hospital-west"):
+                    site.not_revoked({"hospital-west"})
+                where.unlink(missing_ok=True)
+        finally:
+            site.ledger.close()
 
     def test_a_certificate_that_ends_soon_is_said(self, home, monkeypatch):
         monkeypatch.setattr(preflight, "due", lambda _: (2.5, True))
