@@ -2,12 +2,14 @@
 
 ::
 
-    <state>/requests/<plan hash>/plan.json           what was asked for, written by the site
+    <state>/requests/<plan hash>/request.json        what was asked for and which ledger pays, written by the site
     <state>/requests/<plan hash>/<approver>.json     one person's signed yes, named by the public key
 
-An approval is for one plan (its hash) and one run: the first session that is accepted under it is written into the
-ledger beside the approvals' digests, which are worth nothing afterwards. Approvers' keys are Ed25519 keys of persons,
-listed in ``[limits] approvers``; the site's process holds none of them and cannot approve anything itself.
+An approval is for one plan (its hash), one ledger (the hash of its first row) and one run: the first session that is
+accepted under it is written into that ledger beside the digests of all approvals there were, which are worth nothing
+afterwards, and the request is removed. In another ledger, even of the same data, they never count. Approvers' keys are
+Ed25519 keys of persons, listed in ``[limits] approvers``; the site's process holds none of them and cannot approve
+anything itself.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ DOMAIN = "fedveil/approval/1"
 VALID_S = 7 * 86400.0
 MAX_WAITING = 64
 MAX_BYTES = 1 << 22
-_PLAN = "plan.json"
+_REQUEST = "request.json"
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """One plan that somebody asked for: ``folder`` holds it and the approvals given so far."""
+    """One plan that somebody asked for: ``folder`` holds it and the approvals given so far; ``ledger`` would pay."""
 
     folder: Path
     plan: PrivacyPlan
+    ledger: str
     given: int
 
     def to_json(self) -> dict[str, Any]:
@@ -51,6 +54,7 @@ class Waiting:
         p = self.plan
         return {
             "plan_hash": p.hash,
+            "ledger": self.ledger,
             "model": p.model.name,
             "model_hash": model_hash(p),
             "task": p.task,
@@ -78,8 +82,11 @@ class Approvals:
     ) -> None:
         self._folder, self._site, self._limits, self._clock = folder, site, limits, clock
 
-    def require(self, plan: PrivacyPlan, used: Iterable[str]) -> list[str]:
-        """The digests of enough valid approvals of ``plan``, none of them in ``used``; [] where none are needed.
+    def require(self, plan: PrivacyPlan, ledger: str, used: Iterable[str]) -> list[str]:
+        """The digests of all valid approvals of ``plan``, none of them in ``used``; [] where none are needed.
+
+        Args:
+            ledger: the hash of the first row of the ledger that pays.
 
         Raises:
             PolicyRefusal: too few; the request is then in the folder, for ``fedveil client requests``.
@@ -88,16 +95,41 @@ class Approvals:
         if not need:
             return []
         spent, own = set(used), self._folder / plan.hash
-        found = {a: d for a, d in self._valid(own, plan.hash) if d not in spent}
+        found = {a: d for a, d in self._valid(own, plan.hash, ledger) if d not in spent}
         if len(found) >= need:
-            return sorted(found.values())[:need]
-        self._ask(plan)
+            return sorted(found.values())  # one run uses up all of them
+        self._clear(ledger, spent)
+        self._ask(plan, ledger)
         raise PolicyRefusal(
             f"this run needs the approval of {need} persons at this site and has {len(found)}: plan {plan.hash}",
             hint="start the run again once they have approved it",
         )
 
-    def _ask(self, plan: PrivacyPlan) -> None:
+    def remove(self, plan: PrivacyPlan) -> None:
+        """Forget the request for a run that has begun; called once the ledger names the approvals it used."""
+        if (self._folder / plan.hash).is_dir():
+            shutil.rmtree(self._folder / plan.hash)
+
+    def _clear(self, ledger: str, spent: set[str]) -> None:
+        """Remove what nobody waits for: requests of another ledger, and those whose approvals were all used up."""
+        for own in self._requests():
+            try:
+                if _read(own)[0] != ledger:
+                    shutil.rmtree(own)
+                    continue
+            except FedveilError:  # what this class did not write, or was altered: for the owner to look at
+                continue
+            given = [p for p in own.iterdir() if is_hex(p.stem, 64)]
+            used = [p for p in given if _digest(p) in spent]
+            for path in used:
+                path.unlink()
+            if used and len(used) == len(given):
+                shutil.rmtree(own)
+
+    def _requests(self) -> list[Path]:
+        return [p for p in self._folder.iterdir() if is_hex(p.name, 64)] if self._folder.is_dir() else []
+
+    def _ask(self, plan: PrivacyPlan, ledger: str) -> None:
         """Keep the plan for a person to read; only so many, because whoever asks is not trusted."""
         own = self._folder / plan.hash
         if own.exists():
@@ -109,17 +141,19 @@ class Approvals:
             )
         part = self._folder / f".{secrets.token_hex(8)}"
         part.mkdir(mode=0o700)
-        (part / _PLAN).write_bytes(canonical.dumps(plan.to_json()))
+        document = {"v": 1, "site": self._site, "ledger": ledger, "plan": plan.to_json()}
+        (part / _REQUEST).write_bytes(canonical.dumps(document))
         part.rename(own)
 
-    def _valid(self, own: Path, plan_hash: str) -> Iterator[tuple[str, str]]:
+    def _valid(self, own: Path, plan_hash: str, ledger: str) -> Iterator[tuple[str, str]]:
         """(approver, digest) of every approval that holds now; a file that does not is passed over."""
         for public in dict.fromkeys(self._limits.approvers):
             try:
                 with (own / f"{public}.json").open("rb") as f:
                     document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
                 said = identity.opened(document, DOMAIN, public, what="an approval")
-                ok = isinstance(said, dict) and said.get("site") == self._site and said.get("plan_hash") == plan_hash
+                wanted = {"site": self._site, "plan_hash": plan_hash, "ledger": ledger}
+                ok = isinstance(said, dict) and all(said.get(k) == v for k, v in wanted.items())
                 if ok and float(said["at"]) - 600 <= self._clock() < float(said["until"]):
                     yield public, canonical.digest(document)
             except (OSError, FedveilError, KeyError, TypeError, ValueError):
@@ -131,13 +165,9 @@ def waiting(folder: Path) -> list[Waiting]:
     out: list[Waiting] = []
     for own in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_hex(own.name, 64):
-            try:
-                with (own / _PLAN).open("rb") as f:
-                    plan = plans.from_json(canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES))
-            except OSError as e:
-                raise ConfigError(f"{own} cannot be read: {e.strerror}", hint="run this as the site's user") from e
+            ledger, plan = _read(own)
             given = sum(1 for p in own.iterdir() if is_hex(p.stem, 64))
-            out.append(Waiting(own, plan, given))
+            out.append(Waiting(own, plan, ledger, given))
     return out
 
 
@@ -173,8 +203,8 @@ def approve(
         raise ConfigError(f"{wanted.folder} holds another plan than its name says", hint="remove it; it was altered")
     now = int(clock())
     said = {
-        "v": 1, "site": site, "plan_hash": wanted.plan.hash, "at": now, "until": now + int(VALID_S),
-        "nonce": secrets.token_hex(16),
+        "v": 1, "site": site, "plan_hash": wanted.plan.hash, "ledger": wanted.ledger,
+        "at": now, "until": now + int(VALID_S), "nonce": secrets.token_hex(16),
     }  # fmt: skip
     path = wanted.folder / f"{public}.json"
     part = wanted.folder / f".{public}.part"
@@ -186,3 +216,27 @@ def approve(
 def reject(wanted: Waiting) -> None:
     """Remove a request and what was approved of it."""
     shutil.rmtree(wanted.folder)
+
+
+def _read(own: Path) -> tuple[str, PrivacyPlan]:
+    """The ledger and the plan of one request."""
+    try:
+        with (own / _REQUEST).open("rb") as f:
+            document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
+        ledger, plan = document["ledger"], plans.from_json(document["plan"])
+    except OSError as e:
+        raise ConfigError(f"{own} cannot be read: {e.strerror}", hint="run this as the site's user") from e
+    except (KeyError, TypeError) as e:
+        raise ConfigError(f"{own / _REQUEST} is not a request", hint="remove its folder") from e
+    if not is_hex(ledger, 64):
+        raise ConfigError(f"{own / _REQUEST} names no ledger", hint="remove its folder")
+    return ledger, plan
+
+
+def _digest(path: Path) -> str:
+    """The digest of an approval's file as the ledger names it; empty for what is none."""
+    try:
+        with path.open("rb") as f:
+            return canonical.digest(canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES))
+    except (OSError, FedveilError):
+        return ""

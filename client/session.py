@@ -146,6 +146,8 @@ class Site:
             self.ledger.note("data.released", **self.evidence)
             if approvals:
                 self.ledger.note("plan.approved", session=session, plan_hash=plan.hash, approvals=approvals)
+                if self.approvals is not None:
+                    self.approvals.remove(plan)
             self.ledger.note(
                 "plan.accepted",
                 session=session, plan_hash=plan.hash, roster_hash=roster_hash, contract_hash=contract_hash,
@@ -205,7 +207,7 @@ class Site:
             raise PolicyRefusal("this site asks for approvals and keeps none", hint="run it from its site.toml")
         used = [d for r in self.ledger.journal.of_kind("plan.approved") for d in r.body["approvals"]]
         try:
-            return self.approvals.require(plan, used)
+            return self.approvals.require(plan, self._ledger_id, used)
         except PolicyRefusal as e:
             self.refused(session, e.code)
             raise
@@ -329,7 +331,8 @@ class Site:
     @property
     def head(self) -> tuple[int, str, str]:
         """Where this site's journal stands, and which journal it is."""
-        return (*self.ledger.head, self._ledger_id)
+        rows, last = self.ledger.head
+        return rows, last, self._ledger_id
 
     def witness(self, heads: Mapping[SiteId, tuple[int, str, str]]) -> None:
         """Remember where the members' journals stand; :class:`HelperRefusal` if one of them went back in time.

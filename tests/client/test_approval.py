@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
+import time
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,8 @@ from fedveil.client.approval import DOMAIN, Approvals, approve, find, reject, wa
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.common.settings import LimitsSection
+from fedveil.common.units import Delta, Epsilon
+from fedveil.privacy.ledger import Ledger
 
 
 @pytest.fixture
@@ -31,6 +36,10 @@ def asked(world, people):
         line.join(w.sites[0], w.proposal())
     assert w.plan.hash in e.value.message
     return w
+
+
+def ledger_of(w) -> str:
+    return w.sites[0].head[2]
 
 
 def join(w, **changes):
@@ -86,7 +95,8 @@ def test_a_stranger_cannot_approve(asked, people):
     with pytest.raises(ConfigError, match="not among"):
         yes(asked, stranger)
     # ... nor by writing the file by hand, under an approver's name
-    said = {"v": 1, "site": "site-1", "plan_hash": asked.plan.hash, "at": 0, "until": 1 << 40, "nonce": ""}
+    said = {"v": 1, "site": "site-1", "plan_hash": asked.plan.hash, "ledger": ledger_of(asked), "at": 0,
+            "until": 1 << 40, "nonce": ""}  # fmt: skip
     for key, name in ((stranger, stranger), (stranger, people[0]), (people[1], people[0])):
         path = asked.requests / asked.plan.hash / f"{identity.public_hex(name)}.json"
         path.write_bytes(canonical.dumps(identity.signed(key, DOMAIN, said)))
@@ -94,19 +104,29 @@ def test_a_stranger_cannot_approve(asked, people):
         join(asked)
 
 
-@pytest.mark.parametrize("change", [{"site": "site-2"}, {"plan_hash": "0" * 64}, {"until": 5}, {"at": 1 << 40}])
+OTHERWISE: list[dict[str, Any]] = [
+    {"site": "site-2"}, {"plan_hash": "0" * 64}, {"ledger": "0" * 64}, {"ledger": None}, {"until": 5}, {"at": 1 << 40}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*OTHERWISE, {}])
 def test_an_approval_for_something_else_or_another_time(asked, people, change):
-    said = {"v": 1, "site": "site-1", "plan_hash": asked.plan.hash, "at": 0, "until": 1 << 40, "nonce": "n"} | change
+    said = {"v": 1, "site": "site-1", "plan_hash": asked.plan.hash, "ledger": ledger_of(asked), "at": 0,
+            "until": 1 << 40, "nonce": "n"} | change  # fmt: skip
     for key in people:
         path = asked.requests / asked.plan.hash / f"{identity.public_hex(key)}.json"
         path.write_bytes(canonical.dumps(identity.signed(key, DOMAIN, said)))
+    if not change:  # the control
+        join(asked)
+        return
     with pytest.raises(PolicyRefusal, match="has 0"):
         join(asked)
 
 
 def test_an_altered_request_is_not_signed(asked, people, world):
     other = world(epsilon=2.5).plan
-    (asked.requests / asked.plan.hash / "plan.json").write_bytes(canonical.dumps(other.to_json()))
+    path = asked.requests / asked.plan.hash / "request.json"
+    path.write_bytes(canonical.dumps({**canonical.loads(path.read_bytes()), "plan": other.to_json()}))
     with pytest.raises(ConfigError, match="another plan"):
         approve(waiting(asked.requests)[0], asked.sites[0].id, asked.sites[0].limits, people[0])
 
@@ -126,6 +146,84 @@ def test_requests_do_not_pile_up(asked, world, monkeypatch):
 def test_a_run_is_named_unambiguously(asked, run):
     with pytest.raises(ConfigError, match="0 waiting runs"):
         find(asked.requests, run)
+
+
+def reopened(w):
+    w.reopen(0).approvals = Approvals(w.requests, w.sites[0].id, w.sites[0].limits)
+
+
+def test_requests_of_runs_that_began_do_not_fill_the_queue(asked, people, world, monkeypatch):
+    monkeypatch.setattr(approval, "MAX_WAITING", 1)
+    for _ in range(3):
+        for key in people[:2]:
+            yes(asked, key)
+        join(asked)
+        assert waiting(asked.requests) == []
+        with pytest.raises(PolicyRefusal, match="has 0"):  # asked for once more, and written down once more
+            join(asked)
+
+
+def test_a_crash_before_the_request_is_removed_is_tidied_up(asked, people, world, monkeypatch):
+    monkeypatch.setattr(approval, "MAX_WAITING", 1)
+    for key in people[:2]:
+        yes(asked, key)
+    with monkeypatch.context() as m:
+        m.setattr(Approvals, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            join(asked)
+    reopened(asked)
+    other = world(steps=3).plan
+    with pytest.raises(PolicyRefusal, match="needs the approval"):
+        join(asked, plan=other.to_json())
+    assert [w.plan.hash for w in waiting(asked.requests)] == [other.hash]
+
+
+def test_a_yes_that_came_after_the_run_began_is_kept(asked, people, monkeypatch):
+    for key in people[:2]:
+        yes(asked, key)
+    monkeypatch.setattr(Approvals, "remove", lambda *_: None)
+    join(asked)
+    yes(asked, people[0])  # for the next run, before the folder was tidied
+    with pytest.raises(PolicyRefusal, match="has 1"):
+        join(asked)
+    yes(asked, people[2])
+    join(asked)
+
+
+def test_a_run_uses_up_every_approval_there_is(asked, people):
+    for key in people:
+        yes(asked, key)
+    join(asked)
+    assert len(next(asked.sites[0].ledger.journal.of_kind("plan.approved")).body["approvals"]) == 3
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
+def test_approvals_are_worth_nothing_in_a_new_ledger(asked, people):
+    """Old files put back beside a ledger begun anew, which does not know that they were used."""
+    for key in people[:2]:
+        yes(asked, key)
+    old = asked.folder / "old"
+    shutil.copytree(asked.requests, old)
+    join(asked)
+    site, before = asked.sites[0], ledger_of(asked)
+    site.ledger.close()
+    site.ledger.journal.path.unlink()
+    site.ledger = Ledger.open(
+        site.ledger.journal.path, site.id, site.key, lineage="small", cap=Epsilon(asked.cap), delta=Delta(1e-5),
+        clock=lambda: time.time() + 60,
+    )  # fmt: skip
+    assert ledger_of(asked) != before
+    for folder in old.iterdir():
+        shutil.copytree(folder, asked.requests / folder.name)
+    assert [w.given for w in waiting(asked.requests)] == [2]
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+    [again] = waiting(asked.requests)
+    assert (again.given, again.ledger) == (0, ledger_of(asked))  # asked for anew: the old request is nobody's
+    for key in people[:2]:
+        yes(asked, key)
+    join(asked)
 
 
 def test_settings_that_cannot_hold():
