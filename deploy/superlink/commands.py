@@ -6,6 +6,7 @@ roster's TLS keys as the SuperNodes' keys, and Flower's telemetry, update check 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -30,7 +31,12 @@ def secret(folder: Path) -> Path:
     """
     path = folder / SECRET
     if not path.exists():
-        identity.write_secret(path, secrets.token_bytes(_SECRET_BYTES))
+        # The two processes that share it may start at the same moment: it appears whole, and once.
+        made = folder / f"{SECRET}.{os.getpid()}"
+        identity.write_secret(made, secrets.token_bytes(_SECRET_BYTES))
+        with contextlib.suppress(FileExistsError):
+            os.link(made, path)
+        made.unlink()
     if path.stat().st_size != _SECRET_BYTES or path.stat().st_mode & 0o077:
         raise IdentityError(f"{path} is not a private file of {_SECRET_BYTES} bytes", hint="remove it, and start again")
     return path

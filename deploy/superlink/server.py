@@ -82,8 +82,10 @@ def run(
                 task.finish(failure)
     finally:
         job.journal.close()
-    build_report(job.run, job.key)
-    render_report(job.run / "report.json")
+    report = job.run / "report.json"
+    if not report.exists():
+        build_report(job.run, job.key)
+    render_report(report)
     if strategy.status == jobs.ABORTED:
         raise RunAborted(f"the run in {job.run} was aborted", hint="the last model and the report are in its folder")
     if strategy.status == jobs.EXHAUSTED:

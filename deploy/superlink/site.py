@@ -59,6 +59,9 @@ class SiteExecutor:
                 # This task, or this answer, is lost; SuperNode tells the server after a minute.
                 _LOG.warning("a task came to nothing: %s", e)
                 stop.wait(_AWAY_S)
+            except Exception as e:  # whatever a task brings, the next one is taken
+                _LOG.error("a task failed inside the executor: %s", errors.trace(e))
+                stop.wait(_AWAY_S)
 
     def _handle(self, task: Task) -> None:
         with task.held():
