@@ -7,14 +7,18 @@ from pathlib import Path
 from fedveil.common import canonical
 from fedveil.common.errors import FedveilError, HelperRefusal, JournalError
 from fedveil.common.files import write_durably
+from fedveil.common.journal import Head
 from fedveil.common.units import SiteId
-from fedveil.privacy.joining import Copy, heads_of
+from fedveil.privacy.joining import MAX_LEDGERS, Copy, heads_of
 
 MAX_BYTES = 1 << 22
 
 
 class PeerHeads:
-    """The newest journal head of every peer that this site has seen signed; only ever moves forward.
+    """The newest journal head of every peer's ledgers that this site has seen signed; only ever moves forward.
+
+    A peer has a ledger for each of its data sets. Of more than :data:`MAX_LEDGERS` of one peer, the one that has not
+    moved for the longest time is forgotten.
 
     Args:
         path: where they are kept; None keeps them in memory (the simulator).
@@ -25,23 +29,28 @@ class PeerHeads:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._heads: dict[SiteId, Copy] = {}
+        self._heads: dict[SiteId, dict[str, Copy]] = {}  # by site and ledger; what moved last stands last
         if path is not None and path.exists():
             try:
                 self._heads = heads_of(canonical.loads(path.read_bytes(), limit=MAX_BYTES))
             except FedveilError as e:
                 raise JournalError(f"{path} is not a list of journal heads", hint="restore it, or ask the peers") from e
 
-    def copies(self) -> dict[str, list[int | str]]:
+    def copies(self) -> dict[str, list[list[int | str]]]:
         """The JSON form that goes into this site's signed join statement."""
-        return {site: [*copy.head, copy.ledger] for site, copy in self._heads.items()}
+        return {site: [[*c.head, c.ledger] for c in by.values()] for site, by in self._heads.items()}
 
     def keep(self, heads: dict[SiteId, Copy]) -> None:
-        """Remember ``heads`` that are of another ledger or ahead of what is known; on disk when this returns."""
-        ahead = {s: c for s, c in heads.items() if s not in self._heads or self._newer(s, c)}
+        """Remember ``heads`` of ledgers not known yet, or ahead of what is known; on disk when this returns."""
+        ahead = {s: c for s, c in heads.items() if (known := self._known(s, c)) is None or c.head.rows > known.rows}
         if not ahead:
             return
-        self._heads |= ahead
+        for site, copy in ahead.items():
+            by = self._heads.setdefault(site, {})
+            by.pop(copy.ledger, None)
+            by[copy.ledger] = copy
+            if len(by) > MAX_LEDGERS:
+                del by[next(iter(by))]
         if self._path is not None:
             write_durably(self._path, canonical.dumps(self.copies()))
 
@@ -52,17 +61,18 @@ class PeerHeads:
             HelperRefusal: naming the site whose journal went back in time, or stands still with another last row.
         """
         for site, copy in sorted(heads.items()):
-            known = self._heads.get(site)
-            if known is None or known.ledger != copy.ledger:
+            known = self._known(site, copy)
+            if known is None:
                 continue
-            same = copy.head.rows == known.head.rows
-            if copy.head.rows < known.head.rows or (same and copy.head.hash != known.head.hash):
+            same = copy.head.rows == known.rows
+            if copy.head.rows < known.rows or (same and copy.head.hash != known.hash):
                 raise HelperRefusal(
-                    f"the journal of {site!r} went back in time: {copy.head.rows} rows, {known.head.rows} before",
+                    f"the journal of {site!r} went back in time: {copy.head.rows} rows, {known.rows} before",
                     hint="its disk was restored, or its journal rewritten; no sum that it is in is opened",
                 )
         self.keep(heads)
 
-    def _newer(self, site: SiteId, copy: Copy) -> bool:
-        known = self._heads[site]
-        return copy.ledger != known.ledger or copy.head.rows > known.head.rows
+    def _known(self, site: SiteId, copy: Copy) -> Head | None:
+        """Where this ledger of ``site`` stood last; None if it was never seen."""
+        known = self._heads.get(site, {}).get(copy.ledger)
+        return known.head if known is not None else None

@@ -16,6 +16,7 @@ from fedveil.privacy.secagg.committee import elect
 from fedveil.privacy.secagg.interface import SumSpec, is_hex
 
 JOIN = "fedveil/join/1"
+MAX_LEDGERS = 4  # of one site that are remembered: every statement carries all of them, and every site all statements
 
 
 def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
@@ -70,18 +71,46 @@ class Copy(NamedTuple):
     ledger: str
 
 
-def heads_of(value: Any) -> dict[SiteId, Copy]:
-    """Parse ``{site: [rows, hash, ledger]}``; :class:`ProtocolError` for anything else."""
+def heads_of(value: Any) -> dict[SiteId, dict[str, Copy]]:
+    """Parse ``{site: [[rows, hash, ledger], ...]}`` into copies by site and ledger, in the order in which they stand.
+
+    One ``[rows, hash, ledger]`` instead of a list of them is what was written when one ledger of a site was remembered.
+
+    Raises:
+        ProtocolError: anything else, more than :data:`MAX_LEDGERS` of one site, or one ledger twice.
+    """
     if not isinstance(value, dict) or len(value) > MAX_SITES:
         raise ProtocolError("journal heads are malformed")
-    return {site_id(site): _copy(parts) for site, parts in value.items()}
+    return {site_id(site): _copies(entries) for site, entries in value.items()}
 
 
 def heads_in(documents: Mapping[SiteId, Any]) -> dict[SiteId, tuple[Copy, dict[SiteId, Copy]]]:
-    """Per site, its own journal head and its copies of the others', from statements that were checked already."""
+    """Per site, its own journal head and its copies of the others', from statements that were checked already.
+
+    Of the several ledgers that a site may own, the copies are those of the one that it takes part with here.
+    """
     payloads = {site: document["payload"] for site, document in documents.items()}
-    own = {s: p["head"] + [p.get("ledger")] if isinstance(p.get("head"), list) else None for s, p in payloads.items()}
-    return {s: (_copy(own[s]), heads_of(p.get("peers", {}))) for s, p in payloads.items()}
+    own = {
+        s: _copy([*p["head"], p.get("ledger")] if isinstance(p.get("head"), list) else None)
+        for s, p in payloads.items()
+    }
+    held = {s: heads_of(p.get("peers", {})) for s, p in payloads.items()}
+    return {
+        s: (own[s], {o: by[own[o].ledger] for o, by in held[s].items() if o in own and own[o].ledger in by})
+        for s in payloads
+    }
+
+
+def _copies(entries: Any) -> dict[str, Copy]:
+    if isinstance(entries, list) and entries and type(entries[0]) is int:
+        entries = [entries]
+    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_LEDGERS:
+        raise ProtocolError("journal heads are malformed")
+    copies = [_copy(entry) for entry in entries]
+    by = {copy.ledger: copy for copy in copies}
+    if len(by) != len(copies):
+        raise ProtocolError("journal heads are malformed: one ledger twice")
+    return by
 
 
 def _copy(value: Any) -> Copy:

@@ -9,14 +9,15 @@ import pytest
 
 from fedveil.client.app import make_app as client_app
 from fedveil.client.peers import PeerHeads
+from fedveil.common import canonical
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.errors import FedveilError, JournalError
+from fedveil.common.errors import FedveilError, HelperRefusal, JournalError, ProtocolError
 from fedveil.common.journal import Head
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import SiteId
 from fedveil.deploy import datasets, simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
-from fedveil.privacy.joining import Copy
+from fedveil.privacy.joining import MAX_LEDGERS, Copy, heads_in, heads_of
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
@@ -115,9 +116,60 @@ def test_heads_only_move_forward_and_survive(tmp_path):
     one, two = "1" * 64, "2" * 64
     peers.keep({A: Copy(Head(5, "a" * 64), one), B: Copy(Head(1, "b" * 64), one)})
     peers.keep({A: Copy(Head(4, "c" * 64), one)})
-    assert PeerHeads(path).copies() == {A: [5, "a" * 64, one], B: [1, "b" * 64, one]}
+    assert PeerHeads(path).copies() == {A: [[5, "a" * 64, one]], B: [[1, "b" * 64, one]]}
     peers.keep({A: Copy(Head(1, "d" * 64), two)})  # another data set's ledger has its own count
-    assert PeerHeads(path).copies()[A] == [1, "d" * 64, two]
+    assert PeerHeads(path).copies()[A] == [[5, "a" * 64, one], [1, "d" * 64, two]]
+    peers.keep({A: Copy(Head(6, "e" * 64), one)})  # what moved last stands last
+    assert PeerHeads(path).copies()[A] == [[1, "d" * 64, two], [6, "e" * 64, one]]
+
+
+def test_a_site_with_two_data_sets_cannot_wind_one_back_behind_the_other(tmp_path):
+    peers = PeerHeads(tmp_path / "peers.json")
+    one, two = "1" * 64, "2" * 64
+    peers.follow({A: Copy(Head(9, "a" * 64), one)})
+    peers.follow({A: Copy(Head(3, "b" * 64), two)})  # a run on its other ledger in between
+    for again in (peers, PeerHeads(tmp_path / "peers.json")):
+        for rows, last in ((8, "c"), (9, "c")):
+            with pytest.raises(HelperRefusal, match="back in time"):
+                again.follow({A: Copy(Head(rows, last * 64), one)})
+        again.follow({A: Copy(Head(3, "b" * 64), two), B: Copy(Head(1, "e" * 64), one)})
+    peers.follow({A: Copy(Head(10, "c" * 64), one)})
+
+
+def test_ledgers_without_end_cost_a_bounded_memory(tmp_path):
+    peers = PeerHeads(tmp_path / "peers.json")
+    for n in range(50):
+        peers.keep({A: Copy(Head(n, "a" * 64), f"{n:064x}"), B: Copy(Head(n, "b" * 64), "1" * 64)})
+    held = PeerHeads(tmp_path / "peers.json").copies()
+    assert [entry[0] for entry in held[A]] == list(range(50 - MAX_LEDGERS, 50))
+    assert held[B] == [[49, "b" * 64, "1" * 64]]
+
+
+def test_what_was_written_when_one_ledger_was_remembered_is_read(tmp_path):
+    (tmp_path / "peers.json").write_bytes(canonical.dumps({A: [5, "a" * 64, "1" * 64]}))
+    with pytest.raises(HelperRefusal):
+        PeerHeads(tmp_path / "peers.json").follow({A: Copy(Head(4, "b" * 64), "1" * 64)})
+
+
+def test_peers_of_a_site_restored_on_one_of_two_ledgers_say_so_when_a_run_begins():
+    """Statements: the copies that count are those of the ledger with which a site takes part this time."""
+    one, two = "1" * 64, "2" * 64
+    statement = lambda ledger, peers: {"payload": {"head": [2, "c" * 64], "ledger": ledger, "peers": peers}}  # noqa: E731
+    copies = {A: [[9, "a" * 64, one], [3, "b" * 64, two]], "gone": [[1, "a" * 64, one]]}
+    for ledger, rows in ((one, 9), (two, 3)):
+        found = heads_in({A: statement(ledger, {}), B: statement("3" * 64, copies)})
+        assert {s: c.head.rows for s, c in found[B][1].items()} == {A: rows}
+        assert found[A] == (Copy(Head(2, "c" * 64), ledger), {})
+    assert heads_in({A: statement("4" * 64, {}), B: statement("3" * 64, copies)})[B][1] == {}
+
+
+@pytest.mark.parametrize("entries", [
+    [], [[]], [[1, "a" * 64]], [[1, "a" * 64, "1" * 64]] * 2,
+    [[i, "a" * 64, f"{i:064x}"] for i in range(MAX_LEDGERS + 1)], [[True, "a" * 64, "1" * 64]], [1, 2], {"1": 2}, None, 5,
+])  # fmt: skip
+def test_heads_that_no_honest_peer_sends(entries):
+    with pytest.raises(ProtocolError):
+        heads_of({"a": entries})
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"a":[1]}', b'{"a":[-1,"' + b"0" * 64 + b'"]}', b'{"A b":[1,"x"]}'])
