@@ -55,6 +55,11 @@ def attach(run: Path, result: Conformance | OneRun) -> Path:
         held = Evidence(plan_hash, result, held.one_run)
     else:
         held = Evidence(plan_hash, held.conformance, result)
+    return write(run, held)
+
+
+def write(run: Path, held: Evidence) -> Path:
+    """Write ``RUN/audit.json`` anew; returns the file's path."""
     path, partial = run / AUDIT, run / f".{AUDIT}.part"
     partial.write_bytes(canonical.dumps(held.to_json()) + b"\n")
     os.replace(partial, path)

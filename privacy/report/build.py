@@ -64,5 +64,5 @@ def open_facts(bundle: Bundle) -> Facts:
     delivered: list[str] = [m.site for m in roster.sites if journal_name(m.site) in bundle.files]
     charges = {s: compose(bundle.site_rows(roster, s), history.session) for s in delivered}
     head = (len(rows), rows[-1].hash) if rows else (0, "0" * 64)
-    found = bundle.metrics(), bundle.digests, bundle.roots, bundle.audit
+    found = bundle.metrics(), bundle.digests, bundle.roots, bundle.audit(plan)
     return Facts(plan, roster, history, charges, head, *found)

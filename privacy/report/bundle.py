@@ -13,6 +13,7 @@ from fedveil.common import canonical, identity, merkle
 from fedveil.common.errors import IdentityError, JournalError, VerificationError, WireError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Row, parse, verify_rows
+from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import fields, results
 
 PLAN, ROSTER, JOINS, CONTRACT = "plan.json", "roster.json", "joins.json", "contract.json"
@@ -72,10 +73,10 @@ class Bundle:
         named = {JOURNAL: "server"} | {n: Path(n).stem for n in self.files if n.startswith(f"{JOURNALS}/")}
         return {who: merkle.root(lines(self.files[name])).hex() for name, who in named.items()}
 
-    @property
-    def audit(self) -> dict[str, Any] | None:
-        """The empirical audit's results that lie in the folder, shape checked; None if there are none."""
-        return results.checked(self.json(results.AUDIT)) if results.AUDIT in self.files else None
+    def audit(self, plan: PrivacyPlan) -> dict[str, Any] | None:
+        """The empirical audit's results that lie in the folder, held against ``plan``; None if there are none."""
+        data = self.files.get(results.AUDIT)
+        return None if data is None else results.held_against(data, plan).to_json()
 
     @property
     def pin(self) -> str:

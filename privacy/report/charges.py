@@ -116,11 +116,12 @@ class _State:
         self.exhausted = self.ended = False
         self.models: list[Row] = []
         self.released: Released | None = None
+        self._table: dict[str, Any] | None = None
         self.spending: list[tuple[str, float]] = []
 
     def feed(self, row: Row, before: float) -> None:
-        if row.kind == "data.released" and not self.spends:
-            self.released = _released(row)
+        if row.kind == "data.released":
+            self._release(row)
         if row.kind == "spend" and row.body["session"] != self.session:
             self.others.add(str(row.body["session"]))
         if row.body.get("session") != self.session:
@@ -135,6 +136,19 @@ class _State:
             self.models.append(row)
         elif row.kind == "spend":
             self._spend(row, before)
+
+    def _release(self, row: Row) -> None:
+        """Until the session's first charge the newest table counts; from then on to its end it must stay the same.
+
+        A site that restarts releases its table in a new order: the commitment to the released file changes, and nothing
+        else of the row may.
+        """
+        if not self.spends:
+            self.released, self._table = _released(row), _table(row)
+        elif not self.ended and _table(row) != self._table:
+            raise VerificationError(
+                f"row {row.n} (data.released) is about another table than the one that was charged for in this session"
+            )
 
     def _spend(self, row: Row, before: float) -> None:
         if self.exhausted:
@@ -222,6 +236,13 @@ def _released(row: Row) -> Released:
         factor,
         fields.text(b, "unit", where, limit=1024) if "unit" in b else "",
     )
+
+
+def _table(row: Row) -> dict[str, Any]:
+    """What a row says of the table itself: all of it but the commitment to the file it was released in."""
+    commitments = row.body.get("commitments")
+    own = {k: v for k, v in commitments.items() if k != "released"} if isinstance(commitments, dict) else commitments
+    return {**row.body, "commitments": own}
 
 
 def _plain(value: Any) -> bool:

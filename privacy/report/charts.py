@@ -70,9 +70,10 @@ def _sites(p: dict[str, Any], say: Speaker) -> Chart | None:
     if not lines:
         return None
     top = lines[0][1][-1][1]
-    label = lambda names: (  # noqa: E731
-        names[0] if len(names) == 1 else say("page.alike", first=names[0], n=len(names) - 1)
-    )
+
+    def label(names: list[str]) -> str:
+        return names[0] if len(names) == 1 else say("page.alike", first=names[0], n=len(names) - 1)
+
     styles = ("a", "b", *"c" * MAX_LINES)
     series = [
         Series(label(names), points, styles[i], dots=i == 0) for i, (names, points) in enumerate(lines[:MAX_LINES])

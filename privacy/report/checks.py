@@ -355,9 +355,10 @@ class Audit:
         for key in _OWN:
             payload.pop(key)
         rows, bundle = self._got("server journal", self._rows), self._got("files", self._bundle)
+        plan = self._got("plan", self._plan)
         facts = Facts(
-            self._got("plan", self._plan), self._got("roster", self.roster), self._ended(), self._in_order(),
-            (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests, bundle.roots, bundle.audit,
+            plan, self._got("roster", self.roster), self._ended(), self._in_order(),
+            (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests, bundle.roots, bundle.audit(plan),
         )  # fmt: skip
         claims.same(payload, canonical.loads(canonical.dumps(derive(facts))), REPORT)
         by = {name: software[name]["version"] for name in ("dp-accounting", "fedveil") if name in software}

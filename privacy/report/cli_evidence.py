@@ -82,7 +82,13 @@ def compare(
             table.add_row(
                 plain(f.owner), f"[{colour}]{f.verdict}[/]", "-" if f.row is None else str(f.row), plain(f.detail)
             )
-        Console(highlight=False).print(table)
+        console = Console(highlight=False)
+        console.print(table)
+        if unchecked := [f.owner for f in found if f.signatures is False]:
+            console.print(
+                f"[yellow]Signatures were NOT checked[/] ({plain(', '.join(unchecked))}): only the chains of hashes, "
+                "which anybody can make anew. Name the owner's key with --public."
+            )
     if bad := next((f for f in found if f.bad), None):
         raise VerificationError(f"{bad.owner}: {bad.verdict}: {bad.detail}", hint="keep both copies as evidence")
 

@@ -7,7 +7,7 @@ first is what was held earlier, the second what is shown now: it may have more r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Story:
     Attributes:
         ledger: hash of the first row (which journal it is); empty for an empty one.
         fault: the first row that breaks the copy's own chain or signatures, and how; None if none does.
+        signed: whether signatures were checked, for which the owner's key is needed; None without rows to check.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Story:
     ledger: str
     hashes: tuple[str, ...] | None = None
     fault: tuple[int, str] | None = None
+    signed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ class Finding:
             stories), ``rewritten`` (a row that was seen before is not there), ``replaced`` (another journal under the
             same name), ``altered`` (a copy that breaks its own chain or signatures).
         row: the first row concerned, counted from 0; None where no single row is.
+        signatures: False if the rows' signatures were not checked, on one side or both: no key was at hand. Chains of
+            hashes alone show that copies differ, not who wrote them. None where there were no rows to check.
     """
 
     owner: str
     verdict: str
     row: int | None
     detail: str
+    signatures: bool | None = None
 
     @property
     def bad(self) -> bool:
@@ -79,7 +84,12 @@ def compare(held: Path, shown: Path, public: str | None = None) -> list[Finding]
     common = sorted((first.keys() & second.keys()) - apart)
     if not common and not reports:
         raise VerificationError("the two sides have no journal in common", hint="compare copies of one owner's journal")
-    return [*reports, *(_compare(owner, first[owner], second[owner]) for owner in common)]
+    return [*reports, *(_signed(_compare(owner, first[owner], second[owner]), first, second) for owner in common)]
+
+
+def _signed(found: Finding, first: Mapping[str, Story], second: Mapping[str, Story]) -> Finding:
+    checked = {side[found.owner].signed for side in (first, second)} - {None}
+    return replace(found, signatures=all(checked) if checked else None)
 
 
 def stories(path: Path, public: str | None = None) -> dict[str, Story]:
@@ -142,7 +152,7 @@ def _of_journal(data: bytes, public: str | None, owner: str | None = None) -> tu
         fault = len(rows), f"row {len(rows)} has no end of line"
     hashes = tuple(r.hash for r in rows)
     head = hashes[-1] if hashes else GENESIS
-    return owner, Story(len(rows), head, hashes[0] if hashes else "", hashes, fault)
+    return owner, Story(len(rows), head, hashes[0] if hashes else "", hashes, fault, public is not None)
 
 
 def _fault(rows: list[Row], public: str | None, owner: str) -> tuple[int, str] | None:

@@ -242,7 +242,10 @@ def _metrics(f: Facts) -> dict[str, Any]:
     rows = f.metrics
     every = max(1, -(-len(rows) // MAX_METRIC_POINTS))
     shown = [r for i, r in enumerate(rows) if (len(rows) - 1 - i) % every == 0]
-    total = lambda key: sum(r[key] for r in rows if r[key] is not None)  # noqa: E731
+
+    def total(key: str) -> float:
+        return sum(r[key] for r in rows if r[key] is not None)
+
     return {
         "final": f.history.ended.metrics,
         "by_round": [[r["round"], r["metrics"]] for r in shown],

@@ -106,8 +106,11 @@ def _at_order(counted: tuple[tuple[tuple[float, float], int], ...], order: float
     found = float(accountant.get_epsilon(delta))
     if math.isfinite(found) or order == math.ceil(order):
         return found
+
     # The library's series did not converge: divergence grows with the order, so the next whole one bounds it.
-    offset = lambda a: math.log1p(-1 / a) - math.log(delta * a) / (a - 1)  # noqa: E731
+    def offset(a: float) -> float:
+        return math.log1p(-1 / a) - math.log(delta * a) / (a - 1)
+
     total = 0.0
     for (q, sigma), times in counted:
         for a in (order, float(math.ceil(order))):
@@ -122,7 +125,10 @@ def _at_order(counted: tuple[tuple[tuple[float, float], int], ...], order: float
 def gaussian_delta(sigma: float, steps: int, epsilon: float) -> float:
     """Exact δ at ε of ``steps`` Gaussian releases of every record (Balle & Wang 2018, Theorem 8)."""
     mu = math.sqrt(steps) / sigma
-    tail = lambda x: 0.5 * math.erfc(x / math.sqrt(2))  # noqa: E731
+
+    def tail(x: float) -> float:
+        return 0.5 * math.erfc(x / math.sqrt(2))
+
     return tail(epsilon / mu - mu / 2) - math.exp(epsilon) * tail(epsilon / mu + mu / 2)
 
 

@@ -85,7 +85,10 @@ def render_html(document: Any, lang: str = LANGUAGES[0], verification: Verificat
     """
     say = Speaker(lang)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    number = lambda value, digits=4: _number(value, say, digits)  # noqa: E731
+
+    def number(value: Any, digits: int = 4) -> str:
+        return _number(value, say, digits)
+
     environment.filters |= {"num": number, "short": _short, "when": _when, "bytes": _bytes, "tight": _tight}
     source = files("fedveil.privacy.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     try:
@@ -107,7 +110,10 @@ def render_html(document: Any, lang: str = LANGUAGES[0], verification: Verificat
 
 def rounds(p: dict[str, Any]) -> list[dict[str, Any]]:
     """Consecutive rounds that were alike as one entry, with ``first`` and ``last``."""
-    key = lambda r: (r["outcome"], r["members"], r["missing"], r["noise_multiplier"], r["reason"])  # noqa: E731
+
+    def key(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["outcome"], r["members"], r["missing"], r["noise_multiplier"], r["reason"]
+
     runs = [list(g) for _, g in groupby(p["rounds"], key=key)]
     return [{**g[0], "first": g[0]["round"], "last": g[-1]["round"]} for g in runs]
 

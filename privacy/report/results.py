@@ -1,87 +1,66 @@
-"""An empirical audit's results as a run's folder holds them (``audit.json``): shape, bounds, and the sentences drawn.
+"""An empirical audit's results as a run's folder holds them (``audit.json``), and the sentences drawn from them.
 
 They are evidence beside the claim, from whoever made the audit, and not recomputed: a report repeats them, and a
-verifier checks that it repeats them. Known parts are ``conformance`` (the noise that the opened sums had) and
-``one_run`` (a lower bound of ε, from one training run); others are carried along.
+verifier checks that it repeats them, that they speak of this run's plan, and that their verdicts follow from their
+numbers. ``conformance`` is the noise that the opened sums had, ``one_run`` a lower bound of ε from one training run.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
+from math import isclose
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical
-from fedveil.common.errors import VerificationError, WireError
-from fedveil.privacy.report import fields
+from fedveil.common.errors import VerificationError
+from fedveil.privacy.audit import attach as evidence
+from fedveil.privacy.audit.attach import AUDIT, LIMIT, Evidence
+from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report.catalogue import Speaker
 
-AUDIT = "audit.json"
-LIMIT = 1 << 20
-_NOISE = ("measured_noise_multiplier", "claimed_noise_multiplier", "confidence")
-_ONE_RUN = ("epsilon_lower_bound", "claimed_epsilon", "confidence")
 
-
-def checked(value: Any) -> dict[str, Any]:
-    """An audit's results, if they are an object of version 1 whose known parts hold what they must.
-
-    ``conformance``: ``measured_noise_multiplier, claimed_noise_multiplier, confidence`` (numbers), ``interval``
-    (``[low, high]`` of the measured one), ``passed`` (bool), ``plan_hash``. ``one_run``: ``epsilon_lower_bound,
-    claimed_epsilon, confidence``. Either may be missing or null; further parts and fields are carried along.
+def held_against(data: bytes, plan: PrivacyPlan) -> Evidence:
+    """What ``audit.json`` holds, read by :func:`fedveil.privacy.audit.attach.parse` and held against the plan.
 
     Raises:
-        VerificationError: another shape, or a number out of bounds.
+        VerificationError: malformed; what it says does not follow from its numbers; of another plan, or of other
+            claims than the plan makes.
     """
-    found = fields.mapping(value, AUDIT)
-    fields.integer(found, "v", AUDIT, low=1, high=1)
-    if len(canonical.dumps(found)) > LIMIT:
-        raise VerificationError(f"{AUDIT} is over the limit of {LIMIT} bytes")
-    for part, numbers in (("conformance", _NOISE), ("one_run", _ONE_RUN)):
-        if found.get(part) is None:
-            continue
-        where = f"{AUDIT}: {part}"
-        body = fields.mapping(found[part], where)
-        for name in numbers:
-            fields.number(body, name, where, high=1.0 if name == "confidence" else 1e9)
-        if part == "conformance":
-            _conformance(body, where)
+    found = evidence.parse(data, plan.hash)
+    if found.conformance is not None and found.conformance.claimed != plan.noise_multiplier:
+        raise VerificationError(f"{AUDIT}: the noise was held against another noise multiplier than the plan's")
+    bound = found.one_run
+    if bound is not None and (bound.delta != plan.delta or not isclose(bound.claimed, plan.claim, rel_tol=1e-6)):
+        raise VerificationError(f"{AUDIT}: the lower bound was held against another ε or δ than the plan's")
     return found
 
 
 def attach(run: Path, results: Iterable[Path]) -> None:
-    """Take audits' results into ``run/audit.json``: each file holds an object with one or more parts.
+    """Take audits' results into ``run/audit.json``; each file is what an audit printed with ``--json``.
 
     Raises:
-        VerificationError: a file is missing or malformed; nothing is written.
+        VerificationError: a file is missing or malformed, or of another plan than the run's; nothing is written.
     """
-    whole: dict[str, Any] = {"v": 1}
+    plan = evidence.plan_of(run)
+    whole = Evidence(plan.hash)
     for path in results:
-        try:
-            data = path.read_bytes()
-            whole |= fields.mapping(canonical.loads(data, limit=LIMIT), path.name)
-        except OSError as e:
-            raise VerificationError(f"{path} cannot be read: {e.strerror}") from e
-        except WireError as e:
-            raise VerificationError(f"{path}: {e.message}") from e
-    partial = run / f".{AUDIT}.part"
-    partial.write_bytes(canonical.dumps(checked(whole)) + b"\n")
-    os.replace(partial, run / AUDIT)
+        found = held_against(_read(path), plan)
+        whole = Evidence(plan.hash, found.conformance or whole.conformance, found.one_run or whole.one_run)
+    evidence.write(run, whole)
 
 
-def _conformance(body: Mapping[str, Any], where: str) -> None:
-    if type(body.get("passed")) is not bool:
-        raise VerificationError(f"{where}: passed is neither true nor false")
-    interval = body.get("interval")
-    if not isinstance(interval, list) or len(interval) != 2:
-        raise VerificationError(f"{where}: the interval is not [low, high]")
-    low, high = (fields.number({"end": x}, "end", where, high=1e9) for x in interval)
-    if low > high:
-        raise VerificationError(f"{where}: the interval is not [low, high]")
-    fields.hexadecimal(body, "plan_hash", where)
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as f:
+            data = f.read(LIMIT + 1)
+    except OSError as e:
+        raise VerificationError(f"{path} cannot be read: {e.strerror}") from e
+    if len(data) > LIMIT:
+        raise VerificationError(f"{path.name} is over the limit of {LIMIT} bytes")
+    return data
 
 
-def empirical(audit: Mapping[str, Any] | None, plan_hash: str, say: Speaker) -> list[str]:
+def empirical(audit: Mapping[str, Any] | None, say: Speaker) -> list[str]:
     """The known results in words; none if no audit is attached."""
     out: list[str] = []
     if c := (audit or {}).get("conformance"):
@@ -93,7 +72,7 @@ def empirical(audit: Mapping[str, Any] | None, plan_hash: str, say: Speaker) -> 
                 claimed=f"{c['claimed_noise_multiplier']:.4g}", confidence=f"{100 * c['confidence']:g}",
             )
         )  # fmt: skip
-        out.append(say("audit.this_plan" if c["plan_hash"] == plan_hash else "audit.other_plan"))
+        out.append(say("audit.this_plan"))
         out.append(say("audit.passed" if c["passed"] else "audit.failed"))
     if o := (audit or {}).get("one_run"):
         numbers = {

@@ -36,7 +36,7 @@ def words(p: Mapping[str, Any], say: Speaker) -> dict[str, Any]:
         "covered": w.covered(),
         "not_covered": w.not_covered(),
         "deviations": w.deviations(),
-        "audit": empirical(p["audit"], p["hashes"]["plan"], say),
+        "audit": empirical(p["audit"], say),
     }
 
 

@@ -11,7 +11,6 @@ from fedveil.privacy.audit.attach import AUDIT, LIMIT, attach, parse, plan_of, r
 from fedveil.privacy.audit.evidence import Conformance, Finding
 from fedveil.privacy.audit.one_run import Guesses, OneRun
 from fedveil.privacy.plan import Optimizer, make_plan
-from fedveil.privacy.report import results
 
 PLAN = make_plan(
     sites=4, records=100, noise_multiplier=1.0, steps=3, clip=1.0,
@@ -38,13 +37,6 @@ def test_both_results_are_kept_side_by_side(run):
     assert (held.conformance, held.one_run) == (CONFORMANCE, ONE_RUN)
     assert canonical.dumps(held.to_json()) + b"\n" == path.read_bytes()
     assert not list(run.glob(".*"))
-
-
-def test_a_report_takes_the_file_as_it_is(run):
-    attach(run, CONFORMANCE)
-    attach(run, ONE_RUN)
-    body = canonical.loads((run / AUDIT).read_bytes())
-    assert results.checked(body) == body
 
 
 def test_sentences():
