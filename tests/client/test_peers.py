@@ -55,7 +55,8 @@ def run(world, folder, sites, plan=PLAN, drop=None):
     return job, strategy
 
 
-def test_a_restored_site_refuses_and_the_others_go_on(tmp_path):
+@pytest.mark.parametrize("between", [False, True], ids=["at once", "after a run on their other data sets"])
+def test_a_restored_site_refuses_and_the_others_go_on(tmp_path, between):
     world, state = simulation.World.make(4), tmp_path / "state"
     peers = [PeerHeads(tmp_path / f"peers-{i}.json") for i in range(4)]
     sites = [make(world, i, state, peers[i]) for i in range(4)]
@@ -65,6 +66,11 @@ def test_a_restored_site_refuses_and_the_others_go_on(tmp_path):
     run(world, tmp_path / "two", sites)
     for site in sites:
         site.ledger.close()
+    if between:
+        others = [make(world, i, tmp_path / "others", PeerHeads(tmp_path / f"peers-{i}.json")) for i in range(4)]
+        run(world, tmp_path / "between", others)
+        for site in others:
+            site.ledger.close()
     shutil.copy(tmp_path / "backup", ledger)  # the disk of the first site goes back to before the second run
     sites = [make(world, i, state, PeerHeads(tmp_path / f"peers-{i}.json")) for i in range(4)]
     job, strategy = run(world, tmp_path / "three", sites)
@@ -165,7 +171,8 @@ def test_peers_of_a_site_restored_on_one_of_two_ledgers_say_so_when_a_run_begins
 
 @pytest.mark.parametrize("entries", [
     [], [[]], [[1, "a" * 64]], [[1, "a" * 64, "1" * 64]] * 2,
-    [[i, "a" * 64, f"{i:064x}"] for i in range(MAX_LEDGERS + 1)], [[True, "a" * 64, "1" * 64]], [1, 2], {"1": 2}, None, 5,
+    [[i, "a" * 64, f"{i:064x}"] for i in range(MAX_LEDGERS + 1)], [[True, "a" * 64, "1" * 64]], [1, 2], {"1": 2},
+    None, 5,
 ])  # fmt: skip
 def test_heads_that_no_honest_peer_sends(entries):
     with pytest.raises(ProtocolError):
