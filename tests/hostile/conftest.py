@@ -1,22 +1,49 @@
-"""A joined session of the sum of keys in memory whose server and some of whose sites are the adversary's."""
+"""Two worlds for attacks: a joined session of the sum of keys in memory, and a server process with one honest site.
+
+In the first the server and some of the sites are the adversary's; in the second whoever reaches the server's port.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
-from collections.abc import Iterable, Mapping
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
+from fedveil.common import canonical
+from fedveil.common import flwr_adapter as flower
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
-from fedveil.common.wire import Packet
+from fedveil.common.wire import Limits, Packet
+from fedveil.deploy.provision import load_tls, make_consortium
+from fedveil.deploy.transport import TlsFiles
+from fedveil.deploy.transport.codec import Decoder
+from fedveil.deploy.transport.grpc_grid import OPTIONS, read_tls
+from fedveil.deploy.transport.grpc_service import INSTANCE, SERVICE
+from fedveil.deploy.transport.grpc_site import run_site
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.keysum_server import KeysumServer
 from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.store import MemoryStore, Store
 
+SITES = ["north", "south", "west"]
+GROWTH = 64 << 20  # bytes by which the server may grow under attack: a reply, its copies, allocator slack
+Code = grpc.StatusCode
 NINE = [SiteId(f"s{i}") for i in range(9)]
 KEYS = {name: new_signing_key() for name in NINE}
 SERVER_KEY = new_signing_key()
@@ -88,3 +115,198 @@ class World:
 def new_world() -> type[World]:
     """:class:`World`, to be made with the numbers of sites and colluders, threshold and smallest number of members."""
     return World
+
+
+# --- over the network ------------------------------------------------------------------------------------------
+
+
+class Victim:
+    """The server process and one honest site, ``north``."""
+
+    def __init__(self, pki: Path, *, burst: int = 10**9, stall: float = 2.0) -> None:
+        self.pki = pki
+        script = Path(__file__).with_name("transport_server.py")
+        env = {**os.environ, "GRPC_VERBOSITY": "NONE", "MALLOC_ARENA_MAX": "2"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(pki / "server"), str(burst), str(stall)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        )  # fmt: skip
+        self.facts: list[dict[str, Any]] = []
+        self.errors: list[str] = []
+        self.stop = threading.Event()
+        self._threads = [threading.Thread(target=self._read, daemon=True), threading.Thread(target=self._complaints)]
+        for t in self._threads:
+            t.start()
+        self.until(lambda: bool(self.facts), 60)
+        self.port = int(self.facts[0]["port"])
+        self._threads.append(threading.Thread(target=self._honest, daemon=True))
+        self._threads[-1].start()
+        self.until(lambda: self.answered("north") > 2)
+        self.before = self.rss
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.facts.append(json.loads(line))
+
+    def _complaints(self) -> None:
+        assert self.process.stderr is not None
+        self.errors.extend(self.process.stderr)
+
+    def _honest(self) -> None:
+        app = ClientApp()
+
+        @app.train("echo")
+        def echo(message: Message, context: Context) -> Message:
+            return flower.reply(Packet({"kind": "echo"}, {"a": bytes(1000)}), message)
+
+        tls = load_tls(self.pki / "sites" / "north")
+        run_site(
+            app, address=f"127.0.0.1:{self.port}", tls=tls, site=SiteId("north"), node_config={}, stop=self.stop
+        )  # fmt: skip
+
+    @staticmethod
+    def until(condition: Callable[[], bool], timeout: float = 20) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, "the condition did not come true"
+            time.sleep(0.02)
+
+    @property
+    def rss(self) -> int:
+        """The server's resident memory after its latest round, bytes."""
+        return next(f["rss"] for f in reversed(self.facts) if "rss" in f)
+
+    def answered(self, site: str) -> int:
+        """Rounds that ``site`` has answered so far."""
+        return sum(site in f.get("answered", ()) for f in list(self.facts))
+
+    def reports(self) -> list[list[str]]:
+        """What the server reported."""
+        return [f["report"] for f in list(self.facts) if "report" in f]
+
+    def tls_socket(self, version: ssl.TLSVersion) -> ssl.SSLSocket:
+        """A connection as ``west`` in just this version of TLS."""
+        files = load_tls(self.pki / "sites" / "west")
+        context = ssl.create_default_context(cafile=str(files.ca))
+        context.load_cert_chain(files.certificate, files.key)
+        context.set_alpn_protocols(["h2"])
+        context.minimum_version = context.maximum_version = version
+        raw = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        return context.wrap_socket(raw, server_hostname="127.0.0.1")
+
+    def check(self) -> None:
+        """The server lives, the honest site is served, memory is bounded, no exception reached the log."""
+        seen = self.answered("north")
+        self.until(lambda: self.answered("north") >= seen + 3)
+        assert self.process.poll() is None
+        assert "north" not in [site for site, _ in self.reports()]
+        peak = max(f["rss"] for f in self.facts if "rss" in f)
+        assert peak - self.before < GROWTH, f"{(peak - self.before) / 2**20:.0f} MiB more than before the attacks"
+        assert "Traceback" not in "".join(self.errors), "".join(self.errors)[-3000:]
+
+    def close(self) -> None:
+        """Let the run end in order: also a check."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        code = self.process.wait(30)
+        self.stop.set()
+        for t in self._threads:
+            t.join(15)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        assert code == 0, "".join(self.errors)[-3000:]
+        assert self.facts[-1] == {"ended": True}
+
+
+class Rogue:
+    """A process with a member's certificate that speaks the protocol by hand."""
+
+    def __init__(self, victim: Victim, site: str = "west", instance: str = "one", tls: TlsFiles | None = None) -> None:
+        ca, certificate, key = read_tls(tls or load_tls(victim.pki / "sites" / site))
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        options = [(k, 64 << 20 if "message_length" in k else v) for k, v in options]
+        self.channel = grpc.secure_channel(f"127.0.0.1:{victim.port}", credentials, options)
+        self.metadata = ((INSTANCE, instance),)
+        self.work: Any = None
+
+    def dial(self) -> Rogue:
+        """Open a session; raises what the server says to it."""
+        self.work = self.channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=self.metadata, timeout=120)
+        assert canonical.loads(next(self.work))["t"] == "welcome"
+        return self
+
+    def message(self) -> Message:
+        """The next message."""
+        while canonical.loads(next(self.work))["t"] != "message":
+            pass
+        decoder = Decoder(Limits())
+        while not decoder.complete:
+            decoder.feed(next(self.work))
+        return decoder.result()
+
+    @staticmethod
+    def answer(message: Message, size: int = 100) -> Message:
+        """An answer of ``size`` bytes as the protocol wants it."""
+        return flower.reply(Packet({"kind": "x"}, {"a": bytes(size)}), message)
+
+    def reply(self, chunks: Any, *more: tuple[str, str], timeout: float = 20) -> bytes | grpc.StatusCode:
+        """Send ``chunks`` as one reply; what the server says, or the status with which it refuses."""
+        send = self.channel.stream_unary(f"/{SERVICE}/Reply")
+        call = send.future(iter(chunks), metadata=(*self.metadata, *more), timeout=timeout)
+        code = call.code()
+        return call.result() if code is Code.OK else code
+
+    def refused(self) -> grpc.StatusCode:
+        """The status with which a session is refused."""
+        with pytest.raises(grpc.RpcError) as e:
+            self.dial()
+        assert isinstance(e.value, grpc.Call)
+        return e.value.code()
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attacked")
+    make_consortium(out, SITES, consortium="attacked", host="127.0.0.1")
+    return out
+
+
+@pytest.fixture(scope="module")
+def victim(pki: Path) -> Iterator[Victim]:
+    made = Victim(pki)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def rogue(victim: Victim) -> Iterator[Callable[..., Rogue]]:
+    made: list[Rogue] = []
+
+    def make(*a: Any, **k: Any) -> Rogue:
+        made.append(Rogue(victim, *a, **k))
+        return made[-1]
+
+    yield make
+    for r in made:
+        r.close()
+    # The server must have seen that they are gone, or the next test's dial is a second session.
+    victim.until(lambda: not victim.reports() or True)
+    time.sleep(0.2)
+
+
+@pytest.fixture
+def new_victim() -> type[Victim]:
+    """:class:`Victim`, for a test that needs a server of its own."""
+    return Victim
+
+
+@pytest.fixture
+def new_rogue() -> type[Rogue]:
+    """:class:`Rogue`, for a test that makes and closes many."""
+    return Rogue
