@@ -32,7 +32,7 @@ def secret(folder: Path) -> Path:
     path = folder / SECRET
     if not path.exists():
         # The two processes that share it may start at the same moment: it appears whole, and once.
-        made = folder / f"{SECRET}.{os.getpid()}"
+        made = folder / f"{SECRET}.{secrets.token_hex(8)}"
         identity.write_secret(made, secrets.token_bytes(_SECRET_BYTES))
         with contextlib.suppress(FileExistsError):
             os.link(made, path)

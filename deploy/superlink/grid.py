@@ -8,6 +8,7 @@ a run goes on after a restart although Flower numbers its nodes anew.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterable, Iterator
 
@@ -23,6 +24,7 @@ from fedveil.deploy.superlink.runtime import Inflow, Task
 from fedveil.deploy.transport import Traffic
 
 _POLL_S = 0.2
+_LOG = logging.getLogger("fedveil.superlink")
 
 
 class SuperlinkGrid(flower.BaseGrid):
@@ -76,18 +78,27 @@ class SuperlinkGrid(flower.BaseGrid):
         return there
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hand every message to SuperLink; the ids to pull replies by, empty where SuperLink took none."""
+        """Hand every message to SuperLink; the ids to pull replies by, empty where nobody can be asked.
+
+        That is a site that had no SuperNode since this process began, and one that SuperLink does not know any more. A
+        site that is only away is asked when it is back.
+        """
         requests = list(messages)
-        if not requests:
-            return []
-        theirs = [self._readdressed(m) for m in requests]
-        ids = self._task.push(theirs)
-        for message_id, request in zip(ids, requests, strict=True):
+        sites = [self.site_of(m.metadata.dst_node_id) for m in requests]
+        if any(site not in self._theirs for site in sites):
+            list(self.get_node_ids())
+        known = [(s, m) for s, m in zip(sites, requests, strict=True) if s in self._theirs]
+        taken = iter(self._task.push([self._readdressed(s, m) for s, m in known]) if known else [])
+        out: list[str] = []
+        for site, request in zip(sites, requests, strict=True):
+            message_id = next(taken) if site in self._theirs else ""
             if message_id:
                 self._asked[message_id] = _stub(request)
-                sent = flower.content_bytes(request)
-                self._traffic.add(self.site_of(request.metadata.dst_node_id), sent=sent)
-        return ids
+                self._traffic.add(site, sent=flower.content_bytes(request))
+            else:
+                _LOG.warning("%s has no SuperNode that could be asked", site)
+            out.append(message_id)
+        return out
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to ``message_ids`` that came whole; each is given once."""
@@ -127,9 +138,12 @@ class SuperlinkGrid(flower.BaseGrid):
             if request is None:
                 continue  # nobody waits for it any more
             try:
-                if not self._task.fetch(inflow):
+                state = self._task.fetch(inflow)
+                if state == "partly":
                     self._arriving.append(inflow)
                     continue
+                if state == "gone":
+                    raise WireError("a reply's objects are gone")
                 reply = inflow.message()
             except WireError as e:
                 reply = flower.error_reply(e, request)
@@ -144,18 +158,11 @@ class SuperlinkGrid(flower.BaseGrid):
         site = self.site_of(request.metadata.dst_node_id)
         self._traffic.add(site, received=flower.content_bytes(out))
 
-    def _readdressed(self, request: Message) -> Message:
+    def _readdressed(self, site: SiteId, request: Message) -> Message:
         """``request`` under Flower's number of the site's SuperNode; its content is shared."""
-        site = self.site_of(request.metadata.dst_node_id)
         out = flower.with_metadata(_stub(request).metadata, request.content, None)
-        out.metadata.dst_node_id = self._theirs.get(site) or self._number(site)
+        out.metadata.dst_node_id = self._theirs[site]
         return out
-
-    def _number(self, site: SiteId) -> int:
-        list(self.get_node_ids())
-        if site not in self._theirs:
-            raise TransportError(f"{site} has no SuperNode that is online")
-        return self._theirs[site]
 
 
 def _stub(message: Message) -> Message:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 from flwr.app import Message
@@ -57,6 +57,7 @@ _RETRIES, _PAUSE_S = 4, 0.25
 _UNREACHED = (502, 503, 504)
 _LOG = logging.getLogger("fedveil.superlink")
 P = TypeVar("P", bound=Proto)
+Arrival = Literal["whole", "partly", "gone"]
 
 
 class Link:
@@ -226,7 +227,7 @@ class Task:
         return Input(int(got.run.run_id), int(got.context.node_id), hashlib.sha256(got.fab.content).hexdigest())
 
     def envelope(self) -> tuple[Message, Inflow]:
-        """The message to work on: its metadata, and its content yet to be fetched with :meth:`content`.
+        """The message to work on: its metadata, and its content yet to be fetched with :meth:`fetch`.
 
         Raises:
             WireError: there is none, or it is malformed.
@@ -235,15 +236,6 @@ class Task:
         if len(got) != 1:
             raise WireError("a task without exactly one message")
         return got[0]
-
-    def content(self, inflow: Inflow, *, patience: float = 60.0) -> Message:
-        """The whole message; WireError when it breaks a bound or does not arrive within ``patience`` seconds."""
-        end = time.monotonic() + patience
-        while not self.fetch(inflow):
-            if time.monotonic() > end:
-                raise WireError("a message's objects did not arrive")
-            time.sleep(_PAUSE_S)
-        return inflow.message()
 
     def pull(self, message_ids: list[str], limits: Limits | None = None) -> list[tuple[Message, Inflow]]:
         """Messages that have come: at a site the one of this task, at the server the answers to ``message_ids``."""
@@ -256,21 +248,24 @@ class Task:
             out.append((_checked(message_from_proto, proto), Inflow(tree, limits)))
         return out
 
-    def fetch(self, inflow: Inflow) -> bool:
-        """Fetch what is there of a message; True when all of it has come, which is then confirmed."""
+    def fetch(self, inflow: Inflow, *, drop: bool = False) -> Arrival:
+        """Fetch what is there of a message; one that is whole is confirmed. With ``drop`` nothing of it is kept.
+
+        Raises:
+            WireError: an object is not what its name says, or the message is too large.
+        """
         for name in inflow.missing():
             request = message_pb2.PullObjectRequest(node=self._node, run_id=self.run_id, object_id=name)
             got = self._post("pull-object", request, message_pb2.PullObjectResponse)
             if not got.object_found:
-                raise WireError("an object of a message is gone")
+                return "gone"
             if not got.object_available:
-                return False
-            inflow.take(name, got.object_content)
-        self.confirm(inflow)
-        return True
+                return "partly"
+            inflow.take(name, got.object_content) if not drop else inflow.drop(name)
+        self._confirm(inflow)
+        return "whole"
 
-    def confirm(self, inflow: Inflow) -> None:
-        """Say that nothing more of a message is wanted."""
+    def _confirm(self, inflow: Inflow) -> None:
         request = message_pb2.ConfirmMessageReceivedRequest(
             node=self._node, run_id=self.run_id, message_object_id=inflow.root
         )
@@ -346,6 +341,10 @@ class Inflow:
         if self._room < 0:
             raise WireError("a message over its size limit")
         self._contents[name] = content
+
+    def drop(self, name: str) -> None:
+        """Count one object as come, and keep nothing."""
+        self._contents[name] = b""
 
     def message(self) -> Message:
         """The message, once nothing is missing."""

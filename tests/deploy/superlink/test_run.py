@@ -1,8 +1,12 @@
-"""A run of ours under SuperLink: a server and four hospitals, SuperNodes, TLS, the secure sum; and who is kept out."""
+"""A run of ours under SuperLink: a server and four hospitals, SuperNodes, TLS, the secure sum; and who is kept out.
+
+The server's executor is killed after the first round and takes the run up again.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 from contextlib import closing
 
 import pytest
@@ -28,8 +32,8 @@ def _settings(world) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_run_completes_and_every_ledger_is_charged(world, free_port, stranger) -> None:
+@pytest.mark.timeout(600)
+def test_a_run_completes_and_every_ledger_is_charged_once(world, free_port, stranger) -> None:
     federation, home = _settings(world), world.home
     world.ours("superlink", "link", federation, "--port", str(world.port))
     world.until_listening(world.port)
@@ -58,8 +62,13 @@ def _carry_out(world, federation: str, free_port) -> None:
         port = str(free_port())
         world.ours(f"{site}-node", "node", str(home / site / "site.toml"), "--port", port)
         world.ours(site, "site", str(home / site / "site.toml"), "--port", port)
-    world.until("the server's end", lambda: server.poll() is not None, 300)
-    assert server.returncode == 0, world.log("server")
+    metrics = home / "run" / "metrics.jsonl"
+    world.until("round 1", metrics.exists, 240)
+    server.kill()
+    assert server.wait(10) == -signal.SIGKILL
+    again = world.ours("server-again", "server", federation, *run, *certificates, "--resume")
+    world.until("the server's end", lambda: again.poll() is not None, 240)
+    assert again.returncode == 0, world.log("server-again")
 
 
 def _check_outcome(world) -> None:
