@@ -72,12 +72,22 @@ def check(
     url_file: UrlOption = None,
     fhir: FhirOption = None,
     corrections: CorrectionsOption = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Work folder of an earlier check: report which columns have moved since.")
+    ] = None,
+    against_public: Annotated[
+        str, typer.Option(help="Public key that signed its lineage record, where it is not the folder's own.")
+    ] = "",
 ) -> None:
     """Run the whole ingestion here: nothing leaves this machine. Exit code 0 means the table can be used."""
     from rich.console import Console
 
+    from fedveil.client.ingest import drift
+
     dialect = dialect_of(encoding, delimiter, decimal, thousands)
-    result = _ingest(source_of(table, query, url_file, fhir), contract, signer_public, work, dialect, corrections)
+    before = drift.earlier(against, against_public) if against else None
+    source = source_of(table, query, url_file, fhir)
+    result = _ingest(source, contract, signer_public, work, dialect, corrections, before)
     _show(result.evidence, "types, bounds and values")
     for note in result.report.notes:
         Console().print(f"note: {note}", markup=False, soft_wrap=True)
@@ -85,7 +95,13 @@ def check(
 
 
 def _ingest(
-    source: Any, contract: Path, signer_public: str, work: Path, dialect: Any, corrections: Path | None
+    source: Any,
+    contract: Path,
+    signer_public: str,
+    work: Path,
+    dialect: Any,
+    corrections: Path | None,
+    before: dict[str, Any] | None = None,
 ) -> Ingested:
     from fedveil.client.ingest import corrections as declared
     from fedveil.client.ingest.lineage import site_secret
@@ -98,7 +114,7 @@ def _ingest(
     own = declared.load(corrections) if corrections else ()
     with progress_of(source) as progress:
         rules = Rules(own, secret, progress=progress)
-        return ingest(source, agreed, work, secret=secret, dialect=dialect, rules=rules)
+        return ingest(source, agreed, work, secret=secret, dialect=dialect, rules=rules, before=before)
 
 
 def _show(evidence: dict[str, Any], first: str) -> None:
@@ -253,6 +269,11 @@ def report(
     for c in quality["columns"]:
         columns.add_row(*map(str, c.values()))
     console.print(columns)
+    if quality["drift"]:
+        moves = Table(*quality["drift"][0], title="against the earlier table")
+        for d in quality["drift"]:
+            moves.add_row(*("-" if v is None else str(v) for v in d.values()))
+        console.print(moves)
     for p in quality["problems"]:
         console.print(f"{p['code']}: {p['column']}: {p['cells']} cells {p['what']}: {p['remedy']}", markup=False)
     for note in quality["notes"]:

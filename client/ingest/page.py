@@ -1,9 +1,6 @@
 """The quality report as JSON and as one self-contained page, with counts under k hidden.
 
-A count between 1 and k - 1 is shown as "<k", a rate that would give it away as a bound, a sum with a hidden part as a
-bound too. Two row counts are both shown only if they are equal or k apart. A column has bars only if none of its counts
-is hidden, on the finest bins that are empty or hold at least k: so no hidden count is a difference of what is shown.
-The page needs no network and follows the reader's light or dark setting.
+How counts are hidden: :mod:`.counts`. The page needs no network and follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -12,11 +9,11 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedveil.client.ingest.counts import bars, rate, shown, shown_rows, shown_sum
+
 if TYPE_CHECKING:
     from fedveil.client.ingest.quality import QualityReport
 
-MAX_BARS = 40
-WIDTHS = (1, 2, 5, 10)
 _STYLE = (
     ":root{color-scheme:light dark;--fg:#1c2430;--bg:#fff;--line:#d5dbe3;--bar:#3b6ea8;--soft:#667}"
     "@media(prefers-color-scheme:dark){:root{--fg:#e4e8ee;--bg:#15191f;--line:#39424e;--bar:#7fb0e8;--soft:#9aa4b0}}"
@@ -42,6 +39,7 @@ def data(report: QualityReport) -> dict[str, Any]:
                 "other": shown(c.other, k),
                 "completeness": rate(c.missing, report.rows, k),
                 "validity": rate(c.invalid, report.rows - c.missing, k),
+                "consistency": "no key" if c.conflicting is None else rate(c.conflicting, report.rows, k),
                 "constant": c.constant,
             }
             for c in report.columns
@@ -53,6 +51,7 @@ def data(report: QualityReport) -> dict[str, Any]:
             for p in report.problems
         ],
         "notes": list(report.notes),
+        "drift": [d.to_json() for d in report.moves],
         "stability": [s.to_json() for s in report.stability],
         "checklist": [
             {"letter": e.letter, "what": e.what, "looked": e.looked, "columns": list(e.columns)}
@@ -79,57 +78,6 @@ def _stages(report: QualityReport) -> list[dict[str, Any]]:
     ]
 
 
-def shown(count: int, k: int) -> int | str:
-    """A count, or "<k" where it is from 1 to k - 1."""
-    return f"<{k}" if 0 < count < k else count
-
-
-def shown_sum(parts: Sequence[int], k: int) -> int | str:
-    """A sum of counts that are shown elsewhere; a bound where one of them is hidden there."""
-    if sum(parts) < k or not any(0 < p < k for p in parts):
-        return shown(sum(parts), k)
-    return f">{sum(p for p in parts if p >= k)}"
-
-
-def shown_rows(counts: Sequence[int], k: int) -> dict[int, int | str]:
-    """How row counts are shown, the first of them in full: two full ones are equal or at least k apart."""
-    first = counts[0]
-    out: dict[int, int | str] = {first: shown(first, k)}
-    for order in (sorted({c for c in counts if c > first}), sorted({c for c in counts if c < first}, reverse=True)):
-        last = first
-        for c in order:
-            if abs(c - last) >= k:
-                out[c] = shown(c, k)
-                last = c
-            else:
-                out[c] = f"<{last + k}" if c > last else f">{max(last - k, 0)}"
-    return out
-
-
-def bars(bins: Sequence[tuple[str, int]], others: Sequence[int], k: int) -> list[list[Any]]:
-    """Labels and counts of a column: the finest of few widths at which every bin is empty or holds at least k.
-
-    Args:
-        others: the column's further counts; where one of them is from 1 to k - 1 there are no bars at all.
-    """
-    if any(0 < n < k for n in others):
-        return []
-    for width in WIDTHS:
-        groups = [bins[i : i + width] for i in range(0, len(bins), width)]
-        counts = [sum(n for _, n in g) for g in groups]
-        if len(groups) <= MAX_BARS and all(n == 0 or n >= k for n in counts):
-            labels = [g[0][0] if len(g) == 1 else f"{g[0][0]} ... {g[-1][0]}" for g in groups]
-            return [[label, n] for label, n in zip(labels, counts, strict=True)]
-    return []
-
-
-def rate(bad: int, of: int, k: int) -> float | str:
-    """The share that is not ``bad``; a bound where that share would give a small count away."""
-    if of < k:
-        return "hidden"
-    return f">{1 - k / of:.4f}" if 0 < bad < k else round(1 - bad / of, 4)
-
-
 def html_page(report: dict[str, Any]) -> str:
     """One page of :func:`data`."""
     verdict = "meets" if report["usable"] else "does not meet"
@@ -150,7 +98,11 @@ def html_page(report: dict[str, Any]) -> str:
     columns = [tuple(c.values()) for c in report["columns"]]
     parts.append("<h2>Columns</h2>" + _table(tuple(report["columns"][0]), columns))
     parts.append(_bars("completeness", [(c["column"], _height(c["completeness"])) for c in report["columns"]], "share"))
-    parts += [_bars(name, bars, "rows") for name, bars in report["bars"].items() if bars]
+    parts += [_bars(name, drawn, "rows") for name, drawn in report["bars"].items() if drawn]
+    if report["drift"]:
+        moves = [tuple("-" if v is None else v for v in d.values()) for d in report["drift"]]
+        head = ("column", "distance to the earlier table", "explained by chance", "moved", "not compared")
+        parts.append("<h2>Drift</h2>" + _table(head, moves))
     if report["stability"]:
         rows = [(s["stage"], s["factor"] or "not bounded", s["why"]) for s in report["stability"]]
         parts.append("<h2>Rows that one record can change</h2>" + _table(("stage", "at most", "why"), rows))
@@ -168,10 +120,10 @@ def _height(value: float | str) -> float:
     return float(value.removeprefix(">") if isinstance(value, str) else value)
 
 
-def _bars(title: str, bars: Sequence[Sequence[Any]], unit: str) -> str:
-    top = max((float(n) for _, n in bars), default=0.0) or 1.0
-    height, out = 18 * len(bars) + 4, []
-    for i, (label, n) in enumerate(bars):
+def _bars(title: str, drawn: Sequence[Sequence[Any]], unit: str) -> str:
+    top = max((float(n) for _, n in drawn), default=0.0) or 1.0
+    height, out = 18 * len(drawn) + 4, []
+    for i, (label, n) in enumerate(drawn):
         width, y = 150 * float(n) / top, 18 * i
         name = html.escape(label if len(label) <= 22 else label[:21] + "…")
         out.append(

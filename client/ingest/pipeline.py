@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil import __version__
-from fedveil.client.ingest import encode, intake, lineage, quality, sources, stages
+from fedveil.client.ingest import drift, encode, intake, lineage, quality, sources, stages
 from fedveil.client.ingest.closeness import require_closeness
 from fedveil.client.ingest.sources import Dialect, RawTable, Rules, Source
 from fedveil.common import canonical
@@ -27,8 +28,8 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError
 from fedveil.privacy.anonymization import fixed, verify
 
-RELEASED, LINEAGE, SIGNATURE = "released.csv", "lineage.json", "lineage.sig"
-QUALITY_JSON, QUALITY_HTML = "quality.json", "quality.html"
+RELEASED, LINEAGE, SIGNATURE = "released.csv", drift.LINEAGE, drift.SIGNATURE
+QUALITY_JSON, QUALITY_HTML = drift.QUALITY, "quality.html"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def ingest(
     dialect: Dialect | None = None,
     rules: Rules | None = None,
     key: Ed25519PrivateKey | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> Ingested:
     """Turn ``source`` into features, writing the released file and local reports into ``work``.
 
@@ -70,6 +72,7 @@ def ingest(
         dialect: how a CSV file is written.
         rules: the site's declared corrections, and whom to tell about progress.
         key: signs the lineage record; by default a key derived from ``secret``.
+        before: an earlier table's report (:func:`.drift.earlier`), for the report to say what has moved.
 
     Raises:
         DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
@@ -80,7 +83,7 @@ def ingest(
     for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
         (work / stale).unlink(missing_ok=True)
     rules = rules or Rules(secret=lineage.checked_secret(secret))
-    raw, report = assessed(source, contract, work, dialect=dialect, rules=rules)
+    raw, report = assessed(source, contract, work, dialect=dialect, rules=rules, before=before)
     committed = sources.commitment(secret, source, contract)
     recoded = fixed.recode(raw.columns, raw.rows, contract)
     table = recoded.table.take(_shuffled(recoded.table.rows))
@@ -94,6 +97,7 @@ def ingest(
         "at": int(time.time()),
         "contract": contract.hash,
         "source": {"path": sources.described(source), "sha256": _source_hash(source), "rows": raw.tally.read},
+        "quality": lineage.file_hash(work / QUALITY_JSON),
         "stages": [s.__dict__ for s in done],
         "suppressed_rows": recoded.suppressed,
         "released": {"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
@@ -104,7 +108,13 @@ def ingest(
 
 
 def assessed(
-    source: Source, contract: DataContract, work: Path, *, dialect: Dialect | None, rules: Rules
+    source: Source,
+    contract: DataContract,
+    work: Path,
+    *,
+    dialect: Dialect | None,
+    rules: Rules,
+    before: Mapping[str, Any] | None = None,
 ) -> tuple[RawTable, quality.QualityReport]:
     """The table after all stages before recoding, and its quality report, which is written into ``work`` first.
 
@@ -116,6 +126,8 @@ def assessed(
     taken = intake.take_in(opened, contract, rules, sources.described(source))
     raw, done = stages.reduce(taken, contract, rules.corrections)
     report = quality.assess(taken, contract, done, stages.stability(contract))
+    if before is not None:
+        report = quality.against(report, before)
     lineage.write_private(work / QUALITY_JSON, canonical.dumps(report.to_json()))
     lineage.write_private(work / QUALITY_HTML, report.to_html().encode())
     report.require()

@@ -6,14 +6,14 @@ so is what would give them away (:mod:`~fedveil.client.ingest.page`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.client.ingest import hipaa, page, pii, sources
+from fedveil.client.ingest import drift, hipaa, page, pii, sources
 from fedveil.client.ingest.sources import RawTable
 from fedveil.client.ingest.stages import Stability, Stage
 from fedveil.common.contract import OTHER, Column, DataContract
@@ -37,6 +37,7 @@ class ColumnQuality:
         missing: cells without a value. out_of_bounds, unseen, unreadable: cells that the contract does not allow.
         constant: whether only one value occurs. other: values taken for the leaf "other".
         distinct: how many different values occur.
+        conflicting: rows whose value differs from that of another row with the same near key; None without such a key.
         bins: what a bar chart shows: the contract's labels or ten equal parts of the public bounds, and counts.
     """
 
@@ -48,6 +49,7 @@ class ColumnQuality:
     unreadable: int = 0
     other: int = 0
     distinct: int = 0
+    conflicting: int | None = None
     bins: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
     @property
@@ -86,6 +88,7 @@ class QualityReport:
         stages, stability: what was done, and what it means for differential privacy.
         checklist: HIPAA's direct identifiers.
         rows_of_a_person: most rows that carry one pseudonym; 0 where the contract asks for none.
+        moves: every column against an earlier table; () where none was named.
     """
 
     rows: int
@@ -98,6 +101,7 @@ class QualityReport:
     stability: tuple[Stability, ...] = ()
     checklist: tuple[hipaa.Entry, ...] = ()
     rows_of_a_person: int = 0
+    moves: tuple[drift.Drift, ...] = ()
 
     def require(self) -> None:
         """Raise :class:`DataError` with every problem: code, column, count and remedy, never a value."""
@@ -120,8 +124,9 @@ def assess(
 ) -> QualityReport:
     """Count everything; raises nothing, so that the report can be kept even of a table that is refused."""
     columns, problems, notes = [], [], []
+    repeated = _repeated(raw)
     for c in contract.loaded:
-        quality = _assess_column(raw, c)
+        quality = replace(_assess_column(raw, c), conflicting=_conflicting(raw, c, repeated))
         columns.append(quality)
         problems += _value_problems(raw, c, quality)
         problems += _identity_problems(raw, c, quality)
@@ -136,6 +141,18 @@ def assess(
     )  # fmt: skip
 
 
+def against(report: QualityReport, before: Mapping[str, Any]) -> QualityReport:
+    """The report with every column compared to an earlier report, see :mod:`.drift`; a move is noted, not refused."""
+    bins = {c.name: [label for label, _ in c.bins] for c in report.columns}
+    found = drift.compare(report.to_json(), before, bins)
+    notes = [
+        f"column {d.column!r} has moved from the earlier table by {d.distance:.3f} (chance explains {d.chance:.3f})"
+        for d in found
+        if d.moved
+    ]
+    return replace(report, moves=found, notes=(*report.notes, *notes))
+
+
 def _assess_column(raw: RawTable, c: Column) -> ColumnQuality:
     values, seen = raw.columns[c.name], raw.tally.columns.get(c.name)
     unreadable, other = (seen.unreadable, seen.other) if seen else (0, 0)
@@ -144,14 +161,37 @@ def _assess_column(raw: RawTable, c: Column) -> ColumnQuality:
         outside = int(((present < c.low) | (present > c.high)).sum())
         distinct = len(np.unique(present))
         missing = raw.rows - present.size - unreadable
-        return ColumnQuality(c.name, missing, outside, 0, distinct == 1, unreadable, 0, distinct, _bins(present, c))
+        bins = _bins(present, c)
+        return ColumnQuality(c.name, missing, outside, 0, distinct == 1, unreadable, 0, distinct, bins=bins)
     distinct, counts = np.unique(values.astype(str), return_counts=True)
     found = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
     missing = found.pop("", 0)
     foreign = sum(n for v, n in found.items() if v not in set(c.values))
     bins = tuple(("|".join(g), sum(found.get(v, 0) for v in g)) for g in c.groups)
     unseen = 0 if c.unseen == OTHER else foreign
-    return ColumnQuality(c.name, missing, 0, unseen, len(found) == 1, unreadable, other, len(found), bins)
+    return ColumnQuality(c.name, missing, 0, unseen, len(found) == 1, unreadable, other, len(found), bins=bins)
+
+
+def _repeated(raw: RawTable) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """The rows that share their near key with another row, and the number of their key; None without a key."""
+    if raw.near is None:
+        return None
+    rows = np.flatnonzero(np.bincount(raw.near)[raw.near] > 1)
+    return rows, raw.near[rows]
+
+
+def _conflicting(raw: RawTable, c: Column, repeated: tuple[NDArray[np.int64], NDArray[np.int64]] | None) -> int | None:
+    """Rows of keys under which a column has two different values; no value contradicts nothing."""
+    if repeated is None:
+        return None
+    rows, keys = repeated
+    values = raw.columns[c.name][rows]
+    stated = ~np.isnan(values) if c.type == "number" else values.astype(str) != ""
+    keys = keys[stated]
+    codes = np.unique(values[stated] if c.type == "number" else values[stated].astype(str), return_inverse=True)[1]
+    pairs = np.unique(np.stack([keys, codes.reshape(-1)]), axis=1)
+    several = np.bincount(pairs[0], minlength=int(keys.max(initial=0)) + 1) > 1
+    return int(several[keys].sum())
 
 
 def _bins(present: NDArray[np.float64], c: Column) -> tuple[tuple[str, int], ...]:
@@ -230,6 +270,8 @@ def _notes(raw: RawTable, c: Column, q: ColumnQuality) -> list[str]:
         out.append(f"column {c.name!r} has no value in any row")
     elif q.constant:
         out.append(f"column {c.name!r} is constant")
+    if q.conflicting:
+        out.append(f"column {c.name!r} has different values in rows that share their near key")
     if seen and seen.dates and seen.swappable == seen.dates and "%d" in c.format and not c.format.startswith("%Y"):
         out.append(
             f"column {c.name!r}: every day could be a month: check that {c.format} is how the table writes dates"

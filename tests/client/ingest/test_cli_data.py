@@ -73,6 +73,21 @@ def test_check_passes(tmp_path, signed):
     assert again.exit_code == 0
 
 
+def test_check_against_an_earlier_check(tmp_path, signed):
+    rows = [f"{age},{y}" for age in (20, 60) for y in ("no", "yes")]
+    first = check(tmp_path, signed, "\n".join(["age,y", *rows * 200]), **{"--work": tmp_path / "first"})
+    assert first.exit_code == 0, first.output
+    assert "has moved" not in first.output
+    text = "\n".join(["age,y", *rows * 200, *["20,no"] * 400])
+    result = check(tmp_path, signed, text, **{"--against": tmp_path / "first"})
+    assert result.exit_code == 0, result.output
+    assert "column 'age' has moved from the earlier table by 0.167" in result.output
+    told = run("report", tmp_path / "work")
+    assert "against the earlier table" in told.output
+    missing = check(tmp_path, signed, text, **{"--against": tmp_path / "none"})
+    assert type(missing.exception) is DataError
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [("age,y\n20,no\n30,yes\n60,no\n", AnonymityError), ("age,y\n200,no\n", DataError), ("age\n20\n", DataError)],

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.ingest import page, stages
+from fedveil.client.ingest import counts as shows
+from fedveil.client.ingest import stages
 from fedveil.client.ingest.quality import assess
 from fedveil.client.ingest.sources import read
 
@@ -57,7 +58,7 @@ def test_page_has_plots_and_needs_nothing(contract, rows, table):
 @given(st.lists(st.integers(0, 30), max_size=14), st.lists(st.integers(0, 9), max_size=3), st.integers(2, 8))
 def test_bars_hold_no_hidden_count(counts, others, k):
     bins = [(f"b{i}", n) for i, n in enumerate(counts)]
-    drawn = page.bars(bins, others, k)
+    drawn = shows.bars(bins, others, k)
     if any(0 < n < k for n in others):
         assert drawn == []
     assert all(n == 0 or n >= k for _, n in drawn)
@@ -69,7 +70,7 @@ def test_bars_hold_no_hidden_count(counts, others, k):
 @settings(max_examples=300, deadline=None)
 @given(st.integers(5, 40), st.lists(st.integers(0, 60), max_size=6), st.integers(2, 8))
 def test_shown_row_counts_are_equal_or_far_apart(first, others, k):
-    shown = page.shown_rows([first, *others], k)
+    shown = shows.shown_rows([first, *others], k)
     full = sorted(c for c, text in shown.items() if isinstance(text, int) and c >= k)
     assert all(b - a >= k for a, b in itertools.pairwise(full))
     for c, text in shown.items():  # what is said is true, and does not say too much
@@ -83,21 +84,21 @@ def test_shown_row_counts_are_equal_or_far_apart(first, others, k):
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(2, 8))
 def test_sums_do_not_give_their_hidden_part_away(parts, k):
     """Every hidden part could have had another value: the sum would have been shown alike."""
-    told = page.shown_sum(parts, k)
+    told = shows.shown_sum(parts, k)
     hidden = [i for i, p in enumerate(parts) if 0 < p < k]
     if not hidden:
-        assert told == page.shown(sum(parts), k)
+        assert told == shows.shown(sum(parts), k)
     elif sum(parts) >= 2 * k and k > 2:
         i = hidden[0]
         changed = [*parts[:i], 1 if parts[i] > 1 else 2, *parts[i + 1 :]]
-        assert page.shown_sum(changed, k) == told or sum(p for p in parts if p >= k) == 0
+        assert shows.shown_sum(changed, k) == told or sum(p for p in parts if p >= k) == 0
 
 
 def test_rates_are_bounds_where_a_count_is_hidden():
-    assert [page.rate(b, 100, 5) for b in (0, 1, 4, 5)] == [1.0, ">0.9500", ">0.9500", 0.95]
-    assert page.rate(1, 4, 5) == "hidden"
-    assert page.shown_sum([12, 3], 5) == ">12"  # not 15, from which the 3 would follow
-    assert page.shown_rows([100, 103, 110, 100, 98, 90], 5) == {
+    assert [shows.rate(b, 100, 5) for b in (0, 1, 4, 5)] == [1.0, ">0.9500", ">0.9500", 0.95]
+    assert shows.rate(1, 4, 5) == "hidden"
+    assert shows.shown_sum([12, 3], 5) == ">12"  # not 15, from which the 3 would follow
+    assert shows.shown_rows([100, 103, 110, 100, 98, 90], 5) == {
         100: 100, 103: "<105", 110: 110, 98: ">95", 90: 90,
     }  # fmt: skip
 
