@@ -293,6 +293,21 @@ class TestInstitution:
         [block] = re.findall(r"```sh\n(.*?)```", self.TEXT, re.S)
         assert len(block.strip().splitlines()) == 10
 
+    def test_the_program_takes_them_in_an_order_that_can_work(self):
+        [block] = re.findall(r"```sh\n(.*?)```", self.TEXT, re.S)
+        calls = [
+            line.split("/opt/fedveil/bin/fedveil ")[1].split() for line in block.splitlines() if "bin/fedveil " in line
+        ]
+        for argv in calls:
+            rooms(argv)
+        assert [argv[1] for argv in calls] == ["join", "join", "join", "check"]
+        assert [argv[3] for argv in calls[:3]] == ["--site", "--reply", "--roster"]
+        assert all(
+            "runuser -u fedveil -- env HOME=/tmp" in line for line in block.splitlines() if "bin/fedveil " in line
+        )
+        placed = block.index("install -o fedveil -m 600 reply.json roster.json contract.json site.toml /etc/fedveil/")
+        assert block.index("--site a") < placed < block.index("--reply")
+
     def test_files_that_it_names_are_here(self):
         named = set(re.findall(r"deploy/packaging/[\w./@-]*\w", self.TEXT))
         assert len(named) >= 4
