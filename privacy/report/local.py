@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -84,7 +85,7 @@ def write(folder: Path, report: dict[str, Any]) -> list[Path]:
     source = files("fedveil.privacy.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     written = [_private(folder / LOCAL_JSON, canonical.dumps(report) + b"\n")]
     for lang in LANGUAGES:
-        page = environment.from_string(source).render(r=report, t=Speaker(lang), columns=_columns)
+        page = environment.from_string(source).render(r=report, t=Speaker(lang), columns=_columns, origin=_origin)
         name = LOCAL_PAGE if lang == LANGUAGES[0] else LOCAL_PAGE.replace(".html", f".{lang}.html")
         written.append(_private(folder / name, page.encode()))
     return written
@@ -199,6 +200,13 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     """Every key of the rows, what they are about first."""
     names = sorted({name for row in rows for name in row})
     return sorted(names, key=lambda n: (n not in ("stage", "column"), n))
+
+
+def _origin(lineage: dict[str, Any]) -> dict[str, Any]:
+    """What a page shows of the lineage record: when, by what, from which file to which."""
+    at = lineage.get("at")
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) if _count(at) and at < 1 << 40 else None
+    return {"at": when, **{k: lineage.get(k) for k in ("fedveil", "contract", "source", "released")}}
 
 
 def _private(path: Path, data: bytes) -> Path:
