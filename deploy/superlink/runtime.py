@@ -164,6 +164,12 @@ class Link:
             raise ProtocolError(f"{self.address} did not start the run")
         return int(answer.run_id)
 
+    def stop_run(self, run_id: int) -> None:
+        """Stop a run: SuperNodes let go of its messages. One that has ended, or is not known, stays as it is."""
+        request = control_pb2.StopRunRequest(run_id=run_id)
+        with contextlib.suppress(ProtocolError):
+            self.post("control/stop-run", request, control_pb2.StopRunResponse)
+
     def run_status(self, run_id: int) -> tuple[str, str, str]:
         """Status, sub-status and details of a run, in Flower's words."""
         answer = self.post(

@@ -19,6 +19,7 @@ from flwr.app import Context, RecordDict
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common import contract as contracts
 from fedveil.common.errors import BudgetExhausted, IdentityError, JournalError, RunAborted, TransportError
+from fedveil.common.files import write_durably
 from fedveil.common.identity import Roster
 from fedveil.common.settings import Federation
 from fedveil.deploy.provision import load_roster
@@ -36,6 +37,7 @@ from fedveil.server.job import Job
 
 _POLL_S = 0.2
 _PATIENCE_S = 60.0
+NUMBER = "superlink.run"  # in the run's folder: the number of Flower's run
 _OTHER = "this server runs no other bundle than fedveil's own, and starts its runs itself"
 Say = Callable[[str], None]
 
@@ -69,7 +71,7 @@ def run(
     flwr_adapter.quiet_flower()
     server, strategy = make_app(job)
     try:
-        task = _own_task(link, on_status)
+        task = _own_task(link, folder / NUMBER, on_status)
         with task.held(), _watched(job, queue.SimpleQueue()):
             failure = "the run was not finished"
             try:
@@ -103,9 +105,16 @@ def refuse_others(link: Link, on_status: Say, *, own: int | None = None) -> Task
     return None
 
 
-def _own_task(link: Link, on_status: Say) -> Task:
-    """Start a run under the pinned bundle and take its task."""
+def _own_task(link: Link, number_file: Path, on_status: Say) -> Task:
+    """Start a run under the pinned bundle and take its task.
+
+    What an earlier process started for the same job is stopped first: otherwise SuperNodes wait a minute for the rest
+    of a message that was half sent when it was killed.
+    """
+    if number_file.exists() and (before := number_file.read_text().strip()).isdecimal():
+        link.stop_run(int(before))
     number = link.start_run(BUNDLE)
+    write_durably(number_file, str(number).encode())
     end = time.monotonic() + _PATIENCE_S
     while (task := refuse_others(link, on_status, own=number)) is None:
         if time.monotonic() > end:
