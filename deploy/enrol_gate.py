@@ -29,7 +29,7 @@ class Doorkeeper:
 
     Args:
         folder: the server's identity folder; ``revoked.json`` may come, and be replaced, at any time.
-        kept: where the newest list is kept over restarts; see :class:`Revoked`, also for what is not taken.
+        kept: the folder in which the newest list is kept over restarts; see :class:`Revoked`.
 
     Raises:
         IdentityError: there is a list at the start, and it does not hold.

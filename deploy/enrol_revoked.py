@@ -19,7 +19,7 @@ from fedveil.common.identity import Revocations
 from fedveil.deploy.enrol import read_document
 
 REVOKED = "revoked.json"
-KEPT = "revoked.seen.json"
+_KEPT = "revoked.seen.{}.json"
 NOBODY = Revocations(0, frozenset(), frozenset())
 _LOG = logging.getLogger("fedveil.identity")
 
@@ -48,7 +48,8 @@ class Revoked:
     Args:
         folder: a member's identity folder with the consortium's pinned key; ``revoked.json`` may come there, and be
             replaced, at any time. A list that is not signed by that key, or is not newer, is not taken, and logged.
-        kept: where the newest list is kept; by default beside it. The process must be able to write there.
+        kept: the folder in which the newest list is kept, for each consortium its own; by default the same. The process
+            must be able to write there.
         keeps: False only looks, and writes nothing.
 
     Raises:
@@ -56,8 +57,8 @@ class Revoked:
     """
 
     def __init__(self, folder: Path, kept: Path | None = None, *, keeps: bool = True) -> None:
-        self._path, self._kept, self._keeps = folder / REVOKED, kept or folder / KEPT, keeps
-        self._pin = _pinned(folder)
+        self._path, self._pin, self._keeps = folder / REVOKED, _pinned(folder), keeps
+        self._kept = (kept or folder) / _KEPT.format(self._pin[:16])
         self._lock = threading.Lock()
         self._stamped: tuple[int, int, int] | None = None
         self._now = NOBODY

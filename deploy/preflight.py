@@ -40,7 +40,7 @@ from fedveil.common.journal import Row
 from fedveil.common.settings import SiteSettings
 from fedveil.common.units import site_id
 from fedveil.deploy.enrol import due
-from fedveil.deploy.enrol_revoked import KEPT, Revoked
+from fedveil.deploy.enrol_revoked import Revoked
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt
 from fedveil.deploy.transport.handshake import trusted
@@ -136,7 +136,7 @@ class Preflight:
             raise IdentityError(
                 "the roster names another TLS key for this site", hint="take the latest roster: client join --roster"
             )
-        listed = Revoked(self._site.identity, self._site.state / KEPT, keeps=False)()
+        listed = Revoked(self._site.identity, self._site.state, keeps=False)()
         try:
             for member in (self._roster.server, *self._roster.sites):
                 listed.refuse(member.site, member.tls_key)
@@ -187,7 +187,7 @@ class Preflight:
         """The server proves that it is the one of the roster, in TLS 1.3."""
         try:
             trusted(self._all.site.server, load_tls(self._site.identity), self._roster.server.tls_key)
-        except OSError as e:
+        except (OSError, ValueError) as e:
             raise TransportError(
                 "the TLS 1.3 handshake failed", hint="a proxy may be in between: it has to pass TLS through"
             ) from e

@@ -24,7 +24,6 @@ from fedveil.common.settings import Federation
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits
 from fedveil.deploy.enrol_gate import Doorkeeper
-from fedveil.deploy.enrol_revoked import KEPT
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import require_free, serve
 from fedveil.privacy import plan as plans
@@ -136,7 +135,7 @@ def _serve(job: Job, federation: Federation) -> Job:
                 roster=job.roster,
                 grace=federation.run.grace,
                 limits=_reply_limits(job.plan),
-                gate=Doorkeeper(f.identity, kept=job.run.parent / KEPT),
+                gate=Doorkeeper(f.identity, kept=job.run.parent),
                 report=lambda site, what: refusals.put((site, what)),
             )
     finally:

@@ -33,7 +33,7 @@ from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.common.settings import SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
 from fedveil.deploy.enrol import due
-from fedveil.deploy.enrol_revoked import KEPT, Revoked
+from fedveil.deploy.enrol_revoked import Revoked
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_site import run_site
 from fedveil.privacy.ledger import Ledger
@@ -86,7 +86,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         engine=settings.training.engine, precision=settings.training.precision, device=device,
         models=s.state / "models",
         peers=PeerHeads(s.state / "peers.json"),
-        revoked=Revoked(s.identity, s.state / KEPT),
+        revoked=Revoked(s.identity, s.state),
         contract=contract,
         approvals=Approvals(s.state / REQUESTS, site, settings.limits),
         reports=s.state / REPORTS,

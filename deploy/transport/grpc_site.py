@@ -167,7 +167,7 @@ class _Site:
         if self.server_key:
             try:
                 ca = trusted(self._address, self._tls, self.server_key)
-            except OSError as e:
+            except (OSError, ValueError) as e:
                 raise _Lost from e
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         with grpc.secure_channel(self._address, credentials, _OPTIONS) as channel:

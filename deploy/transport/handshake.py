@@ -37,7 +37,7 @@ def trusted(address: str, tls: TlsFiles, server_key: str) -> bytes:
     Raises:
         IdentityError: the authority vouches for the server's certificate, but it has another key.
         TransportError: the certificate is not of this authority, or not for this host.
-        OSError: nobody answers there, or not in TLS 1.3.
+        OSError, ValueError: nobody answers there, or not in TLS 1.3; it is not a host and a port.
     """
     try:
         with shake(address, tls) as connection:

@@ -368,9 +368,7 @@ class TestRevocation:
     @pytest.mark.parametrize("elsewhere", [False, True])
     def test_an_older_list_is_not_taken_after_a_restart(self, members, tmp_path, caplog, elsewhere):
         server, pems = members.home / "server", {}
-        kept = tmp_path / "runs" / "seen.json" if elsewhere else None
-        if kept:
-            kept.parent.mkdir()
+        kept = tmp_path / "runs" if elsewhere else None
         for name in ("east", "west"):
             pems[name] = (members.home / name / "tls.pem").read_bytes()
             enrol_consortium.revoke(members.consortium, name)
@@ -406,8 +404,8 @@ class TestRevocation:
         assert "stays in force" in caplog.text
 
     def test_a_list_that_cannot_be_kept(self, members, tmp_path, caplog):
-        server, nowhere = members.home / "server", tmp_path / "file" / "seen.json"
-        (tmp_path / "file").touch()
+        server, nowhere = members.home / "server", tmp_path / "file"
+        nowhere.touch()
         keeper = Doorkeeper(server, kept=nowhere)
         enrol_consortium.revoke(members.consortium, "east")
         shutil.copy(members.consortium / "revoked.json", server)
@@ -418,9 +416,24 @@ class TestRevocation:
 
     @pytest.mark.parametrize("text", [b"", b"{}", b"[]"])
     def test_a_kept_list_that_was_spoilt_stops_the_server(self, members, text):
-        (members.home / "server" / "revoked.seen.json").write_bytes(text)
+        server = members.home / "server"
+        enrol_consortium.revoke(members.consortium, "east")
+        shutil.copy(members.consortium / "revoked.json", server)
+        Doorkeeper(server)
+        [kept] = server.glob("revoked.seen.*")
+        kept.write_bytes(text)
         with pytest.raises(IdentityError):
-            Doorkeeper(members.home / "server")
+            Doorkeeper(server)
+
+    def test_two_consortia_that_share_a_folder_of_runs(self, members, tmp_path):
+        others = Members(tmp_path / "others")
+        for m in (members, others):
+            for name in () if m is members else NAMES:
+                m.admit(name)
+            enrol_consortium.revoke(m.consortium, "east")
+            shutil.copy(m.consortium / "revoked.json", m.home / "server")
+        for m in (members, others, members):
+            assert Doorkeeper(m.home / "server", kept=tmp_path / "runs").number == 1
 
     def test_a_site_takes_lists_forward_only(self, members, tmp_path):
         east, lists = members.home / "east", []
@@ -428,7 +441,7 @@ class TestRevocation:
             enrol_consortium.revoke(members.consortium, name)
             lists.append(tmp_path / f"{name}.json")
             shutil.copy(members.consortium / "revoked.json", lists[-1])
-        look = Revoked(east, tmp_path / "state" / "seen.json", keeps=False)
+        look = Revoked(east, tmp_path / "state", keeps=False)
         assert look() == Revocations(0, frozenset(), frozenset())
         for file in (lists[0], lists[0], lists[1]):
             assert take_revoked(east, file) == look()
