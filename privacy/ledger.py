@@ -147,6 +147,10 @@ class Tally:
         """ε spent so far over all runs, by the filter; 0 before the first release."""
         return self.filter.epsilon_of(self.spent) if self.filter else 0.0
 
+    def affords(self, event: SampledGaussian) -> int:
+        """How many steps of ``event`` the cap in force still carries; none before opening and after closing."""
+        return self.filter.affords(event, self.spent) if self.filter and not self.closed else 0
+
     def session_events(self, session: str) -> list[SampledGaussian]:
         """The events charged to one session."""
         return [e for (s, _), e in self.by_round.items() if s == session]
@@ -339,8 +343,7 @@ class Ledger:
 
     def affords(self, event: SampledGaussian) -> int:
         """How many steps of ``event`` the cap in force still carries."""
-        f = self.tally.filter
-        return f.affords(event, self.tally.spent) if f and not self.tally.closed else 0
+        return self.tally.affords(event)
 
     def reserve(self, session: str, round_: int, plan_hash: str, event: SampledGaussian) -> None:
         """Charge one step; on disk when this returns. Only then may noise be drawn and a value leave.

@@ -178,7 +178,7 @@ def forecast(plan: PrivacyPlan, *, cap: float | None = None, ledger: Tally | Non
         cap,
         fresh.affords(plan.event) if fresh else None,
         ledger.epsilon if ledger else None,
-        f.affords(plan.event, ledger.spent) if f and ledger else None,
+        ledger.affords(plan.event) if f and ledger else None,
         _warnings(plan, each * math.sqrt(plan.model.parameters)),
     )
 

@@ -190,6 +190,12 @@ class TestTakenOver:
         assert row.body["head"] == [len(rows), rows[-1].hash], "the import names the row that closed the old ledger"
         with pytest.raises(JournalError, match="was closed"):
             opened(tmp_path / "old", key=OLD_KEY, cap=9.0, lineage="patients-1")
+        tally = Tally()
+        for r in rows[:-1]:
+            tally.feed(r)
+        assert tally.affords(CHEAP) > 0
+        tally.feed(rows[-1])
+        assert tally.affords(CHEAP) == 0  # what 'fedveil plan --ledger' says of it
         other = opened(tmp_path / "other", lineage="patients-3")
         with pytest.raises(JournalError, match="in favour of another"):
             other.take_over(tmp_path / "old", OLD_KEY)
