@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from fedveil.client import round as line
+from fedveil.client.app import make_app as client_app
 from fedveil.common.errors import FedveilError, IdentityError
 from fedveil.common.identity import Revocations, Roster
+from fedveil.common.model_spec import ModelSpec
 from fedveil.common.wire import Packet
+from fedveil.deploy import datasets, simulation
+from fedveil.deploy.transport.inprocess import run_inprocess
+from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.secagg import keysum_common as messages
+from fedveil.server import job as jobs
+from fedveil.server.app import make_app as server_app
 
 LAST = "site-4"
 
@@ -86,3 +94,37 @@ def test_a_revoked_key_is_refused_until_the_roster_names_another(world):
     site.not_revoked(["site-1", "site-2"])
     site.roster = Roster("small", w.roster.server, (*rows[:3], replace(rows[3], tls_key="9" * 64)))
     site.not_revoked([LAST])
+
+
+def test_a_server_that_goes_on_with_a_revoked_site_gets_no_further_sum(tmp_path):
+    """The list reaches the three other sites before round 3; the server has none, and asks all four for every round."""
+    split = datasets.load("trivial", 4, 0)
+    plan = make_plan(
+        sites=4, records=split.records, epsilon=2.0, steps=6, clip=1.0, contract_hash="0" * 64,
+        model=ModelSpec(name="logistic", inputs=split.inputs, classes=2), optimizer=Optimizer(learning_rate=0.5),
+    )  # fmt: skip
+    w = simulation.World.make(4)
+    sites = [
+        simulation.make_site(w.roster, i, w.keys[i], plan, *split.parts[i], tmp_path / "state", cap=20.0)
+        for i in range(4)
+    ]
+    job = jobs.create(tmp_path / "run", plan, w.roster, w.server, documents=w.documents(), durable=False)
+
+    @contextmanager
+    def resolve(context):
+        yield sites[int(context.node_config["partition-id"])]
+
+    def told(site, message):
+        if message.metadata.group_id == "3":
+            for s in sites[:3]:
+                s.revoked = lambda: listed(w.sites[3])
+        return False
+
+    server, strategy = server_app(job)
+    run_inprocess(server, client_app(resolve), w.sites, lambda _: {}, drop=told)
+    applied = {r.body["round"]: r.body["members"] for r in job.journal.of_kind("round.applied")}
+    assert list(applied) == [1, 2]
+    assert all(w.sites[3] in members for members in applied.values())
+    refused = {(r.body["site"], r.body["code"]) for r in job.journal.of_kind("site.refused") if r.body["round"] == 3}
+    assert refused == {(s, "IdentityError") for s in w.sites[:3]}
+    assert strategy.status == "ABORTED"
