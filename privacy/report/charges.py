@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.journal import Row
@@ -14,6 +14,7 @@ from fedveil.privacy.report import fields
 from fedveil.privacy.report.history import History
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
+Precision = Literal["float64", "float32"]
 _MAX_CRITERIA, _MAX_EVENTS = 64, 4096
 
 
@@ -42,6 +43,7 @@ class Charges:
         epsilon_before, epsilon_after: ε spent by the filter before this session's first charge, and at the end.
         spends: by round of this session, the row that charged it.
         accepted: the session's ``plan.accepted`` row, if there is one.
+        precision: in which the site's owner let gradients of single records be computed in this session.
         earlier_sessions: how many other sessions were charged before this one.
         exhausted: the budget refused a step of this session.
         models: this session's ``model`` rows.
@@ -60,6 +62,7 @@ class Charges:
     spends: dict[int, Row]
     committed: int
     accepted: Row | None
+    precision: Precision
     earlier_sessions: int
     exhausted: bool
     models: tuple[Row, ...]
@@ -96,11 +99,18 @@ def compose(rows: list[Row], session: str) -> Charges:
         lineage=tally.lineage[:128], unit=tally.unit[:128], cap=f.epsilon, delta=f.delta, order=f.order,
         epsilon_before=state.before if state.before is not None else tally.epsilon, epsilon_after=tally.epsilon,
         spends=state.spends, committed=sum(1 for s, _ in tally.committed if s == session),
-        accepted=state.accepted, earlier_sessions=len(state.earlier if mine else state.others),
+        accepted=state.accepted, precision=_precision(state.accepted), earlier_sessions=len(state.earlier if mine else state.others),
         exhausted=state.exhausted, models=tuple(state.models), released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
         left=max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0, spending=tuple(state.spending),
     )  # fmt: skip
+
+
+def _precision(accepted: Row | None) -> Precision:
+    said = accepted.body.get("precision", "float64") if accepted else "float64"
+    if said not in get_args(Precision):
+        raise VerificationError(f"row {accepted.n if accepted else 0} allows a precision that does not exist")
+    return said
 
 
 class _State:

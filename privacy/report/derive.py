@@ -202,6 +202,7 @@ def _site(f: Facts, site: str) -> dict[str, Any] | None:
         "committed": c.committed,
         "earlier_sessions": c.earlier_sessions,
         "exhausted": c.exhausted,
+        "precision": c.precision,
         "anonymisation": _anonymisation(f.plan, c),
     }
 

@@ -167,6 +167,9 @@ class _Words:
     def deviations(self) -> list[str]:
         say = self.say
         out = [say("deviation.discrete", share=self.share), say("deviation.bernoulli"), say("deviation.float")]
+        single = [name for name, s in self.p["sites"].items() if s and s["precision"] == "float32"]
+        if single:
+            out.append(say("deviation.float32", sites=say("list.join").join(single)))
         if self.q < 1:
             out.append(say("deviation.poisson"))
         if self.sum in ("keysum", "sharedkey", "none", "plain"):

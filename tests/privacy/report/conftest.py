@@ -51,6 +51,7 @@ class World:
     earlier_steps: int = 0
     earlier_events: tuple[SampledGaussian, ...] = ()
     simulated: bool = False
+    precision: str = ""
     absent: dict[int, set[str]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
@@ -115,7 +116,8 @@ class World:
             ledger.reserve("earlier", n + 1, "e" * 64, events[n % len(events)])
         ledger.note("data.released", **self.released)
         hashes = {"plan_hash": self.plan.hash, "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"]}
-        ledger.note("plan.accepted", session=self.session, **hashes)
+        said = {"precision": self.precision} if self.precision else {}
+        ledger.note("plan.accepted", session=self.session, **hashes, **said)
         return ledger
 
     def join(self, site: str, ledger: Ledger) -> dict[str, Any]:

@@ -70,6 +70,21 @@ def test_a_simulated_run_is_marked_in_capitals(make, honest, plain) -> None:
     assert any("in the clear" in x for x in p["deviations"]) == plain
 
 
+def test_single_precision_is_named_with_its_assumption(make, honest) -> None:
+    p = checked(make(precision="float32"))
+    (said,) = [x for x in p["deviations"] if "single precision" in x]
+    assert all(site in said for site in p["sites"])
+    assert {s["precision"] for s in p["sites"].values()} == {"float32"}
+    ordinary = checked(honest)
+    assert not any("single precision" in x for x in ordinary["deviations"])
+    assert {s["precision"] for s in ordinary["sites"].values()} == {"float64"}
+
+
+def test_a_precision_that_does_not_exist_is_no_report(make) -> None:
+    with pytest.raises(VerificationError, match="precision"):
+        make(precision="float8")
+
+
 def test_a_real_run_needs_its_contract(spoilt) -> None:
     (spoilt.folder / "contract.json").unlink()
     failed = verify_report(spoilt.report).failed
