@@ -1,8 +1,9 @@
 """Flower's ``Grid`` over SuperLink, for a task that our server executor has taken.
 
 A SuperNode counts as the site whose TLS key, as the signed roster names it, is the key the SuperNode authenticates
-with; SuperNodes with other keys do not exist here. Sites keep the node numbers they have on our own transport, so that
-a run goes on after a restart although Flower numbers its nodes anew.
+with; SuperNodes with other keys do not exist here, and neither do sites that a gate refuses (revocation, expiry), from
+the moment it does. Sites keep the node numbers they have on our own transport, so that a run goes on after a restart
+although Flower numbers its nodes anew.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from cryptography.hazmat.primitives import serialization as ser
 from flwr.app import Message, RecordDict
 
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.errors import TransportError, WireError
+from fedveil.common.errors import IdentityError, TransportError, WireError
 from fedveil.common.identity import Roster
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits
@@ -27,6 +28,10 @@ _POLL_S = 0.2
 _LOG = logging.getLogger("fedveil.superlink")
 
 
+def _open(site: SiteId) -> None:
+    """Nobody is refused."""
+
+
 class SuperlinkGrid(flower.BaseGrid):
     """Flower's ``Grid`` over the SuperNodes of a roster's sites.
 
@@ -34,10 +39,15 @@ class SuperlinkGrid(flower.BaseGrid):
         task: the ServerApp's task, begun.
         roster: who takes part.
         limits: what one reply may measure.
+        gate: called with a site whenever it would be counted, asked or heard; raises :class:`IdentityError` when its
+            certificate is not, or no longer, to be accepted.
     """
 
-    def __init__(self, task: Task, roster: Roster, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, task: Task, roster: Roster, *, limits: Limits | None = None, gate: Callable[[SiteId], None] = _open
+    ) -> None:
         super().__init__(task.run_id)
+        self._gate, self._shut_out = gate, set[SiteId]()
         self._task, self._limits = task, limits or Limits()
         self._by_key = {m.tls_key: m.site for m in roster.sites}
         self._sites = {flower.node_id(m.site): m.site for m in roster.sites}
@@ -65,7 +75,7 @@ class SuperlinkGrid(flower.BaseGrid):
         online: list[int] = []
         for number, pem in self._task.nodes():
             site = self._by_key.get(_fingerprint(pem))
-            if site is not None:
+            if site is not None and self._admitted(site):
                 self._theirs[site] = number
                 online.append(flower.node_id(site))
         return online
@@ -80,23 +90,24 @@ class SuperlinkGrid(flower.BaseGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hand every message to SuperLink; the ids to pull replies by, empty where nobody can be asked.
 
-        That is a site that had no SuperNode since this process began, and one that SuperLink does not know any more. A
-        site that is only away is asked when it is back.
+        That is a site that had no SuperNode since this process began, one that the gate refuses, and one that SuperLink
+        does not know any more. A site that is only away is asked when it is back.
         """
         requests = list(messages)
         sites = [self.site_of(m.metadata.dst_node_id) for m in requests]
         if any(site not in self._theirs for site in sites):
             list(self.get_node_ids())
-        known = [(s, m) for s, m in zip(sites, requests, strict=True) if s in self._theirs]
+        asked = {s for s in sites if s in self._theirs and self._admitted(s)}
+        known = [(s, m) for s, m in zip(sites, requests, strict=True) if s in asked]
         taken = iter(self._task.push([self._readdressed(s, m) for s, m in known]) if known else [])
         out: list[str] = []
         for site, request in zip(sites, requests, strict=True):
-            message_id = next(taken) if site in self._theirs else ""
+            message_id = next(taken) if site in asked else ""
             if message_id:
                 self._asked[message_id] = _stub(request)
                 self._traffic.add(site, sent=flower.content_bytes(request))
             else:
-                _LOG.warning("%s has no SuperNode that could be asked", site)
+                _LOG.warning("%s cannot be asked", site)
             out.append(message_id)
         return out
 
@@ -138,6 +149,9 @@ class SuperlinkGrid(flower.BaseGrid):
             if request is None:
                 continue  # nobody waits for it any more
             try:
+                site = self.site_of(request.metadata.dst_node_id)
+                if not self._admitted(site):
+                    raise IdentityError(f"{site} may not take part any more")
                 state = self._task.fetch(inflow)
                 if state == "partly":
                     self._arriving.append(inflow)
@@ -145,7 +159,7 @@ class SuperlinkGrid(flower.BaseGrid):
                 if state == "gone":
                     raise WireError("a reply's objects are gone")
                 reply = inflow.message()
-            except WireError as e:
+            except (WireError, IdentityError) as e:
                 reply = flower.error_reply(e, request)
             self._accept(inflow.root, request, reply)
 
@@ -157,6 +171,16 @@ class SuperlinkGrid(flower.BaseGrid):
         out = self._came[message_id] = flower.readdressed(reply, request)
         site = self.site_of(request.metadata.dst_node_id)
         self._traffic.add(site, received=flower.content_bytes(out))
+
+    def _admitted(self, site: SiteId) -> bool:
+        try:
+            self._gate(site)
+        except IdentityError as e:
+            if site not in self._shut_out:
+                _LOG.error("%s is shut out: %s", site, e)
+            self._shut_out.add(site)
+            return False
+        return True
 
     def _readdressed(self, site: SiteId, request: Message) -> Message:
         """``request`` under Flower's number of the site's SuperNode; its content is shared."""

@@ -22,6 +22,8 @@ from fedveil.common.errors import BudgetExhausted, IdentityError, JournalError, 
 from fedveil.common.files import write_durably
 from fedveil.common.identity import Roster
 from fedveil.common.settings import Federation
+from fedveil.common.units import SiteId
+from fedveil.deploy.enrol_gate import Doorkeeper
 from fedveil.deploy.provision import load_roster
 from fedveil.deploy.server_process import _options, _reply_limits, _watched
 from fedveil.deploy.superlink.bundle import BUNDLE, PIN
@@ -47,7 +49,7 @@ def run(
     folder: Path,
     link: Link,
     *,
-    certificates: Iterable[Path] = (),
+    certificates: Iterable[Path],
     resume: bool = False,
     progress: jobs.Progress | None = None,
     on_status: Say = lambda text: None,
@@ -57,7 +59,8 @@ def run(
     Args:
         folder: of the run; a new one, or with ``resume`` the one to go on with.
         link: SuperLink's interface on this machine, with the executors' secret.
-        certificates: of the sites, PEM; their keys are registered with SuperLink if the roster names them.
+        certificates: of all sites, PEM, under the keys that the roster names; SuperLink is told of them. While the run
+            goes on, a site is left out as soon as its certificate has expired or is revoked.
         on_status: told, in words, of what happens.
 
     Raises:
@@ -65,8 +68,13 @@ def run(
     """
     f = federation.federation
     roster = load_roster(f.identity)
-    for certificate in certificates:
-        on_status(f"{_register(link, roster, certificate)} may connect")
+    held = _certificates(roster, certificates)
+    keeper = Doorkeeper(f.identity)
+    for site, pem in held.items():
+        keeper(site, pem)
+        public = x509.load_pem_x509_certificate(pem).public_key()
+        link.register(public.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo), site)
+        on_status(f"{site} may connect")
     job = _opened(federation, folder, roster, resume, progress)
     flwr_adapter.quiet_flower()
     server, strategy = make_app(job)
@@ -77,7 +85,9 @@ def run(
             try:
                 if task.begin().bundle != PIN:
                     raise TransportError("SuperLink gives out another bundle than the one this run was started with")
-                grid = SuperlinkGrid(task, roster, limits=_reply_limits(job.plan))
+                grid = SuperlinkGrid(
+                    task, roster, limits=_reply_limits(job.plan), gate=lambda site: keeper(site, held[site])
+                )
                 server(grid, Context(task.run_id, flwr_adapter.SERVER_NODE, {}, RecordDict(), {}))
                 failure = "" if strategy.status == jobs.COMPLETED else strategy.status
             finally:
@@ -123,15 +133,19 @@ def _own_task(link: Link, number_file: Path, on_status: Say) -> Task:
     return task
 
 
-def _register(link: Link, roster: Roster, certificate: Path) -> str:
-    pem = certificate.read_bytes()
-    key = identity.spki_sha256(pem)
-    site = next((m.site for m in roster.sites if m.tls_key == key), None)
-    if site is None:
-        raise IdentityError(f"{certificate} is of no site on the roster", hint="use the site's current certificate")
-    public = x509.load_pem_x509_certificate(pem).public_key()
-    link.register(public.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo), site)
-    return site
+def _certificates(roster: Roster, paths: Iterable[Path]) -> dict[SiteId, bytes]:
+    """Every site's certificate, each under the key that the roster names."""
+    site_of = {m.tls_key: m.site for m in roster.sites}
+    out: dict[SiteId, bytes] = {}
+    for path in paths:
+        pem = path.read_bytes()
+        site = site_of.get(identity.spki_sha256(pem))
+        if site is None:
+            raise IdentityError(f"{path} is of no site on the roster", hint="use the site's current certificate")
+        out[site] = pem
+    if missing := [m.site for m in roster.sites if m.site not in out]:
+        raise IdentityError(f"no certificate of {', '.join(missing)}", hint="--certificate, once for every site")
+    return out
 
 
 def _opened(federation: Federation, folder: Path, roster: Roster, resume: bool, progress: jobs.Progress | None) -> Job:

@@ -14,7 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 
 from fedveil.common import flwr_adapter as flower
 from fedveil.common import identity
-from fedveil.common.errors import TransportError, WireError
+from fedveil.common.errors import IdentityError, TransportError, WireError
 from fedveil.common.identity import Member, Roster
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
@@ -185,3 +185,23 @@ def test_a_reply_whose_objects_are_gone_is_an_error_of_that_site() -> None:
     task.gone.add(inflow.root)
     [reply] = list(grid.pull_messages(ids))
     assert isinstance(flower.reply_error(reply), WireError)
+
+
+def test_a_site_that_is_revoked_is_not_asked_and_not_heard_any_more() -> None:
+    revoked: set[SiteId] = set()
+
+    def gate(site: SiteId) -> None:
+        if site in revoked:
+            raise IdentityError("revoked")
+
+    task: Any = Memory(_echo)
+    grid = SuperlinkGrid(task, _roster(), gate=gate)
+    ids = list(grid.push_messages(_ask(grid, *SITES)))
+    revoked.add(SITES[1])
+    heard = list(grid.pull_messages(ids))
+    errors = [flower.reply_error(r) for r in heard]
+    assert [type(e) for e in errors] == [type(None), IdentityError, type(None)]
+    assert list(grid.get_node_ids()) == [flower.node_id(s) for s in (SITES[0], SITES[2])]
+    before = len(task.asked)
+    assert [bool(i) for i in grid.push_messages(_ask(grid, *SITES))] == [True, False, True]
+    assert len(task.asked) == before + 2
