@@ -90,27 +90,37 @@ def _secret_line(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read", hint="a file of mode 0600 with one line: the URL") from e
 
 
-def total_rows(source: object) -> int | None:
-    """Rows of a Parquet file, from its footer; None for other sources, whose number is not known beforehand."""
+def total_of(source: object) -> tuple[int | None, bool]:
+    """What reading has to get through, and whether it is bytes (of a CSV file) and not rows (of a Parquet file).
+
+    None for sources whose length is not known beforehand.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if isinstance(source, Path) and source.suffix.lower() in (".parquet", ".pq"):
-        try:
-            return pq.read_metadata(source).num_rows
-        except (OSError, pa.ArrowException):
-            return None  # the reader will say what is wrong with it
-    return None
+    try:
+        if isinstance(source, Path) and source.suffix.lower() in (".csv", ".tsv"):
+            return source.stat().st_size, True
+        if isinstance(source, Path) and source.suffix.lower() in (".parquet", ".pq"):
+            return pq.read_metadata(source).num_rows, False
+    except (OSError, pa.ArrowException):
+        return None, False  # the reader will say what is wrong with it
+    return None, False
 
 
 @contextmanager
-def progress_of(source: object) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal's standard error while rows are read; nothing where there is no terminal."""
+def progress_of(source: object) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's standard error while rows are read; nothing where there is no terminal.
+
+    What it gives is called with the rows, and the bytes of a CSV file, that have been read.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
+    rows_read = TextColumn("{task.fields[rows]:,} rows")
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), rows_read, TimeElapsedColumn())
+    total, in_bytes = total_of(source)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=total_rows(source))
-        yield lambda rows: bar.update(task, completed=rows)
+        task = bar.add_task("reading", total=total, rows=0)
+        yield lambda rows, read: bar.update(task, completed=read if in_bytes else rows, rows=rows)

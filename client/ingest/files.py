@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,32 @@ class Dialect:
         return Decimals(self.decimal, self.thousands)
 
 
+@dataclass
+class Position:
+    """How many bytes of a file the rows given so far took up, to within a block."""
+
+    bytes: int = 0
+
+
+class _Blocks(io.FileIO):
+    """A file that remembers the ends of the blocks read: the reader is dozens of blocks ahead of the rows it gives."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._ends = [0]
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As any file."""
+        data = super().read(-1 if size is None else size) or b""
+        if data:
+            self._ends.append(self._ends[-1] + len(data))
+        return data
+
+    def end(self, blocks: int) -> int:
+        """Where the first ``blocks`` blocks end."""
+        return self._ends[min(blocks, len(self._ends) - 1)]
+
+
 @dataclass(frozen=True)
 class Opened:
     """An opened table.
@@ -72,11 +99,13 @@ class Opened:
         names: the columns that will come, each once, all of them the contract's.
         batches: tables with these columns, of any simple type, at least one batch.
         style: how texts of this table write numbers.
+        position: how far the file has been read; None where that is not counted.
     """
 
     names: tuple[str, ...]
     batches: Iterator[pa.Table]
     style: Decimals = field(default_factory=Decimals)
+    position: Position | None = None
 
 
 def wanted(contract: DataContract) -> frozenset[str]:
@@ -183,13 +212,14 @@ def _open_csv(path: Path, contract: DataContract, dialect: Dialect) -> Opened:
     header, encoding, delimiter = csv_header(path, dialect, known)
     check_header(str(path), header, contract)
     names = tuple(h for h in header if h in wanted(contract))
-    return Opened(names, csv_batches(path, header, names, encoding, delimiter), dialect.style)
+    position = Position()
+    return Opened(names, csv_batches(path, header, names, encoding, delimiter, position), dialect.style, position)
 
 
 def csv_batches(
-    path: Path, header: Sequence[str], names: Sequence[str], encoding: str, delimiter: str
+    path: Path, header: Sequence[str], names: Sequence[str], encoding: str, delimiter: str, position: Position
 ) -> Iterator[pa.Table]:
-    """The columns ``names`` of a CSV file as texts.
+    """The columns ``names`` of a CSV file as texts; ``position`` is kept up to date.
 
     Raises:
         DataError: damaged, or rows with another number of cells than the header (after the last row, with the count).
@@ -205,19 +235,23 @@ def csv_batches(
     keep = [p for p, h in zip(positions, header, strict=True) if h in names]
 
     def read() -> Iterator[pa.RecordBatch]:
-        yield from pacsv.open_csv(
-            path,
-            read_options=pacsv.ReadOptions(
-                column_names=positions, skip_rows=1, encoding="utf8" if encoding.startswith("utf-8") else encoding,
-                block_size=BLOCK_BYTES, use_threads=False,
-            ),
-            parse_options=pacsv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse_row
-            ),
-            convert_options=pacsv.ConvertOptions(
-                column_types=dict.fromkeys(positions, pa.string()), null_values=[], include_columns=keep
-            ),
-        )  # fmt: skip
+        with _Blocks(path) as file:
+            batches = pacsv.open_csv(
+                file,
+                read_options=pacsv.ReadOptions(
+                    column_names=positions, skip_rows=1, block_size=BLOCK_BYTES, use_threads=False,
+                    encoding="utf8" if encoding.startswith("utf-8") else encoding,
+                ),
+                parse_options=pacsv.ParseOptions(
+                    delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse_row
+                ),
+                convert_options=pacsv.ConvertOptions(
+                    column_types=dict.fromkeys(positions, pa.string()), null_values=[], include_columns=keep
+                ),
+            )  # fmt: skip
+            for given, batch in enumerate(batches, 1):
+                position.bytes = file.end(given)
+                yield batch
 
     hint = "use commas and double quotes, and UTF-8 or a declared encoding"
     for batch in _guarded(read, f"{path} is not a readable CSV file", hint):

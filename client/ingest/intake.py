@@ -76,13 +76,13 @@ class Rules:
         corrections: declared before the table is read.
         secret: key of the pseudonyms; needed where the contract asks for one.
         today: the day that retention counts from.
-        progress: called with the number of rows read so far, after each batch.
+        progress: called after each batch with the rows read so far, and the bytes of a CSV file (else 0).
     """
 
     corrections: Sequence[Correction] = ()
     secret: bytes | None = field(default=None, repr=False)
     today: dt.date = field(default_factory=lambda: dt.datetime.now(dt.UTC).date())
-    progress: Callable[[int], None] | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> RawTable:
@@ -101,7 +101,7 @@ def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> 
     for table in opened.batches:
         state.add(table)
         if rules.progress is not None:
-            rules.progress(state.tally.read)
+            rules.progress(state.tally.read, opened.position.bytes if opened.position else 0)
     if not state.tally.read:
         raise DataError(f"{what} has a header but no rows")
     if not state.rows:

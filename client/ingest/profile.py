@@ -117,13 +117,17 @@ class Profile:
         return json.dumps({"rows": self.rows, "columns": kept}, indent=1)
 
 
-def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int], None] | None = None) -> Profile:
+def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int, int], None] | None = None) -> Profile:
     """Read a CSV, Parquet or Arrow file once.
+
+    Args:
+        progress: called after each batch with the rows read so far, and the bytes of a CSV file (else 0).
 
     Raises:
         DataError: not readable, no header, no rows, or columns of types that hold no simple values.
     """
-    header, batches = _open(path, dialect or Dialect())
+    position = files.Position()
+    header, batches = _open(path, dialect or Dialect(), position)
     columns = [ColumnProfile(name) for name in header]
     rows = 0
     for table in batches:
@@ -134,13 +138,13 @@ def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int]
                 raise DataError(f"the column at position {i + 1} holds neither numbers nor texts", hint="convert it")
             column.add(text)
         if progress is not None:
-            progress(rows)
+            progress(rows, position.bytes)
     if not rows:
         raise DataError(f"{path} has a header but no rows")
     return Profile(rows, tuple(columns))
 
 
-def _open(path: Path, dialect: Dialect) -> tuple[list[str], Iterator[pa.Table]]:
+def _open(path: Path, dialect: Dialect, position: files.Position) -> tuple[list[str], Iterator[pa.Table]]:
     kind = path.suffix.lower()
     if not path.is_file() or not path.stat().st_size:
         raise DataError(f"{path} is no file with a table in it", hint="give a .csv, .parquet or .arrow file")
@@ -149,7 +153,7 @@ def _open(path: Path, dialect: Dialect) -> tuple[list[str], Iterator[pa.Table]]:
         repeated = sorted({i + 1 for i, h in enumerate(header) if header.count(h) > 1})
         if repeated:
             raise DataError(f"{path}: columns have the same name, at positions {', '.join(map(str, repeated[:8]))}")
-        return header, files.csv_batches(path, header, header, encoding, delimiter)
+        return header, files.csv_batches(path, header, header, encoding, delimiter, position)
     if kind not in (".parquet", ".pq", ".arrow", ".feather"):
         raise DataError(f"{path} is neither .csv nor .parquet", hint="convert the table first")
     header, batches = files.arrow_file(path)
