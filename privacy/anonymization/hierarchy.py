@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fedveil.common.contract import Column
+from fedveil.common.contract import Column, dates
 from fedveil.common.errors import ContractError
 
 
@@ -24,12 +24,14 @@ class Level:
         bins: for every bin what it holds: an interval's two edges, or a group's leaves.
         ordered: True for intervals (neighbours share an edge), False for groups of leaves.
         absent: whether "no value" is one more bin, the last.
+        dates: whether the edges are days since 1970-01-01.
     """
 
     column: str
     bins: tuple[tuple[float, float], ...] | tuple[tuple[str, ...], ...]
     ordered: bool
     absent: bool = False
+    dates: bool = False
 
     def __post_init__(self) -> None:
         if not self.bins or any(not b for b in self.bins):
@@ -71,7 +73,8 @@ class Level:
         parts = []
         for i in sorted(removed):
             if self.ordered:
-                parts.append(f"the cut at {float(self.bins[i][1]):g}")
+                cut = float(self.bins[i][1])
+                parts.append(f"the cut at {dates.iso(cut) if self.dates else f'{cut:g}'}")
             else:
                 left, right = ("|".join(map(str, b)) for b in self.bins[i : i + 2])
                 parts.append(f"the boundary between {left!r} and {right!r}")
@@ -86,4 +89,4 @@ def level_of(column: Column) -> Level:
     if column.low is None or column.high is None:
         raise ContractError(f"column {column.name!r} has no public bounds")
     edges = (column.low, *column.cuts, column.high)
-    return Level(column.name, tuple(itertools.pairwise(edges)), ordered=True, absent=absent)
+    return Level(column.name, tuple(itertools.pairwise(edges)), ordered=True, absent=absent, dates=bool(column.format))

@@ -87,6 +87,17 @@ def test_joining_and_describing():
         age.joined({2})
 
 
+def test_cuts_of_dates_are_told_as_dates():
+    born = Column.model_validate(
+        {"name": "born", "role": "quasi", "type": "date", "format": "%d.%m.%Y", "low": "1955-03-01",
+         "high": "1985-12-31", "levels": "decade"}
+    )  # fmt: skip
+    level = level_of(born)
+    assert level.describe({0}) == "dropping the cut at 1960-01-01 of 'born'"
+    assert level.describe({0, 2}) == "dropping the cut at 1960-01-01 and the cut at 1980-01-01 of 'born'"
+    assert level.describe({0, 1, 2}) == "dropping the column 'born'"
+
+
 def test_no_value_joins_only_when_the_column_goes():
     level = level_of(AGE.model_copy(update={"missing": "indicator"}))
     assert level.boundaries == 3
