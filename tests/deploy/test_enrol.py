@@ -1,12 +1,12 @@
-"""Enrolment: private keys stay where they are made; who is admitted, renewed, rotated, revoked; and who is not."""
+"""Enrolment: private keys stay where they are made; who is admitted, renewed, rotated; and who is not."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -18,61 +18,17 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
-from fedveil.common.identity import Revocations
 from fedveil.deploy import enrol, enrol_consortium
-from fedveil.deploy.cli_site import app as site_commands
-from fedveil.deploy.enrol_gate import Doorkeeper
-from fedveil.deploy.enrol_revoked import Revoked, take_revoked
 from fedveil.deploy.provision import load_roster, load_tls, make_consortium, provision
 
 NAMES = ("server", "east", "west")
-
-
-class Members:
-    """A consortium and three members, each in a folder of its own, that exchange files."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.consortium = home, home / "consortium"
-        self.pin = enrol_consortium.found(self.consortium, "hearts")
-        self.count = 0
-
-    def host(self, name: str) -> str:
-        return "fl.example.org" if name == "server" else ""
-
-    def ask(self, name: str) -> str:
-        return enrol.request(self.home / name, name, host=self.host(name))
-
-    def sign(self, name: str, heard: str = "", days: int = 30) -> Path:
-        self.count += 1
-        out = self.home / f"reply-{self.count}.json"
-        enrol_consortium.sign_request(self.consortium, self.home / name / "request.json", out, heard=heard, days=days)
-        return out
-
-    def admit(self, name: str) -> None:
-        enrol.install(self.home / name, self.sign(name, self.ask(name)), consortium_key=self.pin)
-
-    def publish(self) -> identity.Roster:
-        made = enrol_consortium.publish(self.consortium)
-        for name in NAMES:
-            if (self.home / name / "consortium.pub").exists():
-                enrol.take_roster(self.home / name, self.consortium / "roster.json")
-        return made
-
-
-@pytest.fixture
-def members(tmp_path: Path) -> Members:
-    m = Members(tmp_path)
-    for name in NAMES:
-        m.admit(name)
-    m.publish()
-    return m
 
 
 def certificate(folder: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate((folder / "tls.pem").read_bytes())
 
 
-def test_every_member_ends_with_what_a_run_needs(members: Members) -> None:
+def test_every_member_ends_with_what_a_run_needs(members: Any) -> None:
     for name in NAMES:
         folder = members.home / name
         load_tls(folder)
@@ -88,7 +44,7 @@ def test_every_member_ends_with_what_a_run_needs(members: Members) -> None:
     assert "fl.example.org" in names.get_values_for_type(x509.DNSName)
 
 
-def test_no_private_key_leaves_a_member(members: Members) -> None:
+def test_no_private_key_leaves_a_member(members: Any) -> None:
     secrets = []
     for name in NAMES:
         for key, at in (("signing.key", 24), ("tls.key", 50)):  # behind what every key of the kind begins with
@@ -103,16 +59,16 @@ def test_no_private_key_leaves_a_member(members: Members) -> None:
 
 
 class TestAdmission:
-    def test_a_stranger_needs_the_fingerprint_that_was_read_out(self, tmp_path):
-        m = Members(tmp_path)
+    def test_a_stranger_needs_the_fingerprint_that_was_read_out(self, tmp_path, new_members):
+        m = new_members(tmp_path)
         heard = m.ask("east")
         for wrong in ("", "0" * 32, heard[:-1], heard.replace(" ", "")[:-4]):
             with pytest.raises(IdentityError, match="fingerprint"):
                 m.sign("east", wrong)
         assert m.sign("east", heard.upper().replace(" ", "  ")).exists()
 
-    def test_a_request_swapped_on_the_way_is_noticed(self, tmp_path):
-        m = Members(tmp_path)
+    def test_a_request_swapped_on_the_way_is_noticed(self, tmp_path, new_members):
+        m = new_members(tmp_path)
         heard = m.ask("east")
         enrol.request(tmp_path / "thief", "east")
         (tmp_path / "east" / "request.json").write_bytes((tmp_path / "thief" / "request.json").read_bytes())
@@ -136,8 +92,8 @@ class TestAdmission:
                 enrol_consortium.sign_request(members.consortium, folder / "request.json", tmp_path / "r", heard=heard)
 
     @pytest.mark.parametrize("change", ["name", "signature", "rsa", "curve", "extra", "junk", "signer", "version"])
-    def test_malformed_requests(self, tmp_path, change):
-        m = Members(tmp_path)
+    def test_malformed_requests(self, tmp_path, change, new_members):
+        m = new_members(tmp_path)
         m.ask("east")
         key = identity.load_signing_key(tmp_path / "east" / "signing.key")
         path = tmp_path / "east" / "request.json"
@@ -188,8 +144,8 @@ class TestAdmission:
 
 
 class TestAnswers:
-    def test_the_first_one_needs_the_consortiums_key(self, tmp_path):
-        m = Members(tmp_path)
+    def test_the_first_one_needs_the_consortiums_key(self, tmp_path, new_members):
+        m = new_members(tmp_path)
         reply = m.sign("east", m.ask("east"))
         for wrong in ("", "0" * 64):
             with pytest.raises(IdentityError):
@@ -205,8 +161,8 @@ class TestAnswers:
         with pytest.raises(IdentityError, match="another member"):
             enrol.install(members.home / "east", reply)
 
-    def test_a_foreign_consortiums_answer(self, members, tmp_path):
-        other = Members(tmp_path / "other")
+    def test_a_foreign_consortiums_answer(self, members, tmp_path, new_members):
+        other = new_members(tmp_path / "other")
         reply = other.sign("east", other.ask("east"))
         with pytest.raises(IdentityError, match="pinned"):
             enrol.install(members.home / "east", reply)
@@ -256,8 +212,8 @@ class TestRenewal:
         assert not enrol.due(east, ends - datetime.timedelta(days=11))[1]
         assert enrol.due(east, ends + datetime.timedelta(days=1))[0] < 0
 
-    def test_no_certificate_outlives_the_authority(self, tmp_path):
-        m = Members(tmp_path / "m")
+    def test_no_certificate_outlives_the_authority(self, tmp_path, new_members):
+        m = new_members(tmp_path / "m")
         short = tmp_path / "short"
         enrol_consortium.found(short, "short", days=3)
         m.consortium = short
@@ -306,195 +262,6 @@ class TestRotation:
         payload = {**load_roster(members.home / "east").payload, "version": version}
         with pytest.raises(IdentityError):
             identity.roster_from_payload(payload)
-
-
-class TestRevocation:
-    def test_a_revoked_member_is_gone_for_good(self, members):
-        made = enrol_consortium.revoke(members.consortium, "east")
-        assert (made.number, made.sites) == (1, {"east"})
-        enrol.renew(members.home / "east")
-        with pytest.raises(IdentityError, match="revoked"):
-            members.sign("east")
-        assert [m.site for m in enrol_consortium.publish(members.consortium).sites] == ["west"]
-        with pytest.raises(IdentityError, match="not a member"):
-            enrol_consortium.revoke(members.consortium, "east")
-
-    def test_a_key_alone(self, members):
-        made = enrol_consortium.revoke(members.consortium, "east", key_only=True)
-        assert made.sites == frozenset()
-        east = members.home / "east"
-        enrol.renew(east)
-        with pytest.raises(IdentityError, match="revoked"):
-            members.sign("east")
-        before = (members.consortium / "roster.json").read_bytes()
-        with pytest.raises(IdentityError, match="'east' was revoked and not replaced"):
-            members.publish()  # a roster that still names the key
-        assert (members.consortium / "roster.json").read_bytes() == before
-        enrol.renew(east, rotate=True)
-        enrol.install(east, members.sign("east"))
-        made = members.publish()
-        assert made.version == 2
-        assert made.member("east").tls_key == identity.spki_sha256((east / "tls.pem").read_bytes())
-        assert enrol_consortium.revoke(members.consortium, "west").number == 2
-
-    def test_the_doorkeeper_reads_the_list_while_it_works(self, members, caplog):
-        server, pems = members.home / "server", {}
-        for name in ("east", "west"):
-            pems[name] = (members.home / name / "tls.pem").read_bytes()
-        keeper = Doorkeeper(server)
-        for name, pem in pems.items():
-            keeper(name, pem)  # type: ignore[arg-type]
-        enrol_consortium.revoke(members.consortium, "east")
-        (server / "revoked.json").write_bytes((members.consortium / "revoked.json").read_bytes())
-        with pytest.raises(IdentityError, match="'east' was revoked"):
-            keeper("east", pems["east"])  # type: ignore[arg-type]
-        keeper("west", pems["west"])  # type: ignore[arg-type]
-        # a list that does not hold, an older one, or none at all changes nothing
-        first = (server / "revoked.json").read_bytes()
-        enrol_consortium.revoke(members.consortium, "west")
-        (server / "revoked.json").write_bytes((members.consortium / "revoked.json").read_bytes())
-        with pytest.raises(IdentityError):
-            keeper("west", pems["west"])  # type: ignore[arg-type]
-        for bad in (first, b"", b"{}", b"junk" * 9, first.replace(b'"number":1', b'"number":9')):
-            (server / "revoked.json").write_bytes(bad)
-            with pytest.raises(IdentityError, match="revoked"):
-                keeper("west", pems["west"])  # type: ignore[arg-type]
-            assert keeper.number == 2
-        (server / "revoked.json").unlink()
-        with pytest.raises(IdentityError, match="revoked"):
-            keeper("east", pems["east"])  # type: ignore[arg-type]
-        assert "stays in force" in caplog.text
-
-    @pytest.mark.parametrize("elsewhere", [False, True])
-    def test_an_older_list_is_not_taken_after_a_restart(self, members, tmp_path, caplog, elsewhere):
-        server, pems = members.home / "server", {}
-        kept = tmp_path / "runs" if elsewhere else None
-        for name in ("east", "west"):
-            pems[name] = (members.home / name / "tls.pem").read_bytes()
-            enrol_consortium.revoke(members.consortium, name)
-            shutil.copy(members.consortium / "revoked.json", tmp_path / f"{name}.json")
-        shutil.copy(tmp_path / "west.json", server / "revoked.json")  # list 2: both of them
-        assert Doorkeeper(server, kept=kept).number == 2
-        for replaced in (tmp_path / "east.json", None):  # by list 1, or by none
-            (server / "revoked.json").unlink()
-            if replaced:
-                shutil.copy(replaced, server / "revoked.json")
-            keeper = Doorkeeper(server, kept=kept)
-            assert keeper.number == 2
-            with pytest.raises(IdentityError, match="revoked"):
-                keeper("west", pems["west"])  # type: ignore[arg-type]
-        assert "stays in force" in caplog.text
-
-    def test_a_list_taken_while_the_server_worked_is_kept_too(self, members, tmp_path):
-        server = members.home / "server"
-        keeper = Doorkeeper(server)
-        enrol_consortium.revoke(members.consortium, "east")
-        shutil.copy(members.consortium / "revoked.json", server)
-        assert keeper.number == 1
-        (server / "revoked.json").unlink()
-        assert Doorkeeper(server).number == 1
-
-    def test_two_lists_of_one_number_are_not_mixed(self, members, caplog):
-        server = members.home / "server"
-        key = identity.load_signing_key(members.consortium / "consortium.key")
-        for site in ("east", "west"):
-            made = identity.sign_revocations(Revocations(1, frozenset([site]), frozenset()), key)
-            (server / "revoked.json").write_bytes(canonical.dumps(made))
-            Doorkeeper(server)("west", (members.home / "west" / "tls.pem").read_bytes())  # type: ignore[arg-type]
-        assert "stays in force" in caplog.text
-
-    def test_a_list_that_cannot_be_kept(self, members, tmp_path, caplog):
-        server, nowhere = members.home / "server", tmp_path / "file"
-        nowhere.touch()
-        keeper = Doorkeeper(server, kept=nowhere)
-        enrol_consortium.revoke(members.consortium, "east")
-        shutil.copy(members.consortium / "revoked.json", server)
-        assert keeper.number == 1  # in force all the same, and said
-        assert "cannot be kept" in caplog.text
-        with pytest.raises(IdentityError, match="cannot be kept"):
-            Doorkeeper(server, kept=nowhere)
-
-    @pytest.mark.parametrize("text", [b"", b"{}", b"[]"])
-    def test_a_kept_list_that_was_spoilt_stops_the_server(self, members, text):
-        server = members.home / "server"
-        enrol_consortium.revoke(members.consortium, "east")
-        shutil.copy(members.consortium / "revoked.json", server)
-        Doorkeeper(server)
-        [kept] = server.glob("revoked.seen.*")
-        kept.write_bytes(text)
-        with pytest.raises(IdentityError):
-            Doorkeeper(server)
-
-    def test_two_consortia_that_share_a_folder_of_runs(self, members, tmp_path):
-        others = Members(tmp_path / "others")
-        for m in (members, others):
-            for name in () if m is members else NAMES:
-                m.admit(name)
-            enrol_consortium.revoke(m.consortium, "east")
-            shutil.copy(m.consortium / "revoked.json", m.home / "server")
-        for m in (members, others, members):
-            assert Doorkeeper(m.home / "server", kept=tmp_path / "runs").number == 1
-
-    def test_a_site_takes_lists_forward_only(self, members, tmp_path):
-        east, lists = members.home / "east", []
-        for name in ("west", "east"):
-            enrol_consortium.revoke(members.consortium, name)
-            lists.append(tmp_path / f"{name}.json")
-            shutil.copy(members.consortium / "revoked.json", lists[-1])
-        look = Revoked(east, tmp_path / "state", keeps=False)
-        assert look() == Revocations(0, frozenset(), frozenset())
-        for file in (lists[0], lists[0], lists[1]):
-            assert take_revoked(east, file) == look()
-        assert look().sites == {"east", "west"}
-        assert not (tmp_path / "state").exists()
-        before = (east / "revoked.json").read_bytes()
-        for bad in (lists[0], members.consortium / "roster.json", tmp_path / "nothing"):
-            with pytest.raises(IdentityError):
-                take_revoked(east, bad)
-        assert (east / "revoked.json").read_bytes() == before
-        with pytest.raises(IdentityError, match="pinned"):
-            take_revoked(tmp_path, lists[1])
-        told = CliRunner().invoke(site_commands, ["join", str(east), "--revoked", str(lists[1])])
-        assert told.output == "revocation list 2: 2 members, 2 keys\n"
-
-    def test_a_list_that_does_not_hold_stops_a_server_at_its_start(self, members):
-        (members.home / "server" / "revoked.json").write_text("{}")
-        with pytest.raises(IdentityError):
-            Doorkeeper(members.home / "server")
-
-    def test_a_certificate_ends_when_it_expires(self, members):
-        pem = (members.home / "east" / "tls.pem").read_bytes()
-        ends = certificate(members.home / "east").not_valid_after_utc
-        now = [ends - datetime.timedelta(seconds=1)]
-        keeper = Doorkeeper(members.home / "server", now=lambda: now[0])
-        keeper("east", pem)  # type: ignore[arg-type]
-        now[0] = ends + datetime.timedelta(seconds=1)
-        with pytest.raises(IdentityError, match="expired"):
-            keeper("east", pem)  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"number": 0},
-            {"number": "1"},
-            {"number": True},
-            {"sites": ["../x"]},
-            {"sites": 3},
-            {"tls_keys": ["zz"]},
-            {"v": 2},
-        ],
-    )
-    def test_malformed_lists(self, change):
-        key = identity.new_signing_key()
-        document = identity.sign_revocations(Revocations(1, frozenset(["a"]), frozenset()), key)
-        public = identity.public_hex(key)
-        assert identity.open_revocations(document, public).sites == {"a"}
-        forged = identity.signed(key, "fedveil/revoked/1", {**document["payload"], **change})
-        with pytest.raises(IdentityError):
-            identity.open_revocations(forged, public)
-        roster_domain = identity.signed(key, "fedveil/roster/1", document["payload"])
-        with pytest.raises(IdentityError):  # a signature for another purpose is worth nothing
-            identity.open_revocations(roster_domain, public)
 
 
 def test_a_consortium_made_at_once_renews_and_revokes_too(tmp_path: Path) -> None:
