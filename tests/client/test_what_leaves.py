@@ -85,7 +85,8 @@ def test_any_other_exception_says_nothing_at_all(cls, monkeypatch, caplog):
     assert CANARY not in text(reply)
     assert cls.__name__ not in text(reply)
     assert CANARY not in caplog.text  # a library's words may quote a record
-    assert f"{cls.__name__} at " in caplog.text and "test_what_leaves.py:" in caplog.text
+    assert f"{cls.__name__} at " in caplog.text
+    assert "test_what_leaves.py:" in caplog.text
 
 
 BROKEN = {

@@ -208,7 +208,8 @@ def test_our_errors_are_answered_and_others_stay_at_home(caplog: pytest.LogCaptu
     assert type(flower.reply_error(out)) is ProtocolError
     # A library's words may quote a record: the site's own log has the class and the place, and not the words.
     assert "Meier" not in caplog.text
-    assert "ValueError at " in caplog.text and "test_flwr_adapter.py:" in caplog.text
+    assert "ValueError at " in caplog.text
+    assert "test_flwr_adapter.py:" in caplog.text
 
 
 def test_an_unknown_action_is_an_error_reply() -> None:
