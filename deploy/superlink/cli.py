@@ -20,6 +20,7 @@ from fedveil.client.egress import Gate
 from fedveil.client.session import Site
 from fedveil.common import settings as files
 from fedveil.deploy import site_process
+from fedveil.deploy.enrol import due
 from fedveil.deploy.superlink import commands, server
 from fedveil.deploy.superlink.runtime import Link
 from fedveil.deploy.superlink.site import SiteExecutor
@@ -70,6 +71,9 @@ def execute(settings: SiteFile, port: Port = 9094) -> None:
     """Check and recode the site's table, then answer what SuperNode brings, run after run, until SIGTERM."""
     _log()
     loaded = files.load(settings, files.SiteSettings)
+    days, soon = due(loaded.site.identity)
+    if soon:
+        _say(f"the certificate holds for {days:.1f} more days: fedveil client renew {loaded.site.identity}")
     site, _ = site_process.prepare(loaded)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -85,7 +89,10 @@ def execute(settings: SiteFile, port: Port = 9094) -> None:
     try:
         executor.serve(stop)
     finally:
-        site.ledger.close()
+        try:
+            site_process.write_local_report(loaded, site, _say)
+        finally:
+            site.ledger.close()
 
 
 def _become(command: list[str], home: Path) -> None:

@@ -32,6 +32,7 @@ from fedveil.deploy.superlink.runtime import SERVER, Link, Task
 from fedveil.privacy import plan as plans
 from fedveil.privacy.planning import plan_from_settings
 from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.bundle import REPORT
 from fedveil.privacy.report.render import render_report
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app
@@ -69,7 +70,7 @@ def run(
     f = federation.federation
     roster = load_roster(f.identity)
     held = _certificates(roster, certificates)
-    keeper = Doorkeeper(f.identity)
+    keeper = Doorkeeper(f.identity, kept=folder.parent)
     for site, pem in held.items():
         keeper(site, pem)
         public = x509.load_pem_x509_certificate(pem).public_key()
@@ -94,10 +95,9 @@ def run(
                 task.finish(failure)
     finally:
         job.journal.close()
-    report = job.run / "report.json"
-    if not report.exists():
+    if not (job.run / REPORT).exists():  # it could not be offered to the sites; here the reason is raised
         build_report(job.run, job.key)
-    render_report(report)
+    render_report(job.run / REPORT)
     if strategy.status == jobs.ABORTED:
         raise RunAborted(f"the run in {job.run} was aborted", hint="the last model and the report are in its folder")
     if strategy.status == jobs.EXHAUSTED:
