@@ -40,7 +40,7 @@ from fedveil.server.job import Job
 
 DRAIN_S = 30.0
 STOPPED = 128 + signal.SIGTERM
-_UNDER_WAY = ("round.open", "round.set")
+_UNDER_WAY = ("round.open", "round.set", "run.end")  # after the last, the report is written and the sites sign it
 _LOG = logging.getLogger("fedveil.server")
 
 
@@ -160,6 +160,8 @@ def _reply_limits(plan: PrivacyPlan) -> Limits:
 def _watched(job: Job, refusals: queue.SimpleQueue[tuple[SiteId, str]]) -> Iterator[None]:
     """While inside: after every round, journal what the transport refused; on SIGTERM, stop when the round is over.
 
+    A run that has ended is not stopped any more, unless its report takes longer than DRAIN_S seconds.
+
     A stop leaves by ``SystemExit(143)``, at most DRAIN_S seconds after the signal: the sites are told nothing and dial
     again, and ``fedveil server resume`` goes on. The journal belongs to the app's thread, which is this one.
     """
@@ -179,7 +181,7 @@ def _watched(job: Job, refusals: queue.SimpleQueue[tuple[SiteId, str]]) -> Itera
     def stop(number: int, _: object) -> None:
         if number == signal.SIGALRM or not (job.journal.rows and job.journal.rows[-1].kind in _UNDER_WAY):
             raise SystemExit(STOPPED)
-        _LOG.warning("stopping when this round is over, in %g seconds at most", DRAIN_S)
+        _LOG.warning("stopping when this round, or the report, is over; in %g seconds at most", DRAIN_S)
         stopping.set()
         signal.setitimer(signal.ITIMER_REAL, DRAIN_S)
 
