@@ -140,14 +140,18 @@ class SuperlinkGrid(flower.BaseGrid):
 
     def _look(self, wanted: list[str]) -> None:
         """Take what has come; a reply that is not whole yet is gone on with the next time."""
-        for envelope, inflow in self._task.pull([i for i in wanted if i not in self._came], self._limits):
+        # SuperLink forgets a message when it hands out the reply's envelope; asked again it says that there is none.
+        handed_out = {*self._came, *self._reply_to.values()}
+        asked = [i for i in wanted if i not in handed_out]
+        for envelope, inflow in self._task.pull(asked, self._limits) if asked else []:
             self._reply_to[inflow.root] = envelope.metadata.reply_to_message_id
             self._arriving.append(inflow)
         arriving, self._arriving = self._arriving, []
         for inflow in arriving:
             request = self._asked.get(self._reply_to[inflow.root])
             if request is None:
-                continue  # nobody waits for it any more
+                del self._reply_to[inflow.root]  # nobody waits for it any more
+                continue
             try:
                 site = self.site_of(request.metadata.dst_node_id)
                 if not self._admitted(site):

@@ -50,6 +50,7 @@ class Memory:
         self.asked: list[Message] = []
         self.half: set[str] = set()
         self.gone: set[str] = set()
+        self.handed_out: set[str] = set()
         self._came: list[tuple[str, Message, Inflow]] = []
 
     def nodes(self) -> list[tuple[int, bytes]]:
@@ -70,7 +71,10 @@ class Memory:
         return ids
 
     def pull(self, message_ids: list[str], limits: Limits) -> list[tuple[Message, Inflow]]:
+        """Each reply's envelope once; as SuperLink does, an error for what was handed out before."""
+        assert not self.handed_out & {*message_ids}, "SuperLink would answer that there is no such message"
         out = [(r, i) for m, r, i in self._came if m in message_ids]
+        self.handed_out |= {m for m, _, _ in self._came if m in message_ids}
         self._came = [x for x in self._came if x[0] not in message_ids]
         return out
 
