@@ -51,7 +51,7 @@ def site(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     ledger.close()
 
 
-def test_a_page_of_its_own_is_written_before_there_was_any_session(site, tmp_path):
+def test_a_page_of_its_own_is_written_before_there_was_any_session(site: tuple[Any, Any], tmp_path: Path):
     said: list[str] = []
     site_process.write_local_report(*site, said.append)
     written = json.loads((tmp_path / "data" / local.LOCAL_JSON).read_text())
@@ -60,7 +60,9 @@ def test_a_page_of_its_own_is_written_before_there_was_any_session(site, tmp_pat
 
 
 @pytest.mark.parametrize("error", [UsageError("rendering needs jinja2"), VerificationError("no"), PermissionError("x")])
-def test_a_page_that_cannot_be_written_is_said_and_hides_nothing(site, monkeypatch, error):
+def test_a_page_that_cannot_be_written_is_said_and_hides_nothing(
+    site: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+):
     def failing(*_: object) -> None:
         raise error
 
@@ -71,7 +73,7 @@ def test_a_page_that_cannot_be_written_is_said_and_hides_nothing(site, monkeypat
     assert said[0].startswith("the local report could not be written")
 
 
-def test_a_mistake_of_the_program_is_not_swallowed(site, monkeypatch):
+def test_a_mistake_of_the_program_is_not_swallowed(site: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
     def failing(*_: object) -> None:
         raise KeyError("x")
 
