@@ -41,6 +41,10 @@ def test_a_run_completes_and_every_ledger_is_charged_once(world, free_port, stra
     secret = commands.secret(home / "pki" / "server").read_bytes()
     with closing(Link(f"127.0.0.1:{world.port}", ca=ca, secret=secret)) as operator:
         foreign = operator.start_run(stranger("1.0.0"))
+        intruder = world.start(
+            "intruder", commands._tool("flower-supernode"), "--superlink", f"127.0.0.1:{world.port}",
+            "--root-certificates", str(ca), "--host", "127.0.0.1", "--port", str(free_port()),
+        )  # fmt: skip
         for guess in (b"", b"x" * 32):  # without the secret nobody takes a task
             with closing(Link(f"127.0.0.1:{world.port}", ca=ca, secret=guess)) as nobody:
                 for kind in (SERVER, CLIENT):
@@ -48,6 +52,10 @@ def test_a_run_completes_and_every_ledger_is_charged_once(world, free_port, stra
                         nobody.acquire(kind)
         _carry_out(world, federation, free_port)
         assert operator.run_status(foreign)[:2] == ("finished", "failed")
+        # It has the authority's certificate and a key of its own that nobody registered.
+        assert "Failed to initialize the connection to the SuperLink" in world.log("intruder")
+        assert "SuperNode ID" not in world.log("intruder")
+        intruder.terminate()
     _check_outcome(world)
 
 
