@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.serverapp import ServerApp
 from numpy.typing import NDArray
 
 from fedveil.client.ingest import encode, quality, sources
@@ -37,11 +38,14 @@ from fedveil.server import job as jobs
 from fedveil.server.app import make_app
 from fedveil.server.evaluate import Evaluator
 from fedveil.server.job import Job
+from fedveil.server.strategy import SecureSumStrategy
 
 DRAIN_S = 30.0
 STOPPED = 128 + signal.SIGTERM
 _UNDER_WAY = ("round.open", "round.set", "run.end")  # after the last, the report is written and the sites sign it
 _LOG = logging.getLogger("fedveil.server")
+Refusals = queue.SimpleQueue[tuple[SiteId, str]]
+Carry = Callable[[Job, ServerApp, SecureSumStrategy, Refusals], None]
 
 
 def public_table(path: Path, contract: DataContract) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -76,8 +80,27 @@ def begin(
     Raises:
         FedveilError: as for :func:`start`.
     """
+    require_free(federation.federation.address)
+    return conduct(new_job(federation, run, make, attached=attached, progress=progress), _over_grpc(federation))
+
+
+def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None = None) -> Job:
+    """Go on with a run whose server stopped; see :func:`fedveil.server.job.resume`."""
+    require_free(federation.federation.address)
+    return conduct(known_job(federation, run, progress=progress), _over_grpc(federation))
+
+
+def new_job(
+    federation: Federation,
+    run: Path,
+    make: Callable[[DataContract, int], PrivacyPlan],
+    *,
+    attached: dict[str, bytes] | None = None,
+    progress: jobs.Progress | None = None,
+    engine: str = "grpc",
+) -> Job:
+    """The plan made and the run's folder opened, with everything an auditor will need; see :func:`begin`."""
     f = federation.federation
-    require_free(f.address)
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
     plan = make(contract, len(roster.sites))
@@ -90,21 +113,23 @@ def begin(
     key = identity.load_signing_key(f.identity / "signing.key")
     options = _options(federation, contract, plan, progress)
     options["attached"] = attached or {}
-    job = jobs.create(run, plan, roster, key, documents=documents, **options)
-    return _serve(job, federation)
+    return jobs.create(run, plan, roster, key, documents=documents, engine=engine, **options)
 
 
-def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None = None) -> Job:
-    """Go on with a run whose server stopped; see :func:`fedveil.server.job.resume`."""
+def known_job(federation: Federation, run: Path, *, progress: jobs.Progress | None = None) -> Job:
+    """The job of a run's folder, taken up again.
+
+    Raises:
+        FedveilError: the folder holds no run, or one that cannot go on.
+    """
     f = federation.federation
-    require_free(f.address)
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
     if not (run / "plan.json").exists():
         raise JournalError(f"{run} holds no run")
     plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
     key = identity.load_signing_key(f.identity / "signing.key")
-    return _serve(jobs.resume(run, roster, key, **_options(federation, contract, plan, progress)), federation)
+    return jobs.resume(run, roster, key, **_options(federation, contract, plan, progress))
 
 
 def _options(
@@ -121,23 +146,38 @@ def _options(
     return options | ({"progress": progress} if progress else {})
 
 
-def _serve(job: Job, federation: Federation) -> Job:
+def _over_grpc(federation: Federation) -> Carry:
+    def carry(job: Job, server: ServerApp, strategy: SecureSumStrategy, refusals: Refusals) -> None:
+        f = federation.federation
+        serve(
+            server,
+            address=f.address,
+            tls=load_tls(f.identity),
+            roster=job.roster,
+            grace=federation.run.grace,
+            limits=reply_limits(job.plan),
+            gate=Doorkeeper(f.identity, kept=job.run.parent),
+            report=lambda site, what: refusals.put((site, what)),
+        )
+
+    return carry
+
+
+def conduct(job: Job, carry: Carry) -> Job:
+    """The job from its first exchange to its rendered report.
+
+    Args:
+        carry: runs the ServerApp over a transport until it returns; what that transport refuses goes into the queue.
+
+    Raises:
+        FedveilError: from ``carry``; the run was aborted; the budget is spent.
+    """
     flwr_adapter.quiet_flower()
     server, strategy = make_app(job)
-    f = federation.federation
-    refusals = queue.SimpleQueue[tuple[SiteId, str]]()
+    refusals: Refusals = queue.SimpleQueue()
     try:
         with _watched(job, refusals):
-            serve(
-                server,
-                address=f.address,
-                tls=load_tls(f.identity),
-                roster=job.roster,
-                grace=federation.run.grace,
-                limits=_reply_limits(job.plan),
-                gate=Doorkeeper(f.identity, kept=job.run.parent),
-                report=lambda site, what: refusals.put((site, what)),
-            )
+            carry(job, server, strategy, refusals)
     finally:
         job.journal.close()
     if not (job.run / REPORT).exists():  # it could not be offered to the sites; here the reason is raised
@@ -150,14 +190,14 @@ def _serve(job: Job, federation: Federation) -> Job:
     return job
 
 
-def _reply_limits(plan: PrivacyPlan) -> Limits:
+def reply_limits(plan: PrivacyPlan) -> Limits:
     """What one reply of an honest site can measure: a contribution with its shares, or a ledger."""
     each = 80 if plan.sum == "sharedkey" else 8
     return Limits(buffers=(64 << 20) + each * plan.model.parameters + (16 << 10) * plan.sites)
 
 
 @contextmanager
-def _watched(job: Job, refusals: queue.SimpleQueue[tuple[SiteId, str]]) -> Iterator[None]:
+def _watched(job: Job, refusals: Refusals) -> Iterator[None]:
     """While inside: after every round, journal what the transport refused; on SIGTERM, stop when the round is over.
 
     A run that has ended is not stopped any more, unless its report takes longer than DRAIN_S seconds.

@@ -1,4 +1,4 @@
-"""``python -m fedveil.deploy.superlink``: SuperLink, SuperNode and the two executors."""
+"""``fedveil superlink``: SuperLink, SuperNode and the two executors."""
 
 from __future__ import annotations
 

@@ -5,38 +5,31 @@ What is not the run that this process started is ended as failed, and its bundle
 
 from __future__ import annotations
 
-import json
-import queue
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization as ser
 from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
 
-from fedveil.common import canonical, flwr_adapter, identity
-from fedveil.common import contract as contracts
-from fedveil.common.errors import BudgetExhausted, IdentityError, JournalError, RunAborted, TransportError
+from fedveil.common import flwr_adapter, identity
+from fedveil.common.errors import IdentityError, TransportError
 from fedveil.common.files import write_durably
 from fedveil.common.identity import Roster
 from fedveil.common.settings import Federation
 from fedveil.common.units import SiteId
 from fedveil.deploy.enrol_gate import Doorkeeper
 from fedveil.deploy.provision import load_roster
-from fedveil.deploy.server_process import _options, _reply_limits, _watched
+from fedveil.deploy.server_process import Refusals, conduct, known_job, new_job, reply_limits
 from fedveil.deploy.superlink.bundle import BUNDLE, PIN
 from fedveil.deploy.superlink.grid import SuperlinkGrid
 from fedveil.deploy.superlink.runtime import SERVER, Link, Task
-from fedveil.privacy import plan as plans
 from fedveil.privacy.planning import plan_from_settings
-from fedveil.privacy.report.build import build_report
-from fedveil.privacy.report.bundle import REPORT
-from fedveil.privacy.report.render import render_report
 from fedveil.server import job as jobs
-from fedveil.server.app import make_app
 from fedveil.server.job import Job
+from fedveil.server.strategy import SecureSumStrategy
 
 _POLL_S = 0.2
 _PATIENCE_S = 60.0
@@ -76,33 +69,29 @@ def run(
         public = x509.load_pem_x509_certificate(pem).public_key()
         link.register(public.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo), site)
         on_status(f"{site} may connect")
-    job = _opened(federation, folder, roster, resume, progress)
-    flwr_adapter.quiet_flower()
-    server, strategy = make_app(job)
-    try:
+    if resume:
+        job = known_job(federation, folder, progress=progress)
+    else:
+        job = new_job(
+            federation, folder, lambda c, n: plan_from_settings(federation, c, n), progress=progress, engine="superlink"
+        )
+
+    def carry(job: Job, server: ServerApp, strategy: SecureSumStrategy, _: Refusals) -> None:
         task = _own_task(link, folder / NUMBER, on_status)
-        with task.held(), _watched(job, queue.SimpleQueue()):
+        with task.held():
             failure = "the run was not finished"
             try:
                 if task.begin().bundle != PIN:
                     raise TransportError("SuperLink gives out another bundle than the one this run was started with")
                 grid = SuperlinkGrid(
-                    task, roster, limits=_reply_limits(job.plan), gate=lambda site: keeper(site, held[site])
+                    task, roster, limits=reply_limits(job.plan), gate=lambda site: keeper(site, held[site])
                 )
                 server(grid, Context(task.run_id, flwr_adapter.SERVER_NODE, {}, RecordDict(), {}))
                 failure = "" if strategy.status == jobs.COMPLETED else strategy.status
             finally:
                 task.finish(failure)
-    finally:
-        job.journal.close()
-    if not (job.run / REPORT).exists():  # it could not be offered to the sites; here the reason is raised
-        build_report(job.run, job.key)
-    render_report(job.run / REPORT)
-    if strategy.status == jobs.ABORTED:
-        raise RunAborted(f"the run in {job.run} was aborted", hint="the last model and the report are in its folder")
-    if strategy.status == jobs.EXHAUSTED:
-        raise BudgetExhausted(f"the budget is spent; the last model is in {job.run}", hint="a normal ending")
-    return job
+
+    return conduct(job, carry)
 
 
 def refuse_others(link: Link, on_status: Say, *, own: int | None = None) -> Task | None:
@@ -146,27 +135,3 @@ def _certificates(roster: Roster, paths: Iterable[Path]) -> dict[SiteId, bytes]:
     if missing := [m.site for m in roster.sites if m.site not in out]:
         raise IdentityError(f"no certificate of {', '.join(missing)}", hint="--certificate, once for every site")
     return out
-
-
-def _opened(federation: Federation, folder: Path, roster: Roster, resume: bool, progress: jobs.Progress | None) -> Job:
-    """The job, made anew or taken up again; as :func:`fedveil.deploy.server_process.start` and ``resume`` do."""
-    f = federation.federation
-    pin = (f.identity / "consortium.pub").read_text().strip()
-    contract = contracts.load_signed(f.contract, pin)
-    key = identity.load_signing_key(f.identity / "signing.key")
-    if resume:
-        if not (folder / "plan.json").exists():
-            raise JournalError(f"{folder} holds no run")
-        plan = plans.from_json(canonical.loads((folder / "plan.json").read_bytes()))
-        return jobs.resume(folder, roster, key, **_options(federation, contract, plan, progress))
-    plan = plan_from_settings(federation, contract, len(roster.sites))
-    documents: dict[str, Any] = {
-        "roster.json": json.loads((f.identity / "roster.json").read_text()),
-        "consortium.pub": pin + "\n",
-        "contract.json": json.loads(f.contract.read_text()),
-        "config.json": federation.model_dump(mode="json", exclude={"federation": {"identity", "contract", "runs"}}),
-    }
-    return jobs.create(
-        folder, plan, roster, key, documents=documents, engine="superlink",
-        **_options(federation, contract, plan, progress),
-    )  # fmt: skip

@@ -93,8 +93,8 @@ class Processes:
         return self.started[name]
 
     def ours(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """``python -m fedveil.deploy.superlink ARGUMENTS``."""
-        return self.start(name, sys.executable, "-m", "fedveil.deploy.superlink", *arguments)
+        """``fedveil superlink ARGUMENTS``."""
+        return self.start(name, sys.executable, "-m", "fedveil", "superlink", *arguments)
 
     def canary(self, name: str) -> Path:
         """What a stranger's import writes in process ``name`` or its children."""
