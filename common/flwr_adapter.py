@@ -180,7 +180,7 @@ def reply(packet: Packet, to: Message) -> Message:
     now = time.time()
     metadata = _turned(to.metadata, to.metadata)
     left = max(to.metadata.created_at + to.metadata.ttl - now, 0.0)
-    metadata.__dict__.update(_message_id="", _created_at=now, _ttl=left)
+    metadata.__dict__.update(_message_id="", _created_at=now, _delivered_at="", _ttl=left)
     return _message(metadata, to_record(packet), None)
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.server.utils.validator import validate_message
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,6 +197,20 @@ def test_answer_gives_the_reply_with_an_id() -> None:
     assert flower.from_record(a.content, Limits()).kind == "a"
     assert a.metadata.reply_to_message_id == q.metadata.message_id
     assert a.metadata.message_id
+
+
+def test_the_answer_to_a_delivered_message_is_as_flower_makes_it() -> None:
+    """Flower's own engines mark a message as delivered, and refuse an answer that inherits the mark."""
+    q = asked()
+    q.metadata.delivered_at = "2026-01-01T00:00:00"
+    ours, flowers = flower.reply(Packet({"kind": "a"}), q), Message(RecordDict(), reply_to=q)
+    for out in (ours, flowers):
+        flower.stamp(out)
+    assert validate_message(ours, is_reply_message=True) == validate_message(flowers, is_reply_message=True) == []
+    own = {"_message_id", "_created_at", "_ttl"}
+    assert {k: v for k, v in vars(ours.metadata).items() if k not in own} == {
+        k: v for k, v in vars(flowers.metadata).items() if k not in own
+    }
 
 
 def test_our_errors_are_answered_and_others_stay_at_home(caplog: pytest.LogCaptureFixture) -> None:
