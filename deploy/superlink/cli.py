@@ -10,20 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from flwr.app import Context
 
-from fedveil.client.app import make_app
-from fedveil.client.egress import Gate
-from fedveil.client.session import Site
-from fedveil.common import settings as files
-from fedveil.deploy import site_process
-from fedveil.deploy.enrol import due
-from fedveil.deploy.superlink import commands, server
-from fedveil.deploy.superlink.runtime import Link
-from fedveil.deploy.superlink.site import SiteExecutor
+if TYPE_CHECKING:  # every fedveil command reads this file: what it needs of torch and flwr comes with the command
+    from flwr.app import Context
+
+    from fedveil.client.session import Site
 
 app = typer.Typer(
     no_args_is_help=True, help="The same apps under Flower's SuperLink, with executors that run no bundle."
@@ -36,6 +30,9 @@ Port = Annotated[int, typer.Option(min=1, max=65535, help="of this machine's loo
 @app.command()
 def link(settings: FederationFile, port: Port = 9092) -> None:
     """Become SuperLink: loopback, TLS, no app of its own, SuperNodes of the roster only."""
+    from fedveil.common import settings as files
+    from fedveil.deploy.superlink import commands
+
     home = files.load(settings, files.Federation).federation.identity
     _become(commands.superlink(home, port), home / "flwr")
 
@@ -49,6 +46,10 @@ def serve(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
 ) -> None:
     """Start a run at SuperLink and carry it out; leaves a run folder with a report."""
+    from fedveil.common import settings as files
+    from fedveil.deploy.superlink import commands, server
+    from fedveil.deploy.superlink.runtime import Link
+
     _log()
     federation = files.load(settings, files.Federation)
     home = federation.federation.identity
@@ -61,6 +62,9 @@ def serve(
 @app.command()
 def node(settings: SiteFile, port: Port = 9094) -> None:
     """Become the site's SuperNode: dials the server of site.toml, runs nothing itself."""
+    from fedveil.common import settings as files
+    from fedveil.deploy.superlink import commands
+
     s = files.load(settings, files.SiteSettings).site
     s.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     _become(commands.supernode(s.identity, s.state, s.server, port), s.state / "flwr")
@@ -69,6 +73,15 @@ def node(settings: SiteFile, port: Port = 9094) -> None:
 @app.command("site")
 def execute(settings: SiteFile, port: Port = 9094) -> None:
     """Check and recode the site's table, then answer what SuperNode brings, run after run, until SIGTERM."""
+    from fedveil.client.app import make_app
+    from fedveil.client.egress import Gate
+    from fedveil.common import settings as files
+    from fedveil.deploy import site_process
+    from fedveil.deploy.enrol import due
+    from fedveil.deploy.superlink import commands
+    from fedveil.deploy.superlink.runtime import Link
+    from fedveil.deploy.superlink.site import SiteExecutor
+
     _log()
     loaded = files.load(settings, files.SiteSettings)
     days, soon = due(loaded.site.identity)
@@ -96,6 +109,8 @@ def execute(settings: SiteFile, port: Port = 9094) -> None:
 
 
 def _become(command: list[str], home: Path) -> None:
+    from fedveil.deploy.superlink import commands
+
     os.execve(command[0], command, commands.environment(home))  # noqa: S606 (our own command, fixed arguments)
 
 
