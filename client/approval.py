@@ -38,6 +38,7 @@ VALID_S = 7 * 86400.0
 MAX_WAITING = 64
 MAX_BYTES = 1 << 22
 _REQUEST = "request.json"
+_KEYS = {"payload", "signer", "signature"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Approvals:
         if not need:
             return []
         spent, own = set(used), self._folder / plan.hash
-        found = {a: d for a, d in self._valid(own, plan.hash, ledger) if d not in spent}
+        found = {a: names[0] for a, names in self._valid(own, plan.hash, ledger) if spent.isdisjoint(names)}
         if len(found) >= need:
             return sorted(found.values())  # one run uses up all of them
         self._clear(ledger, spent)
@@ -120,7 +121,7 @@ class Approvals:
             except FedveilError:  # what this class did not write, or was altered: for the owner to look at
                 continue
             given = [p for p in own.iterdir() if is_hex(p.stem, 64)]
-            used = [p for p in given if _digest(p) in spent]
+            used = [p for p in given if _is_spent(p, spent)]
             for path in used:
                 path.unlink()
             if used and len(used) == len(given):
@@ -145,17 +146,16 @@ class Approvals:
         (part / _REQUEST).write_bytes(canonical.dumps(document))
         part.rename(own)
 
-    def _valid(self, own: Path, plan_hash: str, ledger: str) -> Iterator[tuple[str, str]]:
-        """(approver, digest) of every approval that holds now; a file that does not is passed over."""
+    def _valid(self, own: Path, plan_hash: str, ledger: str) -> Iterator[tuple[str, tuple[str, str]]]:
+        """(approver, digests) of every approval that holds now; a file that does not is passed over."""
         for public in dict.fromkeys(self._limits.approvers):
             try:
-                with (own / f"{public}.json").open("rb") as f:
-                    document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
+                document = _document(own / f"{public}.json")
                 said = identity.opened(document, DOMAIN, public, what="an approval")
                 wanted = {"site": self._site, "plan_hash": plan_hash, "ledger": ledger}
                 ok = isinstance(said, dict) and all(said.get(k) == v for k, v in wanted.items())
                 if ok and float(said["at"]) - 600 <= self._clock() < float(said["until"]):
-                    yield public, canonical.digest(document)
+                    yield public, _digests(document)
             except (OSError, FedveilError, KeyError, TypeError, ValueError):
                 continue
 
@@ -233,10 +233,29 @@ def _read(own: Path) -> tuple[str, PrivacyPlan]:
     return ledger, plan
 
 
-def _digest(path: Path) -> str:
-    """The digest of an approval's file as the ledger names it; empty for what is none."""
+def _document(path: Path) -> dict[str, Any]:
+    """An approval's file in its one form: nothing unsigned beside the signature, which is in lower case.
+
+    Raises:
+        PolicyRefusal, WireError: it has another form.
+        OSError
+    """
+    with path.open("rb") as f:
+        document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
+    signature = document.get("signature") if isinstance(document, dict) else None
+    if not isinstance(signature, str) or not is_hex(signature, 128) or set(document) != _KEYS:
+        raise PolicyRefusal("an approval holds something other than payload, signer and signature")
+    return document
+
+
+def _digests(document: dict[str, Any]) -> tuple[str, str]:
+    """The names of an approval in a ledger: the digest of what is signed; and of the file, as it was written once."""
+    return canonical.digest(document["payload"]), canonical.digest(document)
+
+
+def _is_spent(path: Path, spent: set[str]) -> bool:
+    """Whether the ledger names the approval in this file; never for what is none."""
     try:
-        with path.open("rb") as f:
-            return canonical.digest(canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES))
+        return not spent.isdisjoint(_digests(_document(path)))
     except (OSError, FedveilError):
-        return ""
+        return False

@@ -190,6 +190,45 @@ def test_a_yes_that_came_after_the_run_began_is_kept(asked, people, monkeypatch)
     join(asked)
 
 
+WRITTEN_ANEW = {
+    "another key": lambda d: d | {"x": 1},
+    "upper case": lambda d: d | {"signature": d["signature"].upper()},
+    "blanks": lambda d: d | {"signature": " " + d["signature"]},
+    "blanks within": lambda d: d | {"signature": d["signature"][:2] + " " + d["signature"][2:]},
+    "the same": lambda d: d,
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN_ANEW)
+def test_a_used_approval_written_in_another_way_stays_used(asked, people, how):
+    """What is signed counts once, however the file around it is written."""
+    files = {path: canonical.loads(path.read_bytes()) for path in (yes(asked, key) for key in people[:2])}
+    join(asked)
+    for path, document in files.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(canonical.dumps(WRITTEN_ANEW[how](document)))
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
+@pytest.mark.parametrize("how", list(WRITTEN_ANEW)[:-1])
+def test_an_approval_has_one_form(asked, people, how):
+    for key in people[:2]:
+        path = yes(asked, key)
+        path.write_bytes(canonical.dumps(WRITTEN_ANEW[how](canonical.loads(path.read_bytes()))))
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
+def test_an_approval_named_in_the_ledger_by_its_whole_file_stays_used(asked, people):
+    """Earlier versions wrote the digest of the file, signature and all."""
+    files = [yes(asked, key) for key in people[:2]]
+    whole = [canonical.digest(canonical.loads(f.read_bytes())) for f in files]
+    asked.sites[0].ledger.note("plan.approved", session="0" * 64, plan_hash=asked.plan.hash, approvals=whole)
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+
+
 def test_a_run_uses_up_every_approval_there_is(asked, people):
     for key in people:
         yes(asked, key)
