@@ -15,6 +15,7 @@ from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import clipper, site_sum
 from fedveil.common.errors import BudgetExhausted, ProtocolError, WireError
+from fedveil.common.identity import SERVER
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.wire import Packet
 from fedveil.privacy.dp.noise import discrete_gaussian
@@ -29,7 +30,7 @@ def join(site: Site, request: Packet) -> Packet:
     h = request.expect("join").header
     session = site.accept(h.get("session", ""), h.get("plan"), h.get("roster_hash", ""), h.get("contract_hash", ""))
     if session.plan.task == "train":  # a model that couples records is refused before round 1
-        clipper(session.plan.network, site.engine, site.device, site.precision)
+        clipper(session.plan.network, site.engine, site.device, session.precision)
     return Packet({"kind": "joined", "statement": site.statement(session)})
 
 
@@ -71,12 +72,16 @@ def contribute(site: Site, request: Packet) -> Packet:
             site.ledger.commit(session.id, round_)  # a crash came between keeping the answer and this row
         return again
     site.permit(session)
+    # Where every site holds the one key that reads the sums, a revoked one has it too: nothing more is given.
+    site.not_revoked([SERVER, *(m.site for m in site.roster.sites if plan.sum == "sharedkey")])
     weights = _weights(site, session, request)
 
     if isinstance(plan.model, StatsSpec):
         clipped = statistics_sum(plan, plan.model, request, site.X, site.y)
     else:
-        clipped = site_sum(clipper(plan.model, site.engine, site.device, site.precision), plan, weights, site.X, site.y)
+        clipped = site_sum(
+            clipper(plan.model, site.engine, site.device, session.precision), plan, weights, site.X, site.y
+        )
     noisy = to_grid(clipped, plan.clamp, plan.grid)
     del clipped
     try:
@@ -106,12 +111,15 @@ def agree(site: Site, request: Packet) -> Packet:
     """Sign the announced set of members, once per round, unless one was revoked or its journal went back in time."""
     members = request.header.get("members")
     headers = members if isinstance(members, list) else []
-    site.not_revoked([h.get("site") for h in headers if isinstance(h, dict) and isinstance(h.get("site"), str)])
+    named = [h["site"] for h in headers if isinstance(h, dict) and isinstance(h.get("site"), str)]
+    site.not_revoked([SERVER, *named])
     return site.session(request.header.get("session")).sum.agree(request, site.witness)
 
 
 def open_sum(site: Site, request: Packet) -> Packet:
-    """Help to open the sum over the agreed set, once per round."""
+    """Help to open the sum over the agreed set, once per round, unless the server or one of the set was revoked."""
+    members = request.header.get("members")
+    site.not_revoked([SERVER, *(m for m in members if isinstance(m, str))] if isinstance(members, list) else [SERVER])
     return site.session(request.header.get("session")).sum.open(request)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from fedveil.client.session import Session, Site
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ProtocolError, VerificationError
+from fedveil.common.files import sync_folder
 from fedveil.common.wire import Packet
 from fedveil.privacy.report import handover
 from fedveil.privacy.report.bundle import JOURNALS, REPORT
@@ -22,6 +23,7 @@ from fedveil.privacy.report.countersign import see, sign
 from fedveil.privacy.report.signatures import SIGNATURES
 
 REFUSED = ".refused"
+MAX_REFUSED = 8  # sessions
 
 
 def report(site: Site, request: Packet) -> Packet:
@@ -40,16 +42,20 @@ def report(site: Site, request: Packet) -> Packet:
         raise ProtocolError("a report of a session that has not ended here")
     files = handover.unpacked(request, site.roster)
     folder = site.reports / session.id
-    if folder.exists() and (folder / REPORT).read_bytes() != files[REPORT]:
+    known = folder.exists()
+    if known and (folder / REPORT).read_bytes() != files[REPORT]:
         raise ProtocolError("another report of this session was signed here")
     draft = _written(folder.with_name(f".{session.id}.part"), files)
     try:
         statement = _signed(site, session, draft)
     except VerificationError:
-        _replace(draft, folder.with_name(session.id + REFUSED))
+        _keep_as_evidence(draft, folder.with_name(session.id + REFUSED))
         raise
-    identity.write_secret(draft / SIGNATURES, canonical.dumps({site.id: statement}) + b"\n")
-    _replace(draft, folder)
+    if known:
+        shutil.rmtree(draft)
+    else:
+        identity.write_secret(draft / SIGNATURES, canonical.dumps({site.id: statement}) + b"\n")
+        _rename(draft, folder)
     return Packet({"kind": "signed", "statement": statement})
 
 
@@ -85,6 +91,17 @@ def _written(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def _replace(draft: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _keep_as_evidence(draft: Path, folder: Path) -> None:
+    """The first report of a session that failed, and of a few sessions only: nobody fills the disk, or hides it."""
+    if folder.exists() or sum(1 for _ in folder.parent.glob(f"*{REFUSED}")) >= MAX_REFUSED:
+        shutil.rmtree(draft)
+    else:
+        _rename(draft, folder)
+
+
+def _rename(draft: Path, folder: Path) -> None:
+    """All of ``folder``, which does not exist, or nothing of it."""
+    for made in (draft / JOURNALS, draft):
+        sync_folder(made)
     os.replace(draft, folder)
+    sync_folder(folder.parent)

@@ -49,6 +49,7 @@ class Session:
         begun: this site has every site's statement, as a sum with keys needs before its first round.
         exhausted: the budget refused a step: nothing of this session is charged any more.
         ended: the server ended the session: nothing is charged any more.
+        precision: of the gradients of single records: what was written down when the plan was accepted, at the most.
         model: this site's own model, where only the sites read the sums.
         within: the limits that the plan was found to keep.
     """
@@ -59,6 +60,7 @@ class Session:
     begun: bool = False
     exhausted: bool = False
     ended: bool = False
+    precision: Precision = "float64"
     model: RevealedModel | None = None
     within: LimitsSection | None = None
 
@@ -151,7 +153,7 @@ class Site:
             self.ledger.note(
                 "plan.accepted",
                 session=session, plan_hash=plan.hash, roster_hash=roster_hash, contract_hash=contract_hash,
-                **({} if self.precision == "float64" else {"precision": self.precision}),
+                **({} if known.precision == "float64" else {"precision": known.precision}),
             )  # fmt: skip
         return known
 
@@ -238,9 +240,16 @@ class Site:
                 self._same_data()  # before the session is held: a second request must meet the same refusal
             self._sessions[session] = Session(
                 session, plan, site_sum(spec, self.id, self.key, store), begun=plan.sum in ("plain", "none"),
-                exhausted=refused, ended=ended,
+                exhausted=refused, ended=ended, precision=self._precision(session, plan),
             )  # fmt: skip
         return self._sessions[session]
+
+    def _precision(self, session: str, plan: PrivacyPlan) -> Precision:
+        """A session that was accepted without single precision stays without, whatever the settings say since."""
+        accepted = self._noted("plan.accepted", session)
+        if plan.task != "train" or any("precision" not in row.body for row in accepted):
+            return "float64"
+        return self.precision
 
     def _noted(self, kind: str, session: str) -> list[Row]:
         """This ledger's rows of one kind about one session."""

@@ -253,11 +253,16 @@ def signed(key: Ed25519PrivateKey, domain: str, payload: Any) -> dict[str, Any]:
 
 
 def opened(document: Any, domain: str, public: str, *, what: str) -> Any:
-    """The payload of :func:`signed`, after its signature by ``public`` was verified."""
+    """The payload of :func:`signed`, after its signature by ``public`` was verified.
+
+    There is one way to write a signed document: what is not signed is not in it, and the digits are lower-case.
+    """
     try:
         payload, signer, signature = document["payload"], document["signer"], bytes.fromhex(document["signature"])
     except (KeyError, TypeError, ValueError) as e:
         raise IdentityError(f"{what} is not signed", hint="it must hold payload, signer and signature") from e
+    if len(document) != 3 or document["signature"] != signature.hex():
+        raise IdentityError(f"{what} holds more than payload, signer and signature, or not in their one form")
     if signer != public:
         raise IdentityError(f"{what} is signed by a key other than the pinned one")
     verify(public, domain, canonical.dumps(payload), signature, what=what)

@@ -325,7 +325,7 @@ class Ledger:
             raise JournalError("a ledger cannot import itself, nor one that counts another unit")
         if twice := {name, *old.counted} & {*self.tally.counted, own}:
             raise VerificationError(f"the spending of ledger {min(twice)[:16]}... is counted here already")
-        if old.closed not in ("", own):
+        if old.closed not in ("", own, *self.tally.counted):  # closed for one that is counted here but lacks it
             raise JournalError(
                 f"the ledger was closed in favour of another one, {old.closed[:16]}...",
                 hint="import that one: it carries this one along",

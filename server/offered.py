@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from fedveil.common import canonical
 from fedveil.common.errors import FedveilError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
@@ -29,6 +30,7 @@ def offer(job: Job, link: Exchange, sites: Sequence[SiteId]) -> list[SiteId]:
         _LOG.error("the report is not offered to the sites: %s", e)
         return []
     held: dict[str, object] = {}
+    digest = canonical.digest(document)
 
     def refuse(site: SiteId, error: FedveilError) -> None:
         _LOG.warning("%s did not sign the report: %s", site, error)
@@ -36,7 +38,7 @@ def offer(job: Job, link: Exchange, sites: Sequence[SiteId]) -> list[SiteId]:
     def take(site: SiteId, answer: Packet) -> None:
         try:
             statement = answer.expect("signed").header.get("statement")
-            signatures.require(site, job.roster.member(site).signing_key, job.session, document, statement)
+            signatures.require(site, job.roster.member(site).signing_key, job.session, digest, statement)
         except FedveilError as e:
             refuse(site, e)
         else:

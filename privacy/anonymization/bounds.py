@@ -16,6 +16,9 @@ C ∩ R, are empty or a union of released classes D. What every D meets carries 
   share x/s out of C moves its distribution by at most x/s, leaving L of n out of the table by at most L/n; by the
   triangle inequality d(C, table) ≤ x/s + t + L/n. Not for an ordered distance whose ranks depend on the values left.
 
+Every threshold is taken MARGIN larger than it is: what the criteria forgive (1e-12) and floating point adds to a share
+or a distance must not be divided by 1 - b and multiplied by the rows. A larger threshold is a weaker bound, and true.
+
 Criteria without such an argument count as 0. The sum over the classes of a node bounds from below what is suppressed
 there and at all finer nodes: above L, none of them is feasible.
 """
@@ -28,7 +31,9 @@ from numpy.typing import NDArray
 from fedveil.privacy.anonymization.criteria import AlphaK, BetaLikeness, Criterion, DistinctL, KMap, TCloseness
 from fedveil.privacy.anonymization.distances import Counts, Figures, Reference, distinct, emd
 
-SLACK = 1e-9  # above the rounding that the criteria forgive
+MARGIN = 1e-11  # on thresholds: above what the criteria forgive, and the rounding of sums of shares
+SLACK = 1e-9  # relative, on rows; holds while 1 - b is not so small that its own rounding shows
+_LEAST_REST = 1e-6
 
 
 def rows_lost(m: Criterion, sizes: Counts, counts: Counts, whole: Reference | None, limit: int) -> Figures:
@@ -61,13 +66,14 @@ def rows_lost(m: Criterion, sizes: Counts, counts: Counts, whole: Reference | No
         return _excess(present, (q * over).sum(axis=1), np.minimum(over @ most + m.t, 1.0))
     if m.distance == "ordered" and not whole.declared:
         return np.zeros(len(sizes))
-    return _whole(present * (emd(counts, m.distance, whole) - m.t - limit / n)) * (present > 0)
+    return _whole(present * (emd(counts, m.distance, whole) - m.t - limit / n - MARGIN)) * (present > 0)
 
 
 def _excess(rows: Counts, share: Figures, allowed: float | Figures) -> Figures:
     """Rows to leave out until a share of at most ``allowed`` is left; none where everything is allowed."""
-    rest = 1.0 - np.asarray(allowed)
-    return np.where(rest > SLACK, _whole(rows * (share - allowed) / np.maximum(rest, SLACK)), 0.0)
+    bound = np.asarray(allowed) * (1 + MARGIN) + MARGIN
+    rest = 1.0 - bound
+    return np.where(rest > _LEAST_REST, _whole(rows * (share - bound) / np.maximum(rest, _LEAST_REST)), 0.0)
 
 
 def _whole(rows: NDArray[np.float64]) -> Figures:

@@ -6,14 +6,16 @@ What is verified is what is signed: the report and the files beside it are read 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.common import identity
+from fedveil.common import canonical, identity
 from fedveil.common.errors import IdentityError, VerificationError
 from fedveil.common.identity import Roster
+from fedveil.common.journal import parse
 from fedveil.privacy.report import signatures
 from fedveil.privacy.report.bundle import Bundle, journal_name
 from fedveil.privacy.report.verify import examined
@@ -38,6 +40,11 @@ class Seen:
         """The session that the report is about."""
         return self.document["payload"]["session"]
 
+    @cached_property
+    def digest(self) -> str:
+        """What is signed of the report."""
+        return canonical.digest(self.document)
+
 
 def see(report: Path, consortium_key: str | None) -> Seen:
     """Verify ``report`` with the files beside it.
@@ -54,11 +61,13 @@ def sign(seen: Seen, key: Ed25519PrivateKey, ledger: bytes | None = None) -> tup
     """The site whose key this is, and its signed statement that it has seen exactly this report.
 
     Args:
-        ledger: the lines of the site's own ledger; they must begin with those that the report was made from.
+        ledger: the lines of the site's own ledger; they must begin with those that the report was made from, and hold
+            nothing more about the report's session.
 
     Raises:
         IdentityError: the key belongs to no site on the roster.
-        VerificationError: the report was made without this site's ledger, or from another one.
+        VerificationError: the report was made without this site's ledger, from another one or from a part of it, or it
+            tells another end of the session.
     """
     site = next((m.site for m in seen.roster.sites if m.signing_key == identity.public_hex(key)), None)
     if site is None:
@@ -72,7 +81,22 @@ def sign(seen: Seen, key: Ed25519PrivateKey, ledger: bytes | None = None) -> tup
                 f"the report was made from a ledger of {site} that is not this site's",
                 hint="keep both as evidence; 'fedveil audit compare' names the row",
             )
-    return site, identity.signed(key, signatures.DOMAIN, signatures.statement(site, seen.session, seen.document))
+        _same_end(seen, site, shown, ledger[len(shown) :])
+    return site, identity.signed(key, signatures.DOMAIN, signatures.statement(site, seen.session, seen.digest))
+
+
+def _same_end(seen: Seen, site: str, shown: bytes, rest: bytes) -> None:
+    """A ledger that was cut is a true beginning of it: whatever this session charged must be in the report."""
+    if any(row.kind != "refused" and row.body.get("session") == seen.session for row in parse(rest)):
+        raise VerificationError(f"the report leaves out what the ledger of {site} says of this run later on")
+    told = seen.document["payload"]
+    for row in parse(shown):
+        if row.body.get("session") != seen.session:
+            continue
+        said = {"session.end": ("status", told["status"]), "model": ("model_hash", told["hashes"]["model"])}
+        key, value = said.get(row.kind, ("session", seen.session))
+        if row.body.get(key) != value:
+            raise VerificationError(f"the ledger of {site} tells another end of this run than the report")
 
 
 def countersign(report: Path, key: Ed25519PrivateKey, consortium_key: str | None, ledger: bytes | None = None) -> str:

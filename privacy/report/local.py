@@ -18,8 +18,8 @@ from typing import Any
 
 from fedveil.common import canonical
 from fedveil.common.contract import Column
-from fedveil.common.errors import UsageError, VerificationError, WireError
-from fedveil.common.journal import GENESIS, Row
+from fedveil.common.errors import FedveilError, UsageError, VerificationError, WireError
+from fedveil.common.journal import GENESIS, Row, verify_rows
 from fedveil.privacy.report import fields, signatures
 from fedveil.privacy.report.bundle import CONTRACT, read_bounded
 from fedveil.privacy.report.catalogue import LANGUAGES, Speaker
@@ -63,7 +63,7 @@ def collect(folder: Path, rows: list[Row], report: Path | None, quasi: Sequence[
         "sessions": list(sessions.values()),
         "head": list(charges.head),
         "continues_report": _continues(payload, site, rows),
-        "signed_report": None if report is None else _has_signed(report, site, document),
+        "signed_report": None if report is None else _has_signed(report, rows[0], document),
         "quality": _json(folder / QUALITY),
         "lineage": lineage,
         "loss": _loss(lineage, classes, quasi),
@@ -99,10 +99,18 @@ def _continues(payload: dict[str, Any], site: str, rows: list[Row]) -> bool | No
     return count <= len(rows) and digest == (rows[count - 1].hash if count else GENESIS)
 
 
-def _has_signed(report: Path, site: str, document: dict[str, Any]) -> bool:
-    held = signatures.read(report.parent).get(site)
-    session = str(document.get("payload", {}).get("session"))
-    return isinstance(held, dict) and held.get("payload") == signatures.statement(site, session, document)
+def _has_signed(report: Path, first: Row, document: dict[str, Any]) -> bool:
+    """Whether this exact report lies beside a signature under the key that signed the ledger's first row."""
+    held = signatures.read(report.parent).get(first.owner)
+    if not isinstance(held, dict):
+        return False
+    session, signer = str(document.get("payload", {}).get("session")), str(held.get("signer"))
+    try:
+        verify_rows([first], signer, owner=first.owner)
+        signatures.require(first.owner, signer, session, canonical.digest(document), held)
+    except FedveilError:
+        return False
+    return True
 
 
 def _loss(lineage: dict[str, Any] | None, classes: Classes, quasi: Sequence[Column]) -> dict[str, Any]:

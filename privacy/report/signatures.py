@@ -29,21 +29,22 @@ def check(folder: Path, roster: Roster, session: str, document: Any) -> list[str
         VerificationError, IdentityError: a signature is a stranger's, does not hold, or is under another report.
     """
     held, known = read(folder), {str(m.site): m.signing_key for m in roster.sites}
+    digest = canonical.digest(document) if held else ""
     for site in held:
         if site not in known:
             raise VerificationError(f"{SIGNATURES} holds a signature of {site[:64]!r}, who is not on the roster")
-        require(site, known[site], session, document, held[site])
+        require(site, known[site], session, digest, held[site])
     return [site for site in known if site in held]
 
 
-def require(site: str, key: str, session: str, document: Any, signed: Any) -> None:
-    """Raise unless ``signed`` is the statement of ``site``, under its ``key``, about exactly ``document``.
+def require(site: str, key: str, session: str, digest: str, signed: Any) -> None:
+    """Raise unless ``signed`` is the statement of ``site``, under its ``key``, about the report of that digest.
 
     Raises:
         VerificationError, IdentityError: it does not hold, or is under another report.
     """
     what = f"the countersignature of {site}"
-    if identity.opened(signed, DOMAIN, key, what=what) != statement(site, session, document):
+    if identity.opened(signed, DOMAIN, key, what=what) != statement(site, session, digest):
         raise VerificationError(f"{what} is under another report")
 
 
@@ -54,9 +55,9 @@ def keep(folder: Path, signed: Mapping[str, Any]) -> None:
     os.replace(partial, folder / SIGNATURES)
 
 
-def statement(site: str, session: str, document: Any) -> dict[str, Any]:
-    """What ``site`` signs about the signed report ``document``."""
-    return {"v": 1, "site": site, "session": session, "report": canonical.digest(document)}
+def statement(site: str, session: str, digest: str) -> dict[str, Any]:
+    """What ``site`` signs about the signed report whose canonical JSON has this digest."""
+    return {"v": 1, "site": site, "session": session, "report": digest}
 
 
 def read(folder: Path) -> dict[str, Any]:

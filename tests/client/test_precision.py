@@ -67,3 +67,28 @@ def test_the_sum_is_the_same_to_single_precision(engine):
     assert engine != "ghost" or allowed.precision == "float64"  # its sum is accumulated in the network's precision
     found = allowed.clipped_sum(X, y, 0.3).values
     assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected)
+
+
+def test_a_session_keeps_the_precision_that_was_written_down(world, monkeypatch):
+    """The owner allows single precision between two rounds: this session was accepted without, and stays without."""
+    w = world(sum="plain").begin()
+    line.contribute(w.sites[0], w.request(1))
+    site = w.reopen(0)
+    site.precision = "float32"
+    asked, real = [], line.clipper
+    monkeypatch.setattr(line, "clipper", lambda *a: (asked.append(a[3]), real(*a))[1])
+    line.contribute(site, w.request(2))
+    assert asked == ["float64"]
+    assert "precision" not in accepted(site).body
+
+
+def test_forbidding_it_holds_at_once(world, monkeypatch):
+    w = world(sum="plain")
+    w.sites[0].precision = "float32"
+    w.begin()
+    site = w.reopen(0)
+    site.precision = "float64"
+    asked, real = [], line.clipper
+    monkeypatch.setattr(line, "clipper", lambda *a: (asked.append(a[3]), real(*a))[1])
+    line.contribute(site, w.request(1))
+    assert asked == ["float64"]

@@ -96,11 +96,14 @@ def test_a_revoked_key_is_refused_until_the_roster_names_another(world):
     site.not_revoked([LAST])
 
 
-def test_a_server_that_goes_on_with_a_revoked_site_gets_no_further_sum(tmp_path):
-    """The list reaches the three other sites before round 3; the server has none, and asks all four for every round."""
+@pytest.mark.parametrize(
+    ("sum_", "who"), [("keysum", LAST), ("keysum", "server"), ("sharedkey", LAST), ("sharedkey", "server")]
+)
+def test_a_server_that_goes_on_with_or_is_revoked_gets_no_further_sum(tmp_path, sum_, who):
+    """The list reaches the three first sites before round 3; the server has none, and asks all four for every round."""
     split = datasets.load("trivial", 4, 0)
     plan = make_plan(
-        sites=4, records=split.records, epsilon=2.0, steps=6, clip=1.0, contract_hash="0" * 64,
+        sites=4, records=split.records, epsilon=2.0, steps=6, clip=1.0, contract_hash="0" * 64, sum=sum_,
         model=ModelSpec(name="logistic", inputs=split.inputs, classes=2), optimizer=Optimizer(learning_rate=0.5),
     )  # fmt: skip
     w = simulation.World.make(4)
@@ -117,7 +120,7 @@ def test_a_server_that_goes_on_with_a_revoked_site_gets_no_further_sum(tmp_path)
     def told(site, message):
         if message.metadata.group_id == "3":
             for s in sites[:3]:
-                s.revoked = lambda: listed(w.sites[3])
+                s.revoked = lambda: listed(w.sites[3] if who == LAST else who)
         return False
 
     server, strategy = server_app(job)
@@ -128,3 +131,5 @@ def test_a_server_that_goes_on_with_a_revoked_site_gets_no_further_sum(tmp_path)
     refused = {(r.body["site"], r.body["code"]) for r in job.journal.of_kind("site.refused") if r.body["round"] == 3}
     assert refused == {(s, "IdentityError") for s in w.sites[:3]}
     assert strategy.status == "ABORTED"
+    if (sum_, who) != ("keysum", LAST):  # with keysum, the members are known only after all have contributed
+        assert all(len(list(s.ledger.journal.of_kind("spend"))) == 2 for s in sites[:3])

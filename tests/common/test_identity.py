@@ -162,6 +162,18 @@ def test_what_is_not_signed(document) -> None:
         opened(document, "fedveil/test/1", PUBLIC[0], what="the plan")
 
 
+@pytest.mark.parametrize("change", [
+    lambda d: {**d, "more": "not signed"},
+    lambda d: {**d, "signature": d["signature"].upper()},
+    lambda d: {**d, "signature": " ".join((d["signature"][:64], d["signature"][64:]))},
+], ids=["an unsigned field", "upper case", "a blank"])  # fmt: skip
+def test_a_signed_document_has_one_form(change) -> None:
+    """Else whoever counts documents counts one of them twice, and unsigned words travel under a signature."""
+    document = signed(KEYS[0], "fedveil/test/1", {"a": 1})
+    with pytest.raises(IdentityError, match="form|more"):
+        opened(change(document), "fedveil/test/1", PUBLIC[0], what="x")
+
+
 # --- the roster
 
 

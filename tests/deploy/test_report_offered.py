@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fedveil.client.egress_forms import Forms
 from fedveil.client.session import Site
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common.errors import PolicyRefusal, ProtocolError, VerificationError, WireError
+from fedveil.common.journal import Journal
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.deploy import datasets, simulate, simulation
@@ -246,7 +248,7 @@ class TestTheGate:
     def test_a_statement_about_anything_else_does_not(self, honest, site, change):
         document = canonical.loads((honest.folder / REPORT).read_bytes())
         seen.report(site, honest.packet())
-        body = {**signatures.statement(site.id, honest.session, document), **change}
+        body = {**signatures.statement(site.id, honest.session, canonical.digest(document)), **change}
         statement = identity.signed(site.key, signatures.DOMAIN, body)
         with pytest.raises(PolicyRefusal):
             self.check(honest, site, Packet({"kind": "signed", "statement": statement}))
@@ -261,7 +263,7 @@ def test_a_site_that_signs_wrongly_does_not_spoil_the_report(tmp_path, monkeypat
         if site.id == "site-0001":
             return Packet({"kind": "signed", "statement": 7})
         if site.id == "site-0002":
-            body = signatures.statement(site.id, request.header["session"], {"another": "report"})
+            body = signatures.statement(site.id, request.header["session"], "e" * 64)
             return Packet({"kind": "signed", "statement": identity.signed(site.key, signatures.DOMAIN, body)})
         if site.id == "site-0003":
             raise ValueError("no")
@@ -276,3 +278,86 @@ def test_a_site_that_signs_wrongly_does_not_spoil_the_report(tmp_path, monkeypat
     assert found.ok, found.failed
     assert found.countersigned == (SiteId("site-0004"),)
     assert caplog.text.count("did not sign the report") == 3
+
+
+def cut(run: Run, copy: Path) -> None:
+    """The same run as if it had ended before round 2: every file agrees with every other, and all of it is signed."""
+    heads = {}
+    for name in run.world.sites:
+        path = copy / "journals" / f"{name}.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        rows = [canonical.loads(line) for line in lines]
+        at = next(i for i, r in enumerate(rows) if r["kind"] == "spend" and r["body"]["round"] == 2)
+        path.write_bytes(b"".join(lines[:at]))
+        heads[name] = [at, rows[at - 1]["hash"]]
+    path = copy / "journal.jsonl"
+    items = [(r["kind"], r["body"]) for r in map(canonical.loads, path.read_bytes().splitlines())]
+    at = next(i for i, (kind, body) in enumerate(items) if kind == "round.open" and body["round"] == 2)
+    before = next(body for kind, body in reversed(items[:at]) if kind == "round.applied")
+    end = {**items[-1][1], "status": "ABORTED", "steps_done": 1, "model_hash": before["model_hash"], "heads": heads}
+    path.unlink()
+    with Journal.open(path, "server", run.world.server, durable=False) as journal:
+        for kind, body in [*items[:at], ("run.end", end)]:
+            journal.append(kind, body)
+    metrics = copy / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:1]))
+    for name in (REPORT, "model.f32", signatures.SIGNATURES):
+        (copy / name).unlink(missing_ok=True)
+    build_report(copy, run.world.server)
+
+
+def test_a_report_that_leaves_out_a_round_is_not_signed(honest, site, tmp_path):
+    copy = honest.rebuilt(tmp_path, lambda folder: cut(honest, folder))
+    assert verify_report(copy / REPORT, consortium_key=honest.consortium).ok  # the journals shown hold together
+    with pytest.raises(VerificationError, match="leaves out"):
+        seen.report(site, honest.packet(copy))
+    assert not (site.reports / honest.session).exists()
+    assert seen.report(site, honest.packet()).kind == "signed"  # the whole one is
+
+
+def junk(run: Run) -> Packet:
+    packet = run.packet()
+    listing = [[name, 1] for name, _ in packet.header["files"]]
+    return Packet({**packet.header, "files": listing}, {"files": b"x" * len(listing)})
+
+
+def test_the_first_report_that_failed_stays_as_evidence(honest, site, tmp_path):
+    copy = honest.rebuilt(tmp_path, lambda folder: cut(honest, folder))
+    with pytest.raises(VerificationError):
+        seen.report(site, honest.packet(copy))
+    kept = site.reports / (honest.session + seen.REFUSED) / REPORT
+    evidence = kept.read_bytes()
+    with pytest.raises(VerificationError):
+        seen.report(site, junk(honest))
+    assert kept.read_bytes() == evidence == (copy / REPORT).read_bytes()
+    assert sorted(p.name for p in site.reports.iterdir()) == [honest.session + seen.REFUSED]
+
+
+def test_evidence_of_many_sessions_does_not_fill_the_disk(honest, site):
+    site.reports.mkdir()
+    for n in range(seen.MAX_REFUSED):
+        (site.reports / f"{n:064x}{seen.REFUSED}").mkdir()
+    with pytest.raises(VerificationError):
+        seen.report(site, junk(honest))
+    assert len(list(site.reports.iterdir())) == seen.MAX_REFUSED
+
+
+def test_a_crash_while_a_report_is_signed_again_forgets_nothing(honest, site, tmp_path, monkeypatch):
+    first, real = seen.report(site, honest.packet()), seen._signed
+
+    def rewrite(copy: Path) -> None:
+        payload = build_report(copy, honest.world.server)["payload"] | {"written_at": 1}
+        document = identity.signed(honest.world.server, "fedveil/report/1", payload)
+        (copy / REPORT).write_bytes(canonical.dumps(document) + b"\n")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:  # within whatever follows the signature
+        m.setattr(os, "replace", killed)
+        m.setattr(seen, "_signed", lambda *a: (real(*a), m.setattr(seen.shutil, "rmtree", killed))[0])
+        with pytest.raises(KeyboardInterrupt):
+            seen.report(site, honest.packet())
+    with pytest.raises(ProtocolError, match="another report"):
+        seen.report(site, honest.packet(honest.rebuilt(tmp_path, rewrite)))
+    assert seen.report(site, honest.packet()) == first

@@ -241,6 +241,23 @@ class TestTakenOver:
         assert new.tally.events == [CHEAP, CHEAP, DEAR]
         assert [r.kind for r in new.journal.rows] == ["ledger.open", "ledger.import"]
 
+    def test_what_a_crash_left_behind_is_counted_by_the_next_ledger(self, tmp_path, old, new, monkeypatch):
+        """Closed in favour of one that was itself taken over before it counted it: no spending is lost for that."""
+        with monkeypatch.context() as m:
+            m.setattr(Ledger, "adopt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                new.take_over(tmp_path / "old", OLD_KEY)
+        new.close()
+        third = opened(tmp_path / "third", lineage="patients-3")
+        with pytest.raises(JournalError, match="in favour of another"):  # not before that one is counted
+            third.take_over(tmp_path / "old", OLD_KEY)
+        third.take_over(tmp_path / "new", KEY)
+        assert third.tally.events == []
+        third.take_over(tmp_path / "old", OLD_KEY)
+        assert third.tally.events == [CHEAP, CHEAP, DEAR]
+        with pytest.raises(VerificationError, match="counted here already"):
+            third.take_over(tmp_path / "old", OLD_KEY)
+
     def test_a_ledger_that_took_one_over_can_be_taken_over_itself(self, tmp_path, old, new):
         new.take_over(tmp_path / "old", OLD_KEY)
         new.close()

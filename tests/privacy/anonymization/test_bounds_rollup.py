@@ -82,6 +82,24 @@ def test_no_release_keeps_more_rows_than_the_bound_allows(fine, model, share, de
 
 
 @pytest.mark.parametrize(
+    ("model", "classes"),
+    [
+        (TCloseness(0.333333333333), [(29970, 30), (29940, 30060)]),
+        (TCloseness(0.49999), [(999990, 10), (10, 999990)]),
+        (TCloseness(0.4999999999995, distance="ordered"), [(1500000, 0), (1500000, 3000000)]),
+        (BetaLikeness(0.999999999999, enhanced=False), [(1000000, 0), (0, 1000000)]),
+        (AlphaK(0.999999, 2), [(999999, 1), (1, 999999)]),
+    ],
+)
+def test_what_the_criteria_forgive_is_not_pruned_in_large_classes(model, classes):
+    """Thresholds that classes of millions of rows meet exactly, or within the rounding that counts as met."""
+    counts = np.array(classes)
+    whole = Reference(counts.sum(axis=0))
+    assert model.holds(counts.sum(axis=1), counts, whole).all()
+    assert rows_lost(model, counts.sum(axis=1), counts, whole, 0).tolist() == [0] * len(classes)
+
+
+@pytest.mark.parametrize(
     ("model", "counts", "expected"),
     [
         # 100 rows, half of each value, none to be suppressed. A class of 10 with 9 of one value and t = 0.2 allows

@@ -257,10 +257,16 @@ def test_a_site_signs_only_what_was_made_from_its_own_ledger(spoilt, tmp_path) -
         with pytest.raises(VerificationError, match="is not this site's"):
             countersign(spoilt.report, spoilt.sites["berg"], None, other)
     path = tmp_path / "ledger.jsonl"
-    path.write_bytes(own + b"a later row\n")
+    last = canonical.loads(own.splitlines()[-1])
+    later = {**last, "n": last["n"] + 1, "kind": "spend", "body": {"session": "f" * 64, "round": 1}}
+    path.write_bytes(own + canonical.dumps(later) + b"\n")  # of another run, since
     identity.save_signing_key(tmp_path / "signing.key", spoilt.sites["berg"])
     done = call("sign", spoilt.report, "--key", tmp_path / "signing.key", "--ledger", path)
     assert (done.exit_code, done.stdout.strip()) == (0, "signed by berg")
+    path.write_bytes(own + canonical.dumps({**later, "body": {"session": spoilt.session, "round": 9}}) + b"\n")
+    done = call("sign", spoilt.report, "--key", tmp_path / "signing.key", "--ledger", path)
+    assert isinstance(done.exception, VerificationError)
+    assert "leaves out" in str(done.exception)
 
 
 def test_a_site_whose_ledger_is_missing_does_not_sign(make) -> None:
@@ -276,7 +282,7 @@ def test_what_is_signed_is_what_was_verified(spoilt, monkeypatch) -> None:
     spoilt.report.write_bytes(b"{}")  # between the checks and the signature
     (spoilt.folder / "roster.json").unlink()
     site, signed = sign(seen, spoilt.sites["berg"])
-    require(site, identity.public_hex(spoilt.sites["berg"]), seen.session, before, signed)
+    require(site, identity.public_hex(spoilt.sites["berg"]), seen.session, canonical.digest(before), signed)
 
 
 def test_nobody_outside_signs_and_nothing_wrong_is_signed(spoilt) -> None:
