@@ -14,6 +14,7 @@ anything itself.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import time
@@ -39,6 +40,8 @@ MAX_WAITING = 64
 MAX_BYTES = 1 << 22
 _REQUEST = "request.json"
 _KEYS = {"payload", "signer", "signature"}
+_REMOVE = "remove its folder, and start the run again"
+_LOG = logging.getLogger("fedveil.approval")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Approvals:
 
     def _clear(self, ledger: str, spent: set[str]) -> None:
         """Remove what nobody waits for: requests of another ledger, and those whose approvals were all used up."""
-        for own in self._requests():
+        for own in _named(self._folder):
             try:
                 if _read(own)[0] != ledger:
                     shutil.rmtree(own)
@@ -126,9 +129,6 @@ class Approvals:
                 path.unlink()
             if used and len(used) == len(given):
                 shutil.rmtree(own)
-
-    def _requests(self) -> list[Path]:
-        return [p for p in self._folder.iterdir() if is_hex(p.name, 64)] if self._folder.is_dir() else []
 
     def _ask(self, plan: PrivacyPlan, ledger: str) -> None:
         """Keep the plan for a person to read; only so many, because whoever asks is not trusted."""
@@ -161,13 +161,13 @@ class Approvals:
 
 
 def waiting(folder: Path) -> list[Waiting]:
-    """Every request in a site's folder, in the order of their names."""
+    """Every request in a site's folder, in the order of their names; one that cannot be read is logged."""
     out: list[Waiting] = []
-    for own in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if is_hex(own.name, 64):
-            ledger, plan = _read(own)
-            given = sum(1 for p in own.iterdir() if is_hex(p.stem, 64))
-            out.append(Waiting(own, plan, ledger, given))
+    for own in _named(folder):
+        try:
+            out.append(_waiting(own))
+        except ConfigError as e:
+            _LOG.warning("passed over: %s; %s", e.message, e.hint)
     return out
 
 
@@ -175,15 +175,15 @@ def find(folder: Path, run: str) -> Waiting:
     """The one request whose plan hash begins with ``run`` (8 digits or more).
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: there is none, or more than one; or it cannot be read.
     """
-    found = [w for w in waiting(folder) if len(run) >= 8 and w.plan.hash.startswith(run)]
+    found = [own for own in _named(folder) if len(run) >= 8 and own.name.startswith(run)]
     if len(found) != 1:
         raise ConfigError(
             f"{len(found)} waiting runs begin with {run[:64]!r}",
             hint="'fedveil client requests' lists them; give at least 8 digits of the plan's hash",
         )
-    return found[0]
+    return _waiting(found[0])
 
 
 def approve(
@@ -218,18 +218,34 @@ def reject(wanted: Waiting) -> None:
     shutil.rmtree(wanted.folder)
 
 
+def _named(folder: Path) -> list[Path]:
+    """The folders of single requests, in the order of their names."""
+    return sorted(p for p in folder.iterdir() if is_hex(p.name, 64)) if folder.is_dir() else []
+
+
+def _waiting(own: Path) -> Waiting:
+    ledger, plan = _read(own)
+    return Waiting(own, plan, ledger, sum(1 for p in own.iterdir() if is_hex(p.stem, 64)))
+
+
 def _read(own: Path) -> tuple[str, PrivacyPlan]:
-    """The ledger and the plan of one request."""
+    """The ledger and the plan of one request.
+
+    Raises:
+        ConfigError: it cannot be read, or is what this version does not write.
+    """
     try:
         with (own / _REQUEST).open("rb") as f:
             document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
         ledger, plan = document["ledger"], plans.from_json(document["plan"])
+    except FileNotFoundError as e:
+        raise ConfigError(f"{own} holds no request of this version", hint=_REMOVE) from e
     except OSError as e:
         raise ConfigError(f"{own} cannot be read: {e.strerror}", hint="run this as the site's user") from e
-    except (KeyError, TypeError) as e:
-        raise ConfigError(f"{own / _REQUEST} is not a request", hint="remove its folder") from e
+    except (FedveilError, KeyError, TypeError) as e:
+        raise ConfigError(f"{own / _REQUEST} is not a request of this version", hint=_REMOVE) from e
     if not is_hex(ledger, 64):
-        raise ConfigError(f"{own / _REQUEST} names no ledger", hint="remove its folder")
+        raise ConfigError(f"{own / _REQUEST} names no ledger", hint=_REMOVE)
     return ledger, plan
 
 

@@ -265,6 +265,20 @@ def test_approvals_are_worth_nothing_in_a_new_ledger(asked, people):
     join(asked)
 
 
+@pytest.mark.parametrize("text", [None, b"", b"[]", b"{}", b"not json", b'{"ledger":"x","plan":{}}'])
+def test_one_request_that_cannot_be_read_does_not_hide_the_others(asked, people, world, caplog, text):
+    other = world(steps=3).plan
+    with pytest.raises(PolicyRefusal):
+        join(asked, plan=other.to_json())
+    path = asked.requests / asked.plan.hash / "request.json"
+    path.unlink() if text is None else path.write_bytes(text)
+    assert [w.plan.hash for w in waiting(asked.requests)] == [other.hash]
+    assert asked.plan.hash in caplog.text, "it is said which one was passed over"
+    assert find(asked.requests, other.hash[:12]).plan.hash == other.hash
+    with pytest.raises(ConfigError, match=asked.plan.hash):  # and why, to whoever names it
+        find(asked.requests, asked.plan.hash[:12])
+
+
 def test_settings_that_cannot_hold():
     with pytest.raises(ValueError, match="as many different keys"):
         LimitsSection(max_epsilon=1.0, approvals=2, approvers=("0" * 64, "0" * 64))
