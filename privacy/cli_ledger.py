@@ -110,7 +110,7 @@ def import_(
     """
     if left_open and (old_key is not None or not public):
         raise UsageError("--left-open needs the --public half of the older ledger's key, and not the key itself")
-    held, owner = read_rows(into, None), identity.load_signing_key(key)
+    held, owner = _bounded_rows(into), identity.load_signing_key(key)
     now, old = tally_of(held), identity.load_signing_key(old_key) if old_key else owner
     if now.filter is None:
         raise VerificationError(f"{into}: the ledger was never opened")

@@ -158,6 +158,21 @@ def test_the_command(tmp_path: Path, old: list[Row]) -> None:
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "old"), "--public", public_hex(OLD_KEY)]).exit_code == 0
 
 
+@pytest.mark.parametrize("torn", [1, 150, 300], ids=["before its end", "within it", "its beginning"])
+def test_the_command_again_after_a_kill_within_the_row_that_imports(tmp_path: Path, old: list[Row], torn: int) -> None:
+    new = spent(opened(tmp_path / "new"))
+    assert command(tmp_path, "--old-key", str(tmp_path / "old.key")).exit_code == 0
+    data = (tmp_path / "new").read_bytes()
+    (tmp_path / "new").write_bytes(data[: len(data) - torn])
+    again = command(tmp_path, "--old-key", str(tmp_path / "old.key"))
+    assert again.exit_code == 0, again.exception
+    rows = verify_rows(parse((tmp_path / "new").read_bytes()), public_hex(KEY), owner="site-a")
+    assert [r.kind for r in rows] == ["ledger.open", "journal.repaired", "ledger.import"]
+    assert rows[0].hash == new[0].hash
+    (tmp_path / "new").write_bytes(data[:40])  # the first row itself is torn: nothing was ever opened
+    assert isinstance(command(tmp_path, "--old-key", str(tmp_path / "old.key")).exception, VerificationError)
+
+
 def test_a_ledger_whose_key_is_not_at_hand_is_left_open_only_in_so_many_words(tmp_path: Path, old: list[Row]) -> None:
     spent(opened(tmp_path / "new"))
     files = {p: p.read_bytes() for p in (tmp_path / "old", tmp_path / "new")}
