@@ -22,6 +22,7 @@ REVOKED = "revoked.json"
 _KEPT = "revoked.seen.{}.json"
 NOBODY = Revocations(0, frozenset(), frozenset())
 _LOG = logging.getLogger("fedveil.identity")
+_Stamp = tuple[int, int, int, int]  # of modification and of change, the size, the inode
 
 
 def take_revoked(folder: Path, file: Path) -> Revocations:
@@ -60,7 +61,8 @@ class Revoked:
         self._path, self._pin, self._keeps = folder / REVOKED, _pinned(folder), keeps
         self._kept = (kept or folder) / _KEPT.format(self._pin[:16])
         self._lock = threading.Lock()
-        self._stamped: tuple[int, int, int] | None = None
+        self._stamped: _Stamp | None = None  # of the file that was read last
+        self._unread: _Stamp | None = None  # of the one that could not be read
         self._now = NOBODY
         if self._kept.exists():
             self._now = identity.open_revocations(read_document(self._kept), self._pin)
@@ -79,13 +81,19 @@ class Revoked:
             return self._now
         with self._lock:
             if stamp != self._stamped:
-                self._take()
-                self._stamped = stamp
+                self._take(stamp)
             return self._now
 
-    def _take(self) -> None:
+    def _take(self, stamp: _Stamp) -> None:
         try:
             document = read_document(self._path)
+        except IdentityError as e:  # perhaps not for long: looked at again, and said once
+            if stamp != self._unread:
+                self._unread = stamp
+                _LOG.error("%s is not taken: %s", self._path, e)
+            return
+        self._stamped = stamp
+        try:
             found = identity.open_revocations(document, self._pin)
         except IdentityError as e:
             _LOG.error("%s is not taken: %s", self._path, e)
@@ -112,12 +120,12 @@ class Revoked:
         except OSError as e:
             raise IdentityError(f"the revocation list cannot be kept in {self._kept}: {e.strerror}") from e
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _stamp(self) -> _Stamp | None:
         try:
             found = self._path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _pinned(folder: Path) -> str:

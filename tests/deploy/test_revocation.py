@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,29 @@ class TestRevocation:
         assert keeper.number == 1
         (server / "revoked.json").unlink()
         assert Doorkeeper(server).number == 1
+
+    @pytest.mark.parametrize("changed", [True, False], ids=["another mode", "the file as it was"])
+    def test_a_list_that_could_not_be_read_when_it_came_is_looked_at_again(self, members, monkeypatch, caplog, changed):
+        """As with root's copy, mode 0600, and its mode set afterwards: neither its time nor its size changes."""
+        server, unreadable = members.home / "server", True
+
+        def opened(path, *arguments, **more):
+            if unreadable and path.name == "revoked.json":
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return open_(path, *arguments, **more)
+
+        look, open_ = Revoked(server), Path.open
+        enrol_consortium.revoke(members.consortium, "east")
+        shutil.copy(members.consortium / "revoked.json", server)
+        with monkeypatch.context() as m:
+            m.setattr(Path, "open", opened)
+            for _ in range(5):
+                assert look().number == 0
+            unreadable = False
+            if changed:
+                (server / "revoked.json").chmod(0o644)
+            assert look().number == 1
+        assert caplog.text.count("is not taken") == 1, "said once"
 
     def test_two_lists_of_one_number_are_not_mixed(self, members, caplog):
         server = members.home / "server"
