@@ -44,9 +44,9 @@ bench-round: $(STAMP)
 
 .PHONY: test-hostile fuzz bench-transport
 
-# Everything that a hostile site, server or stranger may try, the minute of malformed frames included.
+# Everything that a hostile site, server or stranger may try, the minute of malformed frames and a stranger's Flower bundle included.
 test-hostile: $(STAMP)
-	$(BIN)/pytest -q -m "not gpu and not bench" tests/hostile tests/client/test_hostile_server.py tests/client/test_what_leaves.py tests/server/test_strategy_hostile_sites.py tests/deploy/transport/test_grpc_hostile.py tests/deploy/transport/test_grpc_entry.py
+	$(BIN)/pytest -q -m "not gpu and not bench" tests/hostile tests/client/test_hostile_server.py tests/client/test_what_leaves.py tests/server/test_strategy_hostile_sites.py tests/deploy/transport/test_grpc_hostile.py tests/deploy/transport/test_grpc_entry.py tests/client/test_revoked_peers.py tests/deploy/superlink
 
 # Five minutes of coverage-guided fuzzing of everything that parses a peer's bytes.
 fuzz: $(STAMP)
