@@ -142,6 +142,18 @@ def _is_number(text: str) -> bool:
     return re.match(_NUMBER, text) is not None and abs(float(text)) < 1e300
 
 
+def lacking(text: pa.Array, column: Column) -> NDArray[np.bool_]:
+    """Mask of cells without text, or with a missing code of the column; numbers are compared by value."""
+    by_value = {float(code) for code in column.missing_codes if column.type == "number" and _is_number(code)}
+    encoded = pc.dictionary_encode(text)
+    known = ("", *column.missing_codes)
+    none = [
+        v in known or (bool(by_value) and _is_number(v) and float(v) in by_value)
+        for v in encoded.dictionary.to_pylist()
+    ]
+    return np.array(none, bool)[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
 def _absent(text: pa.Array, column: Column, seen: Reading) -> pa.Array:
     """Mask of cells without a value: null, or one of the column's missing codes."""
     empty = count(pc.equal(text, ""))

@@ -1,8 +1,13 @@
 """What a report shows of its counts: those under k are hidden, and cannot be computed from what is shown.
 
-A count between 1 and k - 1 is shown as "<k", a rate that would give it away as a bound, a sum with a hidden part as a
-bound too. Two row counts are both shown only if they are equal or k apart. A column has bars only if none of its counts
-is hidden, on the finest bins that are empty or hold at least k: so no hidden count is a difference of what is shown.
+Every figure is computed from the figures beside it and not from the counts: a count from 1 to k - 1 becomes "<k" first,
+and sums, rates and row counts are then made of what is left, so they are the same whatever the hidden count is. Where
+the whole is known and the rest of it would be small, or would give a hidden part away, all parts read "hidden".
+
+What holds, for one report of a table of at least 2k rows, k at least 3 (:func:`least`): every hidden count has at least
+two values from 1 to k - 1 that agree with all that is shown. Not claimed: that no inequality between figures narrows
+them down, that counts are hidden from somebody who knows rows of the table, or from somebody who has two reports: full
+reports of two tables that differ by one row show that row's bins.
 """
 
 from __future__ import annotations
@@ -10,44 +15,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+Figure = int | str
+
+HIDDEN = "hidden"
 MAX_BARS = 40
 WIDTHS = (1, 2, 5, 10)
 
 
-def shown(count: int, k: int) -> int | str:
+def least(k: int) -> int:
+    """The k that reports hide by: at least 3, since "<2" would say 1."""
+    return max(k, 3)
+
+
+def shown(count: int, k: int) -> Figure:
     """A count, or "<k" where it is from 1 to k - 1."""
     return f"<{k}" if 0 < count < k else count
 
 
-def shown_sum(parts: Sequence[int], k: int) -> int | str:
-    """A sum of counts that are shown elsewhere; a bound where one of them is hidden there."""
-    if sum(parts) < k or not any(0 < p < k for p in parts):
-        return shown(sum(parts), k)
-    return f">{sum(p for p in parts if p >= k)}"
+def total(figures: Sequence[Figure]) -> Figure:
+    """A sum of figures that are shown elsewhere; a bound where one of them is hidden there."""
+    seen = sum(f for f in figures if isinstance(f, int))
+    hidden = [f for f in figures if isinstance(f, str)]
+    if not hidden:
+        return seen
+    return hidden[0] if len(hidden) == 1 and not seen else f">{seen}"
 
 
-def shown_rows(counts: Sequence[int], k: int) -> dict[int, int | str]:
-    """How row counts are shown, the first of them in full: two full ones are equal or at least k apart."""
-    first = counts[0]
-    out: dict[int, int | str] = {first: shown(first, k)}
-    for order in (sorted({c for c in counts if c > first}), sorted({c for c in counts if c < first}, reverse=True)):
-        last = first
-        for c in order:
-            if abs(c - last) >= k:
-                out[c] = shown(c, k)
-                last = c
-            else:
-                out[c] = f"<{last + k}" if c > last else f">{max(last - k, 0)}"
+def split(parts: Sequence[int], whole: int, k: int) -> list[Figure]:
+    """Parts of a known whole, whose rest is not shown but could be computed.
+
+    All parts but the empty ones are hidden where the rest is from 1 to k - 1, or, with the hidden parts as large as
+    they can be, smaller than k.
+    """
+    figures = [shown(p, k) for p in parts]
+    unknown = sum(isinstance(f, str) for f in figures)
+    rest = whole - sum(f for f in figures if isinstance(f, int)) - unknown * (k - 1)
+    if rest < k and (unknown or rest > 0):
+        return [HIDDEN if p else 0 for p in parts]
+    return figures
+
+
+def chain(rows: int, drops: Sequence[tuple[int, bool]], k: int) -> list[tuple[Figure, Figure]]:
+    """What stages that leave rows out found, and how many rows each left.
+
+    Args:
+        drops: of each stage in order, the rows found and whether they were dropped.
+    """
+    out: list[tuple[Figure, Figure]] = []
+    left, unknown, lost = rows, 0, False
+    for found, dropped in drops:
+        low = left - unknown * (k - 1)
+        figure = HIDDEN if lost else _found(found, low, k, exact=not unknown)
+        if dropped and isinstance(figure, int):
+            left -= figure
+        elif dropped:
+            unknown += 1
+            lost = lost or figure == HIDDEN
+        out.append((figure, HIDDEN if lost else f"<{left}" if unknown else shown(left, k)))
     return out
 
 
-def bars(bins: Sequence[tuple[str, int]], others: Sequence[int], k: int) -> list[list[Any]]:
+def _found(found: int, low: int, k: int, *, exact: bool) -> Figure:
+    """Rows found among at least ``low``."""
+    if low < 2 * k:
+        return 0 if exact and not found else HIDDEN
+    if found and low - found < k and (not exact or low > found):
+        return HIDDEN
+    return shown(found, k)
+
+
+def bars(bins: Sequence[tuple[str, int]], others: Sequence[Figure], k: int) -> list[list[Any]]:
     """Labels and counts of a column: the finest of few widths at which every bin is empty or holds at least k.
 
     Args:
-        others: the column's further counts; where one of them is from 1 to k - 1 there are no bars at all.
+        others: the column's further figures, with which the bins add up to the rows; where one of them is hidden, or
+            from 1 to k - 1, there are no bars at all.
     """
-    if any(0 < n < k for n in others):
+    if any(isinstance(n, str) or 0 < n < k for n in others):
         return []
     for width in WIDTHS:
         groups = [bins[i : i + width] for i in range(0, len(bins), width)]
@@ -63,8 +107,11 @@ def joined(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"{labels[0]} ... {labels[-1]}"
 
 
-def rate(bad: int, of: int, k: int) -> float | str:
-    """The share that is not ``bad``; a bound where that share would give a small count away."""
-    if of < k:
-        return "hidden"
-    return f">{1 - k / of:.4f}" if 0 < bad < k else round(1 - bad / of, 4)
+def rate(bad: Figure, of: Figure, k: int) -> float | str:
+    """The share that is not ``bad``: a bound where that is under k, hidden where a figure is hidden otherwise."""
+    bad = shown(bad, k) if isinstance(bad, int) else bad
+    if isinstance(of, str) or of < k:
+        return HIDDEN
+    if isinstance(bad, str):
+        return f">{1 - k / of:.4f}" if bad == f"<{k}" else HIDDEN
+    return round(1 - bad / of, 4)

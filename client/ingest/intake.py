@@ -30,7 +30,8 @@ class Tally:
 
     Attributes:
         read: rows of the source. usable: what consent and retention left out.
-        columns: by loaded column. identifiers: cells of identifier columns that were dropped or replaced.
+        columns: by loaded column. identifiers: cells of identifier columns that were dropped or replaced; nameless:
+            those without text. unkeyed: rows without a value in one of the near key's columns.
         found: by column, the kinds of identifiers found in its cells and how many.
     """
 
@@ -38,6 +39,8 @@ class Tally:
     usable: consent.Usable = field(default_factory=consent.Usable)
     columns: dict[str, Reading] = field(default_factory=dict)
     identifiers: int = 0
+    nameless: int = 0
+    unkeyed: int = 0
     found: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -50,8 +53,9 @@ class RawTable:
         columns: by name, (rows,) each: float64 with NaN for "no value", or texts (object) with "" for "no value".
         identity: (rows,) codes that are equal where the source rows are, identifiers included, drop columns not.
         tally: what was counted on the way.
-        near: (rows,) codes that are equal where the contract's ``near_key`` is; None without one.
-        persons: (rows,) codes of the pseudonym's column; None without one.
+        near: (rows,) codes that are equal where the contract's ``near_key`` is; a row that lacks a value of it has a
+            code of its own. None without such a key.
+        persons: (rows,) codes of the pseudonym's column, likewise; None without one.
     """
 
     rows: int
@@ -122,9 +126,11 @@ class _Intake:
         self._parts: dict[str, list[NDArray[Any]]] = {c.name: [] for c in contract.loaded}
         self._pools: dict[str, dict[str, str]] = {c.name: {} for c in contract.loaded}
         self._identity, self._near, self._persons = (pseudonym.RowKeys() for _ in range(3))
-        self._near_key = list(contract.quality.near_key)
+        self._near_key = [c for name in contract.quality.near_key for c in contract.columns if c.name == name]
+        self._keyless: list[NDArray[np.bool_]] = []
         self._identifiers = [c for c in contract.columns if c.role == "identifier" and c.name in opened.names]
-        self._person = [c.name for c in self._identifiers if c.pseudonym]
+        self._person = [c for c in self._identifiers if c.pseudonym]
+        self._nobody: list[NDArray[np.bool_]] = []
 
     def add(self, table: pa.Table) -> None:
         texts = {name: _safe_text(table.column(name), name) for name in table.column_names}
@@ -136,17 +142,22 @@ class _Intake:
         if not rows:
             return
         self.rows += rows
+        self._keyless.append(_lacking_any(texts, self._near_key, rows))
+        self._nobody.append(_lacking_any(texts, self._person, rows))
+        self.tally.unkeyed += int(self._keyless[-1].sum())
         for c in self._identifiers:
             texts[c.name] = self._without_identity(texts[c.name], c)
         self._identity.add([texts[n] for n in self._keyed], rows)
-        self._near.add([texts[n] for n in self._near_key], rows)
-        self._persons.add([texts[n] for n in self._person], rows)
+        self._near.add([texts[c.name] for c in self._near_key], rows)
+        self._persons.add([texts[c.name] for c in self._person], rows)
         for c in self.contract.loaded:
             self._parts[c.name].append(self._values(texts[c.name], c))
 
     def _without_identity(self, text: pa.Array, column: Column) -> pa.Array:
         """The identifier's cells, or their pseudonyms; either way only as keys of rows."""
-        self.tally.identifiers += len(text) - cells.count(cells.pc.equal(text, ""))
+        empty = cells.count(cells.pc.equal(text, ""))
+        self.tally.identifiers += len(text) - empty
+        self.tally.nameless += empty
         if not column.pseudonym:
             return text
         encoded = cells.pc.dictionary_encode(text)
@@ -178,9 +189,24 @@ class _Intake:
 
     def finish(self) -> RawTable:
         columns = {n: np.concatenate(parts) for n, parts in self._parts.items()}
-        near = self._near.codes() if self._near_key else None
-        persons = self._persons.codes() if self._person else None
+        near = _apart(self._near.codes(), self._keyless) if self._near_key else None
+        persons = _apart(self._persons.codes(), self._nobody) if self._person else None
         return RawTable(self.rows, columns, self._identity.codes(), self.tally, near, persons)
+
+
+def _lacking_any(texts: dict[str, pa.Array], columns: Sequence[Column], rows: int) -> NDArray[np.bool_]:
+    """Rows that lack a value in one of the columns: they do not say whose they are."""
+    out = np.zeros(rows, bool)
+    for c in columns:
+        out |= cells.lacking(texts[c.name], c)
+    return out
+
+
+def _apart(codes: NDArray[np.int64], lacking: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
+    """The codes, with one of its own for every row that lacks a value."""
+    alone = np.concatenate(lacking)
+    codes[alone] = len(codes) + np.arange(alone.sum())
+    return codes
 
 
 def _within(values: NDArray[np.float64], c: Column, seen: Reading) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """The quality report as JSON and as one self-contained page, with counts under k hidden.
 
-How counts are hidden: :mod:`.counts`. The page needs no network and follows the reader's light or dark setting.
+How counts are hidden: :mod:`.counts` and :mod:`.figures`. The page needs no network and follows
+the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedveil.client.ingest.counts import bars, rate, shown, shown_rows, shown_sum
+from fedveil.client.ingest import counts, figures
+from fedveil.client.ingest.counts import HIDDEN, bars, rate, shown
 
 if TYPE_CHECKING:
     from fedveil.client.ingest.quality import QualityReport
@@ -26,29 +28,31 @@ _STYLE = (
 
 def data(report: QualityReport) -> dict[str, Any]:
     """The JSON form."""
-    k = report.k
+    k = counts.least(report.k)
+    columns = [figures.of_column(c, report.rows, k) for c in report.columns]
+    by_name = {c.name: f for c, f in zip(report.columns, columns, strict=True)}
     return {
         "rows": shown(report.rows, k),
         "k": k,
-        "stages": _stages(report),
+        "stages": figures.stages(report, columns, k),
         "columns": [
             {
                 "column": c.name,
-                "missing": shown(c.missing, k),
-                "invalid": shown(c.invalid, k),
-                "other": shown(c.other, k),
-                "completeness": rate(c.missing, report.rows, k),
-                "validity": rate(c.invalid, report.rows - c.missing, k),
-                "consistency": "no key" if c.conflicting is None else rate(c.conflicting, report.rows, k),
+                "missing": f.missing,
+                "invalid": f.invalid,
+                "other": f.other,
+                "completeness": rate(f.missing, report.rows, k),
+                "validity": rate(f.invalid, report.rows - f.missing if isinstance(f.missing, int) else HIDDEN, k),
+                "consistency": figures.consistency(report, c, k),
                 "constant": c.constant,
             }
-            for c in report.columns
+            for c, f in zip(report.columns, columns, strict=True)
         ],
-        "uniqueness": rate(report.duplicates, report.rows, k),
-        "bars": {c.name: bars(c.bins, (c.missing, c.invalid, c.other), k) for c in report.columns},
+        "uniqueness": rate(figures.duplicates(report, k), report.rows, k),
+        "bars": {c.name: bars(c.bins, (f.missing, f.invalid), k) for c, f in zip(report.columns, columns, strict=True)},
         "problems": [
-            {"code": p.code, "column": p.column, "what": p.what, "cells": shown(p.count, k), "remedy": p.remedy}
-            for p in report.problems
+            {"code": p.code, "column": p.column, "what": p.what, "cells": cells, "remedy": p.remedy}
+            for p, cells in ((p, figures.of_problem(p, by_name, k)) for p in report.problems)
         ],
         "notes": list(report.notes),
         "drift": [d.to_json() for d in report.moves],
@@ -59,23 +63,6 @@ def data(report: QualityReport) -> dict[str, Any]:
         ],
         "usable": not report.problems,
     }
-
-
-def _stages(report: QualityReport) -> list[dict[str, Any]]:
-    k = report.k
-    before, after = [s.rows_in for s in report.stages], [s.rows_out for s in report.stages]
-    rows = shown_rows([report.rows, *before, *after], k)
-    done = [
-        {"stage": s.name, "rows": rows[s.rows_in], "left": rows[s.rows_out], "found": shown(s.cells, k)}
-        for s in report.stages
-    ]
-    return [
-        *(done or [{"stage": "read", "rows": shown(report.rows, k)}]),
-        {"stage": "missing", "cells": shown_sum([c.missing for c in report.columns], k)},
-        {"stage": "out of bounds", "cells": shown_sum([c.out_of_bounds for c in report.columns], k)},
-        {"stage": "unseen values", "cells": shown_sum([c.unseen for c in report.columns], k)},
-        {"stage": "exact duplicates", "rows": shown(report.duplicates, k)},
-    ]
 
 
 def html_page(report: dict[str, Any]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.client.ingest import drift, hipaa, page, pii, sources
+from fedveil.client.ingest import counts, drift, hipaa, page, pii, sources
+from fedveil.client.ingest.cells import Reading
 from fedveil.client.ingest.sources import RawTable
 from fedveil.client.ingest.stages import Stability, Stage
 from fedveil.common.contract import OTHER, Column, DataContract
@@ -35,7 +36,11 @@ class ColumnQuality:
 
     Attributes:
         missing: cells without a value. out_of_bounds, unseen, unreadable: cells that the contract does not allow.
-        constant: whether only one value occurs. other: values taken for the leaf "other".
+        constant: whether only one value occurs. other: values taken for the leaf "other"; limit: how many of them the
+            contract allows, None where it allows none.
+        kinds: unreadable cells by what they held. scanned: cells that look like identifiers, by kind.
+        coded, emptied, clamped, corrected: cells that held a missing code, that were moved to "no value" or to a bound,
+            and that a declared correction changed.
         distinct: how many different values occur.
         conflicting: rows whose value differs from that of another row with the same near key; None without such a key.
         bins: what a bar chart shows: the contract's labels or ten equal parts of the public bounds, and counts.
@@ -51,6 +56,13 @@ class ColumnQuality:
     distinct: int = 0
     conflicting: int | None = None
     bins: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    limit: int | None = None
+    kinds: tuple[int, ...] = ()
+    scanned: tuple[int, ...] = ()
+    coded: int = 0
+    emptied: int = 0
+    clamped: int = 0
+    corrected: int = 0
 
     @property
     def invalid(self) -> int:
@@ -60,13 +72,17 @@ class ColumnQuality:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the table cannot be used: a code, column, what, how many cells, and what to do."""
+    """Why the table cannot be used: a code, column, what, how many cells, and what to do.
+
+    ``counts`` names what the cells are in the report's figures, see :func:`.figures.of_problem`.
+    """
 
     column: str
     what: str
     count: int
     remedy: str
     code: str = ""
+    counts: str = ""
 
     @property
     def text(self) -> str:
@@ -89,6 +105,8 @@ class QualityReport:
         checklist: HIPAA's direct identifiers.
         rows_of_a_person: most rows that carry one pseudonym; 0 where the contract asks for none.
         moves: every column against an earlier table; () where none was named.
+        unkeyed: rows without a value in one of the near key's columns: they are not compared.
+        nameless: cells of identifier columns without text.
     """
 
     rows: int
@@ -102,6 +120,8 @@ class QualityReport:
     checklist: tuple[hipaa.Entry, ...] = ()
     rows_of_a_person: int = 0
     moves: tuple[drift.Drift, ...] = ()
+    unkeyed: int = 0
+    nameless: int = 0
 
     def require(self) -> None:
         """Raise :class:`DataError` with every problem: code, column, count and remedy, never a value."""
@@ -128,16 +148,20 @@ def assess(
     for c in contract.loaded:
         quality = replace(_assess_column(raw, c), conflicting=_conflicting(raw, c, repeated))
         columns.append(quality)
-        problems += _value_problems(raw, c, quality)
+        problems += _value_problems(raw, c, quality, contract.k)
         problems += _identity_problems(raw, c, quality)
         notes += _notes(raw, c, quality)
     used = [c.name for c in contract.loaded]
     persons = 0 if raw.persons is None else int(np.bincount(raw.persons).max())
+    if raw.tally.unkeyed:
+        told = counts.shown(raw.tally.unkeyed, counts.least(contract.k)) if raw.rows >= contract.k else "some"
+        notes.append(f"{told} rows lack a value of the near key: they are not compared with others")
     if persons > 1:
         notes.append("some persons have several rows: the unit of privacy is the row, and their rows compose")
     return QualityReport(
         raw.rows, raw.rows - len(np.unique(raw.identity)), tuple(columns), tuple(problems), contract.k, tuple(notes),
         tuple(stages), tuple(stability), hipaa.checklist(used, raw.tally.found), persons,
+        unkeyed=raw.tally.unkeyed, nameless=raw.tally.nameless,
     )  # fmt: skip
 
 
@@ -154,8 +178,23 @@ def against(report: QualityReport, before: Mapping[str, Any]) -> QualityReport:
 
 
 def _assess_column(raw: RawTable, c: Column) -> ColumnQuality:
-    values, seen = raw.columns[c.name], raw.tally.columns.get(c.name)
-    unreadable, other = (seen.unreadable, seen.other) if seen else (0, 0)
+    """What the cells are, and what was done to them while they were read."""
+    seen = raw.tally.columns.get(c.name, Reading())
+    gone = c.outliers == "missing"
+    return replace(
+        _values_of(raw, c, seen.unreadable, seen.other),
+        limit=int(c.unseen_limit * max(raw.rows, 1)) if c.unseen == OTHER else None,
+        kinds=(seen.not_numbers - seen.like_dates, seen.like_dates, seen.not_finite, seen.not_dates),
+        scanned=tuple(raw.tally.found.get(c.name, {}).values()),
+        coded=seen.coded,
+        emptied=seen.moved if gone else 0,
+        clamped=0 if gone else seen.moved,
+        corrected=seen.corrected,
+    )
+
+
+def _values_of(raw: RawTable, c: Column, unreadable: int, other: int) -> ColumnQuality:
+    values = raw.columns[c.name]
     if c.type == "number":
         present = values[~np.isnan(values)]
         outside = int(((present < c.low) | (present > c.high)).sum())
@@ -163,13 +202,16 @@ def _assess_column(raw: RawTable, c: Column) -> ColumnQuality:
         missing = raw.rows - present.size - unreadable
         bins = _bins(present, c)
         return ColumnQuality(c.name, missing, outside, 0, distinct == 1, unreadable, 0, distinct, bins=bins)
-    distinct, counts = np.unique(values.astype(str), return_counts=True)
-    found = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
+    distinct, each = np.unique(values.astype(str), return_counts=True)
+    found = dict(zip(distinct.tolist(), each.tolist(), strict=True))
     missing = found.pop("", 0)
+    values_seen = len(found)
     foreign = sum(n for v, n in found.items() if v not in set(c.values))
-    bins = tuple(("|".join(g), sum(found.get(v, 0) for v in g)) for g in c.groups)
     unseen = 0 if c.unseen == OTHER else foreign
-    return ColumnQuality(c.name, missing, 0, unseen, len(found) == 1, unreadable, other, len(found), bins=bins)
+    if c.unseen == OTHER:
+        found[OTHER] = found.get(OTHER, 0) + foreign  # as it is released
+    bins = tuple(("|".join(g), sum(found.get(v, 0) for v in g)) for g in c.groups)
+    return ColumnQuality(c.name, missing, 0, unseen, values_seen == 1, unreadable, other, values_seen, bins=bins)
 
 
 def _repeated(raw: RawTable) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -198,43 +240,43 @@ def _bins(present: NDArray[np.float64], c: Column) -> tuple[tuple[str, int], ...
     if c.low is None or c.high is None:
         return ()
     edges = np.array([c.low, *c.cuts, c.high]) if c.cuts else np.linspace(c.low, c.high, BINS + 1)
-    counts, _ = np.histogram(present, edges)
+    each, _ = np.histogram(present, edges)
     return tuple(
-        (f"{c.text(float(a))} - {c.text(float(b))}", int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)
+        (f"{c.text(float(a))} - {c.text(float(b))}", int(n)) for a, b, n in zip(edges, edges[1:], each, strict=False)
     )
 
 
-def _value_problems(raw: RawTable, c: Column, q: ColumnQuality) -> list[Problem]:
+def _value_problems(raw: RawTable, c: Column, q: ColumnQuality, k: int) -> list[Problem]:
     out = []
     for words, n, remedy in sources.unreadable(raw.tally.columns[c.name], c.name) if q.unreadable else ():
-        out.append(Problem(c.name, words.partition(" cells ")[2], n, remedy, "type"))
+        out.append(Problem(c.name, words.partition(" cells ")[2], n, remedy, "type", "kind"))
     if q.missing and c.missing == "error":
         every = " (every row: is the column filled at this site at all?)" if q.missing == raw.rows else ""
         remedy = "fill the missing values at the source, or agree on missing = 'indicator'"
-        out.append(Problem(c.name, f"have no value{every}", q.missing, remedy, "missing"))
+        out.append(Problem(c.name, f"have no value{every}", q.missing, remedy, "missing", "missing"))
     if q.out_of_bounds:
         remedy = "correct unit or typing errors, or agree wider public bounds in a new contract"
-        unit = _suspected_unit(raw.columns[c.name], c)
+        unit = _suspected_unit(raw.columns[c.name], c, max(k, 5))
         if unit:
             remedy += f"; most would be inside if they were {unit}: declare a correction"
-        out.append(Problem(c.name, "are out of the public bounds", q.out_of_bounds, remedy, "range"))
+        out.append(Problem(c.name, "are out of the public bounds", q.out_of_bounds, remedy, "range", "out_of_bounds"))
     if q.unseen:
         remedy = "correct them, or agree a leaf 'other' with unseen = 'other'"
-        out.append(Problem(c.name, "are not among the contract's values", q.unseen, remedy, "value"))
+        out.append(Problem(c.name, "are not among the contract's values", q.unseen, remedy, "value", "unseen"))
     if q.other > c.unseen_limit * max(raw.rows, 1):
         remedy = f"the limit is {c.unseen_limit:g} of the rows: agree on the values that are in use"
-        out.append(Problem(c.name, "were taken for 'other'", q.other, remedy, "other"))
+        out.append(Problem(c.name, "were taken for 'other'", q.other, remedy, "other", "other"))
     return out
 
 
-def _suspected_unit(values: NDArray[np.float64], c: Column) -> str:
-    """A unit under which at least nine in ten of the values outside, and at least five, would be inside."""
+def _suspected_unit(values: NDArray[np.float64], c: Column, least: int) -> str:
+    """A unit under which at least nine in ten of the values outside, and at least ``least``, would be inside."""
     if c.format or c.low is None or c.high is None:
         return ""
     outside = values[(values < c.low) | (values > c.high)]
     for factor, what in _UNITS:
         inside = int(((outside * factor >= c.low) & (outside * factor <= c.high)).sum())
-        if inside >= 5 and inside >= 0.9 * len(outside):
+        if inside >= least and inside >= 0.9 * len(outside):
             return what
     return ""
 
@@ -247,10 +289,10 @@ def _identity_problems(raw: RawTable, c: Column, q: ColumnQuality) -> list[Probl
     present = raw.rows - q.missing - q.unreadable
     out = []
     if named := hipaa.suspicious(c.name, c.role):
-        out.append(Problem(c.name, f"are called after {named}", present, remedy, "identifier"))
+        out.append(Problem(c.name, f"are called after {named}", present, remedy, "identifier", "present"))
     for kind, n in raw.tally.found.get(c.name, {}).items():
         if c.type == "category" or n >= max(5, pii.NUMBER_SHARE * present):
-            out.append(Problem(c.name, f"look like identifiers ({kind})", n, remedy, "identifier"))
+            out.append(Problem(c.name, f"look like identifiers ({kind})", n, remedy, "identifier", "scan"))
     if (
         c.type == "number"
         and not c.format
@@ -259,7 +301,9 @@ def _identity_problems(raw: RawTable, c: Column, q: ColumnQuality) -> list[Probl
     ):
         values = raw.columns[c.name]
         if bool((values[~np.isnan(values)] % 1 == 0).all()):
-            out.append(Problem(c.name, "are whole numbers and nearly all different", present, remedy, "identifier"))
+            out.append(
+                Problem(c.name, "are whole numbers and nearly all different", present, remedy, "identifier", "present")
+            )
     return out
 
 
