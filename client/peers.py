@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from pathlib import Path
 
 from fedveil.common import canonical
 from fedveil.common.errors import FedveilError, HelperRefusal, JournalError
 from fedveil.common.files import write_durably
+from fedveil.common.identity import Roster
 from fedveil.common.journal import Head
 from fedveil.common.units import SiteId
-from fedveil.privacy.joining import MAX_LEDGERS, Copy, heads_of
+from fedveil.privacy.joining import MAX_LEDGERS, Copy, carried, heads_of, share
 
 MAX_BYTES = 1 << 22
 
@@ -22,13 +25,15 @@ class PeerHeads:
 
     Args:
         path: where they are kept; None keeps them in memory (the simulator).
+        roster: who takes part with this site; None for everybody who is remembered.
 
     Raises:
         JournalError: the file is not what this class wrote.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None = None, roster: Roster | None = None) -> None:
+        self._path, self._roster = path, roster
+        self._salt = secrets.token_bytes(16)
         self._heads: dict[SiteId, dict[str, Copy]] = {}  # by site and ledger; what moved last stands last
         if path is not None and path.exists():
             try:
@@ -36,9 +41,17 @@ class PeerHeads:
             except FedveilError as e:
                 raise JournalError(f"{path} is not a list of journal heads", hint="restore it, or ask the peers") from e
 
-    def copies(self) -> dict[str, list[list[int | str]]]:
-        """The JSON form that goes into this site's signed join statement."""
-        return {site: [[*c.head, c.ledger] for c in by.values()] for site, by in self._heads.items()}
+    def copies(self) -> dict[SiteId, list[list[int | str]]]:
+        """The JSON form that goes into this site's signed join statement, of at most its share of bytes.
+
+        Of whoever is not on the roster it says nothing. Where not everything fits, the newest ledgers come first; where
+        not even one for each peer does, it is a subset that this site draws anew when journals have moved, so in every
+        run. Nobody else knows the draw, the server included, which names the sessions. So over all the statements
+        every peer is covered by many as long as there are copies for a fair part of them.
+        """
+        sites = list(self._heads) if self._roster is None else [m.site for m in self._roster.sites]
+        known = sorted((s for s in sites if s in self._heads), key=self._drawn)
+        return carried(self._heads, known, share(len(sites) + (self._roster is None)))
 
     def keep(self, heads: dict[SiteId, Copy]) -> None:
         """Remember ``heads`` of ledgers not known yet, or ahead of what is known; on disk when this returns."""
@@ -51,8 +64,10 @@ class PeerHeads:
             by[copy.ledger] = copy
             if len(by) > MAX_LEDGERS:
                 del by[next(iter(by))]
+        self._salt = secrets.token_bytes(16)
         if self._path is not None:
-            write_durably(self._path, canonical.dumps(self.copies()))
+            all_ = {site: [[*c.head, c.ledger] for c in by.values()] for site, by in self._heads.items()}
+            write_durably(self._path, canonical.dumps(all_))
 
     def follow(self, heads: dict[SiteId, Copy]) -> None:
         """:meth:`keep`, for heads of journals that are being written: they must not lie behind what is known.
@@ -71,6 +86,9 @@ class PeerHeads:
                     hint="its disk was restored, or its journal rewritten; no sum that it is in is opened",
                 )
         self.keep(heads)
+
+    def _drawn(self, site: SiteId) -> bytes:
+        return hashlib.sha256(self._salt + site.encode()).digest()
 
     def _known(self, site: SiteId, copy: Copy) -> Head | None:
         """Where this ledger of ``site`` stood last; None if it was never seen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedveil.common import canonical, identity
@@ -10,13 +10,14 @@ from fedveil.common.errors import ProtocolError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Head
 from fedveil.common.units import MAX_SITES, SiteId, site_id
-from fedveil.common.wire import Packet, sha256
+from fedveil.common.wire import Limits, Packet, sha256
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.committee import elect
 from fedveil.privacy.secagg.interface import SumSpec, is_hex
 
 JOIN = "fedveil/join/1"
-MAX_LEDGERS = 4  # of one site that are remembered: every statement carries all of them, and every site all statements
+MAX_LEDGERS = 4  # of one site that are remembered
+_STATEMENT_BYTES = 1280  # the most that a statement measures without its copies, with its place among the others
 
 
 def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
@@ -69,6 +70,40 @@ class Copy(NamedTuple):
 
     head: Head
     ledger: str
+
+
+def share(sites: int) -> int:
+    """How many bytes of copies each of so many statements may carry.
+
+    The message that begins a run holds all of them, and every site gets it: together they take three quarters of what
+    a header may measure (:class:`~fedveil.common.wire.Limits`): from about 70 sites with four ledgers each on less than
+    there is to say, and nothing from about 2400 on.
+    """
+    return max(0, Limits.header * 3 // 4 // max(sites, 1) - _STATEMENT_BYTES)
+
+
+def carried(heads: Mapping[SiteId, Mapping[str, Copy]], order: Iterable[SiteId], budget: int) -> dict[SiteId, Any]:
+    """What of ``heads`` fits into ``budget`` bytes of canonical JSON, in the form that :func:`heads_of` reads.
+
+    The newest ledger of each site in ``order``, then the second newest of each, and so on, up to the first that does
+    not fit.
+
+    Args:
+        heads: by site and ledger; what moved last stands last.
+    """
+    out: dict[SiteId, list[list[int | str]]] = {}
+    order = list(order)
+    for rank in range(1, MAX_LEDGERS + 1):
+        for site in order:
+            copies = list(heads[site].values())
+            if len(copies) < rank:
+                continue
+            entry = [*copies[-rank].head, copies[-rank].ledger]
+            budget -= len(canonical.dumps(entry)) + 1 + (len(site) + 6 if rank == 1 else 0)  # "site":[...],
+            if budget < 0:
+                return out
+            out.setdefault(site, []).insert(0, entry)
+    return out
 
 
 def heads_of(value: Any) -> dict[SiteId, dict[str, Copy]]:
