@@ -157,13 +157,14 @@ class Constraints:
             yield start, stop, tabulate(classes[part] - start, values[part], weights[part], stop - start, domain)
 
     def channel(self, m: Criterion, members: Index) -> tuple[Codes, NDArray[np.int64], int]:
-        """What a criterion counts: for each member its value and weight; and the number of values."""
+        """What a criterion counts: for each member its value and weight; and the number of values, at least 1."""
         t = self.tuples
         if isinstance(m, KMap):
             if t.population is None:
                 raise AnonymityError("k-map without a population")
             return np.zeros(len(members), np.int32), t.population[members], 1
-        return t.sensitive[m.column][members], t.weights[members], len(t.references[m.column].counts)
+        # A column that is not declared and has no value has no domain: one value that nobody carries stands for it.
+        return t.sensitive[m.column][members], t.weights[members], max(len(t.references[m.column].counts), 1)
 
     def surviving(self, classes: Index, groups: int, members: Index | None = None) -> NDArray[np.bool_]:
         """(groups,) which classes can be released once the failing ones are suppressed.

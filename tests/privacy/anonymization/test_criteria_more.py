@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from fedveil.common.errors import ContractError
+from fedveil.common.errors import AnonymityError, ContractError
 from fedveil.privacy.anonymization import criteria as cr
-from fedveil.privacy.anonymization.attributes import Hierarchy, Sensitive
+from fedveil.privacy.anonymization.anonymizer import Anonymizer
+from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.distances import Reference, emd
 from fedveil.privacy.anonymization.recheck_definitions import judge
 
@@ -127,3 +128,16 @@ def test_the_verifiers_definitions_agree_with_the_engines(classes, model):
 def test_meaningless_parameters_are_refused(make):
     with pytest.raises(ContractError):
         make()
+
+
+@pytest.mark.parametrize("method", ["optimal", "mondrian"])
+@pytest.mark.parametrize("declared", [(), ("u", "v")])
+def test_a_sensitive_column_without_any_value(method, declared):
+    """No value is in more than a share of any class: (α,k) is its k. Where a value has to occur, it is refused."""
+    spec = TableSpec((QuasiIdentifier("a"),), (Sensitive("s", declared),))
+    table = pa.table({"a": ["x", "x", "y", "y", "z"], "s": pa.array([None] * 5, pa.string())})
+    out = Anonymizer(spec, [cr.AlphaK(0.5, 2)], method=method, suppression_limit=0.2).fit_transform(table)
+    assert out.num_rows >= 4
+    assert min(out.group_by("a").aggregate([([], "count_all")])["count_all"].to_pylist()) >= 2
+    with pytest.raises(AnonymityError, match=r"column 's'"):
+        Anonymizer(spec, [cr.DistinctL(1)], method=method, suppression_limit=0.2).fit_transform(table)
