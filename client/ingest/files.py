@@ -67,7 +67,7 @@ class Dialect:
 
 @dataclass
 class Position:
-    """How many bytes of a file the rows given so far took up, to within a block."""
+    """How many bytes of a file the rows given so far took up, to within a block or two; at the end, its size."""
 
     bytes: int = 0
 
@@ -86,9 +86,10 @@ class _Blocks(io.FileIO):
             self._ends.append(self._ends[-1] + len(data))
         return data
 
-    def end(self, blocks: int) -> int:
-        """Where the first ``blocks`` blocks end."""
-        return self._ends[min(blocks, len(self._ends) - 1)]
+    def end(self, blocks: int | None = None) -> int:
+        """Where the first ``blocks`` blocks end; by default all that were read."""
+        last = len(self._ends) - 1
+        return self._ends[last if blocks is None else min(blocks, last)]
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,16 @@ def csv_batches(
                     column_types=dict.fromkeys(positions, pa.string()), null_values=[], include_columns=keep
                 ),
             )  # fmt: skip
-            for given, batch in enumerate(batches, 1):
-                position.bytes = file.end(given)
-                yield batch
+            # One batch ahead: there can be fewer batches than blocks, and with the last one the file has been read.
+            given, held = 0, None
+            for batch in batches:
+                if held is not None:
+                    position.bytes = file.end(given)
+                    yield held
+                given, held = given + 1, batch
+            if held is not None:
+                position.bytes = file.end()
+                yield held
 
     hint = "use commas and double quotes, and UTF-8 or a declared encoding"
     for batch in _guarded(read, f"{path} is not a readable CSV file", hint):
