@@ -84,15 +84,15 @@ def test_the_bar_shows_the_share_of_the_file(tmp_path, monkeypatch):
     assert "1,234 rows" in shown
 
 
-@pytest.mark.parametrize("block", [1 << 12, 5000, 1 << 14, 1 << 16, 1 << 20])
-@pytest.mark.parametrize("tail", ["", "\n\n\n", "\n" * 10_000])
-def test_the_end_is_the_whole_file(contract, tmp_path, monkeypatch, block, tail):
-    """The reader gives fewer batches than it reads blocks, where a block ends no row."""
+@pytest.mark.parametrize("block", [1 << 12, 5000, 1 << 14, 1 << 20])
+@pytest.mark.parametrize("tail", ["", "\n" * 10_000])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_the_end_is_the_whole_file(contract, tmp_path, monkeypatch, block, tail, encoding):
+    """Of a file in another encoding the reader gives fewer batches than it reads blocks."""
     monkeypatch.setattr(files, "BLOCK_BYTES", block)
     path = tmp_path / "t.csv"
     rows, _ = long_csv(path, contract, 2000)
-    with path.open("a") as f:
-        f.write(tail)
+    path.write_bytes((path.read_text() + tail).encode(encoding))
     seen = []
     read(path, contract, rules=Rules(progress=lambda *now: seen.append(now)))
     assert seen[-1] == (rows, path.stat().st_size)
