@@ -14,34 +14,48 @@ import ipaddress
 import os
 import socket
 import ssl
+import threading
+import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import TypeVar
 
 from fedveil.common import identity
 from fedveil.common.errors import IdentityError, TransportError
 from fedveil.deploy.transport import TlsFiles
 
-_TIMEOUT_S = 3.0
+_CONNECT_S = 5.0  # for each of a host's addresses
+_TIMEOUT_S = 15.0  # for each step after that; gRPC gives up a connection after 20 seconds
+_WHOLE_S = 30.0
+_POLL_S = 0.1
 _PROBES = 3
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # gRPC's order
 _EXCEPT = ("no_grpc_proxy", "no_proxy")
+_T = TypeVar("_T")
 
 
-def trusted(address: str, tls: TlsFiles, server_key: str) -> bytes:
+def trusted(address: str, tls: TlsFiles, server_key: str, stop: threading.Event | None = None) -> bytes:
     """The certificate (PEM) of the server at ``address``, the only root to trust from then on.
 
     Args:
         server_key: SHA-256 (hex) of the SubjectPublicKeyInfo that the roster names.
+        stop: breaks the handshake off at once when it is set.
 
     Raises:
         IdentityError: the authority vouches for the server's certificate, but it has another key.
         TransportError: the certificate is not of this authority, or not for this host.
-        OSError, ValueError: nobody answers there, or not in TLS 1.3; it is not a host and a port.
+        OSError, ValueError: nobody answers there in time, or not in TLS 1.3; it is not a host and a port; ``stop`` was
+            set.
     """
-    try:
+
+    def certificate() -> bytes:
         with shake(address, tls) as connection:
-            der = connection.getpeercert(binary_form=True) or b""
+            return connection.getpeercert(binary_form=True) or b""
+
+    try:
+        der = _awaited(certificate, stop)
     except ssl.SSLCertVerificationError as e:
         raise not_accepted(address, e) from e
     pem = ssl.DER_cert_to_PEM_cert(der).encode()
@@ -53,10 +67,10 @@ def trusted(address: str, tls: TlsFiles, server_key: str) -> bytes:
     return pem
 
 
-def handshake_problem(address: str, tls: TlsFiles) -> TransportError | None:
-    """Why gRPC cannot complete a handshake, in words; None if dialling again may help."""
+def handshake_problem(address: str, tls: TlsFiles, stop: threading.Event | None = None) -> TransportError | None:
+    """Why gRPC cannot complete a handshake, in words; None if dialling again may help, or ``stop`` was set."""
     try:
-        if not all(_closed_at_once(address, tls) for _ in range(_PROBES)):
+        if not all(_awaited(lambda: _closed_at_once(address, tls), stop) for _ in range(_PROBES)):
             return None
     except ssl.SSLCertVerificationError as e:
         return not_accepted(address, e)
@@ -77,7 +91,7 @@ def not_accepted(address: str, error: ssl.SSLCertVerificationError) -> Transport
 
 
 @contextmanager
-def shake(address: str, tls: TlsFiles, timeout: float = _TIMEOUT_S) -> Iterator[ssl.SSLSocket]:
+def shake(address: str, tls: TlsFiles) -> Iterator[ssl.SSLSocket]:
     """A connection to ``host:port`` whose handshake is complete on our side.
 
     Raises:
@@ -89,17 +103,47 @@ def shake(address: str, tls: TlsFiles, timeout: float = _TIMEOUT_S) -> Iterator[
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(tls.certificate, tls.key)
     context.set_alpn_protocols(["h2"])
-    with _reach(host, int(port), timeout) as raw, context.wrap_socket(raw, server_hostname=host) as connection:
+    with _reach(host, int(port)) as raw, context.wrap_socket(raw, server_hostname=host) as connection:
         yield connection
 
 
-def _reach(host: str, port: int, timeout: float) -> socket.socket:
+def _awaited(work: Callable[[], _T], stop: threading.Event | None) -> _T:
+    """What ``work`` gives, within a limit for the whole of it; a name's look-up and a proxy have none of their own.
+
+    It runs in a thread, because a signal's handler that sets ``stop`` does not end a system call. Broken off, the
+    thread is left to its own time limits.
+
+    Raises:
+        ConnectionAbortedError: ``stop`` was set.
+        TimeoutError
+    """
+    out, until = Future[_T](), time.monotonic() + _WHOLE_S
+
+    def run() -> None:
+        try:
+            out.set_result(work())
+        except BaseException as e:
+            out.set_exception(e)
+
+    threading.Thread(target=run, name="fedveil-handshake", daemon=True).start()
+    while not out.done():
+        if stop is not None and stop.is_set():
+            raise ConnectionAbortedError("the handshake was broken off")
+        if time.monotonic() >= until:
+            raise TimeoutError("the handshake takes too long")
+        wait([out], timeout=_POLL_S)
+    return out.result()
+
+
+def _reach(host: str, port: int) -> socket.socket:
     """A connection, by way of the proxy that gRPC would use."""
     proxy = next((v for name in _PROXIES if (v := os.environ.get(name))), "")
     if not proxy or _excepted(host):
-        return socket.create_connection((host, port), timeout=timeout)
+        found = socket.create_connection((host, port), timeout=_CONNECT_S)
+        found.settimeout(_TIMEOUT_S)
+        return found
     at = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    tunnel = http.client.HTTPConnection(at.hostname or "", at.port or 80, timeout=timeout)
+    tunnel = http.client.HTTPConnection(at.hostname or "", at.port or 80, timeout=_TIMEOUT_S)
     user = f"{urllib.parse.unquote(at.username)}:{urllib.parse.unquote(at.password or '')}" if at.username else ""
     said = {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode()} if user else {}
     tunnel.set_tunnel(host, port, said)

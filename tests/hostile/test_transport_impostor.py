@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedveil.common.errors import FedveilError, IdentityError, TransportError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.deploy.provision import Authority, load_roster, load_tls, make_consortium
+from fedveil.deploy.transport import handshake
 from fedveil.deploy.transport.grpc_grid import serve
 from fedveil.deploy.transport.grpc_site import run_site
 
@@ -174,6 +176,56 @@ def test_an_impostor_that_comes_in_after_the_first_look(pki: Path, server: Calla
     assert relay.count > 1, "the impostor was never dialled"
     impostor.close()
     assert impostor.answers == []
+
+
+def test_a_relay_that_holds_every_connection_for_a_while_is_passed(pki: Path, server: Callable[[str], Server]) -> None:
+    """A filter that looks at a connection first, or a machine that has to be woken: gRPC itself waits 20 seconds."""
+    real = server("server")
+
+    def held(number: int) -> int:
+        time.sleep(3.5)
+        return real.port
+
+    relay = Relay(held)
+    try:
+        assert visit(pki, relay.port, wait=20.0) is None
+    finally:
+        relay.close()
+    assert relay.count >= 2
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections, and then says nothing for ever."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    yield int(listener.getsockname()[1])
+    listener.close()
+
+
+@pytest.mark.parametrize("probe", [False, True], ids=["before it dials", "after it failed to"])
+def test_a_handshake_that_waits_is_broken_off(pki: Path, silent: int, probe: bool) -> None:
+    address, tls, stop = f"127.0.0.1:{silent}", load_tls(pki / "sites" / "north"), threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    since = time.monotonic()
+    if probe:
+        assert handshake.handshake_problem(address, tls, stop) is None
+    else:
+        with pytest.raises(OSError, match="broken off"):
+            handshake.trusted(address, tls, "0" * 64, stop)
+    assert stop.is_set()
+    assert time.monotonic() - since < 3.0
+
+
+def test_a_handshake_ends_by_itself(pki: Path, silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every single step is quick enough: the whole has a limit too."""
+    tls = load_tls(pki / "sites" / "north")
+    for name in ("_TIMEOUT_S", "_WHOLE_S"):
+        with monkeypatch.context() as m:
+            m.setattr(handshake, name, 0.5)
+            since = time.monotonic()
+            with pytest.raises(TimeoutError):
+                handshake.trusted(f"127.0.0.1:{silent}", tls, "0" * 64)
+            assert 0.4 < time.monotonic() - since < 5.0
 
 
 @pytest.mark.parametrize(("exempt", "tunnels"), [("", True), ("127.0.0.0/8", False), ("0.1,x.example", False)])
