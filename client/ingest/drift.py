@@ -26,6 +26,7 @@ from fedveil.common.errors import DataError, VerificationError, WireError
 
 QUALITY, LINEAGE, SIGNATURE = "quality.json", "lineage.json", "lineage.sig"
 MAX_BYTES = 1 << 26
+MAX_COUNT = 1 << 53
 ALPHA = 1e-3  # false alarms per column
 MATTERS = 0.05  # moves of fewer rows in a hundred are not reported, however certain
 
@@ -62,15 +63,21 @@ def earlier(work: Path, public: str = "") -> dict[str, Any]:
     """The quality report in a work folder, once its signed lineage record vouches for it.
 
     Args:
-        public: the key that signed the record, 64 hexadecimal digits; by default the folder's own.
+        public: the key that signed the record, 64 hexadecimal digits; by default the folder's own. Its own key proves
+            that the report was not changed by somebody who cannot read the folder, and not where it is from: whoever
+            made the folder made the key.
 
     Raises:
-        DataError: no such report.
+        DataError: no such report, none that this version writes, or no key of the folder (it is not made here).
         VerificationError: the record is not signed by that key, or the report is not the one it names.
     """
     if not (work / QUALITY).is_file() or not (work / LINEAGE).is_file():
         raise DataError(
             f"{work} holds no accepted table's reports", hint="the --work of an earlier 'fedveil data check'"
+        )
+    if not public and not (work / lineage.KEY_FILE).is_file():
+        raise DataError(
+            f"{work} holds no key of its own", hint="--against-public with the key that signed its lineage record"
         )
     if not public:
         public = identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
@@ -86,9 +93,34 @@ def earlier(work: Path, public: str = "") -> dict[str, Any]:
         report = canonical.loads(data)
     except WireError:
         report = None
-    if not isinstance(report, dict) or not {"bars", "columns"} <= set(report):
-        raise VerificationError(f"{work / QUALITY} is not a quality report")
+    if not isinstance(report, dict) or not _is_report(report):
+        raise DataError(f"{work / QUALITY} is not a quality report", hint="check the earlier table again")
     return report
+
+
+def _is_report(report: Mapping[str, Any]) -> bool:
+    """Whether what is compared has the form that a report has: a signature does not say so."""
+    bars, columns = report.get("bars"), report.get("columns")
+    if not isinstance(bars, dict) or not isinstance(columns, list) or not all(isinstance(c, dict) for c in columns):
+        return False
+    names = [c.get("column") for c in columns]
+    if not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        return False
+    by_name = {c["column"]: c for c in columns}
+    for name, drawn in bars.items():
+        if not isinstance(drawn, list) or len(drawn) > counts.MAX_BARS or not all(map(_is_bar, drawn)):
+            return False
+        if drawn and not all(_is_count(by_name.get(name, {}).get(part)) for part in ("missing", "invalid")):
+            return False
+    return True
+
+
+def _is_bar(bar: object) -> bool:
+    return isinstance(bar, list) and len(bar) == 2 and isinstance(bar[0], str) and _is_count(bar[1])
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def compare(now: Mapping[str, Any], before: Mapping[str, Any], bins: Mapping[str, Sequence[str]]) -> tuple[Drift, ...]:

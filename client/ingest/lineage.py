@@ -23,6 +23,7 @@ from fedveil.common.identity import write_secret
 
 DOMAIN = "fedveil/lineage/1"
 
+KEY_FILE = "commitment.key"
 SECRET_BYTES = 32
 _CHUNK = 1 << 20
 
@@ -109,7 +110,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 def site_secret(work: Path) -> bytes:
     """The commitment secret of a work folder: 32 bytes, made on first use from the operating system's randomness."""
-    path = private_folder(work) / "commitment.key"
+    path = private_folder(work) / KEY_FILE
     if not path.exists():
         write_secret(path, secrets.token_bytes(SECRET_BYTES))
     data = path.read_bytes()

@@ -148,13 +148,41 @@ def test_only_the_signed_report_counts(earlier, tmp_path):
 
 def test_a_report_that_is_none_is_refused(earlier, secret):
     """Signed by the right key, and still not a quality report."""
-    for text in (b"[]", b"{", b'{"bars":{}}'):
-        (earlier / "quality.json").write_bytes(text)
-        record = {"quality": lineage.file_hash(earlier / "quality.json")}
-        key = lineage.derived_key(secret)
-        lineage.write_signed(earlier / "lineage.json", earlier / "lineage.sig", record, key)
-        with pytest.raises(VerificationError, match="is not a quality report"):
+    good = {"column": "x", "invalid": 0, "missing": 0}
+    bars = (
+        [["b0", "7"]], [["b0", -9]], [["b0", True]], [["b0", 1 << 60]], [["b0", 7, 7]], [[0, 7]], ["b0"], 5,
+        [["b0", 7]] * 41,
+    )  # fmt: skip
+    others = ({"missing": -9}, {"missing": "<5"}, {"invalid": None}, {"column": ["x"]}, {"column": "y"})
+    for text in (
+        "[]",
+        "{",
+        '{"bars":{}}',
+        *(json.dumps({"bars": b, "columns": [good]}) for b in ([], *({"x": b} for b in bars))),
+        *(json.dumps({"bars": {}, "columns": c}) for c in ({}, [5], [good, good])),
+        *(json.dumps({"bars": {"x": [["b0", 7]]}, "columns": c}) for c in ([], *([{**good, **o}] for o in others))),
+    ):
+        forge(earlier, text.encode(), secret)
+        with pytest.raises(DataError, match="is not a quality report") as e:
             drift.earlier(earlier)
+        assert e.value.hint
+    forge(earlier, json.dumps({"bars": {"x": [["b0", 7]]}, "columns": [good]}).encode(), secret)
+    assert drift.compare(report([10] + [0] * 9), drift.earlier(earlier), {"x": ["b0"]})[0].distance is None
+
+
+def forge(folder, data, secret):
+    """A report that the folder's own key signs."""
+    (folder / "quality.json").write_bytes(data)
+    record = {"quality": lineage.file_hash(folder / "quality.json")}
+    lineage.write_signed(folder / "lineage.json", folder / "lineage.sig", record, lineage.derived_key(secret))
+
+
+def test_a_missing_key_is_not_made(earlier):
+    (earlier / "commitment.key").unlink()
+    with pytest.raises(DataError, match="holds no key") as e:
+        drift.earlier(earlier)
+    assert "--against-public" in e.value.hint
+    assert not (earlier / "commitment.key").exists()
 
 
 def test_the_same_folder_can_be_compared_and_written(contract, rows, table, secret, earlier):
