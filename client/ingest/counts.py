@@ -5,7 +5,7 @@ and sums, rates and row counts are then made of what is left, so they are the sa
 the whole is known and the rest of it would be small, or would give a hidden part away, all parts read "hidden".
 
 What holds, for one report of a table of at least 2k rows, k at least 3 (:func:`least`): every hidden count has at least
-two values from 1 to k - 1 that agree with all that is shown. Not claimed: that no inequality between figures narrows
+two values that agree with all that is shown. Not claimed: that no inequality between figures narrows
 them down, that counts are hidden from somebody who knows rows of the table, or from somebody who has two reports: full
 reports of two tables that differ by one row show that row's bins.
 """
