@@ -85,7 +85,7 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
         engine=settings.training.engine, precision=settings.training.precision, device=device,
         models=s.state / "models",
-        peers=PeerHeads(s.state / "peers.json"),
+        peers=PeerHeads(s.state / "peers.json", roster),
         revoked=Revoked(s.identity, s.state),
         contract=contract,
         approvals=Approvals(s.state / REQUESTS, site, settings.limits),

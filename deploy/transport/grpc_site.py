@@ -166,7 +166,7 @@ class _Site:
         ca, certificate, key = read_tls(self._tls)
         if self.server_key:
             try:
-                ca = trusted(self._address, self._tls, self.server_key)
+                ca = trusted(self._address, self._tls, self.server_key, self._stop)
             except (OSError, ValueError) as e:
                 raise _Lost from e
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
@@ -272,7 +272,9 @@ class _Site:
                 f"the server at {self._address} does not speak this protocol",
                 hint="install the same version of fedveil on both sides",
             )
-        return handshake_problem(self._address, self._tls) if code == grpc.StatusCode.UNAVAILABLE else None
+        if code != grpc.StatusCode.UNAVAILABLE:
+            return None
+        return handshake_problem(self._address, self._tls, self._stop)
 
 
 def _encoded(out: Message, request: Message) -> list[bytes]:

@@ -216,6 +216,18 @@ def test_a_handshake_that_waits_is_broken_off(pki: Path, silent: int, probe: boo
     assert time.monotonic() - since < 3.0
 
 
+def test_a_site_stops_while_a_handshake_waits(pki: Path, silent: int) -> None:
+    stop, said = threading.Event(), list[str]()
+    threading.Timer(0.5, stop.set).start()
+    since = time.monotonic()
+    run_site(
+        ClientApp(), address=f"127.0.0.1:{silent}", tls=load_tls(pki / "sites" / "north"), site=SiteId("north"),
+        node_config={}, stop=stop, wait=60.0, server_key="0" * 64, on_status=said.append,
+    )  # fmt: skip
+    assert said[-1] == "stopped"
+    assert 0.4 < time.monotonic() - since < 4.0
+
+
 def test_a_handshake_ends_by_itself(pki: Path, silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where every single step is quick enough: the whole has a limit too."""
     tls = load_tls(pki / "sites" / "north")

@@ -18,7 +18,7 @@ from fedveil.deploy import demo_world
 from fedveil.deploy.superlink import commands
 
 BIN = Path(sys.executable).parent
-PATIENCE = 150.0
+PATIENCE = 180.0
 # A bundle such as anybody could submit: its import writes a file, its ServerApp sends every node a message.
 _PROJECT = b"""\
 [project]
