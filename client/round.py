@@ -73,7 +73,7 @@ def contribute(site: Site, request: Packet) -> Packet:
         return again
     site.permit(session)
     # Where every site holds the one key that reads the sums, a revoked one has it too: nothing more is given.
-    site.not_revoked([SERVER, *(m.site for m in site.roster.sites if plan.sum == "sharedkey")])
+    site.not_revoked([SERVER, *(m.site for m in site.roster.sites)] if plan.sum == "sharedkey" else [SERVER])
     weights = _weights(site, session, request)
 
     if isinstance(plan.model, StatsSpec):

@@ -187,7 +187,9 @@ A Poisson-sampled batch, drawn and gathered (ours from the operating system's ra
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, in a process whose libraries of linear algebra were all told to use one thread."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S606
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # Opacus' hooks and its remark about secure mode
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT
