@@ -76,7 +76,7 @@ def check(
         Path | None, typer.Option(help="Work folder of an earlier check: report which columns have moved since.")
     ] = None,
     against_public: Annotated[
-        str, typer.Option(help="Public key that signed its lineage record, where it is not the folder's own.")
+        str, typer.Option(help="Public key that signed its lineage record; without it, nothing shows where it is from.")
     ] = "",
 ) -> None:
     """Run the whole ingestion here: nothing leaves this machine. Exit code 0 means the table can be used."""
@@ -279,7 +279,9 @@ def report(
     for note in quality["notes"]:
         console.print(f"note: {note}", markup=False)
     record = work / pipeline.LINEAGE
-    if record.exists():
+    if record.exists() and not (work / lineage.KEY_FILE).is_file():
+        console.print("the lineage record cannot be checked: this folder has no key of its own", markup=False)
+    elif record.exists():
         public = identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
         lineage.read_signed(record, work / pipeline.SIGNATURE, public)
         console.print("the lineage record is signed by this folder's key and unchanged", markup=False)

@@ -69,6 +69,9 @@ def site_sum(
     except Exception as e:  # of whatever class: what the data can make go wrong must not show
         _LOG.error("the step failed on this site's data (%s): releasing noise only", type(e).__name__)
         return np.zeros(plan.model.parameters)
+    finally:
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # between rounds the GPU's memory is for others on the same machine
     if out.excluded:
         _LOG.warning("records without a finite gradient were left out of this step")
     return out.values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from fedveil.client import round as line
@@ -13,6 +14,7 @@ from fedveil.common.errors import PolicyRefusal
 from fedveil.common.journal import Row
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import TrainingSection
+from fedveil.privacy.dp.clipping import ClippedSum
 
 CNN = ModelSpec(name="cnn", inputs=144, classes=10, hidden=(8, 8))
 
@@ -40,6 +42,25 @@ def test_what_the_owner_allows_is_in_the_ledger_and_may_leave(world):
     assert row.body["precision"] == "float32"
     check_rows([row], site.id, None)
     assert not list(site.ledger.journal.of_kind("spend"))  # written before anything is charged
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpus_memory_is_given_back_after_every_step(world, monkeypatch, fails):
+    """Without a GPU: a clipper that says it is on one."""
+    w = world(sum="plain")
+    steps, given = train.clipper(w.plan.network, "closed", "cpu"), []
+    monkeypatch.setattr(steps, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(len(given)))
+
+    def computed(X, y, clip):
+        if fails:
+            raise RuntimeError("out of memory")
+        return ClippedSum(np.zeros(steps.size), len(X), 0)
+
+    monkeypatch.setattr(steps, "clipped_sum", computed)
+    site = w.sites[0]
+    train.site_sum(steps, w.plan, np.zeros(steps.size, np.float32), site.X, site.y)
+    assert given == [0]
 
 
 @pytest.mark.parametrize("said", ["float64", "float16", 4711, None])
