@@ -238,9 +238,10 @@ def test_fixed_release_and_report(tmp_path, agreed):
     assert result.exit_code == 0, (result.output, result.exception)
     assert run("verify", work / "released.csv", *options(agreed)).exit_code == 0
     assert "unchanged" in run("report", work).output
-    (work / "commitment.key").unlink()  # a copy of the folder, say, without its secret
+    key = (work / "commitment.key").rename(tmp_path / "key")  # a copy of the folder, say, without its secret
     assert "cannot be checked" in run("report", work).output
     assert not (work / "commitment.key").exists()
+    key.rename(work / "commitment.key")
     released = work / "released.csv"
     lines = released.read_text().splitlines()
     released.write_text(
