@@ -90,26 +90,17 @@ def test_the_sum_is_the_same_to_single_precision(engine):
     assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected)
 
 
-def test_a_session_keeps_the_precision_that_was_written_down(world, monkeypatch):
-    """The owner allows single precision between two rounds: this session was accepted without, and stays without."""
-    w = world(sum="plain").begin()
+@pytest.mark.parametrize(("accepted_under", "since"), [("float64", "float32"), ("float32", "float64")])
+def test_a_session_has_no_more_than_was_written_down_and_is_allowed_now(world, monkeypatch, accepted_under, since):
+    """The owner changes the settings and starts the site again within a run."""
+    w = world(sum="plain")
+    w.sites[0].precision = accepted_under
+    w.begin()
     line.contribute(w.sites[0], w.request(1))
     site = w.reopen(0)
-    site.precision = "float32"
+    site.precision = since
     asked, real = [], line.clipper
     monkeypatch.setattr(line, "clipper", lambda *a: (asked.append(a[3]), real(*a))[1])
     line.contribute(site, w.request(2))
     assert asked == ["float64"]
-    assert "precision" not in accepted(site).body
-
-
-def test_forbidding_it_holds_at_once(world, monkeypatch):
-    w = world(sum="plain")
-    w.sites[0].precision = "float32"
-    w.begin()
-    site = w.reopen(0)
-    site.precision = "float64"
-    asked, real = [], line.clipper
-    monkeypatch.setattr(line, "clipper", lambda *a: (asked.append(a[3]), real(*a))[1])
-    line.contribute(site, w.request(1))
-    assert asked == ["float64"]
+    assert accepted(site).body.get("precision", "float64") == accepted_under
