@@ -58,7 +58,12 @@ bench-transport: $(STAMP)
 bench-hospitals: $(STAMP)
 	$(BIN)/python tests/bench/hospitals_table.py
 
-.PHONY: wheelhouse
+.PHONY: test-deep wheelhouse
+
+# Property tests with random examples, EXAMPLES times as many as in the default suite, whose examples never change.
+EXAMPLES ?= 20
+test-deep: $(STAMP)
+	FEDVEIL_EXAMPLES=$(EXAMPLES) $(BIN)/pytest -q -m "not slow and not gpu and not bench" -n 2 --timeout 3600 $$(grep -rl hypothesis tests --include='test_*.py')
 
 # Everything that an air-gapped machine needs, as wheels with checksums in build/wheelhouse. Make it on a machine with the
 # same system and Python; EXTRAS=server for a coordinator. There: WHEELHOUSE=$$PWD/wheelhouse sh deploy/packaging/install.sh

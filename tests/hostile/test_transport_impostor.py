@@ -213,7 +213,7 @@ def test_a_handshake_that_waits_is_broken_off(pki: Path, silent: int, probe: boo
         with pytest.raises(OSError, match="broken off"):
             handshake.trusted(address, tls, "0" * 64, stop)
     assert stop.is_set()
-    assert time.monotonic() - since < 3.0
+    assert time.monotonic() - since < 12.0
 
 
 def test_a_site_stops_while_a_handshake_waits(pki: Path, silent: int) -> None:
@@ -225,7 +225,7 @@ def test_a_site_stops_while_a_handshake_waits(pki: Path, silent: int) -> None:
         node_config={}, stop=stop, wait=60.0, server_key="0" * 64, on_status=said.append,
     )  # fmt: skip
     assert said[-1] == "stopped"
-    assert 0.4 < time.monotonic() - since < 4.0
+    assert 0.4 < time.monotonic() - since < 12.0
 
 
 def test_a_handshake_ends_by_itself(pki: Path, silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_a_handshake_ends_by_itself(pki: Path, silent: int, monkeypatch: pytest.
             since = time.monotonic()
             with pytest.raises(TimeoutError):
                 handshake.trusted(f"127.0.0.1:{silent}", tls, "0" * 64)
-            assert 0.4 < time.monotonic() - since < 5.0
+            assert 0.4 < time.monotonic() - since < 12.0
 
 
 @pytest.mark.parametrize(("exempt", "tunnels"), [("", True), ("127.0.0.0/8", False), ("0.1,x.example", False)])

@@ -26,8 +26,12 @@ from fedveil.deploy.provision import load_roster, load_tls  # isort: skip
 from fedveil.deploy.transport.guard import Bounds  # isort: skip
 
 
+_saying = threading.Lock()
+
+
 def say(**facts: Any) -> None:
-    print(json.dumps(facts), flush=True)
+    with _saying:  # rounds and reports come from several threads; print writes a line and its end separately
+        print(json.dumps(facts), flush=True)
 
 
 def rss() -> int:

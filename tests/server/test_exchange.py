@@ -122,7 +122,7 @@ def test_a_grid_that_is_pulled_from_is_given_up_when_the_time_is_over(run):
     started = time.monotonic()
     messages = exchange.messages({site: Packet({"kind": "q"})}, "query.x", 0)
     assert list(exchange.replies(messages, 0.2)) == []
-    assert 0.15 < time.monotonic() - started < 2
+    assert 0.15 < time.monotonic() - started < 30
     assert list(exchange.replies([], 60)) == []
     r.job.journal.close()
 

@@ -140,7 +140,7 @@ class TestJoining:
         started = time.monotonic()
         with pytest.raises(RunAborted, match="did not join in time: site-0003"):
             r.go()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
 
 
 class TestRounds:

@@ -117,7 +117,7 @@ def test_a_site_that_dies_at_work_does_not_hold_up_the_round(world: World) -> No
     assert server.ended() is None
     answered, seconds = server.result
     assert answered == {"north"}
-    assert 0.4 < seconds < 5
+    assert 0.4 < seconds < 30
 
 
 def test_timeout_rules_over_a_connected_site_that_is_slow(world: World) -> None:
@@ -144,7 +144,7 @@ def test_timeout_rules_over_a_connected_site_that_is_slow(world: World) -> None:
     assert server.ended() is None
     seconds, first, second = server.result
     assert (first, second) == (0, 1)
-    assert 0.2 < seconds < 3
+    assert 0.2 < seconds < 15
     assert len(handled) == 2
 
 

@@ -94,22 +94,22 @@ def test_an_unreadable_answer_is_an_error_for_the_app() -> None:
 
 
 def test_waiting_ends_by_grace_by_timeout_or_at_once() -> None:
-    box = Mailbox([A], grace=0.2)
+    box = Mailbox([A], grace=1.0)
     start = time.monotonic()
     assert box.collect([box.put(A, message())], None) == []  # never connected: the grace runs from the start
-    assert 0.15 < time.monotonic() - start < 2
+    assert 0.9 < time.monotonic() - start < 10
     start = time.monotonic()
     assert box.collect([box.put(A, message())], None) == []  # still away: no second wait
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 0.8
     session = box.attach(A, "one")
     start = time.monotonic()
     assert box.collect([box.put(A, message())], 0.3) == []  # connected and silent: the timeout rules
-    assert 0.25 < time.monotonic() - start < 2
+    assert 0.25 < time.monotonic() - start < 10
     timer = threading.Timer(0.1, lambda: box.detach(A, session))
     timer.start()
     start = time.monotonic()
     assert box.collect([box.put(A, message())], 30) == []  # leaves while it is waited for
-    assert 0.25 < time.monotonic() - start < 5
+    assert 0.9 < time.monotonic() - start < 20
     timer.join()
     assert box.collect([], None) == []
     session = box.attach(A, "one")
@@ -125,7 +125,7 @@ def test_expired_messages_are_not_delivered() -> None:
     assert given(box, A, box.attach(A, "one")).metadata.message_id == fresh
     start = time.monotonic()
     assert box.collect([stale], None) == []
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 30, "the grace was waited for"
 
 
 def test_the_end_reaches_every_session() -> None:

@@ -145,7 +145,7 @@ def test_p_values_are_valid():
             seen.setdefault(f.name, []).append(f.p_value)
     for name, values in seen.items():
         few = sum(p <= 0.1 for p in values)
-        assert stats.binomtest(few, len(values), 0.1, alternative="greater").pvalue > 1e-4, name
+        assert stats.binomtest(few, len(values), 0.1, alternative="greater").pvalue > 1e-8, name
 
 
 def test_the_slab_is_what_it_says():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from dp_accounting import dp_event
@@ -48,14 +49,19 @@ def test_affords_is_what_admission_step_by_step_gives(cap, event, used) -> None:
     f = filter_of(cap)
     spent = used * f.budget
     cost, promised = rdp(event, f.order), f.affords(event, spent)
-    if promised > 3000:
-        spent += (promised - 3000) * cost
-    steps = 0
-    while f.admits(spent + cost) and steps < 4000:
-        spent += cost
+    # exactly: the next step after the promised ones is beyond the cap, and they are within what rounding is allowed
+    budget, promises = Fraction(f.budget), Fraction(spent) + promised * Fraction(cost)
+    assert promises + Fraction(cost) > budget
+    assert promised == 0 or promises <= budget * (1 + Fraction(1, 10**9))
+    # step by step, with the rounding of every sum (the first steps of a long run are taken at once)
+    at_once = max(0, promised - 3000)
+    total, steps = spent + at_once * cost, at_once
+    while f.admits(total + cost) and steps < promised + 1000:
+        total += cost
         steps += 1
-    # what was promised fits; beyond it at most the tolerance that absorbs rounding is let through
-    assert 0 <= steps - min(promised, 3000) <= 1e-9 * f.budget / cost + 1e-3
+    # A further step than promised is let through only where the tolerance is what it lacked.
+    assert steps >= promised
+    assert steps == promised or Fraction(spent) + steps * Fraction(cost) <= budget * (1 + Fraction(2, 10**9))
 
 
 @settings(max_examples=60, deadline=None)
