@@ -17,6 +17,9 @@ from fedveil.common.errors import WireError
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+_FEW = 1 << 20  # so many values may be as short as they like; beyond them each takes 8 bytes of text or more
+
+
 def dumps(value: Any) -> bytes:
     """Canonical bytes of a JSON value (dict with string keys, list, str, int, float, bool, None)."""
     try:
@@ -26,11 +29,20 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(data: bytes | str, *, limit: int = 1 << 26) -> Any:
-    """Parse UTF-8 JSON of at most ``limit`` bytes; duplicate keys, NaN and infinities are refused."""
+    """Parse UTF-8 JSON of at most ``limit`` bytes; duplicate keys, NaN and infinities are refused.
+
+    An empty list is 2 bytes of text and 64 of memory: text that is dense with values, as nothing written here is, is
+    refused before it is parsed.
+
+    Raises:
+        WireError: the text is none of these, too long or too dense.
+    """
     try:
         data = data.encode() if isinstance(data, str) else data
         if len(data) > limit:
             raise WireError(f"JSON of {len(data)} bytes is over the limit of {limit}")
+        if len(data) > _FEW and sum(map(data.count, (b",", b"[", b"{"))) > _FEW + len(data) // 8:
+            raise WireError(f"JSON of {len(data)} bytes holds more values than text of that length may")
         # decoded here, because json.loads would also take UTF-16 and UTF-32
         return json.loads(
             data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite

@@ -52,9 +52,12 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
     """The join fields of one site's statement, after its signature and hashes were checked.
 
     Raises:
-        ProtocolError, IdentityError: the statement does not hold.
+        ProtocolError, IdentityError: the statement does not hold, or takes more room than its site has in the message
+            that shows every site all of them.
     """
-    member = roster.member(site)
+    member, room = roster.member(site), _STATEMENT_BYTES + share(len(roster.sites))
+    if (size := len(canonical.dumps(document))) > room:
+        raise ProtocolError(f"the join statement of {site!r} measures {size} bytes; the limit is {room}")
     payload = identity.opened(document, JOIN, member.signing_key, what=f"the join statement of {site!r}")
     wanted = {"v": 1, "session": session, "site": site, "plan_hash": plan_hash, "roster_hash": roster.hash}
     if not isinstance(payload, dict) or any(payload.get(k) != v for k, v in wanted.items()):

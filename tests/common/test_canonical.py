@@ -114,3 +114,16 @@ def test_the_limit_counts_bytes(make) -> None:
 def test_a_lone_surrogate_is_refused_as_text() -> None:
     with pytest.raises(WireError):
         canonical.loads('"\ud800"')
+
+
+@pytest.mark.parametrize("dense", ["[]", "{}", "0", '""', "[[]]"])
+def test_text_that_would_take_many_times_its_length_in_memory_is_not_parsed(dense) -> None:
+    """58 MiB of empty lists take 1.4 GiB; the limit on the length alone does not see it."""
+    unit = f"{dense},".encode()
+    data = b"[" + unit * (20_000_000 // len(unit)) + b"0]"
+    with pytest.raises(WireError, match="more values than"):
+        canonical.loads(data)
+
+
+def test_many_values_of_ordinary_length_are_parsed() -> None:
+    assert len(canonical.loads(b"[" + b"1234567," * 2_000_000 + b"0]")) == 2_000_001

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common.errors import IdentityError, ProtocolError
 from fedveil.common.identity import Member, Roster
 from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import SiteId
+from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.joining import JOIN, check_join, check_joins, sum_spec
 from fedveil.privacy.plan import Optimizer, make_plan
 
@@ -85,6 +86,18 @@ def test_a_statement_that_does_not_hold_names_its_site(bad, error) -> None:
     with pytest.raises(error) as e:
         check_joins(joins(s1=bad), SESSION, PLAN.hash, ROSTER)
     assert "s1" in e.value.message
+
+
+def test_a_statement_that_takes_the_others_room_names_its_site() -> None:
+    """However many of them are as long as one may be, together they fit into the header that shows them to everybody."""
+    whole = Limits.header * 3 // 4
+    bare = len(canonical.dumps(statement("s1", peers="")))
+    room = whole // len(KEYS)
+    full = joins(**{s: statement(s, peers="x" * (room - bare)) for s in KEYS})
+    check_joins(full, SESSION, PLAN.hash, ROSTER)
+    flwr_adapter.to_record(Packet({"kind": "begin", "session": SESSION, "joins": full}))
+    with pytest.raises(ProtocolError, match=f"'s1' measures {room + 1} bytes; the limit is {room}"):
+        check_joins(full | {"s1": statement("s1", peers="x" * (room - bare + 1))}, SESSION, PLAN.hash, ROSTER)
 
 
 def test_a_site_that_is_not_on_the_roster() -> None:
