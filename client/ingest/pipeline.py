@@ -189,10 +189,9 @@ def evidence_of(contract: DataContract, source: str, released: str) -> dict[str,
     steps = stages.stability(contract)
     factor = stages.total(steps)
     unit = contract.unit if factor == 1 else f"{contract.unit}; a group of {factor} of them" if factor else None
-    criteria: dict[str, Any] = {
-        "k-anonymity": {"required": contract.k, "met": True},
-        "distinct l-diversity": {"required": contract.l, "met": True},
-    }
+    criteria: dict[str, Any] = {"k-anonymity": {"required": contract.k, "met": True}}
+    if contract.l > 1:  # l = 1 requires nothing: nothing is claimed to be met
+        criteria["distinct l-diversity"] = {"required": contract.l, "met": True}
     if contract.t is not None:
         criteria["t-closeness"] = {"required": contract.t, "met": True}
     return {

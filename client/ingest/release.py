@@ -166,7 +166,7 @@ def _fixed_levels(path: Path, contract: DataContract) -> fixed_verify.Verdict | 
 
 def _as_findings(verdict: fixed_verify.Verdict, contract: DataContract) -> Findings:
     found = [Finding("k-anonymity", "", f"k = {contract.k}", True, 0, min(m.rows for m in verdict.classes.values()))]
-    for i, c in enumerate(contract.sensitive):
+    for i, c in enumerate(contract.sensitive if contract.l > 1 else ()):
         fewest = min(len(m.seen[i]) for m in verdict.classes.values())
         found.append(Finding("distinct l-diversity", c.name, f"l = {contract.l}", True, 0, fewest))
     if contract.t is not None:

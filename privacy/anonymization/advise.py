@@ -91,7 +91,8 @@ def _passes(classes: Classes, removal: Removal, levels: list[Level], contract: D
         whole.rows += part.rows
         for all_seen, seen in zip(whole.seen, part.seen, strict=True):
             all_seen.update(seen)
-    return all(m.rows >= contract.k and all(len(s) >= contract.l for s in m.seen) for m in joined.values())
+    least = contract.l if contract.l > 1 else 0  # l = 1 asks for nothing, not even for one value
+    return all(m.rows >= contract.k and all(len(s) >= least for s in m.seen) for m in joined.values())
 
 
 def _describe(removal: Removal, levels: list[Level]) -> str:

@@ -81,8 +81,9 @@ def domain_of(quasi: QuasiIdentifier, values: Iterable[Any]) -> Domain:
     present = {text_of(v): v for v in raw if v is not None}
     absent = absent or MISSING in present
     present.pop(MISSING, None)
-    hierarchy = quasi.hierarchy or _flat(quasi, present, numeric)
-    own = {leaf: i for i, leaf in enumerate(hierarchy.leaves)}
+    leaves = quasi.hierarchy.leaves if quasi.hierarchy else tuple(sorted(present)) or ("",)
+    hierarchy = quasi.hierarchy or _flat(quasi, leaves, present, numeric)
+    own = {leaf: i for i, leaf in enumerate(leaves)}
     if missing := sum(t not in own for t in present):
         raise DataError(
             f"column {quasi.name!r}: {missing} different values are not in its hierarchy",
@@ -90,7 +91,7 @@ def domain_of(quasi: QuasiIdentifier, values: Iterable[Any]) -> Domain:
         )
     paths = {t: tuple(level[own[t]] for level in hierarchy.levels) for t in present}
     order = sorted(present, key=(lambda t: (float(t), t)) if numeric else (lambda t: paths[t][::-1]))
-    return _build(quasi, hierarchy, [paths[t] for t in order], numeric, absent)
+    return _build(quasi, hierarchy, order, [paths[t] for t in order], numeric, absent)
 
 
 def encode(column: Any, domain: Domain) -> Codes:
@@ -164,13 +165,13 @@ def _all_numbers(values: list[Any]) -> bool:
     return all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in values)
 
 
-def _flat(quasi: QuasiIdentifier, present: Mapping[str, Any], numeric: bool) -> Hierarchy:
-    leaves = tuple(sorted(present)) or ("",)
-    if not numeric or quasi.column is None:
-        return Hierarchy((leaves, (_top(leaves),) * len(leaves)), quasi.name)
-    column = quasi.column
+def _flat(quasi: QuasiIdentifier, leaves: tuple[str, ...], present: Mapping[str, Any], numeric: bool) -> Hierarchy:
+    """Values and "*", with a contract's bins between them; no label depends on which other values occur."""
+    column, top = quasi.column, (TOP,) * len(leaves)
+    if not numeric or column is None:
+        return Hierarchy((tuple(map(escape, leaves)), top), quasi.name)
     if not present:
-        return Hierarchy((leaves, (TOP,) * len(leaves)), quasi.name)
+        return Hierarchy((*(leaves for _ in range(len(bins(column)) + 1)), top), quasi.name)
     x = np.array([float(t) for t in leaves])
     if column.low is not None and column.high is not None and bool(((x < column.low) | (x > column.high)).any()):
         count = int(((x < column.low) | (x > column.high)).sum())
@@ -178,27 +179,33 @@ def _flat(quasi: QuasiIdentifier, present: Mapping[str, Any], numeric: bool) -> 
     levels = [leaves]
     for cuts, labels in bins(column):
         levels.append(tuple(labels[i] for i in np.searchsorted(np.asarray(cuts), x, side="right").tolist()))
-    return Hierarchy((*levels, (TOP,) * len(leaves)), quasi.name)
+    return Hierarchy((*levels, top), quasi.name)
 
 
-def _top(leaves: tuple[str, ...]) -> str:
-    """A cell that came in suppressed is a category of its own, so "any value" has to read otherwise."""
-    return TOP * 2 if TOP in leaves else TOP
+def escape(value: str) -> str:
+    """A value as one member of a set label: ``\\`` before ``|`` and ``\\``, and ``\\*`` for a value that reads ``*``.
+
+    A cell that came in suppressed is its own category, never "any value"; whether it occurs changes no other label.
+    """
+    out = value.replace("\\", "\\\\").replace("|", "\\|")
+    return "\\" + out if out == TOP else out
 
 
 def _build(
-    quasi: QuasiIdentifier, hierarchy: Hierarchy, paths: list[tuple[str, ...]], numeric: bool, absent: bool
-) -> Domain:
+    quasi: QuasiIdentifier, hierarchy: Hierarchy, texts: list[str], paths: list[tuple[str, ...]], numeric: bool,
+    absent: bool,
+) -> Domain:  # fmt: skip
     if absent:  # its own category at every level below the top
         paths = [*paths, (MISSING,) * hierarchy.height + (hierarchy.levels[-1][0],)]
-    leaves = tuple(p[0] for p in paths)
+    leaves = (*texts, MISSING) if absent else tuple(texts)
     numbers = np.array([np.nan if t == MISSING else float(t) for t in leaves]) if numeric else None
     levels, labels, shares = [], [], []
     for i in range(hierarchy.height + 1):
         ids: dict[str, int] = {}
         levels.append(np.array([ids.setdefault(p[i], len(ids)) for p in paths], np.int32))
-        labels.append(tuple(ids))
-        shares.append(_shares(levels[-1], numbers, hierarchy, i, labels[-1]))
+        shares.append(_shares(levels[-1], numbers, hierarchy, i, tuple(ids)))
+        # A declared value that reads "*" must not be taken for "any value" either.
+        labels.append(tuple(escape(t) if t == TOP else t for t in ids) if i == 0 else tuple(ids))
     return Domain(quasi.name, leaves, numbers, tuple(levels), tuple(labels), tuple(shares), quasi.fixed_level)
 
 

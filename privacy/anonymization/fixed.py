@@ -76,11 +76,15 @@ def recode(columns: Values, rows: int, contract: DataContract) -> Recoded:
 
 
 def failing_classes(table: ReleasedTable, contract: DataContract) -> tuple[codes.Groups, NDArray[np.bool_]]:
-    """The classes of equal quasi-identifiers, and (g,) which of them break k or l."""
+    """The classes of equal quasi-identifiers, and (g,) which of them break k, or l where the contract asks for it.
+
+    l = 1 requires nothing: else a class whose sensitive values are all missing would fail at any size, and one record
+    with a value would bring it back, which :func:`stability_factor` denies.
+    """
     groups = codes.group([table.coded[c.name] for c in contract.quasi], table.rows)
     k, ell = criteria.KAnonymity(contract.k), criteria.DistinctL(contract.l)
     bad = ~k.holds(groups.sizes, groups.sizes[:, None])
-    for c in contract.sensitive:
+    for c in contract.sensitive if contract.l > 1 else ():
         bad |= ~ell.holds(groups.sizes, codes.histogram(groups, table.coded[c.name], len(c.labels)))
     return groups, bad
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.contract import MISSING
 from fedveil.privacy.anonymization.attributes import TOP
-from fedveil.privacy.anonymization.domains import Domain
+from fedveil.privacy.anonymization.domains import Domain, escape
 
 Index = NDArray[np.int64]
 SUPPRESSED = -1
@@ -149,12 +149,7 @@ def set_label(values: Sequence[str], domain: int) -> str:
     """
     if len(values) == domain > 1:
         return TOP
-    return "|".join(_escape(v) for v in values)
-
-
-def _escape(value: str) -> str:
-    out = value.replace("\\", "\\\\").replace("|", "\\|")
-    return "\\" + out if out == TOP else out
+    return "|".join(escape(v) for v in values)
 
 
 def parse_set(label: str) -> tuple[str, ...] | None:

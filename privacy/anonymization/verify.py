@@ -24,7 +24,7 @@ class Verdict:
     Attributes:
         rows: rows read.
         k_failing: classes with fewer than k rows.
-        l_failing: by sensitive attribute, classes with fewer than l distinct values.
+        l_failing: by sensitive attribute, classes with fewer than l distinct values; empty where l = 1 asks for none.
         classes: by labels of the quasi-identifiers, the rows and the sensitive values seen.
     """
 
@@ -40,7 +40,7 @@ class Verdict:
 
     @property
     def l_met(self) -> bool:
-        """Every class has at least l distinct values of every sensitive attribute."""
+        """Every class has at least l distinct values of every sensitive attribute, or l = 1 asks for nothing."""
         return not any(self.l_failing.values())
 
 
@@ -74,7 +74,7 @@ def verify(path: Path, contract: DataContract) -> Verdict:
         rows = -1
     if rows < 1:
         raise AnonymityError("the released file cannot be read or holds no rows")
-    names = [c.name for c in contract.sensitive]
+    names = [c.name for c in contract.sensitive] if contract.l > 1 else []
     return Verdict(
         rows,
         k_failing=sum(m.rows < contract.k for m in classes.values()),

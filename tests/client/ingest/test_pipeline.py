@@ -171,3 +171,24 @@ def test_hundred_thousand_rows_of_duplicates(make, table, tmp_path, secret):
     assert np.unique(out.X, axis=0).shape[0] == 1
     with pytest.raises(AnonymityError, match="no combination"):
         ingest(table(base * 50_000), make(k=100_001), tmp_path / "w", secret=secret)
+
+
+def test_a_removal_changes_no_more_than_the_evidence_says(make, table, tmp_path, secret):
+    """l = 1 asks for nothing: sixty rows without a sensitive value stay, whether or not one more has one."""
+    columns = [
+        {"name": "g", "role": "quasi", "type": "category", "values": ["a", "b"], "levels": [["a"], ["b"]]},
+        {"name": "s", "role": "sensitive", "type": "category", "values": ["x", "y"], "missing": "indicator"},
+        {"name": "f", "role": "feature", "type": "number", "low": 0, "high": 1},
+        {"name": "y", "role": "target", "type": "category", "values": ["0", "1"]},
+    ]
+    contract = make(columns=columns, k=5, l=1, sensitive_target=False, suppression_limit=0.4)
+    rows = [["a", "x", "0.5", "1"]] * 100 + [["b", "", "0.5", "1"]] * 60
+    sizes = []
+    for i, extra in enumerate(([], [["b", "x", "0.5", "1"]])):
+        out = ingest(table([*rows, *extra], "gsfy", f"{i}.csv"), contract, tmp_path / "w", secret=secret)
+        assert out.evidence["stability_factor"] == 5
+        assert set(out.evidence["criteria"]) == {"k-anonymity"}  # nothing was required of l, so nothing is claimed
+        sizes.append(len(out.y))
+    assert sizes == [160, 161]
+    with pytest.raises(AnonymityError, match="l = 2 for 's' fails in 2 classes"):
+        ingest(table(rows, "gsfy"), make(columns=columns, sensitive_target=False), tmp_path / "w", secret=secret)

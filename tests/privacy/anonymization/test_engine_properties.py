@@ -274,9 +274,9 @@ def test_a_suppressed_cell_is_not_any_value_in_labels_either():
     labelled: tuple[Method, ...] = ("peel", "optimal")
     for method in labelled:
         out = Anonymizer(spec, [KAnonymity(2)], method=method, suppression_limit=0.2).fit_transform(table)
-        assert Counter(out["city"].to_pylist()) == {"a": 2, "*": 2}
+        assert Counter(out["city"].to_pylist()) == {"a": 2, "\\*": 2}
     out = Anonymizer(spec, [KAnonymity(5)], method="peel").fit_transform(table)
-    assert set(out["city"].to_pylist()) == {"**"}
+    assert set(out["city"].to_pylist()) == {"*"}
 
 
 @given(st.lists(st.text("ab|\\*", min_size=1), min_size=1, max_size=5, unique=True))

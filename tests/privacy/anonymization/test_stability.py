@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedveil.common.contract import Column
 from fedveil.common.errors import AnonymityError, UsageError
 from fedveil.privacy.anonymization.anonymizer import Anonymizer
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
@@ -89,3 +90,45 @@ def test_mondrian_changes_many_rows_for_one():
     rows = [(i % 16, "uvw"[i % 3]) for i in range(33)]
     a = Anonymizer(SPEC, [KAnonymity(4)], method="mondrian")
     assert measured_factor(a.fit_transform, table_of(rows), removals=33)[0] > 4
+
+
+AGE = Column.model_validate({"name": "q", "role": "quasi", "type": "number", "low": 0, "high": 100, "levels": [50]})
+ODD = ("*", "\\*", "**", "a|b", "", "missing", "a", None)
+QUASI = {
+    "values or *, kept": (QuasiIdentifier("q", fixed_level=0), st.sampled_from(ODD)),
+    "values or *, to *": (QuasiIdentifier("q", fixed_level=1), st.sampled_from(ODD)),
+    "a declared *": (
+        QuasiIdentifier("q", Hierarchy.from_rows([("*", "g", "any"), ("a", "g", "any")]), fixed_level=0),
+        st.sampled_from(("*", "a", None)),
+    ),
+    "a contract's bins": (
+        QuasiIdentifier("q", numeric=True, fixed_level=1, column=AGE),
+        st.sampled_from((None, 3.0, 70.0)),
+    ),
+    "whole numbers": (QuasiIdentifier("q", fixed_level=0), st.sampled_from((None, 3, 70, -1))),
+}
+
+
+@pytest.mark.parametrize("kind", QUASI)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_no_cell_changes_the_label_of_another(kind, data):
+    """Suppression for k = 2 claims 2, for every way in which a cell can be odd: suppressed, missing, empty, escaped."""
+    quasi, cells = QUASI[kind]
+    values = [data.draw(cells)] * 4 + data.draw(st.lists(cells, min_size=1, max_size=7))
+    table = pa.table({"q": pa.array(values, pa.float64() if quasi.column else None)})
+    a = Anonymizer(TableSpec((quasi,)), [KAnonymity(2)], method="fixed", suppression_limit=1.0)
+    assert measured_factor(a.fit_transform, table, removals=len(values))[0] <= (a.stability.factor or 0) == 2
+
+
+def test_a_suppressed_cell_moves_nothing():
+    """The reviewed case: one cell "*" turned the label of every other row."""
+    spec = TableSpec((QuasiIdentifier("q", fixed_level=1),))
+    table = pa.table({"q": ["*"] + ["a", "b"] * 10})
+    a = Anonymizer(spec, [KAnonymity(2)], method="fixed")
+    assert a.stability.factor == 1
+    assert measured_factor(a.fit_transform, table, removals=21)[0] == 1
+    kept = TableSpec((QuasiIdentifier("q", fixed_level=0),))
+    table = pa.table({"q": ["*"] * 2 + ["\\*"] * 2 + ["a|b"] * 2})
+    released = Anonymizer(kept, [KAnonymity(2)], method="fixed").fit_transform(table)
+    assert sorted(released["q"].to_pylist()) == sorted(["\\*", "\\\\*", "a\\|b"] * 2)
