@@ -46,7 +46,8 @@ def _answering(resolve: Resolve, action: str, handler: Handler, gate: Gate) -> C
         arrived = gate.arrived()
         out: Cleared | Exception
         try:
-            with resolve(context) as site:
+            # Rows go to the server with the ledger: what one is dated must not tell what the slot hides.
+            with resolve(context) as site, site.ledger.journal.dated():
                 request = flwr_adapter.from_record(message.content, Limits())
                 out = gate.cleared(handler(site, request), action, request, site)
         except Exception as e:  # whatever it is, what the server hears of it is the gate's decision

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ _HOLD_RECORDS = (
     ("fedveil.client.statistics", "predictions"),
     ("fedveil.privacy.dp.", "clipped_sum"),
 )
+# Where a file lies on this machine: folders are named after people and wards.
+_PATH = re.compile(r"""(?:^|[\s'"(=:])(?:~?/|[A-Za-z]:\\)\S""")
 _SLOTTED = "contribute"
 HELD = "this site's egress gate held the answer back"
 
@@ -118,8 +121,8 @@ class Gate:
 
 
 def spoken(error: FedveilError) -> FedveilError:
-    """What may be said of ``error``: its class, and its words where no record can be in them."""
-    if isinstance(error, SPOKEN) and not _held_records(error.__traceback__):
+    """What may be said of ``error``: its class, and its words where neither a record nor a path can be in them."""
+    if isinstance(error, SPOKEN) and not _held_records(error.__traceback__) and not _PATH.search(str(error)):
         return error
     return type(error)("the reason is in the site's own log")
 

@@ -16,6 +16,7 @@
     │       └── HelperRefusal   exit 43   a site refuses to help open a sum
     ├── PolicyRefusal           exit 50   the site's own limits say no
     ├── JournalError            exit 51   a journal is torn, forged or in use
+    ├── StoreError              exit 52   a file or folder of one's own cannot be read or written
     ├── BudgetExhausted         exit 3    the privacy budget is spent: a normal ending
     ├── VerificationError       exit 60   a report or journal does not say what it claims
     ├── ModelError              exit 70   a model that cannot be trained privately
@@ -136,6 +137,12 @@ class JournalError(FedveilError):
     """A journal is torn, forged or already open in another process."""
 
     exit_code = 51
+
+
+class StoreError(FedveilError):
+    """A file or folder of one's own cannot be read or written: its words name paths and never leave the machine."""
+
+    exit_code = 52
 
 
 class BudgetExhausted(FedveilError):

@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ class Journal:
         self._pid = os.getpid()
         self._pending: list[bytes] = []
         self._head = Head(0, GENESIS)
+        self._at: int | None = None
 
     @classmethod
     def open(
@@ -119,7 +121,7 @@ class Journal:
         head = self.head
         if head.rows >= MAX_ROWS:
             raise JournalError(f"{self.path} is full", hint=f"a journal holds at most {MAX_ROWS} rows")
-        at = int(self._clock())
+        at = int(self._clock()) if self._at is None else self._at
         start = b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
         rest = canonical.dumps({"kind": kind, "n": head.rows, "owner": self.owner, "prev": head.hash, "v": 1})[1:]
         digest = hashlib.sha256(start + rest).hexdigest()
@@ -155,6 +157,15 @@ class Journal:
     def of_kind(self, *kinds: str) -> Iterator[Row]:
         """The rows whose kind is one of ``kinds``, in order."""
         return (r for r in self.rows if r.kind in kinds)
+
+    @contextmanager
+    def dated(self) -> Iterator[None]:
+        """Rows written within carry the time at which it began: how long the work before a row took is not in them."""
+        before, self._at = self._at, int(self._clock())
+        try:
+            yield
+        finally:
+            self._at = before
 
     def flush(self) -> None:
         """Write what a non-durable journal holds back."""

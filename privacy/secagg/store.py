@@ -8,7 +8,7 @@ import secrets
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from fedveil.common.errors import SecureSumError
+from fedveil.common.errors import SecureSumError, StoreError
 from fedveil.common.files import sync_folder
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,159}")
@@ -23,7 +23,8 @@ class Store(ABC):
         """Write the joined ``parts`` under ``name``; they survive a crash once this returns.
 
         Raises:
-            SecureSumError: other bytes are stored under ``name`` (equal bytes are fine), or the disk refuses.
+            SecureSumError: other bytes are stored under ``name`` (equal bytes are fine).
+            StoreError: the disk refuses.
         """
 
     @abstractmethod
@@ -113,7 +114,7 @@ class DirectoryStore(Store):
         except FileNotFoundError:
             return None
         except OSError as e:
-            raise SecureSumError(f"{self._path / name} cannot be read: {e.strerror}") from e
+            raise StoreError(f"{self._path / name} cannot be read: {e.strerror}") from e
 
     def erase(self, name: str) -> None:
         """See :meth:`Store.erase`; short files (keys) are overwritten first, which helps where disks write in place.
@@ -126,7 +127,7 @@ class DirectoryStore(Store):
                 _shred(path)
             self._sync()
         except OSError as e:
-            raise SecureSumError(f"{target} cannot be erased: {e.strerror}", hint="remove it by hand") from e
+            raise StoreError(f"{target} cannot be erased: {e.strerror}", hint="remove it by hand") from e
 
     def names(self, prefix: str) -> list[str]:
         """See :meth:`Store.names`."""
@@ -134,7 +135,7 @@ class DirectoryStore(Store):
             found = (p.name for p in self._path.iterdir())
             return sorted(name for name in found if name.startswith(prefix) and _NAME.fullmatch(name))
         except OSError as e:
-            raise SecureSumError(f"{self._path} cannot be read: {e.strerror}") from e
+            raise StoreError(f"{self._path} cannot be read: {e.strerror}") from e
 
     def _sync(self) -> None:
         sync_folder(self._path)
@@ -163,5 +164,5 @@ def _conflict(name: str) -> SecureSumError:
     return SecureSumError(f"{name!r} was written before with other bytes", hint="what was promised once cannot change")
 
 
-def _unwritable(path: Path, e: OSError) -> SecureSumError:
-    return SecureSumError(f"{path} cannot be written: {e.strerror}", hint="check free disk space and permissions")
+def _unwritable(path: Path, e: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be written: {e.strerror}", hint="check free disk space and permissions")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import secrets
 import struct
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.secagg import keysum_common as keysum
 from fedveil.privacy.secagg.keysum_site import KeysumSite
-from fedveil.privacy.secagg.store import MemoryStore
+from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore
 
 CONTRACT, VALUES = "c" * 64, (0.8714562177658081, 0.3321099877357483)  # both exact in float32
 
@@ -353,6 +354,33 @@ class TestErrors:
         assert str(VALUES[0]) not in str(spoken(error))
         assert type(spoken(error)) is cls
 
+    @pytest.mark.parametrize("refused", ["link", "open", "read_bytes"])
+    def test_a_full_or_broken_disk_does_not_name_the_folder(self, refused, tmp_path, monkeypatch):
+        """Folders are named after people: a session's store says where it is in the site's own log only."""
+        said = []
+        for person in ("Dr-Mueller", "Dr-Ngata"):
+            w = World(tmp_path, VALUES[0])
+            w.sites[0].store_for = lambda s, p=person: DirectoryStore(tmp_path / p / "sessions" / s)
+            w.ready("contribute")
+            w.packet = lambda a, made=w.packet("contribute"): made
+
+            def full(*_: Any, **__: Any) -> None:
+                raise OSError(28, "No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path if refused == "read_bytes" else os, refused, full)
+                said.append(w.ask("contribute")[0])
+        assert said[0] == said[1]
+        assert b"StoreError" in said[0]
+        assert b"space" not in said[0]
+
+    @pytest.mark.parametrize("where", ["/srv/ward 7/x", "'/srv/ward'", "C:\\ward\\x", "(~/ward)", "path=/srv"])
+    def test_no_words_name_a_place_on_this_machine(self, where):
+        for error in (errors.PolicyRefusal(f"no: {where}"), errors.PlanError("no", hint=f"see {where}")):
+            assert where not in str(spoken(error))
+        plain = errors.PolicyRefusal("12 h/day and 1/2 are no places")
+        assert spoken(plain) is plain
+
     @staticmethod
     def fail(error: Exception) -> None:
         raise error
@@ -394,6 +422,25 @@ class TestTime:
         said, took = w.ask("finish")
         assert b"not joined" in said
         assert took == 1.0
+
+    def test_the_ledger_does_not_date_what_the_slot_hides(self, tmp_path, monkeypatch):
+        """It is handed over at the end: every row says when its request came, however long the step took."""
+        dates = []
+        honest = line.contribute
+        for seconds in (0.0, 40.0):
+            w = World(tmp_path, VALUES[0]).ready("contribute")
+            clock = [1_700_000_000.3]
+            monkeypatch.setattr(w.sites[0].ledger.journal, "_clock", lambda c=clock: c[0])
+
+            def slow(site: Site, request: Packet, c: list[float] = clock, seconds: float = seconds) -> Packet:
+                c[0] += seconds
+                return honest(site, request)
+
+            monkeypatch.setattr(line, "contribute", slow)
+            assert HELD.encode() not in w.ask("contribute")[0]
+            rows = w.sites[0].ledger.journal.rows
+            dates.append([r.at for r in rows if r.kind in ("spend", "commit")])
+        assert dates == [[1_700_000_000] * 2] * 2
 
     def test_without_slots_nothing_waits(self, tmp_path):
         w = World(tmp_path, VALUES[0]).ready("contribute")
