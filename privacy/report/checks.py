@@ -49,7 +49,7 @@ class Audit:
     """One verification under way; :meth:`steps` gives the checks in order."""
 
     def __init__(self, report: Path, consortium_key: str | None) -> None:
-        self._report, self._key = report, consortium_key
+        self._report, self._key, self.pinned = report, consortium_key, False
         self._bundle: Bundle | None = None
         self._document: Any = None
         self.roster: Roster | None = None
@@ -122,10 +122,11 @@ class Audit:
 
     def _open_roster(self) -> str:
         bundle = self._got("files", self._bundle)
-        roster = bundles.open_roster(bundle, self._key or bundle.pin)
-        self._key, pinned = self._key or bundle.pin, self._key is not None
-        self.roster = roster
-        how = "the key you gave" if pinned else f"key {self._key[:16]}... taken from the bundle, NOT pinned"
+        given = self._key is not None
+        key = fields.public_key(self._key, "the consortium's key that was given") if given else bundle.pin
+        roster = bundles.open_roster(bundle, key)
+        self._key, self.pinned, self.roster = key, given, roster
+        how = "the key you gave" if given else f"key {key[:16]}... taken from the bundle, NOT pinned"
         return f"{roster.consortium[:64]!r}, {len(roster.sites)} sites; {how}"
 
     def _open_report(self) -> str:

@@ -31,12 +31,7 @@ GROUP = "fedveil.audit"  # sub-commands from rooms that this one does not import
 @app.command()
 def verify(
     report: Annotated[Path, typer.Argument(help="report.json, beside the files of its run; or that folder.")],
-    consortium_key: Annotated[
-        str | None,
-        typer.Option(
-            help="The consortium's public key (64 hex digits) or a file that holds it, from a trusted source."
-        ),
-    ] = None,
+    consortium_key: evidence.Pin = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Recompute everything the report claims. Exit code 0 if every check passed, 60 if not."""
@@ -76,9 +71,7 @@ def report(
 def render(
     report: Annotated[Path, typer.Argument(help="report.json, or the run's folder.")],
     lang: Annotated[str, typer.Option(help="en, zh or all")] = "all",
-    consortium_key: Annotated[
-        str | None, typer.Option(help="The consortium's public key, so that the page says what was checked with it.")
-    ] = None,
+    consortium_key: evidence.Pin = None,
 ) -> None:
     """Write report.html (English), report.zh.html (Chinese) and the cards beside report.json."""
     render_report, page_path = evidence.rendering()

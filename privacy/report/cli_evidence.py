@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -14,29 +15,45 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import UsageError, VerificationError
 from fedveil.common.journal import parse, verify_rows
 from fedveil.privacy.report import compare as comparing
+from fedveil.privacy.report import fields
 from fedveil.privacy.report import local as locals_
 from fedveil.privacy.report import pdf as printing
 from fedveil.privacy.report import rows as proofs
 from fedveil.privacy.report.bundle import REPORT, read_bounded
 from fedveil.privacy.report.countersign import countersign
 from fedveil.privacy.report.schema import schema as published
+from fedveil.privacy.report.verify import verify_report
 
 Report = Annotated[Path, typer.Argument(help="report.json, or the run's folder.")]
+_KEY_FILE = 257
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Pin = Annotated[
-    str | None,
-    typer.Option(help="The consortium's public key (64 hex digits) or a file that holds it, from a trusted source."),
-]
+PIN = "The consortium's public key (64 hex digits) or a file that holds it, from a trusted source."
+Pin = Annotated[str | None, typer.Option(help=PIN)]
 Lang = Annotated[str, typer.Option(help="en or zh")]
 
 
-def pdf(report: Report, lang: Lang = "en", out: Annotated[Path | None, typer.Option(help="The PDF.")] = None) -> None:
-    """Print the page of a report as PDF (A4), by an installed headless Chromium."""
-    render_report, page_path = rendering()
+def pdf(
+    report: Report,
+    lang: Lang = "en",
+    out: Annotated[Path | None, typer.Option(help="The PDF.")] = None,
+    consortium_key: Pin = None,
+) -> None:
+    """Print the page of a report as PDF (A4), by an installed headless Chromium. Exit code 60 if a check fails."""
+    key = pinned(consortium_key)
+    rendering()
+    from fedveil.privacy.report.render import load, page_path, render_html
+
     path = file_of(report)
-    render_report(path, (lang,))
-    page = page_path(path, lang)
-    _say(f"{printing.print_page(page, out or page.with_suffix('.pdf'))}")
+    found = verify_report(path, consortium_key=key)
+    target = out or page_path(path, lang).with_suffix(".pdf")
+    printing.require_writable(target)
+    with tempfile.TemporaryDirectory(
+        prefix="print-", dir=target.parent
+    ) as folder:  # the pages beside the report stay what they are
+        page = Path(folder) / page_path(path, lang).name
+        page.write_text(render_html(load(path), lang, found), encoding="utf-8")
+        _say(f"{printing.print_page(page, target)}")
+    found.raise_for_failure()
 
 
 def sign(
@@ -72,7 +89,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Find a fork, a rewritten row or a cut tail between two copies. Exit code 0 if there is none, 60 if there is."""
-    found = comparing.compare(held, shown, public)
+    found = comparing.compare(held, shown, pinned(public, "--public"))
     if as_json:
         sys.stdout.write(canonical.dumps(comparing.to_json(found)).decode() + "\n")
     else:
@@ -105,8 +122,8 @@ def local(
     rows = parse(read_bounded(ledger, 1 << 28))
     if not rows:
         raise VerificationError(f"{ledger} is empty")
-    if public is not None:
-        verify_rows(rows, public.strip().lower(), owner=rows[0].owner)
+    if (key := pinned(public, "--public")) is not None:
+        verify_rows(rows, key, owner=rows[0].owner)
     path = None if report is None else file_of(report)
     quasi = [] if path is None else locals_.quasi_identifiers(path.parent)
     for written in locals_.write(folder, locals_.collect(folder, rows, path, quasi)):
@@ -132,14 +149,23 @@ def file_of(report: Path) -> Path:
     return report / REPORT if report.is_dir() else report
 
 
-def pinned(value: str | None) -> str | None:
-    """A key given as digits or as the file that holds them."""
-    if value is None or len(value.strip()) == 64:
-        return value
-    path = Path(value)
-    if not path.is_file() or path.stat().st_size > 256:
-        raise UsageError("--consortium-key is neither 64 hexadecimal digits nor a small file that holds them")
-    return path.read_text(encoding="ascii", errors="replace").strip()
+def pinned(value: str | None, option: str = "--consortium-key") -> str | None:
+    """A key given as digits or as the file that holds them, lower-case; None if none was given.
+
+    Raises:
+        UsageError: it is neither. A file without a key in it is not "no key": who names one wants it used.
+    """
+    if value is None:
+        return None
+    try:
+        path = Path(value)
+        held = path.read_bytes()[:_KEY_FILE] if path.is_file() and path.stat().st_size < _KEY_FILE else value.encode()
+        return fields.public_key(held.decode("ascii"), option)
+    except (OSError, ValueError, VerificationError) as e:
+        raise UsageError(
+            f"{option} is neither 64 hexadecimal digits nor a small file that holds them and nothing else",
+            hint="ask the consortium for its key again" if option == "--consortium-key" else "",
+        ) from e
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,9 @@
 
 Each side is a journal's file, a site's ``peers.json`` (the newest signed heads it has seen), or a run's folder. The
 first is what was held earlier, the second what is shown now: it may have more rows, never fewer or other ones.
+
+A site may own several ledgers, and a ``peers.json`` holds the heads of several: the hash of the first row tells which one
+is meant.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.common import canonical
-from fedveil.common.errors import FedveilError, VerificationError, WireError
+from fedveil.common.errors import FedveilError, UsageError, VerificationError, WireError
 from fedveil.common.journal import GENESIS, Row, parse, verify_rows
+from fedveil.privacy.joining import heads_of
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import claims, fields
 from fedveil.privacy.report.bundle import JOURNAL, JOURNALS, REPORT
@@ -75,32 +79,46 @@ def compare(held: Path, shown: Path, public: str | None = None) -> list[Finding]
         public: the owner's key for the rows of a single journal's file; a folder's roster gives the keys of its own.
 
     Raises:
-        VerificationError: a side is none of the known kinds, or both speak of no journal in common.
+        UsageError: a side is none of the known kinds, or both speak of no journal in common.
+        VerificationError: a folder or report of a run is malformed.
     """
-    first, second = stories(held, public), stories(shown, public)
+    key = None if public is None else fields.public_key(public, "the owner's key")
+    first, second = stories(held, key), stories(shown, key)
     reports = _two_reports(held, shown)
     # Every run has a server's journal of its own; the sites' ledgers go on from run to run.
     apart = {"server"} if any(f.verdict == UNKNOWN for f in reports) else set[str]()
     common = sorted((first.keys() & second.keys()) - apart)
     if not common and not reports:
-        raise VerificationError("the two sides have no journal in common", hint="compare copies of one owner's journal")
-    return [*reports, *(_signed(_compare(owner, first[owner], second[owner]), first, second) for owner in common)]
+        raise UsageError("the two sides have no journal in common", hint="compare copies of one owner's journal")
+    return [*reports, *(f for owner in common for f in _of_owner(owner, first[owner], second[owner]))]
 
 
-def _signed(found: Finding, first: Mapping[str, Story], second: Mapping[str, Story]) -> Finding:
-    checked = {side[found.owner].signed for side in (first, second)} - {None}
-    return replace(found, signatures=all(checked) if checked else None)
+def _of_owner(owner: str, held: list[Story], shown: list[Story]) -> Iterator[Finding]:
+    """One finding for each ledger of an owner that both sides know."""
+    pairs = [(a, b) for a in held for b in shown if a.ledger == b.ledger or not (a.rows and b.rows)]
+    if not pairs and all(s.hashes is not None for s in (*held, *shown)):
+        pairs = [(held[0], shown[0])]  # two files that are said to be one journal
+    if not pairs:
+        what = "no ledger is known to both sides: a site may own several, and one may have taken another's place"
+        yield Finding(owner, UNKNOWN, None, what)
+    for a, b in pairs:
+        checked = {s.signed for s in (a, b)} - {None}
+        yield replace(_compare(owner, a, b), signatures=all(checked) if checked else None)
 
 
-def stories(path: Path, public: str | None = None) -> dict[str, Story]:
-    """What one side knows, by the journal's owner."""
+def stories(path: Path, public: str | None = None) -> dict[str, list[Story]]:
+    """What one side knows, by the journal's owner: of a ``peers.json`` one story for each ledger of a site.
+
+    Raises:
+        UsageError: it is none of the known kinds.
+    """
     if path.is_dir() or path.name == REPORT:
-        return dict(_of_folder(path if path.is_dir() else path.parent))
+        return {owner: [story] for owner, story in _of_folder(path if path.is_dir() else path.parent)}
     data = bundles.read_bounded(path, _LIMIT)
     if path.suffix == ".json":
         return _of_peers(data, path.name)
-    story = _of_journal(data, public)
-    return {story[0]: story[1]}
+    owner, story = _of_journal(data, public)
+    return {owner: [story]}
 
 
 def _two_reports(held: Path, shown: Path) -> list[Finding]:
@@ -168,27 +186,24 @@ def _fault(rows: list[Row], public: str | None, owner: str) -> tuple[int, str] |
     if public is None:
         return None
     try:
-        verify_rows(rows, public.strip().lower(), owner=owner)
+        verify_rows(rows, public, owner=owner)
     except FedveilError as e:
         bad = next((i for i in range(len(rows)) if f"row {i} " in e.message), 0)
         return bad, e.message
     return None
 
 
-def _of_peers(data: bytes, name: str) -> dict[str, Story]:
+def _of_peers(data: bytes, name: str) -> dict[str, list[Story]]:
     try:
-        found = fields.mapping(canonical.loads(data, limit=_PEERS_LIMIT), name)
-    except VerificationError:
-        raise
+        found = heads_of(canonical.loads(data, limit=_PEERS_LIMIT))
     except FedveilError as e:
-        raise VerificationError(f"{name}: {e.message}") from e
-    out: dict[str, Story] = {}
-    for site, parts in found.items():
-        if not isinstance(parts, list) or len(parts) != 3:
-            raise VerificationError(f"{name} is neither a list of journal heads nor a journal")
-        rows, digest = fields.head(parts[:2], name)
-        out[site] = Story(rows, digest, fields.hexadecimal({"ledger": parts[2]}, "ledger", name))
-    return out
+        raise UsageError(
+            f"{name} is no list of journal heads: {e.message}", hint="a site's peers.json, a journal, or a run's folder"
+        ) from e
+    return {
+        site: [Story(copy.head.rows, copy.head.hash, copy.ledger) for copy in copies.values()]
+        for site, copies in found.items()
+    }
 
 
 def _compare(owner: str, held: Story, shown: Story) -> Finding:

@@ -52,6 +52,12 @@ def hexadecimal(body: Mapping[str, Any], key: str, where: str, *, length: int = 
     return value
 
 
+def public_key(value: Any, where: str) -> str:
+    """A public key as 64 lower-case hexadecimal digits; white space around it and capitals are let pass."""
+    digits = value.strip().lower() if isinstance(value, str) else None
+    return hexadecimal({"key": digits}, "key", where)
+
+
 def sites(body: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """The list of different site names under ``key``, in its order."""
     value = body.get(key)

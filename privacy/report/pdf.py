@@ -24,13 +24,20 @@ def browser() -> str | None:
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
+def require_writable(out: Path) -> None:
+    """Raise :class:`UsageError` unless a file can be written at ``out``; a browser would not say."""
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise UsageError(f"{out} cannot be written", hint="--out FILE, in a folder that exists")
+
+
 def print_page(page: Path, out: Path) -> Path:
     """Print ``page`` (HTML) to ``out`` (PDF, A4); returns ``out``.
 
     Raises:
-        UsageError: no browser is installed.
+        UsageError: no browser is installed, or ``out`` cannot be written.
         FedveilError: the browser wrote nothing, or not within two minutes.
     """
+    require_writable(out)
     program = browser()
     if program is None:
         raise UsageError(
@@ -52,5 +59,8 @@ def print_page(page: Path, out: Path) -> Path:
         except subprocess.TimeoutExpired as e:
             raise FedveilError(f"{program} did not print {page.name} within {TIMEOUT} s") from e
     if done.returncode or not out.is_file() or not out.read_bytes().startswith(b"%PDF-"):
-        raise FedveilError(f"{program} could not print {page.name} (exit code {done.returncode})")
+        raise FedveilError(
+            f"{program} could not print {page.name} (exit code {done.returncode})",
+            hint="open the page in a browser and print it by hand; a browser in a sandbox may not reach these folders",
+        )
     return out

@@ -92,8 +92,10 @@ def _row(leaf: bytes) -> Row:
 def _trusted(report: Path, consortium_key: str | None, owner: str) -> tuple[str, dict[str, Any]]:
     """The owner's key on the roster and the payload of the report, both with their signatures checked."""
     try:
-        pin = consortium_key or bundles.read_bounded(report.with_name(PIN), 256).decode("ascii").strip()
-        roster = identity.open_roster(_load(report.with_name(ROSTER), 1 << 22), pin.strip().lower())
+        beside = consortium_key is None
+        pin = bundles.read_bounded(report.with_name(PIN), 256).decode("ascii") if beside else consortium_key
+        key = fields.public_key(pin, PIN if beside else "the consortium's key that was given")
+        roster = identity.open_roster(_load(report.with_name(ROSTER), 1 << 22), key)
         payload = identity.opened(_load(report, _LIMIT), REPORT_DOMAIN, roster.server.signing_key, what=report.name)
         key = roster.server.signing_key if owner == identity.SERVER else roster.member(owner).signing_key
     except (IdentityError, UnicodeDecodeError) as e:

@@ -62,7 +62,7 @@ class Verification:
     Attributes:
         claim: the claimed sentence; empty unless every check passed.
         simulated: the run protected nobody (it was a study on one machine).
-        pinned: the consortium's key was given, not taken from the bundle.
+        pinned: the roster was checked under a key of the consortium that was given, not taken from the bundle.
         countersigned: the sites that signed this very report after verifying it.
         sites: how many sites the roster has.
     """
@@ -134,6 +134,7 @@ def verify_report(report: Path, *, consortium_key: str | None = None) -> Verific
     Args:
         report: the report; its folder is the bundle.
         consortium_key: the consortium's Ed25519 public key, 64 hexadecimal digits, from a source other than the bundle.
+            None takes the bundle's, and the result says so; anything else that is no key fails the roster's check.
 
     Returns:
         A :class:`Verification`; nothing in the files makes this function raise.
@@ -143,15 +144,14 @@ def verify_report(report: Path, *, consortium_key: str | None = None) -> Verific
 
 def examined(report: Path, *, consortium_key: str | None = None) -> tuple[Verification, Audit]:
     """:func:`verify_report`, and what was read for it: whoever goes on with these files must not read them again."""
-    audit = Audit(report, consortium_key.strip().lower() if consortium_key else None)
+    audit = Audit(report, consortium_key)
     checks: list[Check] = []
     for name, compared, step in audit.steps():
         checks.append(_run(name, compared, step))
     ok = all(c.passed for c in checks)
-    pinned = consortium_key is not None
     sites = 0 if audit.roster is None else len(audit.roster.sites)
-    found = Verification(tuple(checks), audit.claim if ok else "", audit.simulated, pinned, audit.countersigned, sites)
-    return found, audit
+    claim = audit.claim if ok else ""
+    return Verification(tuple(checks), claim, audit.simulated, audit.pinned, audit.countersigned, sites), audit
 
 
 def _run(name: str, compared: str, step: Callable[[], str]) -> Check:

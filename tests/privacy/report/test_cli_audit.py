@@ -7,7 +7,10 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import UsageError, VerificationError
+from fedveil.privacy.report import rows
 from fedveil.privacy.report.cli import app
+from fedveil.privacy.report.countersign import see
+from fedveil.privacy.report.verify import verify_report
 
 
 def call(*arguments: object):
@@ -31,6 +34,43 @@ def test_verify_takes_the_folder_and_a_key_file_and_warns_without_one(honest, tm
     assert "NOT pinned" in result.stdout
     assert "taken from the bundle" in result.stdout
     assert isinstance(call("verify", honest.folder, "--consortium-key", "abc").exception, UsageError)
+
+
+@pytest.mark.parametrize("held", ["", "\n", "  \n\n", "abc\n", "0" * 63, "g" * 64, "0" * 300, "\ufeff" + "0" * 64])
+@pytest.mark.parametrize("command", ["verify", "render", "sign", "row", "pdf"])
+def test_a_key_file_without_a_key_is_no_pinned_key(spoilt, tmp_path, held, command) -> None:
+    pin, key, proof = tmp_path / "empty.pub", tmp_path / "signing.key", tmp_path / "proof.json"
+    pin.write_text(held, encoding="utf-8")
+    identity.save_signing_key(key, spoilt.sites["alba"])
+    proof.write_bytes(canonical.dumps(rows.prove(spoilt.folder / "journals" / "alba.jsonl", 1)))
+    more = {"sign": ["--key", key], "row": ["--report", spoilt.report]}
+    target = proof if command == "row" else spoilt.report
+    for given in (pin, held):
+        refused = call(command, target, *more.get(command, []), "--consortium-key", given)
+        assert isinstance(refused.exception, UsageError), (command, held)
+    assert not (spoilt.folder / "signatures.json").exists()
+    assert not (spoilt.folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("key", ["", " ", "abc", "0" * 63])
+def test_pinned_is_what_the_roster_was_checked_under(honest, tmp_path, key) -> None:
+    found = verify_report(honest.report, consortium_key=key)
+    assert not found.pinned
+    assert found.failed is not None
+    assert found.failed.name == "roster"
+    with pytest.raises(VerificationError):
+        see(honest.report, key)
+    proof = tmp_path / "proof.json"
+    proof.write_bytes(canonical.dumps(rows.prove(honest.folder / "journal.jsonl", 1)))
+    with pytest.raises(VerificationError, match="that was given"):
+        rows.check(proof, honest.report, key)
+    assert verify_report(honest.report, consortium_key=f" {honest.public.upper()}\n").pinned
+    ledger = honest.folder / "journals" / "alba.jsonl"
+    for refused in (
+        call("compare", ledger, ledger, "--public", key),
+        call("local", tmp_path, "--ledger", ledger, "--public", key),
+    ):
+        assert isinstance(refused.exception, UsageError)
 
 
 def test_a_failed_check_is_named_and_has_the_exit_code(spoilt) -> None:

@@ -8,11 +8,14 @@ import stat
 import pytest
 from typer.testing import CliRunner
 
+from fedveil.client.peers import PeerHeads
 from fedveil.common import canonical, identity
 from fedveil.common.contract import Column
 from fedveil.common.errors import IdentityError, UsageError, VerificationError
-from fedveil.common.journal import parse
+from fedveil.common.journal import Head, parse
+from fedveil.common.units import SiteId
 from fedveil.privacy.cli_ledger import app as ledger_app
+from fedveil.privacy.joining import Copy
 from fedveil.privacy.report import compare, local, pdf, rows
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.cli import app
@@ -181,10 +184,14 @@ def test_another_journal_under_the_same_name_is_found(honest, spoilt) -> None:
     assert verdicts(journal(honest), journal(spoilt)) == {"berg": ("replaced", 0)}
 
 
-def peers(tmp_path, w, rows_: int, digest: str | None = None):
+def peers(tmp_path, w, rows_: int, digest: str | None = None, *others: Copy):
+    """What a site remembers of berg, written by the site's own program; older ledgers of berg first."""
     hashes = [canonical.loads(x)["hash"] for x in lines(journal(w))]
     path = tmp_path / "peers.json"
-    path.write_bytes(canonical.dumps({"berg": [rows_, digest or hashes[rows_ - 1], hashes[0]]}))
+    path.unlink(missing_ok=True)
+    kept = PeerHeads(path)
+    for copy in (*others, Copy(Head(rows_, digest or hashes[rows_ - 1]), hashes[0])):
+        kept.keep({SiteId("berg"): copy})
     return path
 
 
@@ -207,6 +214,22 @@ def test_two_peers_who_were_told_two_stories(honest, tmp_path) -> None:
     assert verdicts(a, peers(tmp_path / "other", honest, 7)) == {"berg": ("not comparable", None)}
 
 
+def test_of_several_ledgers_of_a_site_the_one_is_taken_that_begins_alike(honest, copy, tmp_path) -> None:
+    others = [Copy(Head(3, f"{i:064x}"), f"{i + 9:064x}") for i in range(3)]
+    assert verdicts(peers(tmp_path, honest, 5, None, *others), copy) == {"berg": ("continues", 5)}
+    assert verdicts(peers(tmp_path, honest, 5, "a" * 64, *others), copy) == {"berg": ("rewritten", 4)}
+    PeerHeads(tmp_path / "strange.json").keep({SiteId("berg"): others[0]})
+    assert verdicts(tmp_path / "strange.json", copy) == {"berg": ("not comparable", None)}
+    (tmp_path / "old.json").write_bytes(canonical.dumps({"berg": [5, "a" * 64, lines_hash(copy)]}))
+    assert verdicts(tmp_path / "old.json", copy) == {"berg": ("rewritten", 4)}, "as one ledger a site was written"
+    done = call("compare", peers(tmp_path, honest, 5, None, *others), copy)
+    assert (done.exit_code, "continues" in done.stdout) == (0, True)
+
+
+def lines_hash(path) -> str:
+    return canonical.loads(lines(path)[0])["hash"]
+
+
 def test_two_reports_of_one_session_must_say_the_same(honest, spoilt) -> None:
     assert verdicts(honest.folder, spoilt.folder)["report.json"] == ("same", None)
     payload = canonical.loads(spoilt.report.read_bytes())["payload"]
@@ -221,9 +244,9 @@ def test_what_is_no_journal_cannot_be_compared(honest, copy, tmp_path) -> None:
     bad = tmp_path / "x.json"
     for data in (b"[]", b"{", b'{"berg": [1]}', b'{"berg": [1, "zz", "zz"]}'):
         bad.write_bytes(data)
-        with pytest.raises(VerificationError):
+        with pytest.raises(UsageError):
             compare.compare(bad, copy)
-    with pytest.raises(VerificationError, match="no journal in common"):
+    with pytest.raises(UsageError, match="no journal in common"):
         compare.compare(journal(honest, "alba"), copy)
 
 
@@ -393,6 +416,26 @@ def test_without_a_browser_the_user_is_told(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="no Chromium"):
         pdf.print_page(tmp_path / "x.html", tmp_path / "x.pdf")
+
+
+def test_a_pdf_that_cannot_be_written_and_a_page_that_stays(spoilt, tmp_path, monkeypatch) -> None:
+    for out in (tmp_path / "nope" / "x.pdf", tmp_path):
+        refused = call("pdf", spoilt.folder, "--out", out)
+        assert isinstance(refused.exception, UsageError)
+        assert "cannot be written" in refused.exception.message
+    seen: list[str] = []
+
+    def printed(page, out):
+        seen.append(page.read_text(encoding="utf-8"))
+        return out
+
+    monkeypatch.setattr(pdf, "print_page", printed)
+    (spoilt.folder / "report.html").write_text("rendered with a key", encoding="utf-8")
+    for key in ([], ["--consortium-key", spoilt.public]):
+        assert call("pdf", spoilt.folder, "--out", tmp_path / "x.pdf", *key).exit_code == 0
+    assert ["taken from the folder itself" in page for page in seen] == [True, False]
+    assert (spoilt.folder / "report.html").read_text(encoding="utf-8") == "rendered with a key"
+    assert [p.name for p in tmp_path.glob("print-*")] == []
 
 
 @pytest.mark.slow
