@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from fedveil.client.ingest.closeness import require_closeness
 from fedveil.client.ingest.intake import RawTable
+from fedveil.client.ingest.released_cells import require_cells
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import AnonymityError, DataError, UsageError
 from fedveil.privacy.anonymization import codes, recheck
@@ -111,6 +112,7 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
         _write(table, part)
         limit = contract.suppression_limit
         findings = recheck.require(part, spec, models, original_rows=raw.rows, suppression_limit=limit)
+        require_cells(part, contract)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
@@ -146,14 +148,17 @@ def verify(path: Path, contract: DataContract) -> Findings:
     """Check every criterion of the contract on a released file, of fixed levels or of any other method.
 
     Raises:
-        AnonymityError: a criterion fails, or the file is not a release under this contract.
+        AnonymityError: a criterion fails, or the file is not a release under this contract: other columns, labels,
+            values or numbers than it allows.
     """
     if path.suffix == ".csv" and (verdict := _fixed_levels(path, contract)) is not None:
         fixed_verify.require(path, contract)
         require_closeness(path, contract)
         return _as_findings(verdict, contract)
     spec, models = specification(contract)
-    return recheck.require(path, spec, models)
+    findings = recheck.require(path, spec, models)
+    require_cells(path, contract)
+    return findings
 
 
 def _fixed_levels(path: Path, contract: DataContract) -> fixed_verify.Verdict | None:

@@ -140,7 +140,7 @@ def frame_of(spec: TableSpec, models: Sequence[Criterion], cells: Mapping[str, I
     attributes = []
     for name in sensitive_names(models):
         column = spec.sensitive_column(name)
-        values = list(cells[name])
+        values = [v for v in cells[name] if v != ""]  # an empty text is no value
         broken = sum(isinstance(v, float) and not np.isfinite(v) for v in values)
         if broken:
             raise DataError(f"column {name!r}: {broken} values are not finite", hint="write no value instead")
@@ -159,12 +159,12 @@ def sensitive_names(models: Sequence[Criterion]) -> tuple[str, ...]:
 
 
 def sensitive_codes(column: Any, attribute: Attribute) -> NDArray[np.int32]:
-    """(n,) codes of a sensitive column, -1 for "no value".
+    """(n,) codes of a sensitive column, -1 for "no value": an empty cell, or an empty text.
 
     Raises:
         DataError: values that were not there when the recoding was fitted.
     """
-    out = lookup(column, {v: i for i, v in enumerate(attribute.values)}, UNKNOWN)
+    out = lookup(column, {v: i for i, v in enumerate(attribute.values)} | {"": UNKNOWN}, UNKNOWN)
     if unknown := int((out == -1).sum()):
         raise DataError(
             f"column {attribute.name!r}: {unknown} cells hold unknown values", hint="fit on the table to be released"

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from fedveil.common.contract import MISSING, DataContract
 from fedveil.common.errors import AnonymityError, UsageError
 from fedveil.privacy.anonymization import criteria as cr
-from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, TableSpec, bins
+from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, Sensitive, TableSpec, bins
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recheck_definitions import judge
 
@@ -82,15 +82,18 @@ def recheck(
 
     Raises:
         AnonymityError: the file cannot be read, holds other columns, no rows, a cell that is no label of the
-            specification, or too few of the original rows. Failing criteria are reported, not raised.
+            specification, a sensitive value that is not among the declared ones, or too few of the original rows.
+            Failing criteria are reported, not raised.
     """
     if isinstance(spec, DataContract):
         spec = TableSpec.from_contract(spec)
     models = bind(models, spec)
-    columns = sorted({m.column for m in models if m.column})
+    columns = sorted({m.column for m in models if m.column} | {s.name for s in spec.sensitive if _declared(s)})
     labels, table = _aggregate(path, spec, columns)
     for q in spec.quasi:
         _check_labels(q, list(labels[q.name]))
+    for name in columns:
+        _check_values(spec.sensitive_column(name), labels[name])
     rows = int(pc.sum(table["rows_count"]).as_py())
     _check_suppression(rows, original_rows, suppression_limit)
     names = [q.name for q in spec.quasi]
@@ -120,10 +123,12 @@ def _aggregate(path: Path, spec: TableSpec, columns: Sequence[str]) -> tuple[dic
     """Numbers of the labels by column, and one row per different combination with its count."""
     names = [*(q.name for q in spec.quasi), *columns]
     labels: dict[str, dict[str, int]] = {n: {} for n in names}
+    spelt = {n: _spelling(spec.sensitive_column(n)) for n in columns}
     parts = []
     try:
         for batch in _batches(path, spec, names):
-            arrays = [_numbered(batch.column(n), labels[n]) for n in names]
+            arrays = [_numbered(batch.column(n), labels[n], spelt.get(n, str)) for n in names]
+            _check_present(spec, arrays)
             part = pa.table(arrays, names=names)
             parts.append(part.group_by(names).aggregate([([], "count_all")]).rename_columns([*names, "rows_count"]))
     except (OSError, pa.ArrowException) as e:
@@ -159,15 +164,56 @@ def _plain(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _numbered(array: Any, known: dict[str, int]) -> Any:
+def _numbered(array: Any, known: dict[str, int], spelling: Callable[[str], str | None]) -> Any:
     """A column as numbers that mean the same in every batch; -1 for "no value"."""
     if not pa.types.is_dictionary(array.type):
         array = array.dictionary_encode()
-    words = [_word(v) for v in array.dictionary.to_pylist()]
+    words = [None if v is None else spelling(_word(v)) for v in array.dictionary.to_pylist()]
     used = set(array.indices.unique().to_pylist()) - {None}
-    table = [known.setdefault(w, len(known)) if i in used else -1 for i, w in enumerate(words)]
+    table = [-1 if w is None or i not in used else known.setdefault(w, len(known)) for i, w in enumerate(words)]
     taken = pa.array(table, pa.int32()).take(array.indices)
     return taken.fill_null(-1)
+
+
+def _declared(column: Sensitive) -> frozenset[str]:
+    """The values that a sensitive column may hold; empty where none are declared."""
+    leaves = column.hierarchy.leaves if column.hierarchy else ()
+    return frozenset(column.values or leaves) & frozenset(leaves or column.values)
+
+
+def _spelling(column: Sensitive) -> Callable[[str], str | None]:
+    """How a sensitive cell is read: an empty text is "no value", as it is to the engine and to a CSV file's writer.
+
+    A CSV file writes ``true`` and ``1.0`` where the table held the declared ``True`` and ``1``.
+    """
+    declared = _declared(column)
+
+    def spelt(word: str) -> str | None:
+        if word in declared or not declared or not word:
+            return word or None
+        number = _number(word)
+        other = word.capitalize() if number is None else _word(number)
+        return other if other in declared else word
+
+    return spelt
+
+
+def _check_values(column: Sensitive, found: Mapping[str, int]) -> None:
+    """An undeclared value is no diversity, and no distance is defined to it."""
+    declared = _declared(column)
+    if declared and (unknown := len(set(found) - declared)):
+        raise AnonymityError(
+            f"column {column.name!r}: {unknown} different values are not among the declared ones",
+            hint="the file was changed, or made under another specification: anonymise the table again",
+        )
+
+
+def _check_present(spec: TableSpec, arrays: Sequence[Any]) -> None:
+    for q, array in zip(spec.quasi, arrays, strict=False):
+        if empty := int(pc.sum(pc.equal(array, -1)).as_py() or 0):
+            raise AnonymityError(
+                f"column {q.name!r}: {empty} cells have no label", hint=f"no value is written as {MISSING!r}"
+            )
 
 
 def _word(value: Any) -> str:
@@ -192,23 +238,33 @@ def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
         known |= {label for _, labels in bins(q.column) for label in labels}
     broken = sum(not (label in known or label in (TOP, MISSING) or _is_set(q, label)) for label in labels)
     if broken:
-        raise AnonymityError(f"column {q.name!r}: {broken} different cells are no labels of the specification")
+        raise AnonymityError(
+            f"column {q.name!r}: {broken} different cells are no labels of the specification",
+            hint="the file was changed, or made under another specification: anonymise the table again",
+        )
 
 
 def _is_set(q: QuasiIdentifier, label: str) -> bool:
     values = _members(label)
     leaves = set(q.hierarchy.leaves) if q.hierarchy else None
-    if len(set(values)) != len(values) or not label:
+    if len(set(values)) != len(values):
         return False
     plain = [v for v in values if v != MISSING]
     ends = _ends(plain[0]) if len(plain) == 1 else None
     if ends is not None:
         low, high = ends
         within = leaves is None or all(_in(leaves, e) for e in ends)
-        return low <= high and within
+        return low <= high and within and _inside(q, ends)
     if q.numeric or (q.column is not None):
-        return all(_number(v) is not None for v in plain)
+        numbers = [_number(v) for v in plain]
+        return None not in numbers and _inside(q, [x for x in numbers if x is not None])
     return leaves is None or set(plain) <= leaves
+
+
+def _inside(q: QuasiIdentifier, values: Sequence[float]) -> bool:
+    """Whether numbers are within a contract's public bounds."""
+    c = q.column
+    return c is None or c.low is None or c.high is None or all(c.low <= x <= c.high for x in values)
 
 
 def _members(label: str) -> list[str]:

@@ -26,7 +26,7 @@ def judge(m: cr.Criterion, size: int, own: Histogram, whole: Histogram, column: 
     if isinstance(m, cr.KMap):
         return own["people"] >= m.k, -float(own["people"])
     if not +own:
-        return False, math.inf
+        return _without_values(m, size)
     if isinstance(m, cr.DistinctL):
         return len(own) >= m.l, -float(len(own))
     if isinstance(m, cr.EntropyL):
@@ -46,6 +46,15 @@ def judge(m: cr.Criterion, size: int, own: Histogram, whole: Histogram, column: 
     if isinstance(m, (cr.BetaLikeness, cr.DeltaDisclosure)):
         return _relative(m, own, whole)
     raise UsageError(f"{m.name} cannot be verified")
+
+
+def _without_values(m: cr.Criterion, size: int) -> Verdict:
+    """A class in which no row has a sensitive value: no value is too frequent in it, and it is at distance 1."""
+    if isinstance(m, cr.AlphaK):
+        return size >= m.k, 0.0 if size >= m.k else 1.0
+    if isinstance(m, cr.TCloseness):
+        return m.t + SLACK >= 1, 1.0
+    return False, math.inf
 
 
 def _relative(m: cr.BetaLikeness | cr.DeltaDisclosure, own: Histogram, whole: Histogram) -> Verdict:
