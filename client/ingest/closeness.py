@@ -17,19 +17,22 @@ from fedveil.common.errors import AnonymityError
 ROUNDING = 1e-12
 
 
-def require_closeness(path: Path, contract: DataContract) -> None:
+def require_closeness(path: Path, contract: DataContract) -> dict[str, float]:
     """Refuse a released CSV file in which a class is farther than the contract's t from the table.
+
+    Returns:
+        By sensitive attribute, the largest distance of a class; empty where the contract asks for no t.
 
     Raises:
         AnonymityError: naming the attribute and in how many classes it fails.
     """
     if contract.t is None:
-        return
+        return {}
     names = [c.name for c in contract.loaded]
     quasi = [names.index(c.name) for c in contract.quasi]
     with path.open(newline="", encoding="utf-8") as f:
         rows = list(csv.reader(f, strict=True))[1:]
-    failed = []
+    failed, worst = [], {}
     for c in contract.sensitive:
         at = names.index(c.name)
         whole = Counter(r[at] for r in rows if r[at])
@@ -38,14 +41,16 @@ def require_closeness(path: Path, contract: DataContract) -> None:
             classes.setdefault(tuple(r[i] for i in quasi), Counter())[r[at]] += 1
         for counts in classes.values():
             counts.pop("", None)
-        far = sum(distance(k, whole, c.labels, contract.t_distance) > contract.t + ROUNDING for k in classes.values())
-        if far:
+        distances = [distance(k, whole, c.labels, contract.t_distance) for k in classes.values()]
+        worst[c.name] = max(distances)
+        if far := sum(d > contract.t + ROUNDING for d in distances):
             failed.append(f"t = {contract.t:g} for {c.name!r} fails in {far} classes")
     if failed:
         raise AnonymityError(
             "the released table is not close enough: " + "; ".join(failed),
             hint="agree on coarser levels, or a larger t",
         )
+    return worst
 
 
 def distance(own: Counter[str], whole: Counter[str], labels: Sequence[str], ground: str) -> float:

@@ -6,9 +6,8 @@ sets: Mondrian, optimal and local recoding look at the data, so differential pri
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,8 +152,7 @@ def verify(path: Path, contract: DataContract) -> Findings:
     """
     if path.suffix == ".csv" and (verdict := _fixed_levels(path, contract)) is not None:
         fixed_verify.require(path, contract)
-        require_closeness(path, contract)
-        return _as_findings(verdict, contract)
+        return _as_findings(verdict, contract, require_closeness(path, contract))
     spec, models = specification(contract)
     findings = recheck.require(path, spec, models)
     require_cells(path, contract)
@@ -169,13 +167,13 @@ def _fixed_levels(path: Path, contract: DataContract) -> fixed_verify.Verdict | 
         return None
 
 
-def _as_findings(verdict: fixed_verify.Verdict, contract: DataContract) -> Findings:
+def _as_findings(verdict: fixed_verify.Verdict, contract: DataContract, distances: Mapping[str, float]) -> Findings:
     found = [Finding("k-anonymity", "", f"k = {contract.k}", True, 0, min(m.rows for m in verdict.classes.values()))]
     for i, c in enumerate(contract.sensitive if contract.l > 1 else ()):
         fewest = min(len(m.seen[i]) for m in verdict.classes.values())
         found.append(Finding("distinct l-diversity", c.name, f"l = {contract.l}", True, 0, fewest))
-    if contract.t is not None:
-        found += [Finding("t-closeness", c.name, f"t = {contract.t:g}", True, 0, math.nan) for c in contract.sensitive]
+    t = f"t = {contract.t:g}, {contract.t_distance}" if contract.t is not None else ""
+    found += [Finding("t-closeness", name, t, True, 0, farthest) for name, farthest in distances.items()]
     return Findings(verdict.rows, len(verdict.classes), tuple(found))
 
 
@@ -195,7 +193,10 @@ def risk(path: Path, contract: DataContract) -> Risk:
     except (OSError, KeyError, pa.ArrowException):
         table = None
     if table is None or table.num_rows == 0 or table.num_columns != len(names):
-        raise AnonymityError(f"{path} is not a readable release with its quasi-identifiers")
+        raise AnonymityError(
+            f"{path} is not a readable release with its quasi-identifiers",
+            hint="give a .csv or .parquet file that 'fedveil data anonymize' wrote under this contract",
+        )
     plain = [c.cast(pa.string()) for c in table.columns]
     groups = pa.table(plain, names=names).group_by(names).aggregate([([], "count_all")]) if names else None
     sizes: Sequence[int] = [table.num_rows] if groups is None else groups["count_all"].to_pylist()

@@ -33,6 +33,8 @@ BATCH = 1 << 20
 SLACK = 1e-9
 PIECE = re.compile(r"(?:\\.|[^|\\])*")
 Histogram = Counter[str]
+_AGAIN = "the file was changed, or made under another specification: anonymise the table again"
+_GIVE = "give a .csv or .parquet file as the anonymisation wrote it"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ def require(path: Path, spec: TableSpec | DataContract, models: Sequence[cr.Crit
         where = f" of column {f.column!r}" if f.column else ""
         if not f.met:
             parts.append(f"{f.name} ({f.required}){where} fails in {f.failing} of {found.classes} classes")
-    raise AnonymityError("the released table is not anonymous enough: " + "; ".join(parts))
+    raise AnonymityError(
+        "the released table is not anonymous enough: " + "; ".join(parts),
+        hint="do not release it: anonymise the table again, with coarser levels or more suppression",
+    )
 
 
 def _aggregate(path: Path, spec: TableSpec, columns: Sequence[str]) -> tuple[dict[str, dict[str, int]], pa.Table]:
@@ -132,9 +137,9 @@ def _aggregate(path: Path, spec: TableSpec, columns: Sequence[str]) -> tuple[dic
             part = pa.table(arrays, names=names)
             parts.append(part.group_by(names).aggregate([([], "count_all")]).rename_columns([*names, "rows_count"]))
     except (OSError, pa.ArrowException) as e:
-        raise AnonymityError(f"the released file {path.name} cannot be read") from e
+        raise AnonymityError(f"the released file {path.name} cannot be read", hint=_GIVE) from e
     if not parts or not sum(p.num_rows for p in parts):
-        raise AnonymityError("the released file holds no rows")
+        raise AnonymityError("the released file holds no rows", hint=_GIVE)
     whole = pa.concat_tables(parts).group_by(names).aggregate([("rows_count", "sum")])
     return labels, whole.rename_columns([*names, "rows_count"])
 
@@ -154,9 +159,9 @@ def _batches(path: Path, spec: TableSpec, names: Sequence[str]) -> Iterator[Any]
         reader = pacsv.open_csv(path, convert_options=convert)
         found, source = reader.schema.names, iter(reader)
     else:
-        raise UsageError(f"{path.name} is neither .parquet nor .csv")
+        raise UsageError(f"{path.name} is neither .parquet nor .csv", hint=_GIVE)
     if found != expected:
-        raise AnonymityError("the released file's columns are not the specification's released columns")
+        raise AnonymityError("the released file's columns are not the specification's released columns", hint=_AGAIN)
     yield from source
 
 
@@ -204,7 +209,7 @@ def _check_values(column: Sensitive, found: Mapping[str, int]) -> None:
     if declared and (unknown := len(set(found) - declared)):
         raise AnonymityError(
             f"column {column.name!r}: {unknown} different values are not among the declared ones",
-            hint="the file was changed, or made under another specification: anonymise the table again",
+            hint=_AGAIN,
         )
 
 
@@ -226,9 +231,12 @@ def _check_suppression(rows: int, original: int | None, limit: float) -> None:
     if original is None:
         return
     if rows > original:
-        raise AnonymityError(f"the released file has {rows - original} rows more than the original table")
+        raise AnonymityError(f"the released file has {rows - original} rows more than the original table", hint=_AGAIN)
     if original - rows > limit * original + SLACK:
-        raise AnonymityError(f"{original - rows} of {original} rows are suppressed, more than the limit {limit:g}")
+        raise AnonymityError(
+            f"{original - rows} of {original} rows are suppressed, more than the limit {limit:g}",
+            hint="allow more suppression, or choose coarser levels",
+        )
 
 
 def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
@@ -240,7 +248,7 @@ def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
     if broken:
         raise AnonymityError(
             f"column {q.name!r}: {broken} different cells are no labels of the specification",
-            hint="the file was changed, or made under another specification: anonymise the table again",
+            hint=_AGAIN,
         )
 
 

@@ -16,6 +16,8 @@ from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import AnonymityError, DataError
 from fedveil.privacy.anonymization.advise import Classes, Members, passing_levels
 
+_AGAIN = "the file was changed, or made under another contract: anonymise the table again"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -61,7 +63,7 @@ def verify(path: Path, contract: DataContract) -> Verdict:
         with path.open(newline="", encoding="utf-8") as f:
             lines = csv.reader(f, strict=True)
             if next(lines, None) != [c.name for c in released]:
-                raise AnonymityError("the released file's header is not the contract's released columns")
+                raise AnonymityError("the released file's header is not the contract's released columns", hint=_AGAIN)
             for row in lines:
                 rows += 1
                 _check_row(row, released, allowed, rows)
@@ -73,7 +75,7 @@ def verify(path: Path, contract: DataContract) -> Verdict:
     except (OSError, UnicodeDecodeError, csv.Error):
         rows = -1
     if rows < 1:
-        raise AnonymityError("the released file cannot be read or holds no rows")
+        raise AnonymityError("the released file cannot be read or holds no rows", hint=_AGAIN)
     names = [c.name for c in contract.sensitive] if contract.l > 1 else []
     return Verdict(
         rows,
@@ -109,10 +111,14 @@ def _allowed_labels(column: Column) -> frozenset[str]:
 
 def _check_row(row: list[str], released: tuple[Column, ...], allowed: list[frozenset[str] | None], number: int) -> None:
     if len(row) != len(released):
-        raise AnonymityError(f"row {number} of the released file has {len(row)} cells instead of {len(released)}")
+        raise AnonymityError(
+            f"row {number} of the released file has {len(row)} cells instead of {len(released)}", hint=_AGAIN
+        )
     for cell, column, labels in zip(row, released, allowed, strict=True):
         if not (_is_bounded_number(cell, column) if labels is None else cell in labels):
-            raise AnonymityError(f"row {number} of the released file: column {column.name!r} breaks the contract")
+            raise AnonymityError(
+                f"row {number} of the released file: column {column.name!r} breaks the contract", hint=_AGAIN
+            )
 
 
 def _is_bounded_number(cell: str, column: Column) -> bool:

@@ -204,3 +204,31 @@ def as_parquet(path, contract):
         columns[n] = cells
     pq.write_table(pa.table(columns), path.with_suffix(".parquet"))
     return path.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize("distance", ["equal", "ordered"])
+def test_a_fixed_release_shows_its_distance(tmp_path, with_missing, distance, monkeypatch):
+    """Two verifiers that share no code agree on every figure that is shown, the distance among them."""
+    contract = with_illness(t_distance=distance, suppression_limit=0.0, l=1, t=1.0, k=2)
+    out = tmp_path / "r.csv"
+    done = release.anonymise(with_missing, contract, "fixed", out)
+    monkeypatch.delattr(release.recheck, "require")
+    shown = release.verify(out, contract)
+    assert [f.name for f in shown.findings] == [f.name for f in done.findings.findings]
+    for ours, theirs in zip(shown.findings, done.findings.findings, strict=True):
+        assert ours.worst == pytest.approx(theirs.worst)
+        assert ours.required == theirs.required
+
+
+def test_every_refusal_of_a_release_says_what_to_do(tmp_path, with_missing):
+    contract, out = with_illness(), tmp_path / "r.csv"
+    release.anonymise(with_missing, contract, "mondrian", out)
+    head, *lines = out.read_text().splitlines()
+    (tmp_path / "short.csv").write_text("\n".join([head, *lines[:5], ""]))
+    (tmp_path / "empty.csv").write_text(head + "\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for name in ("none.csv", "none.parquet", "short.csv", "empty.csv", "other.csv"):
+        for judge in (release.verify, release.risk) if name != "short.csv" else (release.verify,):
+            with pytest.raises(AnonymityError) as refused:
+                judge(tmp_path / name, contract)
+            assert refused.value.hint, name
