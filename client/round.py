@@ -64,7 +64,7 @@ def contribute(site: Site, request: Packet) -> Packet:
     nonce = h.get("nonce")
     if not (isinstance(nonce, str) and 0 < len(nonce) <= MAX_NONCE and nonce.isascii() and nonce.isprintable()):
         raise WireError("a malformed nonce")
-    _require_open(session)
+    _require_open(site, session)
     if (again := session.sum.replay(round_)) is not None:
         if again.header.get("nonce") != nonce:
             raise ProtocolError(f"round {round_} was answered under another nonce")
@@ -168,9 +168,12 @@ def _narrow(values: NDArray[np.int64]) -> Integers:
     return values.astype(np.int32)
 
 
-def _require_open(session: Session) -> None:
-    """Whatever could not be answered anyway is refused before it is charged."""
-    if session.ended:
+def _require_open(site: Site, session: Session) -> None:
+    """Whatever could not be answered anyway is refused before it is charged.
+
+    A crash between the two rows of an end leaves a ledger that names the session's last model: nothing follows that.
+    """
+    if session.ended or any(r.body["session"] == session.id for r in site.ledger.journal.of_kind("model")):
         raise ProtocolError("that session has ended")
     if session.exhausted:
         raise BudgetExhausted(

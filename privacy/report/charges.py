@@ -11,11 +11,16 @@ from fedveil.privacy.dp.accounting import ORDERS
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 from fedveil.privacy.ledger import Tally
 from fedveil.privacy.report import fields
-from fedveil.privacy.report.history import History
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
 Precision = Literal["float64", "float32"]
 _MAX_CRITERIA, _MAX_EVENTS = 64, 4096
+KINDS = frozenset(
+    {
+        "ledger.open", "ledger.import", "ledger.cap", "ledger.closed", "journal.repaired", "data.released",
+        "plan.approved", "plan.accepted", "spend", "commit", "refused", "model", "session.end",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,11 @@ class Charges:
         precision: in which the site's owner let gradients of single records be computed in this session.
         earlier_sessions: how many other sessions were charged before this one.
         exhausted: the budget refused a step of this session.
-        models: this session's ``model`` rows.
+        models, end: this session's ``model`` rows, and its ``session.end`` row if there is one.
         events: every charge of all sessions, what was imported from older ledgers first.
         left: the part of the filter's Rényi budget that is not spent, in [0, 1].
         spending: in order, the session of every row that spent (empty for an import) and the filter's ε after it.
+        tightest: at the spend that came closest to the cap then in force, all events up to it, and that cap.
     """
 
     lineage: str
@@ -66,19 +72,22 @@ class Charges:
     earlier_sessions: int
     exhausted: bool
     models: tuple[Row, ...]
+    end: Row | None
     released: Released | None
     events: tuple[SampledGaussian, ...]
     head: tuple[int, str]
     left: float
     spending: tuple[tuple[str, float], ...]
+    tightest: tuple[tuple[SampledGaussian, ...], float]
 
 
 def compose(rows: list[Row], session: str) -> Charges:
     """Replay a verified ledger under the rules that bound its owner.
 
     Raises:
-        VerificationError: naming the first row that breaks a rule: spending before opening, twice for one round,
-            past the cap, after the budget refused or after the session's end; numbers outside the closed table.
+        VerificationError: naming the first row that breaks a rule: of an unknown kind; spending before opening, twice
+            for one round, past the cap in force, after the budget refused, after the model that the session ended with
+            or after its end; a second end; numbers outside the closed table.
     """
     tally, state = Tally(), _State(session)
     for row in rows:
@@ -90,7 +99,7 @@ def compose(rows: list[Row], session: str) -> Charges:
             raise VerificationError(f"row {row.n} ({row.kind[:32]}) has numbers that cannot be composed") from e
         state.feed(row, before)
         if row.kind in ("spend", "ledger.import"):
-            state.spending.append((str(row.body.get("session", "")), tally.epsilon))
+            state.book(row, tally)
     f = tally.filter
     if f is None:
         raise VerificationError("the ledger was never opened")
@@ -101,9 +110,10 @@ def compose(rows: list[Row], session: str) -> Charges:
         spends=state.spends, committed=sum(1 for s, _ in tally.committed if s == session),
         accepted=state.accepted, precision=_precision(state.accepted),
         earlier_sessions=len(state.earlier if mine else state.others),
-        exhausted=state.exhausted, models=tuple(state.models), released=state.released,
+        exhausted=state.exhausted, models=tuple(state.models), end=state.end, released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
         left=max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0, spending=tuple(state.spending),
+        tightest=state.tightest,
     )  # fmt: skip
 
 
@@ -124,11 +134,30 @@ class _State:
         self.earlier: set[str] = set()
         self.spends: dict[int, Row] = {}
         self.accepted: Row | None = None
-        self.exhausted = self.ended = False
+        self.exhausted = False
+        self.end: Row | None = None
         self.models: list[Row] = []
         self.released: Released | None = None
         self._table: dict[str, Any] | None = None
         self.spending: list[tuple[str, float]] = []
+        self._booked: list[list[tuple[SampledGaussian, int]]] = []
+        self._strain: tuple[float, int, float] = (0.0, 0, 0.0)  # part of the cap spent, rows booked, the cap
+
+    def book(self, row: Row, tally: Tally) -> None:
+        """Remember a row that spent, once the tally let it pass."""
+        own = row.kind == "spend"
+        self.spending.append((str(row.body.get("session", "")), tally.epsilon))
+        key = (row.body.get("session", ""), row.body.get("round", 0))
+        self._booked.append([(tally.by_round[key], 1)] if own else tally.imported[row.body["ledger"]])
+        cap = tally.filter.epsilon if tally.filter else 0.0
+        if own and tally.epsilon >= self._strain[0] * cap:
+            self._strain = tally.epsilon / cap, len(self._booked), cap
+
+    @property
+    def tightest(self) -> tuple[tuple[SampledGaussian, ...], float]:
+        """See :class:`Charges`."""
+        _, rows, cap = self._strain
+        return tuple(e for events in self._booked[:rows] for e, n in events for _ in range(n)), cap
 
     def feed(self, row: Row, before: float) -> None:
         if row.kind == "data.released":
@@ -138,11 +167,15 @@ class _State:
         if row.body.get("session") != self.session:
             return
         if row.kind == "plan.accepted":
-            self.accepted = self.accepted or row
+            if self.accepted is not None:
+                raise VerificationError(f"row {row.n} accepts a session that was accepted before")
+            self.accepted = row
         elif row.kind == "refused":
             self.exhausted |= row.body.get("reason") == BudgetExhausted.__name__
+        elif row.kind in ("model", "session.end") and self.end is not None:
+            raise VerificationError(f"row {row.n} ({row.kind}) comes after the session had ended")
         elif row.kind == "session.end":
-            self.ended = True
+            self.end = row
         elif row.kind == "model":
             self.models.append(row)
         elif row.kind == "spend":
@@ -156,7 +189,7 @@ class _State:
         """
         if not self.spends:
             self.released, self._table = _released(row), _table(row)
-        elif not self.ended and _table(row) != self._table:
+        elif self.end is None and _table(row) != self._table:
             raise VerificationError(
                 f"row {row.n} (data.released) is about another table than the one that was charged for in this session"
             )
@@ -164,36 +197,20 @@ class _State:
     def _spend(self, row: Row, before: float) -> None:
         if self.exhausted:
             raise VerificationError(f"row {row.n} spends after the budget had refused a step of the same session")
-        if self.ended:
+        if self.end is not None:
             raise VerificationError(f"row {row.n} spends after the session had ended")
+        if self.models:
+            raise VerificationError(f"row {row.n} spends after the model that the session ended with was noted")
         if self.before is None:
             self.before, self.earlier = before, set(self.others)
         self.spends[fields.integer(row.body, "round", f"row {row.n}", low=1, high=1 << 20)] = row
 
 
-def accepted(c: Charges, h: History) -> None:
-    """Raise :class:`VerificationError` unless the site accepted this session's plan before its first charge."""
-    if not c.spends:
-        return
-    row = c.accepted
-    if row is None or row.n > min(r.n for r in c.spends.values()):
-        raise VerificationError("it was charged for a session that the site had not accepted")
-    for key in ("plan_hash", "roster_hash", "contract_hash"):
-        if row.body.get(key) != getattr(h, key):
-            raise VerificationError(f"row {row.n} accepts another {key.replace('_', ' ')}")
-
-
-def known_models(c: Charges, h: History) -> None:
-    """Raise :class:`VerificationError` if the ledger names a model that the server's journal does not have."""
-    known = {r.model_in for r in h.rounds} | {r.model_out for r in h.applied} | {h.ended.model_hash}
-    for row in c.models:
-        if row.body.get("model_hash") not in known:
-            raise VerificationError(f"row {row.n} names a model that the server's journal does not have")
-
-
 def bounded(row: Row) -> None:
     """Refuse numbers that no honest ledger has and that would keep an accountant busy for hours."""
     where = f"row {row.n} ({row.kind[:32]})"
+    if row.kind not in KINDS:
+        raise VerificationError(f"{where} is of a kind that a ledger does not have")
     if row.kind == "ledger.open":
         if row.body.get("order") not in ORDERS:
             raise VerificationError(f"{where}: the Rényi order is not in the table")

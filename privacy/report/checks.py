@@ -18,11 +18,11 @@ from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import bill, claims, fields, recompute, schema, signatures
+from fedveil.privacy.report import bill, claims, fields, ledgers, recompute, schema, signatures
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
-from fedveil.privacy.report.charges import Charges, accepted, compose, known_models
+from fedveil.privacy.report.charges import Charges, compose
 from fedveil.privacy.report.derive import VERSION, Facts, derive
 from fedveil.privacy.report.history import COMPLETED, EXHAUSTED, History, replay
 
@@ -57,6 +57,7 @@ class Audit:
         self._rows: list[Row] | None = None
         self._history: History | None = None
         self._joins: dict[str, dict[str, Any]] | None = None
+        self._seen: dict[str, ledgers.Seen] = {}
         self._plan: PrivacyPlan | None = None
         self._charges: dict[str, Charges] = {}
         self.countersigned: tuple[str, ...] = ()
@@ -102,7 +103,7 @@ class Audit:
         if self.roster and self._history and self._history.end:
             for m in self.roster.sites:
                 if m.site in self._history.end.heads or self._has(journal_name(m.site)):
-                    what = "chain, signatures, head, budget never exceeded, no step charged twice"
+                    what = "chain, signatures, head, the end of the run; no step charged twice or past the cap"
                     yield f"ledger of {m.site}", what, partial(self._ledger, m.site)
         yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
@@ -190,7 +191,7 @@ class Audit:
                     raise VerificationError(f"{m.site} signed another {key.replace('_', ' ')}")
             fields.head(statement.get("head"), f"the join statement of {m.site}")
             joins[m.site] = statement
-        self._joins = joins
+        self._joins, self._seen = joins, ledgers.seen_by_peers(joins)
         return f"{len(joins)} signatures under plan {wanted['plan_hash'][:16]}..."
 
     def _check_plan(self) -> str:
@@ -245,12 +246,12 @@ class Audit:
 
     def _models(self) -> str:
         h = self._ended()
-        now = h.model_hash or None
+        now = h.model_hash
         for r in h.rounds:
-            if now is not None and r.model_in != now:
+            if r.model_in != now:
                 raise VerificationError(f"round {r.number} does not start from the model before it")
             now = r.model_out if r.outcome == "applied" else r.model_in
-        if now is not None and h.ended.model_hash != now:
+        if h.ended.model_hash != now:
             raise VerificationError("the model at the end is not the one that the last round gave")
         if self._got("report signature", self._payload)["hashes"]["model"] != h.ended.model_hash:
             raise VerificationError("the report names another final model than the server's journal")
@@ -273,17 +274,11 @@ class Audit:
         named = self._got("report signature", self._payload)["hashes"]["heads"].get(site)
         if head != fields.head(named, "the report's head"):
             raise VerificationError("its head is not the one that the report names")
-        joined = fields.head(self._got("join statements", self._joins)[site]["head"], "the join statement")
-        if joined[0] > len(rows) or joined[1] != (rows[joined[0] - 1].hash if joined[0] else GENESIS):
-            raise VerificationError("it does not continue the ledger that the site had when it joined")
+        joined = self._got("join statements", self._joins)[site]
+        ledgers.continues(rows, joined, self._seen.get(site, ()))
         c = compose(rows, h.session)
-        if c.unit != plan.unit:
-            raise VerificationError(f"the ledger counts each {c.unit!r}, the plan each {plan.unit!r}")
-        accepted(c, h)
-        for n, row in c.spends.items():
-            if row.n < joined[0]:
-                raise VerificationError(f"row {row.n} charges round {n} before the site joined")
-        known_models(c, h)
+        ledgers.charged(c, plan, h, joined["head"][0])
+        ledgers.ends(c, h, site)
         self._charges[site] = c
         return f"{len(rows)} rows, {len(c.spends)} steps charged, filter epsilon {c.epsilon_after:.4f} of {c.cap:g}"
 
@@ -319,17 +314,8 @@ class Audit:
     def _budgets(self) -> str:
         claimed = self._got("report signature", self._payload)["sites"]
         for site in self._ended().ended.heads:
-            c, row = self._charged(site), fields.mapping(claimed[site], f"the report's entry of {site}")
-            own = recompute.by_filter(c.events, c.order, c.delta)
-            # The ledger adds 1e-12 to each step against rounding.
-            if abs(own - c.epsilon_after) > 1e-6 * max(1.0, own) + 2e-12 * len(c.events):
-                raise VerificationError(
-                    f"{site}: the filter's epsilon is {own:.6f}, its ledger composes to {c.epsilon_after:.6f}"
-                )
-            if fields.number(row, "epsilon_after", site) < own - 1e-6:
-                raise VerificationError(f"{site}: the report states {row['epsilon_after']:.6f} spent, it is {own:.6f}")
-            if own > c.cap * (1 + 1e-6) and c.spends:
-                raise VerificationError(f"{site}: {own:.6f} was spent under a cap of {c.cap:g}")
+            stated = fields.mapping(claimed[site], f"the report's entry of {site}")
+            ledgers.budget(site, self._charged(site), stated)
         return "; ".join(
             f"{s} {c.epsilon_before:.3f} to {c.epsilon_after:.3f}" for s, c in [*self._charges.items()][:8]
         )

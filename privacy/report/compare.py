@@ -3,8 +3,7 @@
 Each side is a journal's file, a site's ``peers.json`` (the newest signed heads it has seen), or a run's folder. The
 first is what was held earlier, the second what is shown now: it may have more rows, never fewer or other ones.
 
-A site may own several ledgers, and a ``peers.json`` holds the heads of several: the hash of the first row tells which one
-is meant.
+A site may own several ledgers, and a ``peers.json`` holds the heads of several: the first row's hash tells them apart.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Refusal:
 
 @dataclass
 class History:
-    """The whole journal; made by :func:`replay`. ``model_hash`` is the initial model's, empty if it is not stated."""
+    """The whole journal; made by :func:`replay`. ``model_hash`` is the initial model's."""
 
     session: str = ""
     plan_hash: str = ""
@@ -113,6 +113,7 @@ class _Reader:
     def __init__(self) -> None:
         self.history = History()
         self._open: Round | None = None
+        self._nonces: set[str] = set()
         self._may_announce = False  # a restart in the middle of a round: its set may be announced again
 
     def feed(self, row: Row) -> None:
@@ -150,7 +151,7 @@ class _Reader:
             raise VerificationError(f"{where}: the session has no name")
         for key in ("plan_hash", "roster_hash", "contract_hash"):
             setattr(h, key, fields.hexadecimal(b, key, where))
-        h.model_hash = _model(b, where) if "model_hash" in b else ""
+        h.model_hash = _model(b, where)
         if type(b.get("simulated")) is not bool:
             raise VerificationError(f"{where}: simulated is neither true nor false")
         h.simulated = b["simulated"]
@@ -169,6 +170,9 @@ class _Reader:
             raise VerificationError(f"{where} comes while round {self._open.number} is open")
         nonce = fields.text(b, "nonce", where, limit=128)
         new = Round(fields.integer(b, "round", where, low=1, high=1 << 20), nonce, _model(b, where))
+        if nonce in self._nonces:
+            raise VerificationError(f"{where} uses the nonce of an earlier round again")
+        self._nonces.add(nonce)
         last = h.rounds[-1].number if h.rounds else 0
         if new.number != last + 1:
             raise VerificationError(f"{where} opens round {new.number} after round {last}")

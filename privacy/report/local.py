@@ -213,7 +213,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 def _origin(lineage: dict[str, Any]) -> dict[str, Any]:
     """What a page shows of the lineage record: when, by what, from which file to which."""
     at = lineage.get("at")
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) if _count(at) and at < 1 << 40 else None
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) if type(at) is int and 0 <= at < 1 << 40 else None
     return {"at": when, **{k: lineage.get(k) for k in ("fedveil", "contract", "source", "released")}}
 
 

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import BudgetExhausted
+from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.identity import Member, Roster
 from fedveil.common.journal import Journal
 from fedveil.common.model_spec import ModelSpec
@@ -57,6 +57,7 @@ class World:
     lost: set[str] = field(default_factory=set)
     restart_in: int = 0
     stop_after: int | None = None
+    peers: dict[str, Any] = field(default_factory=dict)  # by site: what its join statement says of the others
     released: dict[str, Any] = field(
         default_factory=lambda: {
             "v": 1, "contract": CONTRACT["hash"], "recoding": "fixed",
@@ -124,7 +125,7 @@ class World:
         payload = {
             "v": 1, "session": self.session, "site": site, "plan_hash": self.plan.hash,
             "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"], "fields": {},
-            "head": list(ledger.head),
+            "head": list(ledger.head), "ledger": ledger.journal.rows[0].hash, "peers": self.peers.get(site, {}),
         }  # fmt: skip
         return identity.signed(self.sites[site], "fedveil/join/1", payload)
 
@@ -200,6 +201,53 @@ class World:
         with Journal.open(path, owner, key, durable=False, clock=lambda: 1e9) as journal:
             for kind, body in items:
                 journal.append(kind, body)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a journal's file."""
+        return [canonical.loads(line) for line in (self.folder / name).read_bytes().splitlines()]
+
+    def forge(
+        self,
+        *,
+        ledgers: dict[str, Callable[[list[Any]], Any]] | None = None,
+        peers: dict[str, Any] | None = None,
+        server: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        """Everybody who is named cheats and signs again, the server too; so only what the others signed is against it.
+
+        Args:
+            ledgers: by site, a change of its ``(kind, body)`` list; its join statement then names the new ledger.
+            peers: by site, what its join statement says of the other sites' ledgers.
+            server: a change of the server's ``(kind, body)`` list.
+        """
+        joins = canonical.loads((self.folder / "joins.json").read_bytes())
+        for site in {*(ledgers or {}), *(peers or {})}:
+            payload = joins[site]["payload"]
+            if site in (ledgers or {}):
+                self.rewrite(f"journals/{site}.jsonl", site, (ledgers or {})[site])
+                rows = self.rows(f"journals/{site}.jsonl")
+                at = [r["kind"] == "plan.accepted" for r in rows].index(True)
+                payload |= {"head": [at + 1, rows[at]["hash"]], "ledger": rows[0]["hash"]}
+            payload |= {"peers": peers[site]} if peers and site in peers else {}
+            joins[site] = identity.signed(self.sites[site], "fedveil/join/1", payload)
+        self.json("joins.json", joins)
+        paths = sorted((self.folder / "journals").glob("*.jsonl"))
+        heads = {p.stem: [len(rows), rows[-1]["hash"]] for p in paths if (rows := self.rows(f"journals/{p.name}"))}
+
+        def tell(items: list[Any]) -> None:
+            next(b for k, b in items if k == "run.joined")["joins_digest"] = canonical.digest(joins)
+            items[-1][1]["heads"] = heads
+            if server is not None:
+                server(items)
+
+        self.rewrite("journal.jsonl", "server", tell)
+        try:
+            build_report(self.folder, self.server)
+        except VerificationError:  # the builder refuses: the old report by hand, with the new heads
+            payload = canonical.loads(self.report.read_bytes())["payload"]
+            last = self.rows("journal.jsonl")[-1]
+            payload["hashes"]["heads"] = {**heads, "server": [last["n"] + 1, last["hash"]]}
+            self.report.write_bytes(canonical.dumps(identity.signed(self.server, "fedveil/report/1", payload)))
 
 
 @pytest.fixture(scope="session")

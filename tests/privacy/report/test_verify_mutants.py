@@ -225,7 +225,7 @@ def insiders() -> Iterator[Mutant]:
     spoil = site("cava", lambda x: body(x, "model").update(model_hash="a" * 64))
     yield "a model that the server never had", "ledger of cava", "names a model", spoil
     for owner in ("alba", "berg"):
-        yield f"an older head of {owner}: last charge forgotten", "charges", "not charged", older(owner, 4)
+        yield f"an older head of {owner}: last charge forgotten", f"ledger of {owner}", "tail was cut", older(owner, 4)
     yield "an older head, from before it joined", "ledger of cava", "continue", older("cava", 12)
     spoil = claims(lambda p: p["hashes"]["heads"].update(dorn=[2, "d" * 64]))
     yield "an older head in the report alone", "ledger of dorn", "report names", spoil

@@ -1,0 +1,127 @@
+"""One site's ledger held against what was said of it elsewhere: the plan, the server's journal, the other sites.
+
+Every function raises :class:`VerificationError` and names what does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.journal import GENESIS, Row
+from fedveil.privacy.joining import Copy, heads_of
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import fields, recompute
+from fedveil.privacy.report.charges import Charges
+from fedveil.privacy.report.history import COMPLETED, History
+
+Seen = list[tuple[str, Copy]]  # who has seen it, and what
+
+
+def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
+    """By site, every head of a ledger of it that another site's signed join statement speaks of."""
+    out: dict[str, Seen] = {}
+    for witness, statement in joins.items():
+        try:
+            held = heads_of(statement.get("peers", {}))
+        except FedveilError as e:
+            raise VerificationError(f"the join statement of {witness}: {e.message}") from e
+        for site, copies in held.items():
+            out.setdefault(site, []).extend((witness, copy) for copy in copies.values())
+    return out
+
+
+def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[str, Copy]]) -> None:
+    """It is the ledger that the site joined with, and holds every row that another site had seen of it.
+
+    Args:
+        joined: the site's own join statement.
+        seen: see :func:`seen_by_peers`; of the site's other ledgers it says nothing here.
+    """
+    if not rows:
+        raise VerificationError("it has no rows")
+    count, digest = fields.head(joined.get("head"), "the join statement")
+    if not _holds(rows, count, digest) or joined.get("ledger", rows[0].hash) != rows[0].hash:
+        raise VerificationError("it does not continue the ledger that the site had when it joined")
+    for witness, copy in seen:
+        if copy.ledger == rows[0].hash and not _holds(rows, *copy.head):
+            raise VerificationError(
+                f"{witness} signed that it had {copy.head.rows} rows before this run; these are others, or fewer"
+            )
+
+
+def _holds(rows: list[Row], count: int, digest: str) -> bool:
+    return count <= len(rows) and digest == (rows[count - 1].hash if count else GENESIS)
+
+
+def charged(c: Charges, plan: PrivacyPlan, h: History, joined: int) -> None:
+    """It counts what the plan counts, and the plan was accepted before the first charge.
+
+    Args:
+        joined: how many rows the ledger had when the site joined.
+    """
+    if c.unit != plan.unit:
+        raise VerificationError(f"the ledger counts each {c.unit!r}, the plan each {plan.unit!r}")
+    if not c.spends:
+        return
+    row = c.accepted
+    if row is None or row.n > min(r.n for r in c.spends.values()):
+        raise VerificationError("it was charged for a session that the site had not accepted")
+    for key in ("plan_hash", "roster_hash", "contract_hash"):
+        if row.body.get(key) != getattr(h, key):
+            raise VerificationError(f"row {row.n} accepts another {key.replace('_', ' ')}")
+    for n, spend in c.spends.items():
+        if spend.n < joined:
+            raise VerificationError(f"row {spend.n} charges round {n} before the site joined")
+
+
+def ends(c: Charges, h: History, site: str) -> None:
+    """It has the session's end, and the same one as the server's journal.
+
+    A ledger is handed over only after both rows of the end were written: one that lacks them was cut. One that ends
+    otherwise is let pass where the run was restarted after the site had been told that it was over: then the site is in
+    no later sum.
+    """
+    known = {r.model_in for r in h.rounds} | {r.model_out for r in h.applied} | {h.ended.model_hash}
+    for row in c.models:
+        if row.body.get("model_hash") not in known:
+            raise VerificationError(f"row {row.n} names a model that the server's journal does not have")
+    if c.end is None or not c.models:
+        raise VerificationError("it has no end of this session: its tail was cut")
+    status, last = c.end.body.get("status"), c.models[-1]
+    told = (status, last.body.get("model_hash"), last.body.get("round"))
+    if told == (h.ended.status, h.ended.model_hash, len(h.applied)):
+        return
+    if status == COMPLETED or not _before_a_restart(c, h, site, last):
+        raise VerificationError(
+            f"rows {last.n} and {c.end.n} tell another end of this run than the server's journal: "
+            f"{str(status)[:32]} after {str(last.body.get('round'))[:16]} applied rounds"
+        )
+
+
+def _before_a_restart(c: Charges, h: History, site: str, last: Row) -> bool:
+    done = last.body.get("round")
+    if not h.restarts or type(done) is not int or not 0 <= done <= len(h.applied):
+        return False
+    model = h.applied[done - 1].model_out if done else h.model_hash
+    later = any(site in (r.members or ()) for r in h.applied[done:])
+    return last.body.get("model_hash") == model and not later and max(c.spends, default=0) < len(h.rounds)
+
+
+def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:
+    """The filter's ε once more, by the verifier's own accountant: in the ledger, in the report, and under the cap.
+
+    The cap that counts is the one in force at each spend: an owner may lower it afterwards.
+    """
+    own = recompute.by_filter(c.events, c.order, c.delta)
+    # The ledger adds 1e-12 to each step against rounding.
+    if abs(own - c.epsilon_after) > 1e-6 * max(1.0, own) + 2e-12 * len(c.events):
+        raise VerificationError(
+            f"{site}: the filter's epsilon is {own:.6f}, its ledger composes to {c.epsilon_after:.6f}"
+        )
+    if fields.number(stated, "epsilon_after", site) < own - 1e-6:
+        raise VerificationError(f"{site}: the report states {stated['epsilon_after']:.6f} spent, it is {own:.6f}")
+    events, cap = c.tightest
+    if (then := recompute.by_filter(events, c.order, c.delta)) > cap * (1 + 1e-6):
+        raise VerificationError(f"{site}: {then:.6f} was spent under a cap of {cap:g}")

@@ -1,0 +1,25 @@
+"""A crash between the two rows of a session's end: nothing is charged after the first, and the second is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedveil.client import round as line
+from fedveil.common.errors import ProtocolError
+from fedveil.privacy.report.charges import compose
+
+
+def test_after_its_last_model_was_noted_a_session_charges_nothing(world) -> None:
+    w = world().begin()
+    line.contribute(w.sites[0], w.request())
+    w.sites[0].ledger.note("model", session=w.session, round=1, model_hash="d" * 64)
+    site = w.reopen(0)  # the crash: session.end was not written
+    with pytest.raises(ProtocolError, match="has ended"):
+        line.contribute(site, w.request(2))
+    assert w.spends() == [1]
+    line.finish(site, w.finish())
+    found = compose(site.ledger.journal.rows, w.session)
+    assert found.end is not None
+    assert [row.body["model_hash"] for row in found.models] == ["d" * 64] * 2
+    other = world().begin()
+    assert line.contribute(other.sites[0], other.request()).header["round"] == 1
