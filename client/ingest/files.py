@@ -19,6 +19,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from fedveil.client.ingest.cells import Decimals
+from fedveil.client.ingest.quotes import Quotes
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, DataError
 
@@ -67,23 +68,29 @@ class Dialect:
 
 @dataclass
 class Position:
-    """How many bytes of a file the rows given so far took up, to within a block or two; at the end, its size."""
+    """How many bytes of a file the rows given so far took up, to within a block or two; at the end, its size.
+
+    ``breaks`` counts the line ends inside quoted cells, of all columns.
+    """
 
     bytes: int = 0
+    breaks: int = 0
 
 
 class _Blocks(io.FileIO):
     """A file that remembers the ends of the blocks read: the reader is dozens of blocks ahead of the rows it gives."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, quotes: Quotes) -> None:
         super().__init__(path)
         self._ends = [0]
+        self._quotes = quotes
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As any file."""
         data = super().read(-1 if size is None else size) or b""
         if data:
             self._ends.append(self._ends[-1] + len(data))
+            self._quotes.feed(data)
         return data
 
     def end(self, blocks: int | None = None) -> int:
@@ -185,6 +192,11 @@ def csv_header(path: Path, dialect: Dialect, known: frozenset[str]) -> tuple[lis
     try:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(data)
         line = text.splitlines()[0].removeprefix("\ufeff") if text else ""
+        if "\0" in line:
+            hint = "it looks like UTF-16 or UTF-32: declare --encoding utf-16-le or utf-16-be, or export it as UTF-8"
+            raise DataError(f"{path} has a header with NUL characters", hint=hint)
+        if text and not line.strip():
+            raise DataError(f"{path} has no readable header line", hint="its first line is empty: take that line out")
         if not line.strip() or "\ufffd" in line:
             raise ValueError
         choices = DELIMITERS if dialect.delimiter == "auto" else (dialect.delimiter,)
@@ -223,9 +235,11 @@ def csv_batches(
     """The columns ``names`` of a CSV file as texts; ``position`` is kept up to date.
 
     Raises:
-        DataError: damaged, or rows with another number of cells than the header (after the last row, with the count).
+        DataError: damaged, a quote that is never closed, or rows with another number of cells than the header (after
+            the last row, with the count).
     """
     ragged: list[int] = []
+    quotes = Quotes(delimiter, encoding)
 
     def refuse_row(row: pacsv.InvalidRow) -> str:
         ragged.append(-1 if row.number is None else row.number)
@@ -236,7 +250,7 @@ def csv_batches(
     keep = [p for p, h in zip(positions, header, strict=True) if h in names]
 
     def read() -> Iterator[pa.RecordBatch]:
-        with _Blocks(path) as file:
+        with _Blocks(path, quotes) as file:
             batches = pacsv.open_csv(
                 file,
                 read_options=pacsv.ReadOptions(
@@ -262,14 +276,44 @@ def csv_batches(
                 yield held
 
     hint = "use commas and double quotes, and UTF-8 or a declared encoding"
-    for batch in _guarded(read, f"{path} is not a readable CSV file", hint):
+    batches = _guarded(read, f"{path} is not a readable CSV file", hint)
+    while True:
+        try:
+            batch = next(batches, None)
+        except DataError:
+            _require_lines(path, quotes, cut=True)
+            raise
+        if batch is None:
+            break
         yield batch.rename_columns([header[int(p)] for p in keep])
+    _require_lines(path, quotes, cut=False)
+    position.breaks = quotes.breaks
     if ragged:
         lines = ", ".join(str(n) for n in ragged[:3] if n > 0)
         raise DataError(
             f"{path}: {len(ragged)} rows have another number of cells than the header"
             + (f" (line {lines})" if lines else ""),
             hint="quote cells that hold the separator",
+        )
+
+
+def _require_lines(path: Path, quotes: Quotes, *, cut: bool) -> None:
+    """Refuse an open quote, and name it where it, or a line without an end, is why reading was ``cut`` short.
+
+    Raises:
+        DataError: see above.
+    """
+    if quotes.opened and (not cut or quotes.held >= BLOCK_BYTES):
+        raise DataError(
+            f"{path}: a quote is opened on line {quotes.line} and never closed: the lines after it are one cell",
+            hint="close it; a quote inside a quoted cell is written twice",
+        )
+    if cut and not quotes.lines:
+        raise DataError(f"{path} has a header but no rows", hint="export the table again, with its rows")
+    if cut and quotes.longest >= BLOCK_BYTES:
+        raise DataError(
+            f"{path} has a line of more than {BLOCK_BYTES >> 20} MiB",
+            hint="is it a CSV file? end lines with a line feed, and leave such cells out of the export",
         )
 
 

@@ -32,6 +32,7 @@ class Tally:
         read: rows of the source. usable: what consent and retention left out.
         columns: by loaded column. identifiers: cells of identifier columns that were dropped or replaced; nameless:
             those without text. unkeyed: rows without a value in one of the near key's columns.
+        breaks: line ends inside quoted cells of a CSV file.
         found: by column, the kinds of identifiers found in its cells and how many.
     """
 
@@ -41,6 +42,7 @@ class Tally:
     identifiers: int = 0
     nameless: int = 0
     unkeyed: int = 0
+    breaks: int = 0
     found: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -96,8 +98,9 @@ def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> 
         what: the source, for messages.
 
     Raises:
-        DataError: no rows, none that may be used, or cells that are neither numbers nor texts. Cells of the wrong type
-            are counted, not refused: the quality report names them together.
+        DataError: no rows, none that may be used, cells that are neither numbers nor texts, or a line end inside a cell
+            of a loaded category. Cells of the wrong type are counted, not refused: the quality report names them
+            together.
         ConfigError: a correction that does not fit the contract, or no secret where one is needed.
     """
     corrections.check(rules.corrections, contract)
@@ -106,8 +109,9 @@ def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> 
         state.add(table)
         if rules.progress is not None:
             rules.progress(state.tally.read, opened.position.bytes if opened.position else 0)
+    state.tally.breaks = opened.position.breaks if opened.position else 0
     if not state.tally.read:
-        raise DataError(f"{what} has a header but no rows")
+        raise DataError(f"{what} has a header but no rows", hint="export the table again, with its rows")
     if not state.rows:
         raise DataError(
             f"{what}: no row may be used: of {state.tally.read} rows, {state.tally.usable.refused} lack consent and "
@@ -173,6 +177,11 @@ class _Intake:
             text, changed = rule.on_text(text)
             seen.corrected += changed
         if c.type == "category":
+            if broken := cells.count(cells.pc.match_substring_regex(text, r"[\n\r]")):
+                raise DataError(
+                    f"column {c.name!r}: {broken} cells hold a line end: a quote may have swallowed whole rows",
+                    hint="close every quote; a quote inside a quoted cell is written twice",
+                )
             return cells.leaves(text, c, self._pools[c.name], seen)
         values = cells.numbers(text, c, self.style, seen)
         for rule in own:

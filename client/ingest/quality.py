@@ -153,9 +153,16 @@ def assess(
         notes += _notes(raw, c, quality)
     used = [c.name for c in contract.loaded]
     persons = 0 if raw.persons is None else int(np.bincount(raw.persons).max())
+    least = counts.least(contract.k)
     if raw.tally.unkeyed:
-        told = counts.shown(raw.tally.unkeyed, counts.least(contract.k)) if raw.rows >= contract.k else "some"
+        told = counts.shown(raw.tally.unkeyed, least) if raw.rows >= contract.k else "some"
         notes.append(f"{told} rows lack a value of the near key: they are not compared with others")
+    if raw.tally.breaks:
+        told = counts.shown(raw.tally.breaks, least) if raw.rows >= contract.k else "some"
+        notes.append(
+            f"{told} line ends are inside quoted cells of columns that are not loaded: compare the rows read with the "
+            "source's; a quote that was opened by mistake swallows rows"
+        )
     if persons > 1:
         notes.append("some persons have several rows: the unit of privacy is the row, and their rows compose")
     return QualityReport(
