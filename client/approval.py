@@ -15,6 +15,7 @@ anything itself.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -40,6 +41,7 @@ MAX_WAITING = 64
 MAX_BYTES = 1 << 22
 _REQUEST = "request.json"
 _KEYS = {"payload", "signer", "signature"}
+_ACCOUNT = "run this under the account that the site runs under, or as root"
 _REMOVE = "remove its folder, and start the run again"
 _LOG = logging.getLogger("fedveil.approval")
 
@@ -156,8 +158,14 @@ class Approvals:
                 ok = isinstance(said, dict) and all(said.get(k) == v for k, v in wanted.items())
                 if ok and float(said["at"]) - 600 <= self._clock() < float(said["until"]):
                     yield public, _digests(document)
-            except (OSError, FedveilError, KeyError, TypeError, ValueError):
+                else:
+                    _LOG.warning("an approval by %s... is for another run or ledger, or has expired", public[:16])
+            except FileNotFoundError:
                 continue
+            except OSError as e:
+                _LOG.warning("an approval by %s... cannot be read: %s", public[:16], e.strerror)
+            except (FedveilError, KeyError, TypeError, ValueError):
+                _LOG.warning("an approval by %s... is malformed, or its signature does not hold", public[:16])
 
 
 def waiting(folder: Path) -> list[Waiting]:
@@ -191,8 +199,10 @@ def approve(
 ) -> Path:
     """Sign a yes to one run, valid for seven days; a later one of the same person replaces it.
 
+    The file gets the owner of the request's folder, so that the site can read what somebody else (root) wrote.
+
     Raises:
-        ConfigError: the key is not one of the site's approvers.
+        ConfigError: the key is not one of the site's approvers; the file cannot be written.
     """
     public = identity.public_hex(key)
     if public not in limits.approvers:
@@ -207,20 +217,41 @@ def approve(
         "at": now, "until": now + int(VALID_S), "nonce": secrets.token_hex(16),
     }  # fmt: skip
     path = wanted.folder / f"{public}.json"
-    part = wanted.folder / f".{public}.part"
-    part.write_bytes(canonical.dumps(identity.signed(key, DOMAIN, said)))
-    part.replace(path)
+    part = wanted.folder / f".{public}.{secrets.token_hex(8)}"
+    try:
+        # A new file and no link: the folder belongs to the site's account, and root may be the one who writes.
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as f:
+            f.write(canonical.dumps(identity.signed(key, DOMAIN, said)))
+            owner = wanted.folder.stat()
+            if os.geteuid() != owner.st_uid:
+                os.fchown(f.fileno(), owner.st_uid, owner.st_gid)
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {e.strerror}", hint=_ACCOUNT) from e
     return path
 
 
 def reject(wanted: Waiting) -> None:
     """Remove a request and what was approved of it."""
-    shutil.rmtree(wanted.folder)
+    try:
+        shutil.rmtree(wanted.folder)
+    except OSError as e:
+        raise ConfigError(f"{wanted.folder} cannot be removed: {e.strerror}", hint=_ACCOUNT) from e
 
 
 def _named(folder: Path) -> list[Path]:
-    """The folders of single requests, in the order of their names."""
-    return sorted(p for p in folder.iterdir() if is_hex(p.name, 64)) if folder.is_dir() else []
+    """The folders of single requests, in the order of their names.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    try:
+        return sorted(p for p in folder.iterdir() if is_hex(p.name, 64))
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be read: {e.strerror}", hint=_ACCOUNT) from e
 
 
 def _waiting(own: Path) -> Waiting:
@@ -241,7 +272,7 @@ def _read(own: Path) -> tuple[str, PrivacyPlan]:
     except FileNotFoundError as e:
         raise ConfigError(f"{own} holds no request of this version", hint=_REMOVE) from e
     except OSError as e:
-        raise ConfigError(f"{own} cannot be read: {e.strerror}", hint="run this as the site's user") from e
+        raise ConfigError(f"{own} cannot be read: {e.strerror}", hint=_ACCOUNT) from e
     except (FedveilError, KeyError, TypeError) as e:
         raise ConfigError(f"{own / _REQUEST} is not a request of this version", hint=_REMOVE) from e
     if not is_hex(ledger, 64):

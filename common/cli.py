@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import entry_points
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedveil.common.errors import FedveilError, PlanError
+from fedveil.common.errors import FedveilError, PlanError, StoreError
 
 GROUP = "fedveil.commands"
 
@@ -54,6 +55,12 @@ def _run() -> None:
     """The application; a library that only a command's own imports ask for is named like one missing at the start."""
     try:
         build()(standalone_mode=True)
+    except OSError as e:
+        if e.filename is None:  # no file or folder that somebody named: a fault of the program
+            raise
+        raise StoreError(
+            f"{os.fsdecode(e.filename)}: {e.strerror}", hint="check the path, its permissions and free disk space"
+        ) from e
     except ModuleNotFoundError as e:
         library = (e.name or "?").partition(".")[0]
         if library == "fedveil":

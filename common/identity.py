@@ -65,9 +65,13 @@ def load_signing_key(path: Path) -> Ed25519PrivateKey:
             raise IdentityError(f"{path} can be read by others", hint=f"chmod 600 {path}")
         key = ser.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as e:
-        raise IdentityError(f"no signing key could be read from {path}", hint="run 'fedveil provision'") from e
+        raise IdentityError(
+            f"no signing key could be read from {path}", hint="'fedveil client join' makes one, once; restore it"
+        ) from e
     if not isinstance(key, Ed25519PrivateKey):
-        raise IdentityError(f"{path} does not hold an Ed25519 key", hint="run 'fedveil provision'")
+        raise IdentityError(
+            f"{path} does not hold an Ed25519 key", hint="'fedveil client join' makes one, once; restore it"
+        )
     return key
 
 

@@ -76,6 +76,7 @@ class Journal:
         self._pending: list[bytes] = []
         self._head = Head(0, GENESIS)
         self._at: int | None = None
+        self.failed: JournalError | None = None  # set once a row could not be written: nothing more will be
 
     @classmethod
     def open(
@@ -142,7 +143,8 @@ class Journal:
             except OSError as e:
                 # What reached the disk is unknown: this writer stops here, and the next one repairs the tail.
                 self.close()
-                raise JournalError(f"{self.path} could not be written: {e.strerror}", hint="free disk space") from e
+                self.failed = JournalError(f"{self.path} could not be written: {e.strerror}", hint="free disk space")
+                raise self.failed from e
         else:
             self._pending.append(line)
         self.rows.append(row)
@@ -202,18 +204,14 @@ class Journal:
 
     def _load(self, data: bytes) -> int:
         """Verify the complete lines into ``rows``; returns the length of a torn last line."""
-        end = data.rfind(b"\n") + 1
-        if _is_more_than_a_row(data[end:]):
-            raise JournalError(
-                f"{self.path}: the last row's end was changed", hint="keep the file as evidence; do not edit it"
-            )
         try:
-            self.rows = verify_rows(parse(data[:end]), public_hex(self._key), owner=self.owner)
+            whole = without_torn_end(data)
+            self.rows = verify_rows(parse(whole), public_hex(self._key), owner=self.owner)
         except FedveilError as e:
             raise JournalError(f"{self.path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
         if self.rows:
             self._head = Head(len(self.rows), self.rows[-1].hash)
-        return len(data) - end
+        return len(data) - len(whole)
 
 
 def parse(data: bytes) -> list[Row]:
@@ -264,6 +262,18 @@ def _row(i: int, line: bytes) -> Row:
     except (ValueError, TypeError, FedveilError) as e:
         raise VerificationError(f"row {i} is not a well-formed journal row") from e
     return Row(**d)
+
+
+def without_torn_end(data: bytes) -> bytes:
+    """A journal's complete lines: what a power cut left of a last row is not one, and its owner's next start drops it.
+
+    Raises:
+        VerificationError: what stands behind the last line is more than an interrupted write can leave.
+    """
+    end = data.rfind(b"\n") + 1
+    if _is_more_than_a_row(data[end:]):
+        raise VerificationError("the last row's end was changed")
+    return data[:end]
 
 
 def _is_more_than_a_row(tail: bytes) -> bool:

@@ -9,34 +9,88 @@ import datetime
 import tomllib
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedveil.common.errors import ConfigError
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", max_length=64)]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 WEEK: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
-class FederationSection(BaseModel):
+def _printable(value: str) -> str:
+    """It is written into signed rows that everybody reads, and never changes there."""
+    if not value.isprintable():
+        raise ValueError("holds a sign that cannot be printed (a tab, a line's end, a mark of direction)")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+
+
+def endpoint(value: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; an IPv6 address stands in brackets.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    host, _, port = value.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    plain = bare and not any(c.isspace() or c in "/@[]" for c in bare) and (bare is not host or ":" not in bare)
+    if not plain or not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 1 << 16):
+        raise ValueError("is not host:port (with a port from 1 to 65535, and without http://)")
+    return bare, int(port)
+
+
+def _endpoint(value: str) -> str:
+    endpoint(value)
+    return value
+
+
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """TOML knows numbers, truths and words apart: a limit written as ``true`` is a mistake, not 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if bool in kinds and type(value) is not bool:
+            raise ValueError("must be true or false")
+        if kinds & {int, float} and value is not None and type(value) not in (int, float):
+            raise ValueError("must be a number")
+        return value
+
+
+class FederationSection(_Section):
     """Where the server listens and what its members agreed on."""
 
-    model_config = _FROZEN
     name: str = Field(min_length=1, max_length=64, description="the federation's name")
-    address: str = Field(description="host:port the server listens on")
+    address: Endpoint = Field(description="host:port the server listens on")
     identity: Path = Field(description="folder with the server's keys, certificate and the signed roster")
     contract: Path = Field(description="the data contract, signed by the consortium")
     runs: Path = Field(default=Path("runs"), description="folder that receives one sub-folder for each run")
     public_test: Path | None = Field(default=None, description="public table to evaluate on; belongs to no site")
 
 
-class PrivacySection(BaseModel):
+class PrivacySection(_Section):
     """What the privacy plan is derived from."""
 
-    model_config = _FROZEN
     mode: Literal["distributed", "local", "client"] = "distributed"
     sum: Literal["keysum", "sharedkey", "none"] = "keysum"
     epsilon: float | None = Field(default=None, gt=0, le=1000, description="ε of the run; or noise_multiplier")
@@ -61,36 +115,32 @@ class PrivacySection(BaseModel):
         return self
 
 
-class ModelSection(BaseModel):
+class ModelSection(_Section):
     """Which network; inputs and classes come from the contract."""
 
-    model_config = _FROZEN
     name: Literal["logistic", "mlp", "cnn"] = "logistic"
     hidden: tuple[int, ...] = ()
     seed: int = Field(default=0, ge=0)
 
 
-class OptimizerSection(BaseModel):
+class OptimizerSection(_Section):
     """The server's step."""
 
-    model_config = _FROZEN
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
 
 
-class RunSection(BaseModel):
+class RunSection(_Section):
     """Time limits, in seconds."""
 
-    model_config = _FROZEN
     join_timeout: float = Field(default=300, gt=0, description="wait for every site to join")
     grace: float = Field(default=10, gt=0, description="wait for a site whose connection broke")
     round_timeout: float = Field(default=120, gt=0, description="wait for the answers of one step of a round")
 
 
-class Federation(BaseModel):
+class Federation(_Section):
     """``federation.toml``."""
 
-    model_config = _FROZEN
     federation: FederationSection
     privacy: PrivacySection
     model: ModelSection = ModelSection()
@@ -98,23 +148,21 @@ class Federation(BaseModel):
     run: RunSection = RunSection()
 
 
-class SiteSection(BaseModel):
+class SiteSection(_Section):
     """Who the site is, where its data are and where it keeps its state."""
 
-    model_config = _FROZEN
     id: str = Field(description="the site's name on the roster")
-    server: str = Field(description="host:port of the server; the site dials out")
+    server: Endpoint = Field(description="host:port of the server; the site dials out")
     identity: Path = Field(description="folder with the site's keys, certificate and the pinned roster")
     contract: Path = Field(description="the data contract, signed by the consortium")
     data: Path = Field(description="the site's own table: CSV or Parquet")
-    lineage: str = Field(min_length=1, max_length=128, description="name of the data set the budget belongs to")
+    lineage: Text = Field(min_length=1, max_length=128, description="name of the data set the budget belongs to")
     state: Path = Field(default=Path("state"), description="folder for the ledger and what stays at the site")
 
 
-class LimitsSection(BaseModel):
+class LimitsSection(_Section):
     """The site's own limits; no server can lift them. Safe by default."""
 
-    model_config = _FROZEN
     max_epsilon: float = Field(gt=0, le=1000, description="cap of the lineage's ledger over all runs")
     max_epsilon_per_run: float | None = Field(default=None, gt=0, le=1000, description="ε of one run; default: the cap")
     delta: float = Field(default=1e-5, gt=0, le=0.01, description="δ of the ledger, fixed when it is opened")
@@ -181,10 +229,9 @@ def window(hours: str) -> tuple[datetime.time, datetime.time]:
     return ends
 
 
-class TrainingSection(BaseModel):
+class TrainingSection(_Section):
     """How gradients are computed, and how much of the machine that may take."""
 
-    model_config = _FROZEN
     engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus", "ghost"] = "auto"
     precision: Literal["float64", "float32"] = Field(
         default="float64",
@@ -196,10 +243,9 @@ class TrainingSection(BaseModel):
     gpu_memory: float = Field(default=1.0, gt=0, le=1, description="fraction of the GPU's memory that may be used")
 
 
-class DataSection(BaseModel):
+class DataSection(_Section):
     """How the site's table is written, and which version of the data set it is."""
 
-    model_config = _FROZEN
     encoding: str = Field(default="auto", max_length=32, description="of a CSV file")
     delimiter: str = Field(default="auto", max_length=4, description="of a CSV file; tab is a tab")
     decimal: Literal[".", ","] = Field(default=".", description="decimal sign of a CSV file")
@@ -208,13 +254,12 @@ class DataSection(BaseModel):
     query: str = Field(default="", max_length=1 << 16, description="for a database: one SELECT, ordered")
     url_file: Path | None = Field(default=None, description="file (mode 0600) with the URL of a SQL database")
     fhir: Path | None = Field(default=None, description="for .ndjson: TOML file with resource and [paths]")
-    version: str = Field(default="", max_length=128, description="version of the data set, fixed in its ledger")
+    version: Text = Field(default="", max_length=128, description="version of the data set, fixed in its ledger")
 
 
-class EgressSection(BaseModel):
+class EgressSection(_Section):
     """When answers leave."""
 
-    model_config = _FROZEN
     slot: float = Field(
         default=1.0,
         ge=0,
@@ -223,10 +268,9 @@ class EgressSection(BaseModel):
     )
 
 
-class SiteSettings(BaseModel):
+class SiteSettings(_Section):
     """``site.toml``."""
 
-    model_config = _FROZEN
     site: SiteSection
     limits: LimitsSection
     data: DataSection = DataSection()

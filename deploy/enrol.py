@@ -43,6 +43,8 @@ _NEXT = ".next"
 def request(folder: Path, site: str, *, host: str = "") -> str:
     """Make a new member's keys and its ``request.json``; returns the request's fingerprint, to be read out.
 
+    In a folder whose owner was not admitted yet it makes what is missing: a request that was lost can be made again.
+
     Args:
         folder: new or empty.
         site: the member's name; ``server`` for the coordinator.
@@ -50,14 +52,19 @@ def request(folder: Path, site: str, *, host: str = "") -> str:
 
     Raises:
         ConfigError: not a valid name.
-        IdentityError: the folder holds keys already.
+        IdentityError: the folder is an enrolled member's; a host for a site, or none for the server.
     """
     member = site_id(site)
-    if (folder / "signing.key").exists() or (folder / "tls.key").exists():
-        raise IdentityError(f"{folder} holds keys already", hint="'fedveil client renew' asks for a new certificate")
+    _require_host(member, host)
+    if (folder / "tls.pem").exists():
+        raise IdentityError(
+            f"{folder} is an enrolled member's", hint="'fedveil client renew' asks for a new certificate"
+        )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    identity.save_signing_key(folder / "signing.key", identity.new_signing_key())
-    _new_tls_key(folder / "tls.key")
+    if not (folder / "signing.key").exists():
+        identity.save_signing_key(folder / "signing.key", identity.new_signing_key())
+    if not (folder / "tls.key").exists():
+        _new_tls_key(folder / "tls.key")
     return _write_request(folder, member, "tls.key", host)
 
 
@@ -71,6 +78,7 @@ def renew(folder: Path, *, rotate: bool = False, host: str = "") -> str:
         IdentityError: the folder is not an enrolled member's.
     """
     member = _enrolled(folder)
+    _require_host(member, host)
     name = "tls.key"
     if rotate:
         name += _NEXT
@@ -89,6 +97,7 @@ def install(folder: Path, reply: Path, *, consortium_key: str = "") -> x509.Cert
         IdentityError: the answer is not signed by the pinned key, is another member's, fits none of the folder's TLS
             keys, or its roster is older than the one held.
     """
+    consortium_key = consortium_key.strip().lower()
     pin_file = folder / "consortium.pub"
     pin = pin_file.read_text(encoding="ascii").strip() if pin_file.exists() else consortium_key
     if not pin or (consortium_key and pin != consortium_key):
@@ -170,9 +179,12 @@ def fingerprint(document: Any) -> str:
     return " ".join(digits[i : i + 4] for i in range(0, 32, 4))
 
 
-def _write_request(folder: Path, member: str, tls: str, host: str) -> str:
+def _require_host(member: str, host: str) -> None:
     if (member == identity.SERVER) != bool(host):
         raise IdentityError("the server's request, and no other, names a host", hint="--host NAME, for the server")
+
+
+def _write_request(folder: Path, member: str, tls: str, host: str) -> str:
     key = identity.load_signing_key(folder / "signing.key")
     csr = (
         x509.CertificateSigningRequestBuilder()

@@ -41,7 +41,7 @@ def found(folder: Path, consortium: str, days: int = MAX_DAYS) -> str:
     """
     if not (0 < len(consortium) <= 64 and consortium.isprintable()) or not 0 < days <= MAX_DAYS:
         raise ConfigError("a consortium has a name of 1 to 64 characters and holds 1 to 3650 days")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise IdentityError(f"{folder} is not empty", hint="choose a new folder; keys are never replaced")
     authority, key = Authority(consortium, days), identity.new_signing_key()
     pem = authority.key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
@@ -125,8 +125,13 @@ def revoke(folder: Path, site: str, *, key_only: bool = False) -> Revocations:
     """Shut a member out, or one TLS key of it; returns the new list.
 
     Raises:
-        IdentityError: it is not a member.
+        IdentityError: it is not a member; or it is the server, whose name no other member can take.
     """
+    if site == identity.SERVER and not key_only:
+        raise IdentityError(
+            "the server cannot be shut out for good: nobody else could be admitted under its name",
+            hint="--key-only shuts out its TLS key; if its signing key was stolen, found a new consortium",
+        )
     state, old = _read(folder), _revocations(folder)
     known = state["members"].get(site)
     if known is None:
@@ -191,10 +196,24 @@ def _read(folder: Path) -> dict[str, Any]:
     """The members so far; of a consortium that was made at once, those of its roster."""
     path = folder / _MEMBERS
     if path.exists():
-        return read_document(path)
+        return _members(read_document(path), path)
     roster = identity.open_roster(read_document(folder / "roster.json"), identity.public_hex(_key(folder)))
     rows = {m.site: {"signing_key": m.signing_key, "tls_key": m.tls_key} for m in (roster.server, *roster.sites)}
     return {"v": 1, "consortium": roster.consortium, "version": roster.version, "members": rows}
+
+
+def _members(document: Any, path: Path) -> dict[str, Any]:
+    """The document if it is what :func:`_write` writes.
+
+    Raises:
+        IdentityError: it is not.
+    """
+    ok = isinstance(document, dict) and document.keys() == {"v", "consortium", "version", "members"}
+    members = document["members"] if ok and document["v"] == 1 else None
+    keys = {"signing_key", "tls_key"}
+    if not isinstance(members, dict) or not all(isinstance(m, dict) and m.keys() == keys for m in members.values()):
+        raise IdentityError(f"{path} is not a list of members", hint="restore it from a backup of this folder")
+    return document
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.client import policy
-from fedveil.client.ingest.pipeline import RELEASED
+from fedveil.client.ingest.pipeline import QUALITY_HTML, RELEASED
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
 from fedveil.common import identity
@@ -33,23 +33,34 @@ from fedveil.common.errors import (
     FedveilError,
     IdentityError,
     JournalError,
+    StoreError,
     TransportError,
+    VerificationError,
 )
 from fedveil.common.identity import Roster
-from fedveil.common.journal import Row
-from fedveil.common.settings import SiteSettings
+from fedveil.common.journal import Row, parse, verify_rows, without_torn_end
+from fedveil.common.settings import SiteSettings, endpoint
 from fedveil.common.units import site_id
 from fedveil.deploy.enrol import due
 from fedveil.deploy.enrol_revoked import Revoked
 from fedveil.deploy.provision import load_roster, load_tls
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt
 from fedveil.deploy.transport.handshake import trusted
-from fedveil.privacy.cli_ledger import read_rows, tally_of
+from fedveil.privacy.cli_ledger import tally_of
+from fedveil.privacy.report.bundle import read_bounded
 
 MIN_FREE_BYTES = 1 << 30
 _TIMEOUT_S = 5.0
 _LIKELY_S = 60.0
+_LEDGER_BYTES = 1 << 28
 _WORK = "check"
+# What to do where an error names no remedy of its own, by check.
+_REMEDIES = {
+    "certificate": "install the consortium's answer again: fedveil client join KEYS --reply reply.json",
+    "roster": "correct [site] id, or take the latest roster: fedveil client join KEYS --roster roster.json",
+    "contract": "correct [site] contract; take the signed file, and consortium.pub, as the consortium sent them",
+}
+_ELSEWHERE = "see docs/institution.md"
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,11 @@ class Preflight:
         try:
             return Finding(name, True, check())
         except FedveilError as e:
-            return Finding(name, False, e.message, e.hint or "see docs/institution.md", e.exit_code)
+            return Finding(name, False, e.message, e.hint or _REMEDIES.get(name, _ELSEWHERE), e.exit_code)
+        except OSError as e:
+            path = "a file" if e.filename is None else os.fsdecode(e.filename)
+            remedy = "check the path and its permissions"
+            return Finding(name, False, f"{path}: {e.strerror}", remedy, StoreError.exit_code)
         except Exception as e:
             return Finding(name, False, f"{type(e).__name__}", "report this as a fault of the program", 1)
 
@@ -151,7 +166,7 @@ class Preflight:
             raise ConfigError("the clock is years behind", hint="set it: systemctl start systemd-timesyncd, or chrony")
         rows: list[Row] = []
         with suppress(FedveilError):  # what is wrong with a ledger is the ledger check's to say
-            rows = read_rows(self._ledger_path, None) if self._ledger_path.exists() else []
+            rows = self._rows()[0]
         if rows and rows[-1].at > now + _LIKELY_S:
             raise ConfigError(
                 "the clock is behind the last row of the ledger", hint="set it: chrony or systemd-timesyncd"
@@ -206,6 +221,8 @@ class Preflight:
         folder = self._site.state
         while not folder.exists():
             folder = folder.parent
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is a file, and no folder", hint="correct [site] state")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"{folder} cannot be written", hint="run this as the site's user, or correct [site] state"
@@ -217,7 +234,7 @@ class Preflight:
     def ledger(self) -> str:
         """It verifies, nobody holds it, and there is budget left. Reads only."""
         path, limits = self._ledger_path, self._all.limits
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             return "will be made by the first run"
         self._free = _unlocked(path)
         if not self._free:
@@ -225,7 +242,15 @@ class Preflight:
                 "the ledger is in use by another process", hint="the site is running already: stop it first"
             )
         key = identity.load_signing_key(self._site.identity / "signing.key")
-        tally = tally_of(read_rows(path, identity.public_hex(key)))
+        rows, torn = self._rows(identity.public_hex(key))
+        if not rows:
+            return "will be made by the first run; what a power cut left of its first row is dropped then"
+        tally = tally_of(rows)
+        if not (tally.lineage.isprintable() and tally.version.isprintable()):
+            raise JournalError(
+                "the ledger's lineage or version holds a sign that cannot be printed: it cannot leave this site",
+                hint="open a new ledger under another name; 'fedveil ledger import' counts what this one has spent",
+            )
         if tally.lineage != self._site.lineage:
             raise JournalError("the ledger is another data set's", hint="correct [site] lineage or state")
         if tally.closed:
@@ -236,23 +261,28 @@ class Preflight:
             raise BudgetExhausted(
                 f"the budget of epsilon = {limits.max_epsilon:g} is spent", hint="a normal ending: no further runs"
             )
-        return f"epsilon {tally.epsilon:.3f} of {limits.max_epsilon:g} is spent"
+        spent = f"epsilon {tally.epsilon:.3f} of {limits.max_epsilon:g} is spent"
+        return spent + ("; a last row was cut off while it was written: the next start drops it" if torn else "")
 
     def data(self) -> str:
         """The whole ingestion, in a private folder; what was released there is removed again."""
         work = self._site.state / _WORK
         key = identity.load_signing_key(self._site.identity / "signing.key")
         self._site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        report = f"see {work / 'quality.html'} on this machine"
+        if self._all.data.url_file is None and not self._site.data.exists():
+            raise DataError(f"there is no file {self._site.data}", hint="correct [site] data")
+        page = work / QUALITY_HTML
+        page.unlink(missing_ok=True)  # an earlier check's
         try:
             ingested(self._all, self._contract, key, subject_salt(self._site.state, make=False), work)
         except AnonymityError as e:
             raise AnonymityError(
-                "k or l of the contract is not met", hint=f"{report}; coarser levels, or more rows"
+                "k or l of the contract is not met", hint=f"see {page} on this machine; coarser levels, or more rows"
             ) from e
         except DataError as e:
             raise DataError(
-                "the table does not meet the contract", hint=f"{report}, or run 'fedveil data check'"
+                "the table does not meet the contract",
+                hint="run 'fedveil data check'" + (f", or see {page} on this machine" if page.exists() else ""),
             ) from e
         finally:
             (work / RELEASED).unlink(missing_ok=True)
@@ -293,12 +323,26 @@ class Preflight:
     def _ledger_path(self) -> Path:
         return self._site.state / LEDGER
 
+    def _rows(self, public: str | None = None) -> tuple[list[Row], bool]:
+        """The ledger's complete rows, and whether a power cut left part of one more behind them, as a start finds them.
+
+        Raises:
+            VerificationError: with ``public`` also for a chain or a signature that does not hold.
+        """
+        path = self._ledger_path
+        data = read_bounded(path, _LEDGER_BYTES) if path.exists() else b""
+        try:
+            whole = without_torn_end(data)
+            rows = parse(whole)
+            if rows and public is not None:
+                verify_rows(rows, public, owner=self._site.id)
+        except FedveilError as e:
+            raise VerificationError(f"the ledger: {e.message}", hint="keep the file as evidence; do not edit it") from e
+        return rows, len(whole) < len(data)
+
     @property
     def _address(self) -> tuple[str, int]:
-        host, _, port = self._site.server.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-            raise ConfigError(f"server = {self._site.server[:80]!r} is not host:port", hint="correct site.toml")
-        return host.strip("[]"), int(port)
+        return endpoint(self._site.server)
 
 
 def _unlocked(path: Path) -> bool:

@@ -38,6 +38,7 @@ from fedveil.deploy.transport import TlsFiles
 
 MAX_DAYS = 3650
 MAX_ROSTER_BYTES = 4 << 20
+_JOIN = "install the consortium's answer: 'fedveil client join FOLDER --reply reply.json'"
 _SKEW = datetime.timedelta(minutes=10)  # a member's clock may run behind the one that made its certificate
 
 
@@ -116,7 +117,7 @@ def load_tls(folder: Path) -> TlsFiles:
             raise IdentityError(f"{files.key} can be read by others", hint=f"chmod 600 {files.key}")
         key = ser.load_pem_private_key(files.key.read_bytes(), None)
     except (OSError, ValueError, TypeError) as e:
-        raise IdentityError(f"{folder} lacks usable TLS files", hint="run 'fedveil provision'") from e
+        raise IdentityError(f"{folder} lacks usable TLS files", hint=_JOIN) from e
     if _spki(key.public_key()) != _spki(certificate.public_key()):
         raise IdentityError(f"{files.key} is not the key of {files.certificate}", hint="copy the folder again, whole")
     try:
@@ -146,7 +147,7 @@ def load_roster(folder: Path) -> Roster:
         with (folder / "roster.json").open("rb") as f:
             document = canonical.loads(f.read(MAX_ROSTER_BYTES + 1), limit=MAX_ROSTER_BYTES)
     except (OSError, ValueError) as e:
-        raise IdentityError(f"{folder} lacks a roster or its pin", hint="run 'fedveil provision'") from e
+        raise IdentityError(f"{folder} lacks a roster or its pin", hint=_JOIN) from e
     except FedveilError as e:
         raise IdentityError(f"{folder / 'roster.json'} is malformed: {e.message}", hint="copy it again") from e
     return identity.open_roster(document, pin)

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
+from threadpoolctl import threadpool_limits
 
 from fedveil.client import policy
-from fedveil.client.app import make_app
+from fedveil.client.app import Resolve, make_app
 from fedveil.client.approval import Approvals
 from fedveil.client.egress import Gate
 from fedveil.client.ingest import corrections, lineage
@@ -129,6 +130,7 @@ def cap_resources(training: TrainingSection, device: str) -> None:
     """Keep this process within the owner's share of the machine: CPU threads, and a fraction of the GPU's memory."""
     if training.threads:
         torch.set_num_threads(training.threads)
+        threadpool_limits(training.threads)  # NumPy's own library, which the engine 'numpy' computes with
     if device.startswith("cuda") and training.gpu_memory < 1:
         torch.cuda.set_per_process_memory_fraction(training.gpu_memory)
 
@@ -155,8 +157,6 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
     Raises:
         FedveilError: whatever stopped the site; its class has a documented exit code.
     """
-    if ":" not in settings.site.server:
-        raise ConfigError(f"server = {settings.site.server!r} is not host:port")
     tls = load_tls(settings.site.identity)
     days, soon = due(settings.site.identity)
     if soon:
@@ -164,23 +164,40 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
     site, data = prepare(settings)
     status(f"ingested: {Path(settings.site.data).name} meets the contract; reports in {data.released.parent}")
 
-    @contextmanager
-    def resolve(context: Context) -> Iterator[Site]:
-        yield site
-
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         run_site(
-            make_app(resolve, Gate(settings.egress.slot)), address=settings.site.server, tls=tls, site=site.id,
-            node_config={}, stop=stop, on_status=status, wait=wait, server_key=site.roster.server.tls_key,
+            make_app(found_as(site, stop), Gate(settings.egress.slot)), address=settings.site.server, tls=tls,
+            site=site.id, node_config={}, stop=stop, on_status=status, wait=wait, server_key=site.roster.server.tls_key,
         )  # fmt: skip
+        require_ledger(site)
     finally:
         try:
             write_local_report(settings, site, status)
         finally:
             site.ledger.close()
+
+
+def found_as(site: Site, stop: threading.Event) -> Resolve:
+    """How the apps of this process find ``site``; one whose ledger could not be written ends the process (``stop``)."""
+
+    @contextmanager
+    def resolve(context: Context) -> Iterator[Site]:
+        try:
+            yield site
+        finally:
+            if site.ledger.journal.failed is not None:
+                stop.set()
+
+    return resolve
+
+
+def require_ledger(site: Site) -> None:
+    """Raise the :class:`JournalError` that ended this process, if one did: the next start repairs the ledger's end."""
+    if site.ledger.journal.failed is not None:
+        raise site.ledger.journal.failed
 
 
 def write_local_report(settings: SiteSettings, site: Site, status: Callable[[str], None]) -> None:

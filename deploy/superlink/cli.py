@@ -7,18 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:  # every fedveil command reads this file: what it needs of torch and flwr comes with the command
-    from flwr.app import Context
-
-    from fedveil.client.session import Site
-
+# Every fedveil command reads this file: what it needs of torch and flwr comes with the command.
 app = typer.Typer(
     no_args_is_help=True, help="The same apps under Flower's SuperLink, with executors that run no bundle."
 )
@@ -91,16 +85,13 @@ def execute(settings: SiteFile, port: Port = 9094) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
-    @contextmanager
-    def resolve(context: Context) -> Iterator[Site]:
-        yield site
-
     secret = commands.secret(loaded.site.state).read_bytes()
     at = Link(f"{commands.HOST}:{port}", ca=None, secret=secret)
-    executor = SiteExecutor(at, make_app(resolve, Gate(loaded.egress.slot)), on_status=_say)
+    executor = SiteExecutor(at, make_app(site_process.found_as(site, stop), Gate(loaded.egress.slot)), on_status=_say)
     _say(f"{site.id}: takes tasks from SuperNode on port {port}")
     try:
         executor.serve(stop)
+        site_process.require_ledger(site)
     finally:
         try:
             site_process.write_local_report(loaded, site, _say)

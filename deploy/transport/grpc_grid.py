@@ -222,7 +222,7 @@ def read_tls(tls: TlsFiles) -> tuple[bytes, bytes, bytes]:
     try:
         return tls.ca.read_bytes(), tls.certificate.read_bytes(), tls.key.read_bytes()
     except OSError as e:
-        raise TransportError(f"{e.filename} could not be read: {e.strerror}", hint="run 'fedveil provision'") from e
+        raise TransportError(f"{e.filename} could not be read: {e.strerror}", hint="see 'fedveil client join'") from e
 
 
 def warn_of_old_tls() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import time
@@ -282,3 +283,58 @@ def test_one_request_that_cannot_be_read_does_not_hide_the_others(asked, people,
 def test_settings_that_cannot_hold():
     with pytest.raises(ValueError, match="as many different keys"):
         LimitsSection(max_epsilon=1.0, approvals=2, approvers=("0" * 64, "0" * 64))
+
+
+def test_an_approval_by_root_can_be_read_by_the_site(asked, people, monkeypatch):
+    """Whatever root's umask is: the file gets the folder's owner, and is never written through a link."""
+    folder = asked.requests / asked.plan.hash
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    monkeypatch.setattr(os, "fchown", lambda fd, uid, gid: given.append((uid, gid)))
+    path = yes(asked, people[0])
+    assert given == [(folder.stat().st_uid, folder.stat().st_gid)]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_is_passed_over_is_said(asked, people, caplog):
+    path = yes(asked, people[0])
+    good = path.read_bytes()
+    for bad, word in ((b"{}", "malformed"), (good.replace(b'"at":1', b'"at":2'), "malformed")):
+        path.write_bytes(bad)
+        caplog.clear()
+        with pytest.raises(PolicyRefusal, match="has 0"):
+            join(asked)
+        assert word in caplog.text
+    path.unlink()
+    path.mkdir()  # a file that cannot be read: root can read all others
+    caplog.clear()
+    with pytest.raises(PolicyRefusal, match="has 0"):
+        join(asked)
+    assert "cannot be read" in caplog.text
+    path.rmdir()
+    path.write_bytes(good)
+    caplog.clear()
+    with pytest.raises(PolicyRefusal, match="has 1"):
+        join(asked)
+    assert not caplog.records
+
+
+def test_a_folder_that_is_not_ones_own_names_the_account(asked, people, monkeypatch):
+    wanted = find(asked.requests, asked.plan.hash[:12])
+
+    def no(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", no)
+    with pytest.raises(ConfigError, match="cannot be written") as e:
+        yes(asked, people[0])
+    assert "account" in e.value.hint
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "rmtree", no)
+    with pytest.raises(ConfigError, match="cannot be removed"):
+        reject(wanted)
+    monkeypatch.undo()
+    (asked.folder / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        waiting(asked.folder / "file")

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedveil.common.errors import ConfigError
-from fedveil.common.settings import Federation, LimitsSection, SiteSettings, load
+from fedveil.common.settings import Federation, LimitsSection, SiteSettings, endpoint, load
 
 FEDERATION = """
 [federation]
@@ -130,6 +130,43 @@ def test_every_mistake_is_named(tmp_path: Path, old, new, named) -> None:
     ],
 )  # fmt: skip
 def test_a_sites_limits_are_bounded_too(tmp_path: Path, line, named) -> None:
+    with pytest.raises(ConfigError, match=named):
+        site(tmp_path, SITE + line)
+
+
+@pytest.mark.parametrize(
+    "server", ["host", "host:", ":80", "host:x", "host:99999", "host:0", "http://host:80", "::1:80", "ho st:80", "h:٨٠"]
+)
+def test_a_server_without_host_and_port(tmp_path: Path, server) -> None:
+    """Before anything is dialled: it would otherwise be tried again for as long as a site waits."""
+    with pytest.raises(ConfigError, match="site.server.*host:port"):
+        site(tmp_path, SITE.replace("localhost:9000", server))
+
+
+def test_an_address_in_brackets(tmp_path: Path) -> None:
+    assert endpoint(site(tmp_path, SITE.replace("localhost:9000", "[::1]:9000")).site.server) == ("::1", 9000)
+
+
+@pytest.mark.parametrize("sign", ["\\t", "\\n", "\\u202e", "\\u0000"])
+@pytest.mark.parametrize("where", ["site.lineage", "data.version"])
+def test_names_that_go_into_signed_rows_can_be_printed(tmp_path: Path, sign, where) -> None:
+    """The gate lets no other leave: the ledger could never be handed over, and its first row never changes."""
+    named = SITE.replace("patients-2024", f"patients{sign}2024")
+    text = named if where == "site.lineage" else f'{SITE}[data]\nversion = "1{sign}2"\n'
+    with pytest.raises(ConfigError, match=f"{where}.*printed"):
+        site(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("delta = true", "limits.delta"), ("min_sites = '3'", "limits.min_sites"),
+        ("min_sites = true", "limits.min_sites"),
+        ("committee = 'yes'", "limits.committee"), ("committee = 1", "limits.committee"),
+        ("max_t = '0.2'", "limits.max_t"), ("[egress]\nslot = true", "egress.slot"),
+    ],
+)  # fmt: skip
+def test_a_limit_of_another_type_is_not_guessed(tmp_path: Path, line, named) -> None:
     with pytest.raises(ConfigError, match=named):
         site(tmp_path, SITE + line)
 

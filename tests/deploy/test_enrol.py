@@ -133,14 +133,46 @@ class TestAdmission:
             enrol.request(tmp_path / "a", "east", host="h")
         with pytest.raises(IdentityError, match="host"):
             enrol.request(tmp_path / "b", "server")
+        assert not (tmp_path / "a").exists()
+        assert not (tmp_path / "b").exists(), "keys were made for a request that was refused"
+        enrol.request(tmp_path / "b", "server", host="fl.example.org")
+
+    @pytest.mark.parametrize("lost", ["request.json", "tls.key", "signing.key"])
+    def test_what_an_interruption_left_out_is_made(self, tmp_path, new_members, lost):
+        """Until the answer is installed: a request that got lost, or keys of which only one was written."""
+        m = new_members(tmp_path)
+        m.ask("east")
+        kept = {k: (tmp_path / "east" / k).read_bytes() for k in ("signing.key", "tls.key") if k != lost}
+        (tmp_path / "east" / lost).unlink()
+        heard = m.ask("east")
+        assert all((tmp_path / "east" / k).read_bytes() == v for k, v in kept.items())
+        enrol.install(tmp_path / "east", m.sign("east", heard), consortium_key=m.pin.upper())
+        load_tls(tmp_path / "east")
 
     def test_keys_are_made_once(self, members):
         before = (members.home / "east" / "signing.key").read_bytes()
-        with pytest.raises(IdentityError, match="already"):
+        with pytest.raises(IdentityError, match="enrolled member's"):
             members.ask("east")
         assert (members.home / "east" / "signing.key").read_bytes() == before
         with pytest.raises(IdentityError, match="not empty"):
             enrol_consortium.found(members.consortium, "again")
+        with pytest.raises(IdentityError, match="not empty"):
+            enrol_consortium.found(members.home / "east" / "tls.pem", "a file")
+
+    def test_the_server_is_not_shut_out_for_good(self, members):
+        with pytest.raises(IdentityError, match="under its name") as e:
+            enrol_consortium.revoke(members.consortium, "server")
+        assert "--key-only" in e.value.hint
+        assert not (members.consortium / "revoked.json").exists()
+        assert enrol_consortium.revoke(members.consortium, "server", key_only=True).number == 1
+
+    @pytest.mark.parametrize(
+        "bad", [{"v": 1}, [], {"v": 1, "consortium": "c", "version": 0, "members": {"east": {"signing_key": "a"}}}]
+    )
+    def test_a_list_of_members_that_is_none(self, members, bad):
+        (members.consortium / "members.json").write_bytes(canonical.dumps(bad))
+        with pytest.raises(IdentityError, match="not a list of members"):
+            enrol_consortium.publish(members.consortium)
 
 
 class TestAnswers:

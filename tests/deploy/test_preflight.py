@@ -157,11 +157,6 @@ class TestTheServer:
         monkeypatch.setattr(socket, "getaddrinfo", nowhere)
         assert "DNS" in failed(home)["dns"].remedy
 
-    @pytest.mark.parametrize("server", ["host", "host:", ":80", "host:x", "host:99999", "host:0"])
-    def test_no_address_at_all(self, home, server):
-        edit(home, "127.0.0.1:1", server)
-        assert "host:port" in failed(home)["dns"].message
-
     def test_a_server_of_another_consortium(self, home, tmp_path):
         make_consortium(tmp_path / "foreign", ["a"], consortium="foreign", host="127.0.0.1")
         with Serving(tmp_path / "foreign" / "server") as port:
@@ -382,14 +377,6 @@ class TestThePreparedSite:
         site, _ = site_process.prepare(loaded(home))
         site.ledger.close()
         assert failed(home, offline=True) == {}
-
-    def test_threads_are_capped(self, home):
-        before = torch.get_num_threads()
-        try:
-            site_process.cap_resources(files.TrainingSection(threads=1), "cpu")
-            assert torch.get_num_threads() == 1
-        finally:
-            torch.set_num_threads(before)
 
 
 def test_approvals_from_the_command_line(home, world_plan, tmp_path):

@@ -152,7 +152,8 @@ def test_a_hospital_whose_disk_is_full_charges_nothing_that_it_does_not_keep(con
     waiting_sites(c)
     assert c.code("server") == 0, c.log("server")[-3000:]
     assert not (c.home / WEST / "state" / "ledger.jsonl").read_bytes().endswith(b"\n"), "the fault did not bite"
-    c.code(WEST)
+    assert c.code(WEST) == 51, "it would go on answering without a ledger"
+    assert "free disk space" in c.log(WEST)
     c.site(WEST, "--wait", "1")  # with room again: the torn row is dropped, and that is recorded
     assert c.code(WEST) == 80
     assert "journal.repaired" in {r.kind for r in c.ledger(WEST)}

@@ -362,7 +362,8 @@ class TestErrors:
             w = World(tmp_path, VALUES[0])
             w.sites[0].store_for = lambda s, p=person: DirectoryStore(tmp_path / p / "sessions" / s)
             w.ready("contribute")
-            w.packet = lambda a, made=w.packet("contribute"): made
+            made = w.packet("contribute")
+            monkeypatch.setattr(w, "packet", lambda _, made=made: made)
 
             def full(*_: Any, **__: Any) -> None:
                 raise OSError(28, "No space left on device")

@@ -89,7 +89,7 @@ def test_a_statement_that_does_not_hold_names_its_site(bad, error) -> None:
 
 
 def test_a_statement_that_takes_the_others_room_names_its_site() -> None:
-    """However many of them are as long as one may be, together they fit into the header that shows them to everybody."""
+    """However many are as long as one may be, together they fit into the header that shows them to everybody."""
     whole = Limits.header * 3 // 4
     bare = len(canonical.dumps(statement("s1", peers="")))
     room = whole // len(KEYS)
