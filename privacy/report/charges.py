@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -257,6 +258,7 @@ def _released(row: Row) -> Released:
     factor = b.get("stability_factor")
     if factor is not None:
         factor = fields.integer(b, "stability_factor", where, low=1, high=1 << 30)
+    _stages(b.get("stability"), factor, where)
     stated = "contract_hash" if "contract_hash" in b else "contract"
     return Released(
         fields.hexadecimal(b, stated, where) if stated in b else "",
@@ -264,6 +266,19 @@ def _released(row: Row) -> Released:
         factor,
         fields.text(b, "unit", where, limit=1024) if "unit" in b else "",
     )
+
+
+def _stages(stages: Any, factor: int | None, where: str) -> None:
+    """The factor of the whole is the product of the stages'; not bounded if one of them is not."""
+    if stages is None:
+        return
+    if not isinstance(stages, list) or len(stages) > _MAX_CRITERIA:
+        raise VerificationError(f"{where}: the stages are no list of at most {_MAX_CRITERIA}")
+    each = [fields.mapping(stage, where) for stage in stages]
+    bounded_ = all(stage.get("factor") is not None for stage in each)
+    product = math.prod(fields.integer(s, "factor", where, low=1, high=1 << 30) for s in each) if bounded_ else None
+    if product != factor:
+        raise VerificationError(f"{where}: the stages multiply to {product}, the factor is said to be {factor}")
 
 
 def _table(row: Row) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.common import canonical, identity
+from fedveil.common.contract import DataContract
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import bill, claims, fields, ledgers, recompute, schema, signatures
+from fedveil.privacy.report import bill, claims, fields, ledgers, recompute, schema, signatures, tables
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
@@ -59,6 +60,7 @@ class Audit:
         self._joins: dict[str, dict[str, Any]] | None = None
         self._seen: dict[str, ledgers.Seen] = {}
         self._plan: PrivacyPlan | None = None
+        self._agreed: DataContract | None = None  # of a real run
         self._charges: dict[str, Charges] = {}
         self.countersigned: tuple[str, ...] = ()
 
@@ -87,7 +89,7 @@ class Audit:
         yield "order of events", "forward only: open, join, rounds, end; nothing afterwards", self._order
         yield "join statements", "every site signed this plan, roster, contract and session", self._signed_joins
         yield "plan", "hash equal to the signed one everywhere; consistent in itself", self._check_plan
-        yield "contract", "signed by the consortium; hash equal to the plan's", self._contract
+        yield "contract", "signed by the consortium, hash equal to the plan's; consistent in itself", self._contract
         yield (
             "rounds",
             "every sum has at least n - d sites; realised noise; not more than the planned steps",
@@ -103,7 +105,7 @@ class Audit:
         if self.roster and self._history and self._history.end:
             for m in self.roster.sites:
                 if m.site in self._history.end.heads or self._has(journal_name(m.site)):
-                    what = "chain, signatures, head, the end of the run; no step charged twice or past the cap"
+                    what = "chain, signatures, head; its end, its table, no step charged twice or past the cap"
                     yield f"ledger of {m.site}", what, partial(self._ledger, m.site)
         yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
@@ -219,6 +221,8 @@ class Audit:
         inner = p.get("contract") if isinstance(p, dict) and p.get("hash") == plan.contract_hash else None
         if plan.contract_hash not in (canonical.digest(p), canonical.digest(inner)):
             raise VerificationError("the contract is not the one that the plan names")
+        if not self.simulated:
+            self._agreed = DataContract.model_validate(p if inner is None else inner)
         return f"hash {plan.contract_hash[:16]}..."
 
     def _sums(self) -> str:
@@ -279,6 +283,8 @@ class Audit:
         c = compose(rows, h.session)
         ledgers.charged(c, plan, h, joined["head"][0])
         ledgers.ends(c, h, site)
+        if not self.simulated:
+            tables.held(c.released, self._got("contract", self._agreed))
         self._charges[site] = c
         return f"{len(rows)} rows, {len(c.spends)} steps charged, filter epsilon {c.epsilon_after:.4f} of {c.cap:g}"
 

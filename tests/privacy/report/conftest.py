@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, identity
+from fedveil.common.contract import DataContract, sign_contract
 from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.identity import Member, Roster
 from fedveil.common.journal import Journal
@@ -25,12 +26,28 @@ from fedveil.privacy.report.build import build_report
 
 SITES = ("alba", "berg", "cava", "dorn")
 SESSION = "5e" * 32
-CONTRACT = {"v": 1, "contract": {"name": "heart", "k": 5}, "hash": canonical.digest({"name": "heart", "k": 5})}
+
+
+def contract_of(**changes: Any) -> DataContract:
+    """k = 5, l = 2, fixed levels; not the columns that the plan's model would need, which no auditor looks at."""
+    values = {
+        "name": "heart", "version": "1", "purpose": "a test", "unit": "one patient", "k": 5, "l": 2,
+        "sensitive_target": True,
+        "columns": [
+            {"name": "age", "role": "quasi", "type": "number", "low": 18, "high": 90, "levels": [50]},
+            {"name": "bmi", "role": "feature", "type": "number", "low": 10, "high": 60},
+            {"name": "sick", "role": "target", "type": "category", "values": ["no", "yes"]},
+        ],
+    }  # fmt: skip
+    return DataContract.model_validate({**values, **changes})
+
+
+AGREED = contract_of()
 
 
 def plan_of(**changes: Any) -> PrivacyPlan:
     values: dict[str, Any] = {
-        "sites": 4, "records": 800, "epsilon": 2.0, "steps": 4, "clip": 1.0, "contract_hash": CONTRACT["hash"],
+        "sites": 4, "records": 800, "epsilon": 2.0, "steps": 4, "clip": 1.0, "contract_hash": AGREED.hash,
         "model": ModelSpec(name="logistic", inputs=12, classes=2), "optimizer": Optimizer(learning_rate=0.5),
     }  # fmt: skip
     return make_plan(**{**values, **changes})
@@ -46,6 +63,7 @@ class World:
 
     folder: Path
     plan: PrivacyPlan
+    contract: DataContract = AGREED
     session: str = SESSION
     cap: float = 8.0
     earlier_steps: int = 0
@@ -60,11 +78,12 @@ class World:
     peers: dict[str, Any] = field(default_factory=dict)  # by site: what its join statement says of the others
     released: dict[str, Any] = field(
         default_factory=lambda: {
-            "v": 1, "contract": CONTRACT["hash"], "recoding": "fixed",
+            "v": 1, "contract": AGREED.hash, "recoding": "fixed",
             "criteria": {
                 "k-anonymity": {"required": 5, "met": True},
                 "distinct l-diversity": {"required": 2, "met": True},
             },
+            "stability": [{"stage": "recoding", "factor": 1, "why": "fixed"}, {"stage": "x", "factor": 1, "why": "y"}],
             "stability_factor": 1, "unit": "one patient", "commitments": {"source": "c" * 64},
         }
     )  # fmt: skip
@@ -96,7 +115,7 @@ class World:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.json("plan.json", self.plan.to_json())
         self.json("roster.json", identity.sign_roster(self.roster, self.consortium))
-        self.json("contract.json", identity.signed(self.consortium, "fedveil/contract/1", CONTRACT))
+        self.json("contract.json", sign_contract(self.contract, self.consortium))
         (self.folder / "consortium.pub").write_text(self.public + "\n")
         ledgers = {s: self.open_ledger(s) for s in self.sites}
         joins = {s: self.join(s, ledger) for s, ledger in ledgers.items()}
@@ -116,7 +135,11 @@ class World:
         for n in range(self.earlier_steps):
             ledger.reserve("earlier", n + 1, "e" * 64, events[n % len(events)])
         ledger.note("data.released", **self.released)
-        hashes = {"plan_hash": self.plan.hash, "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"]}
+        hashes = {
+            "plan_hash": self.plan.hash,
+            "roster_hash": self.roster.hash,
+            "contract_hash": self.plan.contract_hash,
+        }
         said = {"precision": self.precision} if self.precision else {}
         ledger.note("plan.accepted", session=self.session, **hashes, **said)
         return ledger
@@ -124,7 +147,7 @@ class World:
     def join(self, site: str, ledger: Ledger) -> dict[str, Any]:
         payload = {
             "v": 1, "session": self.session, "site": site, "plan_hash": self.plan.hash,
-            "roster_hash": self.roster.hash, "contract_hash": CONTRACT["hash"], "fields": {},
+            "roster_hash": self.roster.hash, "contract_hash": self.plan.contract_hash, "fields": {},
             "head": list(ledger.head), "ledger": ledger.journal.rows[0].hash, "peers": self.peers.get(site, {}),
         }  # fmt: skip
         return identity.signed(self.sites[site], "fedveil/join/1", payload)
@@ -132,7 +155,7 @@ class World:
     def serve(self, journal: Journal, joins: dict[str, Any], ledgers: dict[str, Ledger]) -> None:
         add = lambda kind, **body: journal.append(kind, {"session": self.session, **body})  # noqa: E731
         add(
-            "run.open", plan_hash=self.plan.hash, roster_hash=self.roster.hash, contract_hash=CONTRACT["hash"],
+            "run.open", plan_hash=self.plan.hash, roster_hash=self.roster.hash, contract_hash=self.plan.contract_hash,
             simulated=self.simulated, model_hash=model(0), engine="grpc",
         )  # fmt: skip
         add("run.joined", joins_digest=canonical.digest(joins), sites=list(joins))
@@ -188,7 +211,13 @@ class World:
         """The same run elsewhere, to be spoilt."""
         shutil.copytree(self.folder, folder)
         return World(
-            folder, self.plan, session=self.session, consortium=self.consortium, server=self.server, sites=self.sites
+            folder,
+            self.plan,
+            contract=self.contract,
+            session=self.session,
+            consortium=self.consortium,
+            server=self.server,
+            sites=self.sites,
         )
 
     def rewrite(self, name: str, owner: str, change: Callable[[list[tuple[str, dict[str, Any]]]], Any]) -> None:

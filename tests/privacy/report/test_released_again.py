@@ -31,7 +31,7 @@ def released_again(**changes: Any):
         {"commitments": {"source": "d" * 64}},
         {"commitments": {}},
         {"commitments": None},
-        {"stability_factor": None},
+        {"stability_factor": None, "stability": None},
         {"criteria": {"k-anonymity": {"required": 5, "met": False}}},
         {"contract": "e" * 64},
         {"unit": "one visit"},
