@@ -118,7 +118,7 @@ def test_what_is_not_there_has_its_own_remedy(settings: SiteSettings, check: str
 
 def test_threads_are_capped_in_every_library() -> None:
     def most() -> int:
-        np.ones((2, 2)) @ np.ones((2, 2))
+        _ = np.ones((2, 2)) @ np.ones((2, 2))
         return max(x["num_threads"] for x in threadpool_info())
 
     before = torch.get_num_threads(), most()
