@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from fedveil.client.ingest.cli_source import (
     ThousandsOption,
     UrlOption,
     WorkOption,
+    cells,
     dialect_of,
     progress_of,
     source_of,
@@ -54,7 +56,7 @@ def profile(
         write_secret(out, found.to_json().encode())
     lines = Table("column", "looks like", "empty", "distinct", "look at", title=f"{found.rows} rows")
     for c in found.columns:
-        lines.add_row(c.name, c.looks_like, str(c.empty), str(c.distinct), "; ".join(c.remarks))
+        lines.add_row(*cells(c.name, c.looks_like, c.empty, c.distinct, "; ".join(c.remarks)))
     Console().print(lines)
 
 
@@ -89,8 +91,7 @@ def check(
     source = source_of(table, query, url_file, fhir)
     result = _ingest(source, contract, signer_public, work, dialect, corrections, before)
     _show(result.evidence, "types, bounds and values")
-    for note in result.report.notes:
-        Console().print(f"note: {note}", markup=False, soft_wrap=True)
+    _notes(result.report.notes)
     Console().print(f"verified release and reports: {work}", markup=False, soft_wrap=True)
 
 
@@ -124,10 +125,17 @@ def _show(evidence: dict[str, Any], first: str) -> None:
     lines = Table("check", "required", "result")
     lines.add_row(first, "contract", "pass")
     for name, criterion in evidence["criteria"].items():
-        lines.add_row(name, str(criterion["required"]), "pass" if criterion["met"] else "fail")
+        lines.add_row(*cells(name, criterion["required"], "pass" if criterion["met"] else "fail"))
     factor = evidence["stability_factor"]
     lines.add_row("records changed by one record", "-", "not bounded" if factor is None else str(factor))
     Console().print(lines)
+
+
+def _notes(notes: Sequence[str]) -> None:
+    from rich.console import Console
+
+    for note in notes:
+        Console().print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @app.command("anonymize")
@@ -159,6 +167,7 @@ def anonymize(
     if method == "fixed" and out is None:
         result = _ingest(source, contract, signer_public, work, dialect, corrections)
         _show(result.evidence, "types, bounds and values")
+        _notes(result.report.notes)
         Console().print(f"verified release: {result.released}", markup=False, soft_wrap=True)
         return
     _anonymize_by(method, source, contract, signer_public, work, out or work / "anonymized.csv", dialect, corrections)
@@ -172,7 +181,7 @@ def _anonymize_by(
     from rich.console import Console
 
     from fedveil.client.ingest import corrections as declared
-    from fedveil.client.ingest import lineage, pipeline, release
+    from fedveil.client.ingest import lineage, publish
     from fedveil.client.ingest.sources import Rules
     from fedveil.common.contract import load_signed
     from fedveil.common.errors import UsageError
@@ -184,8 +193,12 @@ def _anonymize_by(
     secret = lineage.site_secret(work)
     with progress_of(source) as progress:
         rules = Rules(declared.load(corrections) if corrections else (), secret, progress=progress)
-        raw, _ = pipeline.assessed(source, agreed, work, dialect=dialect, rules=rules)
-    done = release.anonymise(raw, agreed, method, out)  # pyright: ignore[reportArgumentType]
+        published = publish.publish(
+            source, agreed, work, method, out,  # pyright: ignore[reportArgumentType]
+            secret=secret, dialect=dialect, rules=rules,
+        )  # fmt: skip
+    done = published.release
+    _notes(published.report.notes)
     console = Console()
     _findings(done.findings)
     o = done.outcome
@@ -203,7 +216,7 @@ def _findings(found: Any) -> None:
 
     lines = Table("criterion", "column", "required", "result", "worst class")
     for f in found.findings:
-        lines.add_row(f.name, f.column or "-", f.required, "pass" if f.met else "fail", f"{f.worst:.4g}")
+        lines.add_row(*cells(f.name, f.column or "-", f.required, "pass" if f.met else "fail", f"{f.worst:.4g}"))
     Console().print(lines)
 
 
@@ -248,41 +261,31 @@ def report(
 ) -> None:
     """Read the reports of a work folder: quality, stages, problems; and check that the lineage record is unchanged."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from fedveil.client.ingest import lineage, pipeline
-    from fedveil.common import canonical, identity
-    from fedveil.common.errors import DataError
+    from fedveil.client.ingest import pipeline, publish
 
-    try:
-        quality = canonical.loads((work / pipeline.QUALITY_JSON).read_bytes())
-    except OSError as e:
-        raise DataError(f"{work} holds no quality report", hint="run 'fedveil data check' first") from e
+    quality, vouched = publish.reports(work)
     console = Console()
     stages = Table("stage", "rows", "left", "found", title="stages")
     for s in quality["stages"]:
         stages.add_row(
-            *(str(s.get(key, "")) for key in ("stage", "rows", "left")), str(s.get("found", s.get("cells", "")))
+            *cells(*(s.get(key, "") for key in ("stage", "rows", "left")), s.get("found", s.get("cells", "")))
         )
     console.print(stages)
-    columns = Table(*quality["columns"][0], title="columns")
+    columns = Table(*map(escape, quality["columns"][0]), title="columns")
     for c in quality["columns"]:
-        columns.add_row(*map(str, c.values()))
+        columns.add_row(*cells(*c.values()))
     console.print(columns)
     if quality["drift"]:
-        moves = Table(*quality["drift"][0], title="against the earlier table")
+        moves = Table(*map(escape, quality["drift"][0]), title="against the earlier table")
         for d in quality["drift"]:
-            moves.add_row(*("-" if v is None else str(v) for v in d.values()))
+            moves.add_row(*cells(*("-" if v is None else v for v in d.values())))
         console.print(moves)
     for p in quality["problems"]:
         console.print(f"{p['code']}: {p['column']}: {p['cells']} cells {p['what']}: {p['remedy']}", markup=False)
     for note in quality["notes"]:
         console.print(f"note: {note}", markup=False)
-    record = work / pipeline.LINEAGE
-    if record.exists() and not (work / lineage.KEY_FILE).is_file():
-        console.print("the lineage record cannot be checked: this folder has no key of its own", markup=False)
-    elif record.exists():
-        public = identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
-        lineage.read_signed(record, work / pipeline.SIGNATURE, public)
-        console.print("the lineage record is signed by this folder's key and unchanged", markup=False)
+    console.print(vouched, markup=False, soft_wrap=True)
     console.print(f"with plots: {work / pipeline.QUALITY_HTML}", markup=False, soft_wrap=True)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedveil.client.ingest.cli_source import DelimiterOption, EncodingOption, cells, dialect_of
+
 app = typer.Typer(help="The data contract: draft it from a sample, sign it, check it.", no_args_is_help=True)
 
 
@@ -16,6 +18,8 @@ def init(
     out: Annotated[Path, typer.Option(help="The draft to write (.toml); must not exist.")],
     name: Annotated[str, typer.Option(help="What the contract is called.")] = "data",
     ask: Annotated[bool, typer.Option(help="Ask for every column's role; else all roles stay empty.")] = True,
+    encoding: EncodingOption = "auto",
+    delimiter: DelimiterOption = "auto",
 ) -> None:
     """Draft a contract from a sample. Roles are asked for, never guessed; an empty role cannot be signed."""
     from rich.console import Console
@@ -23,7 +27,7 @@ def init(
     from fedveil.client.ingest import draft, profile
     from fedveil.common.errors import UsageError
 
-    found = profile.profile(sample)
+    found = profile.profile(sample, dialect_of(encoding, delimiter, ".", ""))
 
     def asked(column: profile.ColumnProfile) -> str:
         if not ask:
@@ -88,12 +92,14 @@ def check(
     agreed = load_signed(contract, signer_public) if signer_public else DataContract.load(contract)
     agreed.require_current()
     console = Console()
-    columns = Table("column", "role", "type", "released as", "inputs", title=f"{agreed.name} {agreed.version}")
+    columns = Table(
+        "column", "role", "type", "released as", "inputs", title=cells(f"{agreed.name} {agreed.version}")[0]
+    )
     for c in agreed.columns:
         released = (
             "-" if not c.loaded else f"{len(c.labels)} labels" if c.coded else f"{c.low:g} to {c.high:g} {c.unit}"
         )
-        columns.add_row(c.name, c.role, c.type or "-", released, str(len(c.feature_names)))
+        columns.add_row(*cells(c.name, c.role, c.type or "-", released, len(c.feature_names)))
     console.print(columns)
     steps = stages.stability(agreed)
     factor = stages.total(steps)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from fedveil.client.ingest.sources import Dialect, Source
 
 TableArgument = Annotated[
@@ -26,6 +28,13 @@ QueryOption = Annotated[str, typer.Option(help="For a database: the SELECT whose
 UrlOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with a SQLAlchemy URL, for SQL databases.")]
 FhirOption = Annotated[Path | None, typer.Option(help="For .ndjson: TOML file with resource and [paths].")]
 CorrectionsOption = Annotated[Path | None, typer.Option(help="TOML file with the site's declared corrections.")]
+
+
+def cells(*values: object) -> list[Text]:
+    """Cells (or headers) of a table on the terminal, as they are: ``[mg/dl]`` in a column's name is no markup."""
+    from rich.text import Text
+
+    return [Text(str(v)) for v in values]
 
 
 def dialect_of(encoding: str, delimiter: str, decimal: str, thousands: str) -> Dialect:

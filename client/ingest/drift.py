@@ -84,11 +84,7 @@ def earlier(work: Path, public: str = "") -> dict[str, Any]:
     record = lineage.read_signed(work / LINEAGE, work / SIGNATURE, public)
     with (work / QUALITY).open("rb") as f:
         data = f.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES or record.get("quality") != canonical.sha256_hex(data):
-        raise VerificationError(
-            f"{work / QUALITY} is not the report that the signed lineage record names",
-            hint="it was changed since, or written by an older version: check the earlier table again",
-        )
+    require_named(work / QUALITY, data, record)
     try:
         report = canonical.loads(data)
     except WireError:
@@ -96,6 +92,19 @@ def earlier(work: Path, public: str = "") -> dict[str, Any]:
     if not isinstance(report, dict) or not _is_report(report):
         raise DataError(f"{work / QUALITY} is not a quality report", hint="check the earlier table again")
     return report
+
+
+def require_named(path: Path, data: bytes, record: Mapping[str, Any]) -> None:
+    """Refuse a quality report (the bytes of ``path``) that is not the one a signed lineage record names.
+
+    Raises:
+        VerificationError: it is another one, or too large.
+    """
+    if len(data) > MAX_BYTES or record.get("quality") != canonical.sha256_hex(data):
+        raise VerificationError(
+            f"{path} is not the report that the signed lineage record names",
+            hint="it was changed since, or written by an older version: check the earlier table again",
+        )
 
 
 def _is_report(report: Mapping[str, Any]) -> bool:

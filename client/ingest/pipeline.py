@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,7 @@ def ingest(
         AnonymityError: k, l or t fails; the hint names coarser levels that pass.
         ConfigError: the work folder is readable by others, or the secret is too short.
     """
-    lineage.private_folder(work)
-    for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
-        (work / stale).unlink(missing_ok=True)
+    cleared(work)
     rules = rules or Rules(secret=lineage.checked_secret(secret))
     raw, report = assessed(source, contract, work, dialect=dialect, rules=rules, before=before)
     committed = sources.commitment(secret, source, contract)
@@ -91,20 +89,49 @@ def ingest(
     X, y = encode.encode(table, contract)
     evidence = evidence_of(contract, committed, lineage.commitment(secret, "released", released))
     done = [*report.stages, stages.Stage("suppression", raw.rows, table.rows, 0, {"limit": contract.suppression_limit})]
-    record = {
+    record = record_of(
+        source, contract, work, raw.tally.read, stages=done, suppressed=recoded.suppressed, evidence=evidence,
+        released={"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
+    )  # fmt: skip
+    lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
+    return Ingested(X, y, evidence, released, report)
+
+
+def cleared(work: Path) -> None:
+    """The private folder ``work``, without what an earlier table left in it: files of two tables say nothing together.
+
+    Raises:
+        ConfigError: others can read it.
+    """
+    lineage.private_folder(work)
+    for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
+        (work / stale).unlink(missing_ok=True)
+
+
+def record_of(
+    source: Source,
+    contract: DataContract,
+    work: Path,
+    read: int,
+    *,
+    stages: Sequence[stages.Stage],
+    suppressed: int,
+    released: dict[str, Any],
+    evidence: dict[str, Any],
+) -> dict[str, Any]:
+    """The lineage record: hashes of what went in and came out, and every stage between. It stays at the site."""
+    return {
         "v": 2,
         "fedveil": __version__,
         "at": int(time.time()),
         "contract": contract.hash,
-        "source": {"path": sources.described(source), "sha256": _source_hash(source), "rows": raw.tally.read},
+        "source": {"path": sources.described(source), "sha256": _source_hash(source), "rows": read},
         "quality": lineage.file_hash(work / QUALITY_JSON),
-        "stages": [s.__dict__ for s in done],
-        "suppressed_rows": recoded.suppressed,
-        "released": {"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
+        "stages": [s.__dict__ for s in stages],
+        "suppressed_rows": suppressed,
+        "released": released,
         "evidence": evidence,
     }
-    lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
-    return Ingested(X, y, evidence, released, report)
 
 
 def assessed(

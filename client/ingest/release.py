@@ -101,8 +101,7 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
         UsageError: ``out`` exists or has another ending; too many quasi-identifiers for the method.
         AnonymityError: the criteria cannot be met, or the written file does not meet them; ``out`` then does not exist.
     """
-    if out.suffix not in (".csv", ".parquet") or out.exists():
-        raise UsageError(f"{out} cannot be the release", hint="name a new .csv or .parquet file")
+    require_new(out)
     spec, models = specification(contract)
     engine = Anonymizer(spec, models, method=method, suppression_limit=contract.suppression_limit)
     table = engine.fit_transform(as_table(raw, contract))
@@ -116,6 +115,16 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
     finally:
         part.unlink(missing_ok=True)
     return Released(out, engine.outcome, _stability(contract, engine), findings)
+
+
+def require_new(out: Path) -> None:
+    """Refuse a path that cannot become a release.
+
+    Raises:
+        UsageError: it exists, or has another ending than .csv or .parquet.
+    """
+    if out.suffix not in (".csv", ".parquet") or out.exists():
+        raise UsageError(f"{out} cannot be the release", hint="name a new .csv or .parquet file")
 
 
 def _write(table: pa.Table, path: Path) -> None:
