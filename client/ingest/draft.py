@@ -35,12 +35,12 @@ def draft(sample: Profile, name: str, ask: Ask) -> str:
     Args:
         ask: returns the role of a column, or "" to leave it open.
     """
-    parts = [_HEAD.format(roles=", ".join(ROLES), name=json.dumps(name, ensure_ascii=False))]
+    parts = [_HEAD.format(roles=", ".join(ROLES), name=_quoted(name))]
     return "\n".join([*parts, *(_column(c, ask(c)) for c in sample.columns)])
 
 
 def _column(c: ColumnProfile, role: str) -> str:
-    lines = ["[[columns]]", f"name = {json.dumps(c.name, ensure_ascii=False)}"]
+    lines = ["[[columns]]", f"name = {_quoted(c.name)}"]
     lines.append(f"role = {json.dumps(role)}")
     lines += [f"# {remark}" for remark in (f"looks like: {c.looks_like}", *c.remarks)]
     if role in ("identifier", "drop"):
@@ -52,3 +52,8 @@ def _column(c: ColumnProfile, role: str) -> str:
     if c.empty or c.codes:
         lines.append(f'# missing = "indicator"  and  missing_codes = {json.dumps(codes)}')
     return "\n".join([*lines, ""])
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's, but for DEL, which TOML wants escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -140,7 +140,7 @@ def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int,
         if progress is not None:
             progress(rows, position.bytes)
     if not rows:
-        raise DataError(f"{path} has a header but no rows")
+        raise DataError(f"{path} has a header but no rows", hint="give a sample with some rows")
     return Profile(rows, tuple(columns))
 
 
@@ -152,7 +152,8 @@ def _open(path: Path, dialect: Dialect, position: files.Position) -> tuple[list[
         header, encoding, delimiter = files.csv_header(path, dialect, frozenset())
         repeated = sorted({i + 1 for i, h in enumerate(header) if header.count(h) > 1})
         if repeated:
-            raise DataError(f"{path}: columns have the same name, at positions {', '.join(map(str, repeated[:8]))}")
+            places = ", ".join(map(str, repeated[:8]))
+            raise DataError(f"{path}: columns have the same name, at positions {places}", hint="keep one of each")
         return header, files.csv_batches(path, header, header, encoding, delimiter, position)
     if kind not in (".parquet", ".pq", ".arrow", ".feather"):
         raise DataError(f"{path} is neither .csv nor .parquet", hint="convert the table first")

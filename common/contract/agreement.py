@@ -223,7 +223,11 @@ class DataContract(Strict):
         try:
             payload = tomllib.loads(data.decode()) if path.suffix == ".toml" else canonical.loads(data)
         except (ValueError, RecursionError, WireError) as e:
-            raise ContractError(f"{path} is not well-formed {path.suffix[1:].upper()}") from e
+            at = f" ({e})" if isinstance(e, tomllib.TOMLDecodeError) and str(e).isprintable() else ""
+            raise ContractError(
+                f"{path} is not well-formed {path.suffix[1:].upper()}{at}",
+                hint="correct its syntax; 'fedveil data contract init' writes a draft to compare with",
+            ) from e
         if isinstance(payload, dict) and isinstance(payload.get("columns"), list):
             open_roles = [str(c.get("name")) for c in payload["columns"] if isinstance(c, dict) and not c.get("role")]
             refuse(
@@ -259,7 +263,7 @@ def read_bounded(path: Path) -> bytes:
         with path.open("rb") as f:
             data = f.read(MAX_FILE_BYTES + 1)
     except OSError as e:
-        raise ContractError(f"the contract {path} cannot be read: {e.strerror}") from e
+        raise ContractError(f"the contract {path} cannot be read: {e.strerror}", hint="name a readable file") from e
     if len(data) > MAX_FILE_BYTES:
-        raise ContractError(f"the contract {path} is larger than {MAX_FILE_BYTES} bytes")
+        raise ContractError(f"the contract {path} is larger than {MAX_FILE_BYTES} bytes", hint="is it a contract?")
     return data

@@ -64,7 +64,7 @@ def refuse(names: Sequence[str], what: str, hint: str) -> None:
 def printable(text: str, what: str) -> None:
     """Refuse control characters and white space at the ends."""
     if not text.isprintable() or text != text.strip():
-        raise ContractError(f"{what} has control characters or white space at its ends")
+        raise ContractError(f"{what} has control characters or white space at its ends", hint="take them out")
 
 
 def short(x: float) -> str:

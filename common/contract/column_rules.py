@@ -76,7 +76,10 @@ def _spelt_levels(out: dict[str, Any], name: str) -> Any:
 def _digit_leaves(mask: dict[str, Any], name: str, unseen: Any) -> list[str]:
     keep, length = mask.get("keep"), mask.get("length")
     if not isinstance(keep, int) or not isinstance(length, int) or not 1 <= keep <= 3 or keep > length:
-        raise ContractError(f"values of {name!r} = 'digits' needs a mask that keeps 1 to 3 characters")
+        raise ContractError(
+            f"values of {name!r} = 'digits' needs a mask that keeps 1 to 3 characters",
+            hint="mask = { keep = 1, length = 5 }",
+        )
     leaves = [f"{i:0{keep}d}" + "*" * (length - keep) for i in range(10**keep)]
     return [*leaves, OTHER] if unseen == OTHER else leaves
 
@@ -127,7 +130,7 @@ def _check_number(c: Column) -> None:
     if c.low is None or c.high is None:
         raise ContractError(f"column {c.name!r} has no public bounds", hint="declare low and high; never from the data")
     if c.low >= c.high:
-        raise ContractError(f"column {c.name!r}: low is not below high")
+        raise ContractError(f"column {c.name!r}: low is not below high", hint="swap them, or correct the public bounds")
     if c.values or c.unseen != "error" or c.mask or c.hierarchy:
         raise ContractError(f"column {c.name!r} is a number but lists values", hint="type = 'category' has values")
     if c.role == "target" and (c.threshold is None or not c.low <= c.threshold < c.high):

@@ -14,6 +14,7 @@ from typing import Any
 from fedveil.common.errors import ContractError
 
 EPOCH = dt.date(1970, 1, 1)
+FIRST, LAST = ((day - EPOCH).days for day in (dt.date.min, dt.date.max))
 # Named groups: what a cell of each directive looks like.
 _DIRECTIVES = {"%Y": r"(?P<y>\d{4})", "%m": r"(?P<m>\d{1,2})", "%d": r"(?P<d>\d{1,2})"}
 _TIME = r"(?:[T ]\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:?\d{2})?)?"
@@ -49,7 +50,13 @@ def pattern(form: str) -> str:
 
 
 def days(value: Any, what: str) -> Any:
-    """An ISO date (or a TOML date) as days since 1970-01-01; numbers pass."""
+    """An ISO date (or a TOML date) as days since 1970-01-01; numbers pass.
+
+    Raises:
+        ContractError: no date, or a number that is no day of the years 1 to 9999.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not FIRST <= value <= LAST:
+        raise ContractError(f"{what} is no day of the years 1 to 9999", hint="write it as 1950-01-31")
     if isinstance(value, dt.datetime) or not isinstance(value, (str, dt.date)):
         return value
     try:

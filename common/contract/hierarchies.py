@@ -18,6 +18,7 @@ from fedveil.common.errors import ContractError
 Rows = tuple[tuple[str, ...], ...]
 Ladder = tuple[tuple[float, ...], ...]
 MAX_FILE_BYTES = 1 << 22
+ANYTHING = "*"
 
 
 def read_rows(path: Path) -> Rows:
@@ -39,7 +40,9 @@ def read_rows(path: Path) -> Rows:
     try:
         rows = [[c.strip() for c in r] for r in csv.reader(text.splitlines(), delimiter=separator, strict=True) if r]
     except csv.Error as e:
-        raise ContractError(f"the hierarchy {path} is not well-formed CSV") from e
+        raise ContractError(
+            f"the hierarchy {path} is not well-formed CSV", hint="one line per leaf; close every double quote"
+        ) from e
     if not rows or len(rows) > MAX_LEAVES:
         raise ContractError(f"the hierarchy {path} has {len(rows)} lines", hint=f"1 to {MAX_LEAVES}: one per leaf")
     _equal_depth([tuple(r) for r in rows], path.name)
@@ -68,7 +71,7 @@ def check_rows(rows: Rows, values: Sequence[str], name: str) -> None:
 
     Raises:
         ContractError: unequal depth; a leaf twice (two parents); a value not covered; a leaf that is no value; a label
-            with two parents.
+            with two parents, or that names different groups of leaves on different levels.
     """
     _equal_depth(rows, name)
     leaves = [r[0] for r in rows]
@@ -82,6 +85,23 @@ def check_rows(rows: Rows, values: Sequence[str], name: str) -> None:
         for r in rows:
             if parents.setdefault(r[level], r[level + 1]) != r[level + 1]:
                 refuse([r[level]], f"level {level} of the hierarchy of {name!r}: a label has two parents", "merge them")
+    _one_meaning(rows, name)
+
+
+def _one_meaning(rows: Rows, name: str) -> None:
+    """A released cell is read without its level: a label names one set of leaves, whatever level it stands on."""
+    meaning: dict[str, frozenset[str]] = {}
+    for level in range(len(rows[0])):
+        groups: dict[str, set[str]] = {}
+        for r in rows:
+            groups.setdefault(r[level], set()).add(r[0])
+        for label, leaves in groups.items():
+            if meaning.setdefault(label, frozenset(leaves)) != leaves:
+                refuse([label], f"the hierarchy of {name!r} uses one label for two different groups", "rename one")
+    if len(meaning.get(ANYTHING, rows)) != len(rows):
+        refuse(
+            [ANYTHING], f"a label of the hierarchy of {name!r} reads as any value", "rename it, or use it at the top"
+        )
 
 
 def check_ladder(ladder: Ladder, low: float, high: float, name: str) -> None:
@@ -119,12 +139,16 @@ def ladder_from_rows(rows: Rows, low: float, high: float, name: str) -> Ladder:
     except ValueError:
         table = None
     if table is None or len(table) != len(rows):
-        raise ContractError(f"the hierarchy of the number {name!r} needs one line per whole number, each once")
+        raise ContractError(
+            f"the hierarchy of the number {name!r} needs one line per whole number, each once",
+            hint="start every line with a whole number; for others declare a ladder of cut points",
+        )
     wanted = range(math.ceil(low), math.floor(high) + 1)
     absent = sum(v not in table for v in wanted)
     if absent:
         raise ContractError(
-            f"the hierarchy of {name!r} has a gap: {absent} whole numbers between the bounds lack a line"
+            f"the hierarchy of {name!r} has a gap: {absent} whole numbers between the bounds lack a line",
+            hint="add a line for each, or declare narrower public bounds",
         )
     ladder = []
     for level in range(1, len(rows[0])):
@@ -134,7 +158,10 @@ def ladder_from_rows(rows: Rows, low: float, high: float, name: str) -> Ladder:
                 cuts.append(float(b))
                 closed.add(table[a][level])
                 if table[b][level] in closed:
-                    raise ContractError(f"level {level} of the hierarchy of {name!r}: a label covers two intervals")
+                    raise ContractError(
+                        f"level {level} of the hierarchy of {name!r}: a label covers two intervals",
+                        hint="give each interval a label of its own",
+                    )
         ladder.append(tuple(c for c in cuts if low < c < high))
     return tuple(ladder)
 
@@ -150,4 +177,4 @@ def _equal_depth(rows: Sequence[tuple[str, ...]], name: str) -> None:
     if not 2 <= depth <= MAX_DEPTH:
         raise ContractError(f"the hierarchy {name!r} has {depth} levels", hint=f"2 to {MAX_DEPTH}, leaves included")
     if any(not cell for r in rows for cell in r):
-        raise ContractError(f"the hierarchy {name!r} has an empty label")
+        raise ContractError(f"the hierarchy {name!r} has an empty label", hint="write a label in every cell")

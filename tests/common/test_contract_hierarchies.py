@@ -141,6 +141,17 @@ REFUSED = {
         draft({**JOB, "hierarchy": [["nurse", "care", "x"], ["medic", "care", "y"], ["clerk", "office", "x"]]}, Y),
         "a label has two parents: 'care'",
     ),
+    "label with two meanings": (
+        draft({**JOB, "values": ["x", "y"], "hierarchy": [["x", "y", "*"], ["y", "a", "*"]]}, Y),
+        "one label for two different groups: 'y'",
+    ),
+    "label that reads as any value": (
+        draft({**JOB, "hierarchy": [["nurse", "*", "all"], ["medic", "*", "all"], ["clerk", "office", "all"]]}, Y),
+        "reads as any value",
+    ),
+    "a day before the year 1": (draft({**BORN, "low": -1e12}, Y), "low of 'born' is no day"),
+    "a cut after the year 9999": (draft({**BORN, "levels": [1e9]}, Y), "a cut of 'born' is no day"),
+    "low above high": (draft({**BORN, "low": "2021-01-01"}, Y), "low is not below high"),
     "unequal depth": (draft({**JOB, "hierarchy": [*JOB_ROWS[:2], ["clerk", "*"]]}, Y), "unequal depth"),
     "leaf that is no value": (draft({**JOB, "hierarchy": [*JOB_ROWS, ["smith", "care", "*"]]}, Y), "are not values"),
     "level above the top": (draft({**JOB, "level": 3}, Y), "not in its hierarchy"),
@@ -180,8 +191,19 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(case):
     payload, words = REFUSED[case]
-    with pytest.raises(ContractError, match=words):
+    with pytest.raises(ContractError, match=words) as refused:
         DataContract.model_validate(payload)
+    assert refused.value.hint  # what to do stands beside what is wrong
+
+
+@pytest.mark.parametrize("text", ["name = ", "[[columns]\n", '{"a": 1,}'])
+def test_a_malformed_draft_says_where_and_what_to_do(tmp_path, text):
+    path = tmp_path / ("c.json" if text.startswith("{") else "c.toml")
+    path.write_text(text)
+    with pytest.raises(ContractError, match="not well-formed") as refused:
+        DataContract.load(path)
+    assert "syntax" in refused.value.hint
+    assert path.suffix == ".json" or "(" in refused.value.message  # TOML: where
 
 
 @pytest.mark.parametrize("missing", [{7}, set(range(1, 21)), {1, 2}])

@@ -1,6 +1,7 @@
 """Odd column names on the terminal, and work folders whose files speak of one table."""
 
 import json
+import tomllib
 import warnings
 
 import pytest
@@ -143,3 +144,11 @@ def test_the_report_of_a_refused_table_says_so(tmp_path, agreed):
     told = run("report", work)
     assert told.exit_code == 0, (told.output, told.exception)
     assert "was not accepted" in told.output
+
+
+def test_a_header_with_a_control_character_gives_a_draft_that_reads(tmp_path):
+    path, out = tmp_path / "t.csv", tmp_path / "d.toml"
+    path.write_text('a\x7fb,"c\\d"\n1,2\n')
+    assert run("contract", "init", path, "--out", out, "--no-ask", "--name", "x\x7fy").exit_code == 0
+    read = tomllib.loads(out.read_text())
+    assert ([c["name"] for c in read["columns"]], read["name"]) == (["a\x7fb", "c\\d"], "x\x7fy")

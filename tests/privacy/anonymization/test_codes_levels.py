@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.common.contract import Column
+from fedveil.common.contract import Column, hierarchies
 from fedveil.common.errors import ContractError, DataError
 from fedveil.privacy.anonymization import codes
+from fedveil.privacy.anonymization.attributes import Hierarchy
 from fedveil.privacy.anonymization.hierarchy import Level, level_of
 
 AGE = Column.model_validate({"name": "age", "role": "quasi", "type": "number", "low": 0, "high": 9, "levels": [3, 6]})
@@ -107,3 +108,15 @@ def test_no_value_joins_only_when_the_column_goes():
     assert level.describe({0, 1, 2}) == "dropping the column 'age'"
     with pytest.raises(ContractError):
         level.joined({2})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("xyab"), st.sampled_from("xyab*")), min_size=1, max_size=4))
+def test_a_contract_accepts_a_hierarchy_only_if_the_engine_does(pairs):
+    """A label that names two groups was signed and released, though the engine would have refused the same table."""
+    rows = tuple((f"leaf{i}" if i % 2 else "xyab"[i], a, b, "*") for i, (a, b) in enumerate(pairs))
+    try:
+        hierarchies.check_rows(rows, [r[0] for r in rows], "h")
+    except ContractError:
+        return
+    Hierarchy.from_rows(rows, name="h")
