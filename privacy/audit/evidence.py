@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedveil.privacy.plan import PrivacyPlan
 
+ALPHA = 1e-5  # each check fails a correct program with at most this probability
 Part = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 

@@ -25,10 +25,15 @@ def two_sided(statistic: float, freedom: float) -> float:
 
 def multiplier(z: Residuals, claimed: float, confidence: float) -> tuple[float, float, float]:
     """The noise multiplier of a sum of h shares that the residuals show, with its two-sided confidence interval."""
-    square, tail = float((z**2).sum()), (1 - confidence) / 2
-    high = claimed * math.sqrt(square / float(stats.chi2.ppf(tail, z.size)))
-    low = claimed * math.sqrt(square / float(stats.chi2.isf(tail, z.size)))
-    return claimed * math.sqrt(square / z.size), low, high
+    return of_square(float((z**2).sum()), z.size, claimed, confidence)
+
+
+def of_square(square: float, samples: int, claimed: float, confidence: float) -> tuple[float, float, float]:
+    """:func:`multiplier` from the sum of the squares of ``samples`` residuals."""
+    tail = (1 - confidence) / 2
+    high = claimed * math.sqrt(square / float(stats.chi2.ppf(tail, samples)))
+    low = claimed * math.sqrt(square / float(stats.chi2.isf(tail, samples)))
+    return claimed * math.sqrt(square / samples), low, high
 
 
 def weakest(samples: int, alpha: float, power: float = POWER) -> float:
@@ -98,9 +103,14 @@ def shape(z: Residuals, cell: float, alpha: float) -> Finding:
     limit = float(stats.kstwobign.isf(alpha)) / math.sqrt(n)
     return Finding(
         "noise: shape", "distribution of the noise against the normal one (Kolmogorov-Smirnov)",
-        float(stats.kstwobign.sf(distance * math.sqrt(n))), alpha, distance, 0.0, n,
+        kolmogorov(distance, n), alpha, distance, 0.0, n,
         f"a distance of {2 * limit:.3g} between the distribution functions",
     )  # fmt: skip
+
+
+def kolmogorov(distance: float, samples: int) -> float:
+    """How likely so large a distance between distribution functions is, asymptotically."""
+    return float(stats.kstwobign.sf(distance * math.sqrt(samples)))
 
 
 def rounds_apart(runs: list[Residuals], alpha: float) -> Finding:

@@ -151,6 +151,16 @@ def lower_bound(g: Guesses, delta: float, alpha: float, method: Method = "f-dp")
     return _largest(lambda e: pvalue_dp(g, e, delta) <= alpha)
 
 
+def sizes(canaries: int) -> list[int]:
+    """How many canaries are guessed on either side, in each of the choices that are made about so many."""
+    return sorted({k for share in SHARES if 1 <= (k := int(canaries * share)) <= canaries // 2})
+
+
+def corrected(g: Guesses, delta: float, confidence: float, method: Method) -> float:
+    """:func:`lower_bound` with ``confidence`` although the best of all choices is taken."""
+    return lower_bound(g, delta, (1 - confidence) / len(sizes(g.canaries)), method)
+
+
 def _largest(contradicted: Callable[[float], bool]) -> float:
     if not contradicted(0.0):
         return 0.0
@@ -196,9 +206,7 @@ def audit(
         raise UsageError("an audit needs ten canaries at least, and as many coins as scores")
     if not (np.isfinite(scores).all() and 0 < confidence < 1 and 0 <= delta < 1):
         raise UsageError("scores must be finite, the confidence in (0, 1), delta in [0, 1)")
-    sizes = sorted({k for share in SHARES if 1 <= (k := int(m * share)) <= m // 2})
-    alpha = (1 - confidence) / len(sizes)
-    tried = [guess(scores, included, k, k) for k in sizes]
-    bounds = [lower_bound(g, delta, alpha, method) for g in tried]
+    tried = [guess(scores, included, k, k) for k in sizes(m)]
+    bounds = [corrected(g, delta, confidence, method) for g in tried]
     best = int(np.argmax(bounds))
     return OneRun(bounds[best], confidence, delta, method, tried[best], claimed)

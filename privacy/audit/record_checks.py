@@ -14,7 +14,8 @@ from fedveil.privacy.audit.slab import Slab, noise_std, residuals, spread
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.plan import PrivacyPlan
 
-_LOOSE = 0.01  # how far PLD's discretisation may lie above what a ledger counts
+OFF = 1e-6  # how far what the model was moved by may lie from the sum, in its standard deviations
+LOOSE = 0.01  # how far PLD's discretisation may lie above what a ledger counts
 
 
 def clipping(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float, confidence: float) -> Finding:
@@ -145,7 +146,7 @@ def neighbours(
         Finding("neighbours: noise", "noise with N + 1 records against noise with N, each against the claim",
                 min(1.0, 2 * min(p)), alpha, ratio, 1.0, samples, least),
         Finding("neighbours: divisor", "what the model was moved by against the sum divided by the plan's q·N",
-                float(off < 1e-6), alpha, off, 0.0, samples, "a divisor that is off by 1e-6"),
+                float(off < OFF), alpha, off, 0.0, samples, "a divisor that is off by 1e-6"),
         Finding("neighbours: distance", "distance of the mean sums over N and N + 1 records, in clips",
                 min(1.0, 2 * float(stats.norm.sf(abs(apart - 1) / std))), alpha, apart, 1.0, 2 * rounds,
                 f"a distance of {1 + far:.2g} clips"),
@@ -161,7 +162,7 @@ def charges(plan: PrivacyPlan, run: Run, alpha: float) -> Finding:
     complete = {s for r in run.releases for s in r.members} <= run.charges.keys() and bool(run.releases)
     return Finding(
         "ledger: composition", "ε in every site's ledger against PLD over all the sums it is in",
-        float(complete and lacking <= _LOOSE), alpha, lacking, 0.0, len(run.charges), "one step that is not composed",
+        float(complete and lacking <= LOOSE), alpha, lacking, 0.0, len(run.charges), "one step that is not composed",
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import RunAborted, UsageError
 from fedveil.privacy.audit import noise_checks as noise
 from fedveil.privacy.audit import record_checks as records
-from fedveil.privacy.audit.evidence import Conformance, Finding, Implementation, Run
+from fedveil.privacy.audit.evidence import ALPHA, Conformance, Finding, Implementation, Run
 from fedveil.privacy.audit.slab import Slab, noise_std, residuals, slab_plan
 from fedveil.privacy.dp.accounting import Filter, best_order
 from fedveil.privacy.plan import PrivacyPlan
@@ -44,7 +44,7 @@ class Effort:
     inputs: int = 2048
     groups: int = 8
     group: int = 16
-    alpha: float = 1e-5
+    alpha: float = ALPHA
     confidence: float = 0.95
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from fedveil.common.model_spec import ModelSpec
+from fedveil.privacy.audit import consistency
 from fedveil.privacy.audit.evidence import Charge, Release, Run
 from fedveil.privacy.audit.slab import Slab, slab_plan
 from fedveil.privacy.audit.suite import Effort, examine
@@ -101,7 +102,9 @@ SMALL = Effort(rounds=12, inputs=256)
 
 def test_the_definition_passes():
     for seed in range(10):
-        assert examine(Written(seed), plan(), SMALL).failed == ()
+        found = examine(Written(seed), plan(), SMALL)
+        assert found.failed == ()
+        consistency.conformance(found, plan())
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,10 @@ def test_the_definition_passes():
      {"clip": 40.0}, {"sample_rate": 0.01}, {"noise_multiplier": 60.0}],
 )  # fmt: skip
 def test_other_plans_pass(changes):
-    assert examine(Written(1), plan(**changes), SMALL).failed == ()
+    found = examine(Written(1), plan(**changes), SMALL)
+    assert found.failed == ()
+    assert sorted(f.name for f in found.findings) == sorted(consistency.checks_of(plan(**changes)))
+    consistency.conformance(found, plan(**changes))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,9 @@ def test_what_is_wrong_is_named(wrong, check):
     # a shape shows where few shares are added: the sum of many is normal whatever they are
     where = plan(mode="local", sum="none", sites=2) if "spikes" in wrong else plan()
     effort = Effort(rounds=12, inputs=2048) if "spikes" in wrong else SMALL
-    assert check in examine(Written(**wrong), where, effort).failed
+    found = examine(Written(**wrong), where, effort)
+    assert check in found.failed
+    consistency.conformance(found, where)  # what a wrong program shows is evidence in the same form
 
 
 def test_p_values_are_valid():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
+from fedveil.privacy.audit import consistency, noise_checks
 from fedveil.privacy.audit.attach import Evidence
-from fedveil.privacy.audit.evidence import Conformance, Finding
-from fedveil.privacy.audit.one_run import Guesses, OneRun
+from fedveil.privacy.audit.evidence import ALPHA, Conformance, Finding
+from fedveil.privacy.audit.one_run import Guesses, OneRun, corrected
+from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import results
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.cli import app
@@ -23,14 +28,44 @@ def call(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
 
 
+SAMPLES = 4096
+
+
+def variance(name: str, claimed: float, ratio: float = 0.99, samples: int = SAMPLES) -> Finding:
+    """What an examination writes that measured ``ratio`` times the claim; the residuals are all alike."""
+    z = np.full((1, samples), ratio)
+    return noise_checks.variance(z, claimed, ALPHA, 0.95, 4, name)
+
+
+def examination(plan: PrivacyPlan, **changes: Any) -> Conformance:
+    """A whole one, with every check that belongs to it; other findings by name."""
+    findings = {
+        name: Finding(name, "asks", 0.4, ALPHA, 0.5, 0.5, SAMPLES, "a fault") for name in consistency.checks_of(plan)
+    }
+    sure = {
+        "neighbours: divisor": (0.0, 0.0),
+        "ledger: composition": (0.0, 0.0),
+        "ledger: stops at the cap": (2.0, 2.0),
+    }
+    for name, (measured, expected) in sure.items():
+        findings[name] = replace(findings[name], p_value=1.0, measured=measured, expected=expected)
+    findings["noise: variance"] = variance("noise: variance", plan.noise_multiplier)
+    findings["noise: beside records"] = variance("noise: beside records", 0.25)
+    p = float(stats.kstwobign.sf(0.01 * 64))  # the square root of 4096
+    findings["noise: shape"] = replace(findings["noise: shape"], measured=0.01, p_value=p)
+    findings |= changes
+    own = findings["noise: variance"]
+    low, high = own.interval or (0.0, 0.0)
+    held = tuple(findings.values())
+    return Conformance(plan.hash, plan.sum, plan.noise_multiplier, own.measured, low, high, 0.95, SAMPLES, held)
+
+
 def evidence_of(w, **changes: Any) -> Evidence:
     """What an audit of the run's plan says: the noise is right, and a bound far below the claim."""
     plan = w.plan
-    finding = Finding("noise: variance", "variance", 0.4, 1e-5, 5.0, 5.0, 500, "noise x0.9", (4.9, 5.2))
-    sigma = plan.noise_multiplier
-    noise = Conformance(plan.hash, plan.sum, sigma, sigma * 0.99, sigma * 0.97, sigma * 1.02, 0.99, 4096, (finding,))
-    bound = OneRun(0.4, 0.95, plan.delta, "gaussian", Guesses(1000, 100, 60), plan.claim)
-    return Evidence(plan.hash, replace(noise, **changes), bound)
+    guesses = Guesses(1000, 100, 70)
+    bound = OneRun(corrected(guesses, plan.delta, 0.95, "gaussian"), 0.95, plan.delta, "gaussian", guesses, plan.claim)
+    return Evidence(plan.hash, replace(examination(plan), **changes), bound)
 
 
 def test_an_audits_results_enter_the_report_and_are_verified(spoilt, tmp_path) -> None:
@@ -45,10 +80,13 @@ def test_an_audits_results_enter_the_report_and_are_verified(spoilt, tmp_path) -
     payload = canonical.loads(spoilt.report.read_bytes())["payload"]
     assert payload["audit"] == found.to_json()
     page = (spoilt.folder / "report.html").read_text(encoding="utf-8")
-    measured, low, high = (f"{x * sigma:.4g}" for x in (0.99, 0.97, 1.02))
+    assert found.conformance is not None
+    assert found.one_run is not None
+    measured, low, high = (f"{x:.4g}" for x in (0.99 * sigma, found.conformance.low, found.conformance.high))
     assert f"Measured noise multiplier {measured} [{low}, {high}] against claimed {sigma:.4g}" in page
     assert "under the plan of this run" in page
-    assert "No evidence above ε ≥ 0.4" in page
+    assert found.one_run.bound > 0.1
+    assert f"No evidence above ε ≥ {found.one_run.bound:.4g}" in page
 
 
 AUDIT_LIES = {
@@ -99,6 +137,94 @@ def test_an_audit_speaks_of_the_plans_claims(spoilt) -> None:
         with pytest.raises(VerificationError, match=said):
             results.held_against(canonical.dumps(lie.to_json()), spoilt.plan)
     assert results.held_against(canonical.dumps(held.to_json()), spoilt.plan) == held
+
+
+def edited(w, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """The evidence with a number changed by hand, its sentences and verdicts made to fit."""
+    body = evidence_of(w).to_json()
+    change(body)
+    for part in ("conformance", "one_run"):
+        for f in body[part].get("findings", []):
+            f["passed"] = f["p_value"] >= f["alpha"]
+    c, o = body["conformance"], body["one_run"]
+    c["failed"] = [f["name"] for f in c["findings"] if not f["passed"]]
+    c["passed"] = not c["failed"]
+    low, high = c["interval"]
+    measured, claimed = c["measured_noise_multiplier"], c["claimed_noise_multiplier"]
+    c["sentence"] = f"measured noise multiplier {measured:.4g} [{low:.4g}, {high:.4g}] against claimed {claimed:.4g}"
+    guesses = Guesses(o["canaries"], o["guesses"], o["right"])
+    one = OneRun(o["epsilon_lower_bound"], o["confidence"], o["delta"], o["method"], guesses, o["claimed_epsilon"])
+    body["one_run"] = one.to_json()
+    return canonical.dumps(body)
+
+
+def finding(body: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(f for f in body["conformance"]["findings"] if f["name"] == name)
+
+
+def every(body: dict[str, Any], **values: Any) -> None:
+    for f in body["conformance"]["findings"]:
+        f.update(values)
+
+
+def all_right(body: dict[str, Any]) -> None:
+    body["one_run"].update(guesses=1000, right=1000, epsilon_lower_bound=0.0)
+
+
+NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "every guess right and nothing follows": ("does not follow from its guesses", all_right),
+    "a smaller bound": ("does not follow", lambda b: b["one_run"].update(epsilon_lower_bound=0.01)),
+    "more guesses right": ("does not follow", lambda b: b["one_run"].update(right=90)),
+    "a number of guesses nobody makes": ("none of the choices", lambda b: b["one_run"].update(guesses=98)),
+    "more canaries than there can be": ("none of the choices", lambda b: b["one_run"].update(canaries=1 << 20)),
+    "no confidence": ("confidence", lambda b: b["one_run"].update(confidence=0.0)),
+    "certainty": ("confidence", lambda b: b["one_run"].update(confidence=1.0)),
+    "another reading": ("does not follow", lambda b: b["one_run"].update(method="dp")),
+    "a certain examination": ("confidence", lambda b: b["conformance"].update(confidence=1.0)),
+    "another confidence": ("does not follow", lambda b: b["conformance"].update(confidence=0.99)),
+    "no numbers": ("measured noise multiplier", lambda b: b["conformance"].update(samples=0)),
+    "no numbers anywhere": ("rests on 0", lambda b: (every(b, samples=0), b["conformance"].update(samples=0))),
+    "nothing fails": ("fails below 0", lambda b: every(b, alpha=0.0)),
+    "what fails left out": ("not those of an examination", lambda b: b["conformance"]["findings"].pop(3)),
+    "one check alone": ("not those of", lambda b: b["conformance"].update(findings=b["conformance"]["findings"][:1])),
+    "one check twice": ("twice", lambda b: b["conformance"]["findings"].append(b["conformance"]["findings"][1])),
+    "another sum": ("sum 'plain'", lambda b: b["conformance"].update(sum="plain")),
+    "no noise and p = 0.5": ("is not the one", lambda b: every(b, p_value=0.5, measured=0.0, expected=0.0)),
+    "another interval": ("measured noise", lambda b: b["conformance"].update(interval=[0.0, 99.0])),
+    "another interval everywhere": ("does not follow", lambda b: wide(b)),
+    "a p-value of its own": ("does not follow", lambda b: finding(b, "noise: variance").update(p_value=0.9)),
+    "a shape of its own": ("noise: shape", lambda b: finding(b, "noise: shape").update(measured=0.2)),
+    "another expectation": ("held against", lambda b: finding(b, "noise: beside records").update(expected=0.1)),
+    "a divisor that is off": ("divisor", lambda b: finding(b, "neighbours: divisor").update(measured=0.5)),
+    "steps over the cap": ("stops", lambda b: finding(b, "ledger: stops at the cap").update(measured=9.0)),
+    "steps not composed": ("composition", lambda b: finding(b, "ledger: composition").update(measured=0.5)),
+}
+
+
+def wide(body: dict[str, Any]) -> None:
+    for part in (finding(body, "noise: variance"), body["conformance"]):
+        part["interval"] = [0.0, 99.0]
+
+
+@pytest.mark.parametrize("lie", NUMBERS)
+def test_what_follows_from_an_audits_numbers_is_computed_again(spoilt, lie) -> None:
+    said, change = NUMBERS[lie]
+    results.held_against(edited(spoilt, lambda b: None), spoilt.plan)
+    with pytest.raises(VerificationError, match=said):
+        results.held_against(edited(spoilt, change), spoilt.plan)
+
+
+def test_an_examination_that_failed_is_evidence_too(spoilt) -> None:
+    """A program without enough noise: the page says so, and nothing stops the report from saying it."""
+    short = variance("noise: variance", spoilt.plan.noise_multiplier, 0.8)
+    assert not short.passed
+    stopped = Finding("ledger: stops at the cap", "asks", 0.0, ALPHA, 4.0, 2.0, 4)
+    said = examination(spoilt.plan, **{"noise: variance": short, stopped.name: stopped})
+    held = Evidence(spoilt.plan.hash, said)
+    assert results.held_against(canonical.dumps(held.to_json()), spoilt.plan) == held
+    (spoilt.folder / "audit.json").write_bytes(canonical.dumps(held.to_json()))
+    build_report(spoilt.folder, spoilt.server)
+    assert verify_report(spoilt.report).ok
 
 
 def test_files_that_hold_no_audit(spoilt, tmp_path) -> None:

@@ -1,0 +1,101 @@
+"""Results of an audit held against themselves and the plan: whatever follows from their numbers is computed again.
+
+What was measured stays the word of whoever measured it: residuals, scores and coins are not kept. Computed again are
+the bound of a single run, from the guesses; and of an examination the p-value and the interval of the variance, the
+p-value of the distribution's shape, and the verdicts of the checks without chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isclose
+
+from fedveil.common.errors import VerificationError
+from fedveil.privacy.audit import noise_checks, one_run, record_checks
+from fedveil.privacy.audit.evidence import ALPHA, Conformance, Finding
+from fedveil.privacy.audit.one_run import OneRun
+from fedveil.privacy.audit.slab import QUIET
+from fedveil.privacy.plan import PrivacyPlan
+
+MAX_CANARIES = 1 << 13  # as many as the command allows: reading the guesses takes time
+LOW, HIGH = 0.5, 0.9999  # confidence
+_VARIANCE, _BESIDE, _SHAPE = "noise: variance", "noise: beside records", "noise: shape"
+_ALWAYS = (
+    _VARIANCE, "noise: every round", "noise: every coordinate", "noise: mean", _SHAPE, "noise: coordinates independent",
+    "ledger: composition", _BESIDE, "clip: norm of a record", "clip: whole gradient", "neighbours: noise",
+    "neighbours: divisor", "neighbours: distance", "noise: rounds independent", "ledger: stops at the cap",
+)  # fmt: skip
+_SAMPLED = ("sampling: rate", "sampling: random batch size", "sampling: rounds independent")
+_SURE: dict[str, Callable[[Finding], bool]] = {  # checks without chance, by what their verdict rests on
+    "neighbours: divisor": lambda f: f.measured < record_checks.OFF,
+    "ledger: composition": lambda f: f.measured <= record_checks.LOOSE,
+    "ledger: stops at the cap": lambda f: f.measured == f.expected,
+}
+
+
+def checks_of(plan: PrivacyPlan) -> tuple[str, ...]:
+    """The names of all checks that an examination of ``plan`` makes."""
+    return (*_ALWAYS, *(_SAMPLED if plan.sample_rate < 1 else ()))
+
+
+def conformance(c: Conformance, plan: PrivacyPlan) -> None:
+    """Raise :class:`VerificationError` unless ``c`` can be the examination of ``plan``."""
+    if c.claimed != plan.noise_multiplier:
+        raise _no("the noise was held against another noise multiplier than the plan's")
+    if plan.mode == "client" or c.sum != plan.sum:
+        raise _no(f"the sum {c.sum[:32]!r} was examined, the plan's is {plan.sum!r} in mode {plan.mode!r}")
+    _confident(c.confidence)
+    names = [f.name for f in c.findings]
+    if sorted(names) != sorted(checks_of(plan)):
+        odd = sorted(set(names) ^ set(checks_of(plan))) or ["one of them twice"]
+        raise _no(f"its checks are not those of an examination: {', '.join(n[:64] for n in odd[:4])}")
+    for f in c.findings:
+        if f.alpha != ALPHA or f.samples < 1:
+            raise _no(f"{f.name!r} fails below {f.alpha:g} and rests on {f.samples} numbers; it is {ALPHA:g}, of some")
+        if f.name in _SURE and f.passed and not _SURE[f.name](f):
+            raise _no(f"{f.name!r} is said to have passed with {f.measured:g} measured")
+    by = {f.name: f for f in c.findings}
+    found = by[_VARIANCE]
+    if (c.measured, c.low, c.high, c.samples) != (found.measured, *(found.interval or ()), found.samples):
+        raise _no("the measured noise multiplier is not the one of its own check")
+    _variance(found, plan.noise_multiplier, c.confidence)
+    _variance(by[_BESIDE], min(plan.noise_multiplier, QUIET), c.confidence)
+    shape = by[_SHAPE]
+    if not _near(shape.p_value, noise_checks.kolmogorov(shape.measured, shape.samples)):
+        raise _no(f"the p-value of {_SHAPE!r} does not follow from the distance measured")
+
+
+def single_run(o: OneRun, plan: PrivacyPlan) -> None:
+    """Raise :class:`VerificationError` unless the bound of ``o`` follows from its guesses, held against the plan."""
+    if o.delta != plan.delta or not isclose(o.claimed, plan.claim, rel_tol=1e-6):
+        raise _no("the lower bound was held against another ε or δ than the plan's")
+    _confident(o.confidence)
+    g = o.guesses
+    if not 10 <= g.canaries <= MAX_CANARIES or g.made not in [2 * k for k in one_run.sizes(g.canaries)]:
+        raise _no(f"{g.made} guesses about {g.canaries} canaries are none of the choices of an audit")
+    own = one_run.corrected(g, o.delta, o.confidence, o.method)
+    if not _near(o.bound, own):
+        raise _no(f"a lower bound of {o.bound:.6g} does not follow from its guesses, which give {own:.6g}")
+
+
+def _variance(f: Finding, claimed: float, confidence: float) -> None:
+    square = (f.measured / claimed) ** 2 * f.samples
+    _, low, high = noise_checks.of_square(square, f.samples, claimed, confidence)
+    p = noise_checks.two_sided(square, f.samples)
+    if f.expected != claimed or f.interval is None or f.measured < 0:
+        raise _no(f"{f.name!r} was held against {f.expected:g} and not {claimed:g}, or has no interval")
+    if not (_near(f.p_value, p) and _near(f.interval[0], low) and _near(f.interval[1], high)):
+        raise _no(f"the interval or the p-value of {f.name!r} does not follow from what was measured")
+
+
+def _confident(value: float) -> None:
+    if not LOW <= value <= HIGH:
+        raise _no(f"a confidence of {value:g} is outside {LOW:g}..{HIGH:g}")
+
+
+def _near(a: float, b: float) -> bool:
+    return isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _no(what: str) -> VerificationError:
+    return VerificationError(f"audit.json: {what}")
