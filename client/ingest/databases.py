@@ -1,7 +1,9 @@
 """Tables from databases: SQL through SQLAlchemy (extra ``sql``), and DuckDB (extra ``duckdb``).
 
-The query is the site's own. Rows come in batches through a server-side cursor where the database has one. What a
-driver says in an error may hold values and passwords: it is replaced, and only the error's class is named.
+The query is the site's own, and only reads: its text is checked (:mod:`.statements`), the connection is read-only
+where the database offers it (SQLite, PostgreSQL, MySQL and MariaDB, Oracle, DuckDB), and nothing is ever committed.
+Rows come in batches through a server-side cursor where the database has one. What a driver says in an error may hold
+values and passwords: it is replaced, and only the error's class is named.
 """
 
 from __future__ import annotations
@@ -14,8 +16,18 @@ from typing import Any
 import pyarrow as pa
 
 from fedveil.client.ingest.files import BATCH_ROWS, Opened, check_header, wanted
+from fedveil.client.ingest.statements import require_select
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, DataError
+
+# The first statement on a connection; a database that is not listed has only the check of the query's text.
+_READ_ONLY = {
+    "sqlite": "PRAGMA query_only = ON",
+    "postgresql": "SET TRANSACTION READ ONLY",
+    "mysql": "SET SESSION TRANSACTION READ ONLY",
+    "mariadb": "SET SESSION TRANSACTION READ ONLY",
+    "oracle": "SET TRANSACTION READ ONLY",
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,10 @@ def open_sql(source: SqlSource, contract: DataContract) -> Opened:
 
     Raises:
         ConfigError: SQLAlchemy or the database's driver is not installed.
+        UsageError: the query is not one SELECT.
         DataError: the query fails, or its columns are not the contract's.
     """
+    require_select(source.query)
     try:
         import sqlalchemy
     except ModuleNotFoundError as e:
@@ -71,8 +85,11 @@ def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Generator[list[Any], None, 
     failure, missing = "", ""
     try:
         engine = sqlalchemy.create_engine(source.url, hide_parameters=True)
+        _require_file(engine.url)
         try:
             with engine.connect() as connection:
+                if statement := _READ_ONLY.get(engine.dialect.name):
+                    connection.exec_driver_sql(statement)
                 streaming = connection.execution_options(stream_results=True, yield_per=BATCH_ROWS)
                 with streaming.execute(sqlalchemy.text(source.query)) as result:
                     yield [str(k) for k in result.keys()]
@@ -88,6 +105,13 @@ def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Generator[list[Any], None, 
         raise ConfigError(f"the database needs the library {missing}", hint="pip install 'fedveil[sql]'")
     if failure:
         raise DataError(f"the query could not be run ({failure})", hint="try it in the database's own client")
+
+
+def _require_file(url: Any) -> None:
+    """SQLite makes the file it does not find: a misspelt name would read as an empty database, and leave one behind."""
+    name = url.database or ""
+    if url.get_backend_name() == "sqlite" and not name.startswith("file:") and not Path(name).is_file():
+        raise DataError("the SQLite database of the URL is not a file", hint="correct the path in the --url-file")
 
 
 def _as_tables(rows: Iterator[list[Any]], header: list[str], contract: DataContract) -> Iterator[pa.Table]:
@@ -117,8 +141,10 @@ def open_duckdb(source: DuckSource, contract: DataContract) -> Opened:
 
     Raises:
         ConfigError: DuckDB is not installed.
+        UsageError: the query is not one SELECT.
         DataError: no such file, the query fails, or its columns are not the contract's.
     """
+    require_select(source.query)
     try:
         import duckdb
     except ModuleNotFoundError as e:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import fhir, sources
+from fedveil.client.ingest import fhir, sources, statements
 from fedveil.client.ingest.sources import Dialect, DuckSource, FhirSource, SqlSource, read
-from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.errors import ConfigError, DataError, UsageError
 
 HEADER = ["patient", "age", "job", "dose", "grade", "y"]
 
@@ -142,6 +142,61 @@ def fill(url, odd):
     engine.dispose()
 
 
+CHANGING = ("drop table t", "DELETE FROM t", "UPDATE t SET age = 0", "INSERT INTO t SELECT * FROM t",
+            "CREATE TABLE other AS SELECT * FROM t", "WITH x AS (SELECT 1) DELETE FROM t")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT a FROM t",
+        " \n-- drop\n/* ; */ select 1;",
+        "WITH x AS (SELECT 1) SELECT * FROM x",
+        "(SELECT 1) UNION (SELECT 2)",
+        "SELECT 'it''s; drop table t', \"update\", [delete], `into` FROM t",
+        "SELECT $$;drop$$, $a$;'$a$",
+        "VALUES (1)",
+        "SELECT updated, created, inserted_at, replace(a, 'x', 'y') FROM t WHERE m = 'update'",
+    ],
+)
+def test_queries_that_read(query):
+    statements.require_select(query)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *CHANGING,
+        "",
+        ";",
+        "SELECT 1; DROP TABLE t",
+        "SELECT 1;;",
+        "EXPLAIN ANALYZE DELETE FROM t",
+        "PRAGMA user_version = 1",
+        "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
+        "SELECT * INTO other FROM t",
+        "SELECT 'a",
+        "SELECT /*! 1 */ 2",
+        "COPY t TO 'x'",
+        "select 1 -- '\n; drop table t",
+        "SELECT 'a' /* ' */; DELETE FROM t --'",
+        "x" * (1 << 21),
+        "SELECT * FROM t FOR UPDATE",
+    ],
+)
+def test_queries_that_do_not_only_read(query):
+    with pytest.raises(UsageError) as refused:
+        statements.require_select(query)
+    assert refused.value.hint
+
+
+def test_a_misspelt_sqlite_file_is_not_made(tmp_path, contract):
+    pytest.importorskip("sqlalchemy")
+    with pytest.raises(DataError, match="not a file"):
+        read(SqlSource(f"sqlite:///{tmp_path / 'none.db'}", SELECT), contract)
+    assert not list(tmp_path.iterdir())
+
+
 def check_database(url, contract, odd, expected, monkeypatch):
     fill(url, odd)
     same(read(SqlSource(url, SELECT), contract), expected)
@@ -152,6 +207,16 @@ def check_database(url, contract, odd, expected, monkeypatch):
     assert "canary73" not in str(e.value)
     with pytest.raises(DataError, match="missing: 'y'"):
         read(SqlSource(url, "SELECT patient, age, job, dose, grade FROM t"), contract)
+    for query in CHANGING:
+        with pytest.raises(UsageError):
+            read(SqlSource(url, query), contract)
+    # The second defence alone: what the text does not show, the connection refuses.
+    with monkeypatch.context() as patched:
+        patched.setattr("fedveil.client.ingest.databases.require_select", lambda query: None)
+        for query in CHANGING:
+            with pytest.raises(DataError, match="could not be run"):
+                read(SqlSource(url, query), contract)
+    same(read(SqlSource(url, SELECT), contract), expected)
     key = bytes(32)
     twice = {sources.commitment(key, SqlSource(url, SELECT), contract) for _ in range(2)}
     assert len(twice) == 1
@@ -220,7 +285,7 @@ def test_a_database_that_is_not_there(contract):
         assert "canary73" not in str(e.value)
 
 
-def test_duckdb(tmp_path, contract, odd, expected):
+def test_duckdb(tmp_path, contract, odd, expected, monkeypatch):
     duckdb = pytest.importorskip("duckdb")
     path = tmp_path / "t.duckdb"
     with duckdb.connect(str(path)) as c:
@@ -232,6 +297,15 @@ def test_duckdb(tmp_path, contract, odd, expected):
         read(DuckSource(path, "SELECT canary73 FROM t"), contract)
     with pytest.raises(DataError, match="not a file"):
         read(DuckSource(tmp_path / "none.duckdb", SELECT), contract)
+    for query in (*CHANGING, f"COPY t TO '{tmp_path / 'out.csv'}'", f"ATTACH '{tmp_path / 'new.duckdb'}'"):
+        with pytest.raises(UsageError):
+            read(DuckSource(path, query), contract)
+    monkeypatch.setattr("fedveil.client.ingest.databases.require_select", lambda query: None)
+    for query in CHANGING:
+        with pytest.raises(DataError, match="could not be run"):
+            read(DuckSource(path, query), contract)
+    same(read(DuckSource(path, SELECT), contract), expected)
+    assert [p.name for p in tmp_path.glob("*.duckdb")] == ["t.duckdb"]
 
 
 PATHS = {"patient": "identifier[system=urn:mrn].value", "age": "extension[url=age].valueInteger", "job": "job.text",
