@@ -72,7 +72,7 @@ def text_of(values: pa.ChunkedArray | pa.Array) -> pa.Array | None:
         values, kind = values.cast(kind.value_type), kind.value_type
     simple = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer,
               pa.types.is_floating, pa.types.is_decimal, pa.types.is_temporal, pa.types.is_null)  # fmt: skip
-    if not any(test(kind) for test in simple):
+    if not any(test(kind) for test in simple) or pa.types.is_duration(kind):  # a length of time would read as a number
         return None
     if pa.types.is_float16(kind):
         values = values.cast(pa.float32())

@@ -87,8 +87,8 @@ class Anonymizer:
         if method not in get_args(Method):
             raise UsageError(f"method {method!r} is unknown", hint=f"one of {', '.join(get_args(Method))}")
         check_limit(suppression_limit)
-        if cuts < 1:
-            raise UsageError("Mondrian needs at least one cut to try")
+        if isinstance(cuts, bool) or not isinstance(cuts, int) or cuts < 1:
+            raise UsageError("Mondrian needs at least one cut to try", hint=f"cuts={CUTS}")
         self.spec, self.models = spec, bind(models, spec)
         self.method: Method = method
         self.suppression_limit, self.cuts = suppression_limit, cuts
@@ -197,6 +197,10 @@ def check_limit(limit: float) -> None:
     Raises:
         ContractError: it looks like a percentage, or is no share at all.
     """
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        raise ContractError(
+            f"suppression_limit is not a number but {type(limit).__name__}", hint="0.05 for 5 % of the rows"
+        )
     if not 0 <= limit <= 1:
         hint = f"{limit / 100:g} is {limit:g} %" if 1 < limit <= 100 else "give a share of the rows, such as 0.05"
         raise ContractError(f"suppression_limit = {limit:g} is not a share in [0, 1]", hint=hint)

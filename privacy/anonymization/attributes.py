@@ -18,6 +18,7 @@ from fedveil.common.contract import MISSING, Column, DataContract
 from fedveil.common.errors import ContractError
 
 TOP = "*"
+_EXAMPLE = "TableSpec((QuasiIdentifier('age'),), (Sensitive('diagnosis'),), ('name',), ('cost',))"
 MAX_LEAVES = 1 << 20
 
 
@@ -152,6 +153,8 @@ class QuasiIdentifier:
 
     def __post_init__(self) -> None:
         top = self.hierarchy.height if self.hierarchy else len(bins(self.column)) + 1 if self.column else 1
+        if self.fixed_level is not None and type(self.fixed_level) is not int:
+            raise ContractError(f"column {self.name!r}: the fixed level is not a whole number", hint=f"one of 0..{top}")
         if self.fixed_level is not None and not 0 <= self.fixed_level <= top:
             raise ContractError(f"column {self.name!r}: the fixed level is not one of 0..{top}")
 
@@ -189,6 +192,10 @@ class TableSpec:
     source: DataContract | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for what, columns, kind in (("quasi", self.quasi, QuasiIdentifier), ("sensitive", self.sensitive, Sensitive),
+                                    ("identifiers", self.identifiers, str), ("keep", self.keep, str)):  # fmt: skip
+            if not isinstance(columns, (tuple, list)) or not all(isinstance(c, kind) for c in columns):
+                raise ContractError(f"{what} is no tuple of {kind.__name__}", hint=_EXAMPLE)
         if not self.quasi:
             raise ContractError("no column is a quasi-identifier", hint="without one there is nothing to anonymise")
         names = [*(c.name for c in self.quasi), *(c.name for c in self.sensitive), *self.identifiers, *self.keep]

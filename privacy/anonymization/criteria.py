@@ -152,8 +152,9 @@ class EntropyL:
     name = "entropy l-diversity"
 
     def __post_init__(self) -> None:
+        _number("l", self.l)
         if not (math.isfinite(self.l) and self.l >= 1):
-            raise ContractError("entropy l-diversity needs l >= 1")
+            raise ContractError("entropy l-diversity needs l >= 1", hint="l = 2 allows no class with one value")
 
     @property
     def required(self) -> str:
@@ -218,10 +219,13 @@ class TCloseness:
     name = "t-closeness"
 
     def __post_init__(self) -> None:
+        _number("t", self.t)
         if not 0 <= self.t <= 1:
             raise ContractError("t-closeness needs t in [0, 1]", hint="t = 0.2 allows a fifth of the mass to move")
         if self.distance not in ("equal", "ordered", "hierarchical"):
-            raise ContractError("t-closeness knows the distances equal, ordered and hierarchical")
+            raise ContractError(
+                "t-closeness knows the distances equal, ordered and hierarchical", hint="distance='equal'"
+            )
 
     @property
     def required(self) -> str:
@@ -247,6 +251,7 @@ class AlphaK:
     name = "(α,k)-anonymity"
 
     def __post_init__(self) -> None:
+        _number("α", self.alpha)
         if not 0 < self.alpha <= 1:
             raise ContractError("(α,k)-anonymity needs α in (0, 1]", hint="α is a share, not a percentage")
         _whole_number("k", self.k, 2)
@@ -330,13 +335,19 @@ class DeltaDisclosure:
         return self.measure(sizes, counts, whole) < self.delta
 
 
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ContractError(f"{name} is not a number but {type(value).__name__}", hint=f"write {name} without quotes")
+
+
 def _positive(name: str, value: float) -> None:
+    _number(name, value)
     if not (math.isfinite(value) and value > 0):
-        raise ContractError(f"{name} is not a positive number")
+        raise ContractError(f"{name} is not a positive number", hint="give a finite number above 0")
 
 
 def _whole_number(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ContractError(f"{name} is not a whole number")
+        raise ContractError(f"{name} is not a whole number", hint=f"{name} is at least {least}")
     if value < least:
         raise ContractError(f"{name} = {value} is below {least}", hint=f"{name} is at least {least}")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fedveil.common.errors import AnonymityError, ContractError, DataError
+from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
 from fedveil.privacy.anonymization.attributes import Hierarchy, TableSpec, text_of
 from fedveil.privacy.anonymization.criteria import (
     AlphaK,
@@ -32,6 +32,10 @@ from fedveil.privacy.anonymization.tuples import Tuples, distinct_tuples
 
 Index = NDArray[np.int64]
 ABSENT, UNKNOWN = -1, -2
+_SIMPLE = (
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
+    pa.types.is_decimal, pa.types.is_temporal, pa.types.is_null,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,25 @@ def bind(models: Sequence[Criterion], spec: TableSpec) -> tuple[Criterion, ...]:
     """The criteria with their columns filled in: a criterion without a column means the only sensitive one.
 
     Raises:
-        ContractError: no criterion; a column that is not declared sensitive or not named; a distance without what it
-            needs.
+        ContractError: no criterion, or something else in its place; a column that is not declared sensitive or not
+            named; a distance without what it needs.
+        UsageError: the specification is none.
     """
+    if not isinstance(spec, TableSpec):
+        raise UsageError(
+            f"a TableSpec or a DataContract is needed, not {type(spec).__name__}",
+            hint="TableSpec((QuasiIdentifier('age'),), (Sensitive('diagnosis'),))",
+        )
+    wrong = [models] if not isinstance(models, (list, tuple)) else [m for m in models if not _is_criterion(m)]
+    if wrong:
+        raise ContractError(f"{type(wrong[0]).__name__} is no list of criteria", hint="models=[KAnonymity(5)]")
     if not models:
         raise ContractError("no criterion is asked for", hint="models=[KAnonymity(5)]")
     return tuple(_bound(m, spec) for m in models)
+
+
+def _is_criterion(m: object) -> bool:
+    return not isinstance(m, type) and callable(getattr(m, "holds", None)) and isinstance(getattr(m, "name", None), str)
 
 
 def _bound(m: Criterion, spec: TableSpec) -> Criterion:
@@ -113,6 +130,23 @@ def check_columns(names: Sequence[str], spec: TableSpec) -> None:
                 f"{len(columns)} columns {what}: {listed}",
                 hint="declare every column as quasi-identifier, sensitive, identifier or keep",
             )
+
+
+def check_types(schema: Any, spec: TableSpec) -> None:
+    """Refuse quasi-identifiers and sensitive columns that hold anything but simple values.
+
+    Raises:
+        DataError: the columns, by name.
+    """
+    names = [*(q.name for q in spec.quasi), *(s.name for s in spec.sensitive)]
+    kinds = {n: schema.field(n).type for n in names}
+    plain = {n: k.value_type if pa.types.is_dictionary(k) else k for n, k in kinds.items()}
+    odd = [n for n, k in plain.items() if not any(test(k) for test in _SIMPLE)]
+    if odd:
+        listed = ", ".join(repr(n) for n in odd[:5])
+        raise DataError(
+            f"{len(odd)} columns hold neither numbers, dates nor texts: {listed}", hint="convert them, or keep them"
+        )
 
 
 def check_rows(rows: int, models: Sequence[Criterion]) -> None:
@@ -179,6 +213,7 @@ def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame
         DataError, AnonymityError: see :func:`check_columns`, :func:`check_rows`, :func:`frame_of`.
     """
     check_columns(table.column_names, spec)
+    check_types(table.schema, spec)
     check_rows(table.num_rows, models)
     population = population_of(models, spec)
     if frame is None:

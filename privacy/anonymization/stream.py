@@ -50,6 +50,7 @@ from fedveil.privacy.anonymization.prepare import (
     bind,
     check_columns,
     check_rows,
+    check_types,
     frame_of,
     sensitive_codes,
     sensitive_names,
@@ -155,6 +156,7 @@ class _Reader:
         self.source, self.spec, self.models = source, spec, models
         schema = pq.read_schema(source)
         check_columns(schema.names, spec)
+        check_types(schema, spec)
         self.rows = pq.read_metadata(source).num_rows
         check_rows(self.rows, models)
         coded = {*(q.name for q in spec.quasi), *(s.name for s in spec.sensitive)}

@@ -116,6 +116,7 @@ PARQUET = {
     "text in a number": (lambda n: {"age": pa.array(["old"] * n)}, "not numbers"),
     "truth value in a number": (lambda n: {"age": pa.array([True] * n)}, "not numbers"),
     "list": (lambda n: {"job": pa.array([["a"]] * n)}, "'job' has cells that are neither"),
+    "length of time": (lambda n: {"age": pa.array([20] * n, pa.duration("s"))}, "'age' has cells that are neither"),
     "date": (lambda n: {"age": pa.array([0] * n, pa.date32())}, "not numbers"),
 }
 

@@ -1,5 +1,8 @@
 """Bad input: what, where, how many, what to do, and never a record's value."""
 
+# What is handed in is wrong on purpose.
+# pyright: reportArgumentType=false
+
 import pyarrow as pa
 import pytest
 
@@ -7,7 +10,17 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
 from fedveil.privacy.anonymization.anonymizer import Anonymizer
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
-from fedveil.privacy.anonymization.criteria import DistinctL, EntropyL, KAnonymity, KMap, TCloseness
+from fedveil.privacy.anonymization.criteria import (
+    AlphaK,
+    BetaLikeness,
+    DeltaDisclosure,
+    DistinctL,
+    EntropyL,
+    KAnonymity,
+    KMap,
+    RecursiveCL,
+    TCloseness,
+)
 
 SPEC = TableSpec((QuasiIdentifier("age"), QuasiIdentifier("city")), (Sensitive("ill"),), ("name",))
 GOOD = {"name": ["secret-a", "secret-b", "secret-c", "secret-d"], "age": [31, 32, 33, 34],
@@ -45,6 +58,25 @@ ROWS = {
                                    SPEC.sensitive, ("name",))),
         DataError, "'city': 2 different values are not in its hierarchy",
     ),
+    "no specification": (lambda: Anonymizer({"a": 1}, PLAIN), UsageError, "not dict"),
+    "a number for a criterion": (lambda: run([5]), ContractError, "int is no list of criteria"),
+    "a criterion for a list": (lambda: run(KAnonymity(2)), ContractError, "models=[KAnonymity(5)]"),
+    "a class for a criterion": (lambda: run([KAnonymity]), ContractError, "no list of criteria"),
+    "limit as text": (lambda: run(suppression_limit="5%"), ContractError, "suppression_limit is not a number but str"),
+    "limit as truth": (lambda: run(suppression_limit=True), ContractError, "not a number but bool"),
+    "cuts as text": (lambda: run(cuts="3"), UsageError, "at least one cut"),
+    "t as text": (lambda: TCloseness("0.2"), ContractError, "t is not a number but str"),
+    "entropy as text": (lambda: EntropyL("2"), ContractError, "l is not a number but str"),
+    "alpha as text": (lambda: AlphaK("0.5", 2), ContractError, "α is not a number but str"),
+    "beta as text": (lambda: BetaLikeness("1"), ContractError, "β is not a number but str"),
+    "delta as nothing": (lambda: DeltaDisclosure(None), ContractError, "δ is not a number but NoneType"),
+    "c as text": (lambda: RecursiveCL("1", 2), ContractError, "c is not a number but str"),
+    "names for columns": (lambda: TableSpec(("age",)), ContractError, "quasi is no tuple of QuasiIdentifier"),
+    "one name for a tuple": (lambda: TableSpec(SPEC.quasi, keep="name"), ContractError, "keep is no tuple of str"),
+    "level as text": (lambda: QuasiIdentifier("age", fixed_level="1"), ContractError, "fixed level is not a whole"),
+    "list as quasi-identifier": (lambda: run(change={"age": [[1], [2], [3], None]}), DataError, "texts: 'age'"),
+    "struct as sensitive": (lambda: run(change={"ill": [{"a": 1}] * 4}), DataError, "texts: 'ill'"),
+    "bytes as quasi-identifier": (lambda: run(change={"city": [b"a"] * 4}), DataError, "texts: 'city'"),
     "population too small": (
         lambda: run([KMap(2, pa.table({"age": [31, 31, 32], "city": ["secret-x"] * 3}))]),
         DataError, "3 rows have no match",
