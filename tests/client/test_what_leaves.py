@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fedveil.common.errors import FedveilError
 from fedveil.common.wire import Packet
 
 CANARY = "4711-patient-Mayer"
+SITE = SimpleNamespace(ledger=SimpleNamespace(journal=SimpleNamespace(dated=nullcontext)))  # of which nothing is asked
 
 
 def every_error() -> list[type[FedveilError]]:
@@ -66,7 +68,7 @@ def test_only_classes_that_never_look_at_data_speak(cls, where, monkeypatch, cap
 
     monkeypatch.setattr(line, "contribute", failing)
     with caplog.at_level(logging.WARNING):
-        reply = ask(error if where != "handler" else object(), Packet({"kind": "contribute"}), "train.contribute")
+        reply = ask(error if where != "handler" else SITE, Packet({"kind": "contribute"}), "train.contribute")
     said = flwr_adapter.reply_error(reply)
     assert said is not None
     assert said.code == cls.__name__
@@ -80,7 +82,7 @@ def test_any_other_exception_says_nothing_at_all(cls, monkeypatch, caplog):
         raise cls(CANARY)
 
     monkeypatch.setattr(line, "contribute", failing)
-    reply = ask(object(), Packet({"kind": "contribute"}), "train.contribute")
+    reply = ask(SITE, Packet({"kind": "contribute"}), "train.contribute")
     assert reply.has_error()
     assert CANARY not in text(reply)
     assert cls.__name__ not in text(reply)

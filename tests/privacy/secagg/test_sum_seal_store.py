@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fedveil.common.errors import SecureSumError
+from fedveil.common.errors import SecureSumError, StoreError
 from fedveil.privacy.secagg import _ring, _seal, lattice
 from fedveil.privacy.secagg.params import N, Q
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore
@@ -166,7 +166,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", fail)
-        with pytest.raises(SecureSumError, match="No space"):
+        with pytest.raises(StoreError, match="No space"):
             store.put("a", b"1")
     assert list((tmp_path / "s").iterdir()) == []
     store.put("a", b"2")
