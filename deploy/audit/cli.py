@@ -89,6 +89,10 @@ def attacks(
     """Attack public digits: what a server sees without a defence, with a secure sum, with noise in it."""
     from fedveil.deploy.audit.attacks import Scale, run_all, write
 
+    try:  # before the minute that the attacks take
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"{out} is no folder and cannot be made: {e.strerror}", hint="--out FOLDER") from e
     result = run_all(Scale.quick() if quick else Scale())
     write(result, out)
     _print(result.table())

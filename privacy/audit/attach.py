@@ -105,12 +105,15 @@ def plan_of(run: Path) -> plans.PrivacyPlan:
     """The plan of a run's folder, or of a plan file.
 
     Raises:
-        UsageError: there is none. PlanError: it does not hold.
+        UsageError: there is none, or the file is no JSON. PlanError: it does not hold.
     """
     path = run / PLAN if run.is_dir() else run
     if not path.is_file() or path.stat().st_size > LIMIT:
         raise UsageError(f"{path} holds no plan", hint="a run's folder, or its plan.json")
-    return plans.from_json(canonical.loads(path.read_bytes(), limit=LIMIT))
+    try:
+        return plans.from_json(canonical.loads(path.read_bytes(), limit=LIMIT))
+    except WireError as e:
+        raise UsageError(f"{path} is no plan: {e.message}", hint="a run's folder, or its plan.json") from e
 
 
 def _conformance(b: dict[str, Any], plan_hash: str) -> Conformance:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from fedveil.privacy.report.catalogue import Speaker
@@ -13,8 +14,11 @@ MODEL_CARD, DATA_CARD = "model-card.md", "data-card.md"
 _FEW, _NAMES = 12, 12
 
 
-def cards(p: dict[str, Any], lang: str) -> dict[str, str]:
+def cards(p: dict[str, Any], lang: str, *, failed: bool = False) -> dict[str, str]:
     """Both cards of a report's payload, by file name; every text of the payload is escaped.
+
+    Args:
+        failed: the report did not pass its checks: the cards say so first, and strike what they repeat of it.
 
     Raises:
         UsageError: the catalogue does not have the language.
@@ -22,10 +26,11 @@ def cards(p: dict[str, Any], lang: str) -> dict[str, str]:
     """
     say = Speaker(lang)
     w = words(p, say)
-    return {MODEL_CARD: _model(p, w, say), DATA_CARD: _data(p, w, say)}
+    page = partial(_page, p=p, say=say, failed=failed)
+    return {MODEL_CARD: _model(p, w, say, page), DATA_CARD: _data(p, w, say, page)}
 
 
-def _model(p: dict[str, Any], w: dict[str, Any], say: Speaker) -> str:
+def _model(p: dict[str, Any], w: dict[str, Any], say: Speaker, page: Callable[..., str]) -> str:
     m, stats = p["mechanism"], p["trust"]["task"] == "stats"
     kind = "stats" if stats else "train"
     numbers = {
@@ -38,8 +43,8 @@ def _model(p: dict[str, Any], w: dict[str, Any], say: Speaker) -> str:
     }  # fmt: skip
     steps, status = p["steps"], say.named("status", p["status"])
     final = [f"{text(say.named('metric', k))}: {v:.4g}" for k, v in p["metrics"]["final"].items()]
-    return _page(
-        say("card.stats" if stats else "card.model"), p, say,
+    return page(
+        say("card.stats" if stats else "card.model"),
         ("card.what", [say(f"card.what_{kind}", **numbers)]),
         ("card.made", [
             say("card.made_steps", done=steps["applied"], planned=steps["planned"], status=status),
@@ -56,10 +61,10 @@ def _model(p: dict[str, Any], w: dict[str, Any], say: Speaker) -> str:
     )  # fmt: skip
 
 
-def _data(p: dict[str, Any], w: dict[str, Any], say: Speaker) -> str:
+def _data(p: dict[str, Any], w: dict[str, Any], say: Speaker, page: Callable[..., str]) -> str:
     groups = alike(p, few=_FEW)
-    return _page(
-        say("card.data"), p, say,
+    return page(
+        say("card.data"),
         ("card.what", [say("card.data_what", sites=p["trust"]["sites"], unit=w["protects"])]),
         ("card.public", w["public_data"]),
         ("page.anonymised", [_criteria(names, s, say) for names, s in groups]),
@@ -93,13 +98,15 @@ def _names(names: list[str], say: Speaker) -> str:
     return say("list.join").join(map(text, names[:_NAMES])) + more
 
 
-def _page(title: str, p: dict[str, Any], say: Speaker, *sections: tuple[str, Iterable[str]]) -> str:
-    out = [f"# {title}: {text(p['consortium'])}", ""]
+def _page(title: str, *sections: tuple[str, Iterable[str]], p: dict[str, Any], say: Speaker, failed: bool) -> str:
+    out, stroke = [f"# {title}: {text(p['consortium'])}", ""], "~~" if failed else ""
+    if failed:
+        out += [f"**{say('page.verified_banner')}**", ""]
     if p["simulated"]:
         out += [f"**{say('notice.simulated')}**", ""]
     out += [say("card.from", session=text(p["session"])), "", "    fedveil audit verify report.json", ""]
     for key, lines in sections:
-        out += [f"## {say(key)}", "", *(f"- {line}" for line in lines), ""]
+        out += [f"## {say(key)}", "", *(f"- {stroke}{line}{stroke}" for line in lines), ""]
     return "\n".join(out)
 
 

@@ -19,7 +19,7 @@ from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import bill, claims, fields, ledgers, recompute, schema, signatures, tables
+from fedveil.privacy.report import bill, claims, fields, ledgers, progress, recompute, schema, signatures, tables
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
@@ -112,7 +112,11 @@ class Audit:
         for name, what, check in _CLAIMS:
             yield name, what, partial(self._on, check)
         yield "budgets", "each site's spending over all its runs, by the filter's order", self._budgets
-        yield "metrics file", "rounds in order; the spent epsilon it states", self._metrics
+        yield (
+            "metrics file",
+            "rounds in order; the spent epsilon it states; its last results against the run's end",
+            self._metrics,
+        )
         yield "every field", "the report's fields against the same derivation from the journals", self._fields
         yield "schema", f"the report's form against the published schema, version {VERSION}", self._schema
 
@@ -232,6 +236,8 @@ class Audit:
         if h.ended.status == COMPLETED and len(h.rounds) != plan.steps:
             raise VerificationError(f"the run is said to be complete after {len(h.rounds)} of {plan.steps} steps")
         known, fewest = {m.site for m in roster.sites}, plan.sites
+        if strange := next((r.site for r in h.refusals if r.site and r.site not in known), None):
+            raise VerificationError(f"a refusal is said to be of {strange!r}, who is not on the roster")
         for r in h.rounds:
             if r.members is not None and not known.issuperset(r.members):
                 raise VerificationError(f"round {r.number} names a member that is not on the roster")
@@ -327,19 +333,8 @@ class Audit:
         )
 
     def _metrics(self) -> str:
-        plan, h = self._got("plan", self._plan), self._ended()
         rows = self._got("files", self._bundle).metrics()
-        numbers = [r["round"] for r in rows]
-        if numbers != sorted(set(numbers)) or (numbers and numbers[-1] > len(h.rounds)):
-            raise VerificationError("its rounds are not those of the server's journal, in order")
-        sampled = {*range(0, len(rows), max(1, len(rows) // 8)), len(rows) - 1} if rows else set()
-        for i in sorted(sampled):
-            own = recompute.by_pld(plan.event.sample_rate, plan.noise_multiplier, rows[i]["round"], plan.delta)
-            if abs(rows[i]["epsilon"] - own) > 1e-6 * max(1.0, own):
-                raise VerificationError(
-                    f"round {rows[i]['round']}: it states epsilon = {rows[i]['epsilon']:.6f}, not {own:.6f}"
-                )
-        return f"{len(rows)} rows, {len(sampled)} recomputed"
+        return progress.metrics(rows, self._got("plan", self._plan), self._ended())
 
     def _fields(self) -> str:
         payload = dict(self._got("report signature", self._payload))

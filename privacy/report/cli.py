@@ -73,13 +73,14 @@ def render(
     lang: Annotated[str, typer.Option(help="en, zh or all")] = "all",
     consortium_key: evidence.Pin = None,
 ) -> None:
-    """Write report.html (English), report.zh.html (Chinese) and the cards beside report.json."""
+    """Write report.html (English), report.zh.html (Chinese) and the cards. Exit code 60 if a check fails."""
     render_report, page_path = evidence.rendering()
     path, langs = evidence.file_of(report), LANGUAGES if lang == "all" else (lang,)
-    key = evidence.pinned(consortium_key)
-    render_report(path, langs, verification=verify_report(path, consortium_key=key))
+    found = verify_report(path, consortium_key=evidence.pinned(consortium_key))
+    render_report(path, langs, verification=found)
     for x in langs:
         Console().print(f"{page_path(path, x)}", markup=False, highlight=False, soft_wrap=True)
+    found.raise_for_failure()
 
 
 def _show(result: Verification) -> None:
@@ -109,6 +110,7 @@ def _show(result: Verification) -> None:
         console.print("[bold red]SIMULATED[/]: the run protected nobody; its numbers are for study only.")
     console.print("[bold green]Every check passed.[/]", plain(result.claim))
     console.print(plain(f"Signed by the server, and by {len(result.countersigned)} of {result.sites} sites."))
+    console.print("Checked was report.json with the journals; its pages and cards are pictures that nobody looked at.")
     if not result.pinned:
         console.print(
             "[yellow]The consortium's key was taken from the bundle.[/] Whoever made all of its files could have made "

@@ -119,6 +119,8 @@ def local(
     public: Annotated[str | None, typer.Option(help="The site's public key: checks the ledger.")] = None,
 ) -> None:
     """Write the site's own report (quality, loss, risk, counts). It stays at the site: mode 0600."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder", hint="the site's folder of ingestion, with quality.json in it")
     rows = parse(read_bounded(ledger, 1 << 28))
     if not rows:
         raise VerificationError(f"{ledger} is empty")

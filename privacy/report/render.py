@@ -49,7 +49,7 @@ def render_report(
     for lang in langs:
         page = render_html(document, lang, found)
         _write(page_path(report, lang), page)
-        for name, text in cards.cards(document["payload"], lang).items():
+        for name, text in cards.cards(document["payload"], lang, failed=not found.ok).items():
             _write(page_path(report.with_name(name), lang), text)
     return page_path(report, langs[0])
 

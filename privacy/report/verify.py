@@ -32,6 +32,7 @@ _ACCOUNTANTS = {
     "budgets": (_FILTER,),
     "metrics file": (_PLD,),
 }
+_LEDGER = "ledger of "
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError)
 
 
@@ -53,6 +54,12 @@ class Check:
     passed: bool
     detail: str
     accountants: tuple[str, ...] = ()
+
+    def named(self, say: Speaker) -> str:
+        """The name in a language of the catalogue."""
+        if self.name.startswith(_LEDGER):
+            return say("checked.ledger_of", site=self.name.removeprefix(_LEDGER))
+        return say("checked." + self.name.replace(" ", "_").replace("-", "_"))
 
 
 @dataclass(frozen=True)

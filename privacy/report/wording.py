@@ -170,6 +170,9 @@ class _Words:
         single = [name for name, s in self.p["sites"].items() if s and s["precision"] == "float32"]
         if single:
             out.append(say("deviation.float32", sites=say("list.join").join(single)))
+        other = [name for name, s in self.p["sites"].items() if s and s["delta"] != self.p["claim"]["delta"]]
+        if other:
+            out.append(say("deviation.ledger_delta", sites=say("list.join").join(other), delta=self.delta))
         if self.q < 1:
             out.append(say("deviation.poisson"))
         if self.sum in ("keysum", "sharedkey", "none", "plain"):

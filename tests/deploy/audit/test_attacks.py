@@ -156,6 +156,12 @@ def test_what_cannot_be_attached_is_refused(tmp_path, more):
     assert not (tmp_path / "audit.json").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_attacks(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(build(), ["audit", "attacks", "--out", str(tmp_path / "file" / "x")])
+    assert isinstance(done.exception, UsageError)
+
+
 def test_a_failed_examination_ends_with_the_code_of_verification(tmp_path, monkeypatch):
     from fedveil.client import round as line
 

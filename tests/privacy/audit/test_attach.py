@@ -104,6 +104,8 @@ def test_files_that_are_none(run):
     (run / AUDIT).write_bytes(b" " * (LIMIT + 1))
     with pytest.raises(VerificationError, match="at most"):
         read(run, PLAN.hash)
-    with pytest.raises(UsageError, match="no plan"):
-        plan_of(run / "nowhere")
+    (run / "none.json").write_bytes(b"{")
+    for nothing in ("nowhere", "none.json"):
+        with pytest.raises(UsageError, match="no plan"):
+            plan_of(run / nothing)
     assert plan_of(run).hash == plan_of(run / "plan.json").hash == PLAN.hash

@@ -61,12 +61,25 @@ def test_no_message_is_unused() -> None:
     room = files("fedveil.privacy.report")
     source = "\n".join(x.read_text("utf-8") for x in room.iterdir() if x.name.endswith((".py", ".j2")))
     chosen = {"status", "outcome", "mode", "metric", "adjacency", "unit", "units", "result", "protects", "claim",
-              "mechanism", "sampling", "deviation", "accountant", "public", "against", "covered", "field"}  # fmt: skip
+              "mechanism", "sampling", "deviation", "accountant", "public", "against", "covered", "field",
+              "checked"}  # fmt: skip
     for key in messages():
         section, name = key.split(".", 1)
         known = section in chosen or f'"{key}"' in source or f"'{key}'" in source or f'col("{name}")' in source
         known |= re.match(r"card\.(what|model|stats)", key) is not None or f'"{name}"' in source
         assert known, key
+
+
+def test_every_check_has_a_name_in_every_language(honest, make) -> None:
+    found = verify_report(honest.report)
+    english = [c.named(Speaker("en")) for c in found.checks]
+    assert english == [c.name for c in found.checks]
+    chinese = [c.named(Speaker("zh")) for c in found.checks]
+    assert all(re.search("[\u4e00-\u9fffε]", name) for name in chinese)
+    assert len(set(chinese)) == len(chinese)
+    known = {key.removeprefix("checked.") for key in messages() if key.startswith("checked.")}
+    slugs = {c.name.replace(" ", "_").replace("-", "_") for c in found.checks if not c.name.startswith("ledger of ")}
+    assert known == {*slugs, "statistics", "ledger_of"}
 
 
 def test_an_unknown_language_is_a_usage_error() -> None:

@@ -404,6 +404,8 @@ def test_a_local_ledger_that_is_another_is_said(honest, spoilt, tmp_path) -> Non
     assert result.exit_code == 0, result.exception
     assert "IS NOT THE ONE" in (tmp_path / "local-report.html").read_text(encoding="utf-8")
     assert "不一致" in (tmp_path / "local-report.zh.html").read_text(encoding="utf-8")
+    nowhere = call("local", tmp_path / "nope", "--ledger", journal(spoilt))
+    assert isinstance(nowhere.exception, UsageError)
     stranger = identity.public_hex(identity.new_signing_key())
     refused = call("local", tmp_path, "--ledger", journal(spoilt), "--public", stranger)
     assert isinstance(refused.exception, VerificationError)

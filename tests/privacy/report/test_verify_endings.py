@@ -10,6 +10,7 @@ import pytest
 
 from fedveil.common import canonical
 from fedveil.common.errors import VerificationError
+from fedveil.privacy.plan import make_plan
 from fedveil.privacy.report.countersign import countersign
 from fedveil.privacy.report.verify import Check, verify_report
 
@@ -205,6 +206,52 @@ def test_no_round_takes_the_nonce_of_another(spoilt) -> None:
 def test_the_first_model_is_named_when_the_run_is_opened(spoilt) -> None:
     spoilt.forge(server=lambda items: items[0][1].pop("model_hash"))
     assert (failed(spoilt).name, "model_hash" in failed(spoilt).detail) == ("order of events", True)
+
+
+def test_only_a_site_on_the_roster_refuses(spoilt) -> None:
+    for site, passes in ((None, True), ("alba", True), ("evil", False)):
+        body = {"session": spoilt.session, "round": 1, "site": site, "code": "BudgetExhausted"}
+        spoilt.forge(server=lambda items, b=body: items.insert(3, ("site.refused", b)))
+        found = verify_report(spoilt.report, consortium_key=spoilt.public)
+        assert found.ok == passes
+    assert found.failed is not None
+    assert (found.failed.name, "'evil'" in found.failed.detail) == ("rounds", True)
+
+
+def metrics(w, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    path = w.folder / "metrics.jsonl"
+    rows = [canonical.loads(line) for line in path.read_bytes().splitlines()]
+    change(rows)
+    path.write_bytes(b"".join(canonical.dumps(row) + b"\n" for row in rows))
+    w.forge()
+
+
+def test_the_results_at_the_end_are_those_of_the_last_round(spoilt) -> None:
+    spoilt.forge(server=lambda items: items[-1][1].update(metrics={"accuracy": 0.99}))
+    assert (failed(spoilt).name, "accuracy = 0.99" in failed(spoilt).detail) == ("metrics file", True)
+    spoilt.forge(server=lambda items: items[-1][1].update(metrics={"auc": 0.99}))
+    assert failed(spoilt).name == "metrics file"
+
+
+@pytest.mark.parametrize("steps", [4, 40])
+def test_no_round_can_state_less_than_was_spent(make, honest, steps) -> None:
+    """Of many rounds not all are computed again: what lies between does not fall."""
+    keep = ("sites", "records", "clip", "model", "optimizer", "contract_hash")
+    plan = make_plan(**{k: getattr(honest.plan, k) for k in keep}, epsilon=2.0, steps=steps)
+    w = make(plan)
+    assert verify_report(w.report).ok
+    for row in (1, 2, steps - 2):
+        kept = (w.folder / "metrics.jsonl").read_bytes()
+        metrics(w, lambda rows, i=row: rows[i].update(epsilon=0.0))
+        assert failed(w).name == "metrics file"
+        (w.folder / "metrics.jsonl").write_bytes(kept)
+
+
+def test_a_ledger_at_another_delta_is_named(make) -> None:
+    w = make(delta=0.01)
+    assert verify_report(w.report).ok
+    said = canonical.loads(w.report.read_bytes())["payload"]["deviations"]
+    assert any("alba, berg, cava, dorn count at another δ than the claim's" in x for x in said)
 
 
 def test_the_cap_that_counts_is_the_one_in_force_at_the_charge(spoilt) -> None:

@@ -1,0 +1,51 @@
+"""``metrics.jsonl`` against the server's journal and the verifier's own accountant."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedveil.common.errors import VerificationError
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import recompute
+from fedveil.privacy.report.history import History
+
+_CLOSE, _SAME = 1e-6, 1e-4
+_ALL = 16  # so many rounds' spent ε are all computed again; of more, some
+
+
+def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> str:
+    """Rounds in order, spent ε that never falls and is right where it is computed again.
+
+    Its accuracies are the server's word; but those of the last applied round are those that the run ended with.
+
+    Raises:
+        VerificationError: naming the round.
+    """
+    numbers = [r["round"] for r in rows]
+    if numbers != sorted(set(numbers)) or (numbers and numbers[-1] > len(history.rounds)):
+        raise VerificationError("its rounds are not those of the server's journal, in order")
+    every = 1 if len(rows) <= _ALL else max(1, len(rows) // 8)
+    sampled = {*range(0, len(rows), every), len(rows) - 1} if rows else set()
+    for i, row in enumerate(rows):
+        own = row["epsilon"]
+        if i in sampled:
+            own = recompute.by_pld(plan.event.sample_rate, plan.noise_multiplier, row["round"], plan.delta)
+        if abs(row["epsilon"] - own) > _CLOSE * max(1.0, own):
+            raise VerificationError(f"round {row['round']}: it states epsilon = {row['epsilon']:.6f}, not {own:.6f}")
+        # What is not computed again lies between two rounds that are.
+        if i and row["epsilon"] < rows[i - 1]["epsilon"] - _CLOSE:
+            raise VerificationError(f"round {row['round']}: the epsilon that it states is less than a round before")
+    last = history.applied[-1].number if history.applied else 0
+    shown = next((r["metrics"] for r in reversed(rows) if r["round"] == last), {})
+    if shown:
+        _same_results(shown, history.ended.metrics, last)
+    return f"{len(rows)} rows, {len(sampled)} recomputed"
+
+
+def _same_results(shown: dict[str, float], ended: dict[str, float], last: int) -> None:
+    for name in sorted({*shown, *ended}):
+        if name not in shown or name not in ended or not math.isclose(shown[name], ended[name], rel_tol=_SAME):
+            raise VerificationError(
+                f"the run's end states {name[:64]} = {ended.get(name)}, after round {last} it was {shown.get(name)}"
+            )
