@@ -178,8 +178,6 @@ def _anonymize_by(
 ) -> None:
     from typing import get_args
 
-    from rich.console import Console
-
     from fedveil.client.ingest import corrections as declared
     from fedveil.client.ingest import lineage, publish
     from fedveil.client.ingest.sources import Rules
@@ -199,15 +197,8 @@ def _anonymize_by(
         )  # fmt: skip
     done = published.release
     _notes(published.report.notes)
-    console = Console()
     _findings(done.findings)
-    o = done.outcome
-    console.print(
-        f"{o.method}: {o.suppressed} of {o.rows} rows suppressed, {o.classes} classes, information loss {o.ncp:.4f}",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
-    console.print(done.stability.sentence, markup=False, soft_wrap=True)
-    console.print(f"verified release: {done.path}", markup=False, soft_wrap=True)
+    _outcome(done.outcome, done.stability, done.path)
 
 
 def _findings(found: Any) -> None:
@@ -218,6 +209,40 @@ def _findings(found: Any) -> None:
     for f in found.findings:
         lines.add_row(*cells(f.name, f.column or "-", f.required, "pass" if f.met else "fail", f"{f.worst:.4g}"))
     Console().print(lines)
+
+
+@app.command("anonymize-parquet")
+def anonymize_parquet(
+    table: Annotated[Path, typer.Argument(help="A Parquet file of any length; its rows never lie in memory at once.")],
+    out: Annotated[Path, typer.Argument(help="The release, .parquet; must not exist.")],
+    spec: Annotated[Path, typer.Option(help="TOML file with the columns' roles and the criteria; see docs/data.md.")],
+) -> None:
+    """Anonymise a table without a contract, and verify what was written. No check of a contract is made."""
+    from fedveil.client.ingest import release
+    from fedveil.privacy.anonymization import spec_file
+    from fedveil.privacy.anonymization.stability import stability
+    from fedveil.privacy.anonymization.stream import anonymize_parquet
+
+    release.require_new(out, (".parquet",))
+    task = spec_file.load(spec)
+    done = anonymize_parquet(
+        table, out, task.spec, task.models, method=task.method, suppression_limit=task.suppression_limit
+    )
+    _findings(done.findings)
+    _outcome(done.outcome, stability(task.method, task.models, suppression_limit=task.suppression_limit), out)
+
+
+def _outcome(found: Any, stability: Any, path: Path) -> None:
+    from rich.console import Console
+
+    lines = (
+        f"{found.method}: {found.suppressed} of {found.rows} rows suppressed, {found.classes} classes, "
+        f"information loss {found.ncp:.4f}",
+        stability.sentence,
+        f"verified release: {path}",
+    )
+    for line in lines:
+        Console().print(line, markup=False, soft_wrap=True)
 
 
 @app.command("verify")

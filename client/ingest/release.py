@@ -117,14 +117,14 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
     return Released(out, engine.outcome, _stability(contract, engine), findings)
 
 
-def require_new(out: Path) -> None:
+def require_new(out: Path, endings: Sequence[str] = (".csv", ".parquet")) -> None:
     """Refuse a path that cannot become a release.
 
     Raises:
-        UsageError: it exists, or has another ending than .csv or .parquet.
+        UsageError: it exists, or has another ending.
     """
-    if out.suffix not in (".csv", ".parquet") or out.exists():
-        raise UsageError(f"{out} cannot be the release", hint="name a new .csv or .parquet file")
+    if out.suffix not in endings or out.exists():
+        raise UsageError(f"{out} cannot be the release", hint=f"name a new {' or '.join(endings)} file")
 
 
 def _write(table: pa.Table, path: Path) -> None:

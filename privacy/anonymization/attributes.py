@@ -104,7 +104,7 @@ class Hierarchy:
             with path.open(newline="", encoding="utf-8-sig") as f:
                 rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise ContractError(f"the hierarchy {path} cannot be read") from e
+            raise ContractError(f"the hierarchy {path} cannot be read", hint="a UTF-8 file: value;group;...;*") from e
         return cls.from_rows(rows, name=name or path.stem)
 
     @classmethod
