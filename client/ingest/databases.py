@@ -8,6 +8,7 @@ values and passwords: it is replaced, and only the error's class is named.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,15 +117,20 @@ def _require_file(url: Any) -> None:
 
 def _as_tables(rows: Iterator[list[Any]], header: list[str], contract: DataContract) -> Iterator[pa.Table]:
     keep = [i for i, h in enumerate(header) if h in wanted(contract)]
+    forms = {c.name: c.format for c in contract.columns if c.format}
     for part in rows:
         columns = {}
         for i in keep:
             # One type per column and batch would make 1 and "1" clash: every cell becomes its text here.
-            columns[header[i]] = pa.array([_text(row[i]) for row in part], pa.string())
+            form = forms.get(header[i], "")
+            columns[header[i]] = pa.array([_text(row[i], form) for row in part], pa.string())
         yield pa.table(columns)
 
 
-def _text(value: Any) -> str | None:
+def _text(value: Any, form: str) -> str | None:
+    """A cell's text; a date in the contract's form, where it has one."""
+    if form and isinstance(value, dt.date):
+        return value.strftime(form)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -7,6 +7,7 @@ that leads nowhere is "no value"; a path that ends in an object or a list is an 
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def value_at(resource: Any, steps: tuple[Step, ...]) -> str | None:
     """The text at a path; None where it leads nowhere.
 
     Raises:
-        DataError: it ends in an object or a list.
+        DataError: it ends in an object or a list, or in a text that is none.
     """
     here = resource
     for name, index, key, text in steps:
@@ -80,6 +81,8 @@ def value_at(resource: Any, steps: tuple[Step, ...]) -> str | None:
             here = chosen[0] if chosen else None
     if isinstance(here, (dict, list)):
         raise DataError("a declared path ends in an object or a list", hint="declare the path of a single value")
+    if isinstance(here, str) and not here.isascii() and any("\ud800" <= c <= "\udfff" for c in here):
+        raise DataError("a value holds half a character (a lone surrogate)", hint="export the resources again as UTF-8")
     return None if here is None else str(here).lower() if isinstance(here, bool) else str(here)
 
 
@@ -106,7 +109,8 @@ def _batches(source: FhirSource, steps: Mapping[str, tuple[Step, ...]]) -> Itera
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE_BYTES + 1), b""), 1):
             if not line.strip():
                 continue
-            resource = _resource(line, source.resource, number)
+            bare = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            resource = _resource(bare, source.resource, number)
             for name, path in steps.items():
                 rows[name].append(value_at(resource, path))
             held += 1

@@ -7,6 +7,7 @@ what a column is called; for the others the checklist says that a person has to 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -35,13 +36,14 @@ _LIST: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("L", "vehicle identifiers", ("vin",), "vin|license plate|plate|kennzeichen|车牌"),
     ("M", "device identifiers", ("mac-address",), "device id|serial number|serial|imei|udi|mac address"),
     ("N", "web addresses", ("url",), "url|website|homepage"),
-    ("O", "IP addresses", ("ipv4",), "ip|ip address|ipaddress"),
+    ("O", "IP addresses", ("ipv4", "ipv6"), "ip|ip address|ipaddress"),
     ("P", "biometric identifiers", (), "fingerprint|voiceprint|iris|biometric|dna sequence|genome"),
     ("Q", "full-face photographs", (), "photo|photograph|portrait|picture|face image|照片"),
     ("R", "any other unique number or code", (), "id|uuid|guid|identifier|user id|username|login"),
 )  # fmt: skip
 _WORDS = {word: letter for letter, _, _, words in _LIST for word in words.split("|")}
 _LONGEST = max(len(w.split()) for w in _WORDS)
+_UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue"})
 # What a coarse quasi-identifier may be called without being a direct one.
 _QUASI = frozenset("BC")
 
@@ -63,9 +65,18 @@ class Entry:
 
 
 def hint(column: str) -> str:
-    """The letter of the identifier that a column's name speaks of; "" if of none."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", column)
-    words = [w for w in re.split(r"[^0-9a-z\u00c0-\u024f\u4e00-\u9fff]+", spaced.lower()) if w]
+    """The letter of the identifier that a column's name speaks of; "" if of none.
+
+    Accents do not matter: ``Straße`` is ``strasse``, ``prénom`` is ``prenom``, ``Führerschein`` is ``fuehrerschein``.
+    """
+    spaced = re.sub(r"(?<=[a-zß-öø-ÿ0-9])(?=[A-ZÀ-ÖØ-Þ])", " ", unicodedata.normalize("NFC", column))
+    german = spaced.casefold().translate(_UMLAUTS)
+    return next((letter for text in (spaced.casefold(), german) if (letter := _letter(text))), "")
+
+
+def _letter(folded: str) -> str:
+    bare = "".join(c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c))
+    words = [w for w in re.split(r"[^0-9a-z\u4e00-\u9fff]+", bare) if w]
     for size in range(min(_LONGEST, len(words)), 0, -1):
         for start in range(len(words) - size + 1):
             if letter := _WORDS.get(" ".join(words[start : start + size])):

@@ -132,12 +132,13 @@ class _Intake:
         self._identity, self._near, self._persons = (pseudonym.RowKeys() for _ in range(3))
         self._near_key = [c for name in contract.quality.near_key for c in contract.columns if c.name == name]
         self._keyless: list[NDArray[np.bool_]] = []
+        self._formats = {c.name: c.format for c in contract.columns if c.format}
         self._identifiers = [c for c in contract.columns if c.role == "identifier" and c.name in opened.names]
         self._person = [c for c in self._identifiers if c.pseudonym]
         self._nobody: list[NDArray[np.bool_]] = []
 
     def add(self, table: pa.Table) -> None:
-        texts = {name: _safe_text(table.column(name), name) for name in table.column_names}
+        texts = {n: _safe_text(table.column(n), n, self._formats.get(n, "")) for n in table.column_names}
         self.tally.read += table.num_rows
         mask = consent.usable_rows(texts, self.contract, self.rules.today, self.tally.usable)
         if mask is not None:
@@ -226,9 +227,12 @@ def _within(values: NDArray[np.float64], c: Column, seen: Reading) -> NDArray[np
     return np.clip(values, c.low, c.high) if c.outliers == "clamp" else np.where(outside, np.nan, values)
 
 
-def _safe_text(values: pa.ChunkedArray, name: str) -> pa.Array:
+def _safe_text(values: pa.ChunkedArray, name: str, form: str) -> pa.Array:
+    """The text of a column; dates that the source holds as dates are written in the contract's form."""
     text = None
     try:
+        if form and (pa.types.is_date(values.type) or pa.types.is_timestamp(values.type)):
+            values = cells.pc.strftime(values, format=form)
         text = cells.text_of(values)
     except pa.ArrowException:
         text = None

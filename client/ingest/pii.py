@@ -11,6 +11,7 @@ resident identity number (ISO 7064 mod 11-2), vehicle identification number (ISO
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,8 +113,24 @@ def phone(text: str) -> bool:
     return 8 <= digits <= 15 and not re.search(r"\b\d{4}[-. ]\d{2}[-. ]\d{2}\b|\b\d{2}[-. ]\d{2}[-. ]\d{4}\b", text)
 
 
+def ipv6(text: str) -> bool:
+    """Whether groups of hexadecimal digits are an IPv6 address, and neither a time nor a ratio."""
+    groups = text.split("%")[0].split(":")
+    if max(map(len, groups)) < 3 or sum(map(bool, groups)) < 2 or not any(map(str.isdigit, text)):
+        return False
+    try:
+        return bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
+
+
+# Letters and digits of addresses, also internationalised ones (RFC 6531, RFC 5890).
+_LETTER = "A-Za-z\u00c0-\u1fff\u2c00-\ud7ff"
 PATTERNS = (
-    Pattern("email", r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}"),
+    Pattern(
+        "email",
+        rf"[{_LETTER}0-9._%+-]@(?:[{_LETTER}0-9][{_LETTER}0-9-]*\.)+(?:[{_LETTER}]{{2,24}}|xn--[A-Za-z0-9-]{{2,59}})",
+    ),
     Pattern("url", r"(?i)\b(?:https?://|www\.)[^\s/$.?#][^\s]{2,}"),
     Pattern("us-ssn", r"\b\d{3}[- ]\d{2}[- ]\d{4}\b", us_ssn),
     Pattern("iban", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", iban),
@@ -130,13 +147,14 @@ PATTERNS = (
     Pattern("french-nir", r"\b[1-478] ?\d{2} ?\d{2} ?\d[\dAB] ?\d{3} ?\d{3} ?\d{2}\b", french_nir, True),
     Pattern("chinese-id", r"\b[1-9]\d{5}(?:19|20)\d{9}[\dXx]\b", chinese_id, True),
     Pattern("ipv4", r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b"),
+    Pattern("ipv6", r"\b[0-9A-Fa-f]{1,4}:(?:[0-9A-Fa-f]{0,4}:){1,6}(?:[0-9A-Fa-f]{1,4}\b)?", ipv6),
     Pattern("mac-address", r"\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b"),
     Pattern("vin", r"\b[A-HJ-NPR-Z0-9]{8}[0-9X][A-HJ-NPR-Z0-9]{8}\b", vin),
     Pattern("gps", r"\b-?\d{1,2}\.\d{4,}[,; ] ?-?\d{1,3}\.\d{4,}\b"),
 )  # fmt: skip
 _COMPILED = {p.kind: re.compile(p.expression) for p in PATTERNS}
 # Every pattern needs one of these; texts without any are passed over at once.
-_POSSIBLE = r"@|\d{4}|\d[ .-]\d{2}|://|(?i:www\.)|(?:[0-9A-Fa-f]{2}[:-]){5}|\d\)"
+_POSSIBLE = r"@|\d{4}|\d[ .-]\d{2}|://|(?i:www\.)|(?:[0-9A-Fa-f]{2}[:-]){5}|[0-9A-Fa-f]:[0-9A-Fa-f]{0,4}:|\d\)"
 
 _WHOLE = r"^[0-9][0-9 -]{7,22}[0-9]$"  # of a number's cells: a measurement with decimals is no identifier
 

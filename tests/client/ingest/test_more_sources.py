@@ -1,5 +1,6 @@
 """The same rows through every door: encodings, separators, decimals, Arrow, SQL, DuckDB, FHIR; in bounded memory."""
 
+import datetime as dt
 import json
 import os
 import shutil
@@ -334,6 +335,68 @@ def test_fhir(tmp_path, contract, odd, expected):
     path.write_text(path.read_text() + '{"resourceType": "Observation"}\n')
     with pytest.raises(DataError, match="line 26 is no Patient resource"):
         read(FhirSource(path, "Patient", PATHS), contract)
+
+
+def test_fhir_texts_that_are_none_and_byte_order_marks(tmp_path, contract, odd, expected):
+    path = tmp_path / "t.ndjson"
+    lines = "\n".join(json.dumps(resource(r)) for r in odd)
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    same(read(FhirSource(path, "Patient", PATHS), contract), expected)
+    path.write_text(lines.replace(f'"{odd[0][0]}"', '"\\ud800"', 1))
+    with pytest.raises(DataError, match="half a character") as refused:
+        read(FhirSource(path, "Patient", PATHS), contract)
+    assert refused.value.hint
+
+
+BORN = {"name": "born", "role": "quasi", "type": "date", "format": "%d.%m.%Y", "low": "1900-01-01",
+        "high": "2020-12-31", "levels": "decade"}  # fmt: skip
+DAYS = [dt.date(1950 + i, 1 + i % 12, 1 + i % 28) for i in range(24)]
+
+
+@pytest.mark.parametrize("kind", [pa.date32(), pa.date64(), pa.timestamp("us"), pa.timestamp("ns")])
+def test_dates_that_a_file_holds_as_dates(tmp_path, make, odd, kind):
+    """The reviewed case: they are dates whatever form the contract gives for texts, and were refused as wrong ones."""
+    contract = make(columns=[*make().payload["columns"], BORN])
+    day = pa.array([*DAYS[:-1], None], pa.date32()).cast(kind)
+    pq.write_table(arrow(odd).append_column("born", day), tmp_path / "t.parquet")
+    raw = read(tmp_path / "t.parquet", contract)
+    epoch = dt.date(1970, 1, 1)
+    assert raw.columns["born"][:-1].tolist() == [(d - epoch).days for d in DAYS[:-1]]
+    assert np.isnan(raw.columns["born"][-1])
+    rules = {"retention": {"column": "born", "days": 20000}}
+    kept = read(tmp_path / "t.parquet", make(columns=contract.payload["columns"], **rules)).rows
+    assert 0 < kept < 24
+
+
+def test_dates_that_a_database_holds_as_dates(tmp_path, make, odd):
+    sa = pytest.importorskip("sqlalchemy")
+    url = f"sqlite:///{tmp_path / 't.db'}"
+    fill(url, odd)
+    engine = sa.create_engine(url)
+    table = sa.Table("b", sa.MetaData(), sa.Column("n", sa.Integer), sa.Column("born", sa.Date))
+    with engine.begin() as c:
+        table.create(c)
+        c.execute(table.insert(), [{"n": i, "born": d} for i, d in enumerate(DAYS)])
+    engine.dispose()
+    # SQLite itself has no dates: the column arrives as a text in ISO form, which the contract then has to say.
+    contract = make(columns=[*make().payload["columns"], {**BORN, "format": "%Y-%m-%d"}])
+    query = "SELECT patient, age, job, dose, grade, y, born FROM t JOIN b ON t.n = b.n ORDER BY t.n"
+    assert read(SqlSource(url, query), contract).columns["born"][0] == (DAYS[0] - dt.date(1970, 1, 1)).days
+
+
+def test_dates_of_postgresql(postgres, make, odd):
+    import sqlalchemy as sa
+
+    fill(postgres, odd)
+    engine = sa.create_engine(postgres)
+    with engine.begin() as c:
+        c.execute(sa.text("ALTER TABLE t ADD COLUMN born DATE"))
+        c.execute(sa.text("UPDATE t SET born = DATE '1950-02-03' + n"))
+    engine.dispose()
+    contract = make(columns=[*make().payload["columns"], BORN])
+    raw = read(SqlSource(postgres, SELECT.replace(" FROM", ", born FROM")), contract)
+    first = (dt.date(1950, 2, 3) - dt.date(1970, 1, 1)).days
+    assert raw.columns["born"].tolist() == [first + i for i in range(24)]
 
 
 @pytest.mark.parametrize("path", ["", ".", "a.", "a[", "a[x]", "a[1", "a..b", "a b", "a[b=]", "1a"])

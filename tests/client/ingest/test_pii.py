@@ -13,7 +13,7 @@ from fedveil.client.ingest import hipaa, pii
 
 # Specimens from the standards and authorities' own documentation; none belongs to a person.
 KNOWN = {
-    "email": ["jane.doe+x@example.org"],
+    "email": ["jane.doe+x@example.org", "max@müller.example", "jörg@example.org", "用户@例子.中国", "a@b.xn--p1ai"],
     "url": ["https://example.org/p/1", "see www.example.org/x"],
     "us-ssn": ["536-90-4399"],
     "iban": ["DE89370400440532013000", "GB82 WEST 1234 5698 7654 32", "FR1420041010050500013M02606"],
@@ -25,12 +25,14 @@ KNOWN = {
     "french-nir": ["255081416802538", "2 55 08 14 168 025 38"],
     "chinese-id": ["11010519491231002X", "440524188001010014"],
     "ipv4": ["192.0.2.17"],
+    "ipv6": ["2001:0db8::1", "fe80::1", "2001:db8:0:0:0:ff00:42:8329", "2001:DB8::", "2001:db8:1:2::"],
     "mac-address": ["00:1B:44:11:3A:B7"],
     "vin": ["1M8GDM9AXKP042788"],
     "gps": ["48.85837, 2.29448"],
 }  # fmt: skip
 HARMLESS = [
     "", "ordinary text", "2021-03-04 10:11:12", "20.01.2020", "120/80 mmHg", "ICD J45.901", "3.14159265", "1,000,000",
+    "std::vector", "a::b", "bad::cafe", "ratio 10:20:30:40:50", "10:11:12", "::1", "12:34:56:78", "x@y", "@home.de",
     "12345678901", "dose 10-20 mg", "version 1.2.3", "A12", "T1234567890", "12:30-13:45", "4111 1111 1111 1112",
     "DE89370400440532013001", "000-12-3456", "666-12-3456", "943 476 5918",
 ]  # fmt: skip
@@ -83,7 +85,24 @@ def test_numbers_are_only_scanned_for_check_digits():
 
 
 def test_column_names():
-    for name in ("patientName", "birth_date", "PLZ", "Telefon-Nr", "E-Mail", "mrn", "身份证", "user id", "Nom", "IBAN"):
+    for name in (
+        "patientName",
+        "birth_date",
+        "PLZ",
+        "Telefon-Nr",
+        "E-Mail",
+        "mrn",
+        "Straße",
+        "STRASSE",
+        "strasse_nr",
+        "Prénom",
+        "Führerschein",
+        "dirección",
+        "身份证",
+        "user id",
+        "Nom",
+        "IBAN",
+    ):
         assert hipaa.hint(name), name
     for name in ("age", "sex", "trestbps", "chol", "thal", "s1", "oldpeak", "occupation", "native-country", "mailing"):
         assert not hipaa.hint(name), name
