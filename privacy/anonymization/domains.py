@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from fedveil.common.contract import MISSING
+from fedveil.common.contract import MISSING, Column
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization.attributes import TOP, Hierarchy, QuasiIdentifier, bins, text_of
 
@@ -35,6 +35,7 @@ class Domain:
         numbers: (V,) the leaves as numbers, NaN for "missing"; None for categories.
         levels: by level, (V,) the label index of every leaf; level 0 is the identity, the last level all zeros.
         labels: by level, the labels.
+        shown: (V,) the leaves as labels write them: ISO dates where the column holds dates.
         shares: by level, the NCP of each label: the part of the domain that it covers, 0 for one value, 1 for all.
         fixed_level: the level of the method ``fixed``; None where none was declared.
     """
@@ -45,6 +46,7 @@ class Domain:
     levels: tuple[Codes, ...]
     labels: tuple[tuple[str, ...], ...]
     shares: tuple[NDArray[np.float64], ...]
+    shown: tuple[str, ...]
     fixed_level: int | None = None
 
     @property
@@ -81,6 +83,8 @@ def domain_of(quasi: QuasiIdentifier, values: Iterable[Any]) -> Domain:
     present = {text_of(v): v for v in raw if v is not None}
     absent = absent or MISSING in present
     present.pop(MISSING, None)
+    if numeric and (texts := sum(_no_number(t) for t in present)):
+        raise DataError(f"column {quasi.name!r}: {texts} different values are no numbers", hint="numeric=False")
     leaves = quasi.hierarchy.leaves if quasi.hierarchy else tuple(sorted(present)) or ("",)
     hierarchy = quasi.hierarchy or _flat(quasi, leaves, present, numeric)
     own = {leaf: i for i, leaf in enumerate(leaves)}
@@ -91,7 +95,10 @@ def domain_of(quasi: QuasiIdentifier, values: Iterable[Any]) -> Domain:
         )
     paths = {t: tuple(level[own[t]] for level in hierarchy.levels) for t in present}
     order = sorted(present, key=(lambda t: (float(t), t)) if numeric else (lambda t: paths[t][::-1]))
-    return _build(quasi, hierarchy, order, [paths[t] for t in order], numeric, absent)
+    if absent:  # its own category at every level below the top
+        paths[MISSING] = (MISSING,) * hierarchy.height + (hierarchy.levels[-1][0],)
+        order.append(MISSING)
+    return _build(quasi, hierarchy, leaves, {t: paths[t] for t in order}, numeric)
 
 
 def encode(column: Any, domain: Domain) -> Codes:
@@ -176,10 +183,17 @@ def _flat(quasi: QuasiIdentifier, leaves: tuple[str, ...], present: Mapping[str,
     if column.low is not None and column.high is not None and bool(((x < column.low) | (x > column.high)).any()):
         count = int(((x < column.low) | (x > column.high)).sum())
         raise DataError(f"column {quasi.name!r}: {count} different values are outside the contract's bounds")
-    levels = [leaves]
+    levels = [tuple(_text(t, column) for t in leaves)]
     for cuts, labels in bins(column):
         levels.append(tuple(labels[i] for i in np.searchsorted(np.asarray(cuts), x, side="right").tolist()))
     return Hierarchy((*levels, top), quasi.name)
+
+
+def _text(leaf: str, column: Column | None) -> str:
+    """A number as labels write it: whole days of a contract's date as an ISO date."""
+    if column is None or not column.format or leaf == MISSING or not float(leaf).is_integer():
+        return leaf
+    return column.text(float(leaf))
 
 
 def escape(value: str) -> str:
@@ -191,39 +205,54 @@ def escape(value: str) -> str:
     return "\\" + out if out == TOP else out
 
 
+def _no_number(text: str) -> bool:
+    try:
+        return not math.isfinite(float(text))
+    except ValueError:
+        return True
+
+
 def _build(
-    quasi: QuasiIdentifier, hierarchy: Hierarchy, texts: list[str], paths: list[tuple[str, ...]], numeric: bool,
-    absent: bool,
+    quasi: QuasiIdentifier, hierarchy: Hierarchy, declared: Sequence[str], paths: Mapping[str, tuple[str, ...]],
+    numeric: bool,
 ) -> Domain:  # fmt: skip
-    if absent:  # its own category at every level below the top
-        paths = [*paths, (MISSING,) * hierarchy.height + (hierarchy.levels[-1][0],)]
-    leaves = (*texts, MISSING) if absent else tuple(texts)
+    """The domain of the values in ``paths``, in their order, each with its label at every level."""
+    leaves = tuple(paths)
     numbers = np.array([np.nan if t == MISSING else float(t) for t in leaves]) if numeric else None
+    values = np.array([float(t) for t in declared]) if numbers is not None and not np.isnan(numbers).all() else None
     levels, labels, shares = [], [], []
     for i in range(hierarchy.height + 1):
         ids: dict[str, int] = {}
-        levels.append(np.array([ids.setdefault(p[i], len(ids)) for p in paths], np.int32))
-        shares.append(_shares(levels[-1], numbers, hierarchy, i, tuple(ids)))
+        levels.append(np.array([ids.setdefault(p[i], len(ids)) for p in paths.values()], np.int32))
+        shares.append(_shares(levels[-1], numbers, values, hierarchy, i, tuple(ids)))
         # A declared value that reads "*" must not be taken for "any value" either.
         labels.append(tuple(escape(t) if t == TOP else t for t in ids) if i == 0 else tuple(ids))
-    return Domain(quasi.name, leaves, numbers, tuple(levels), tuple(labels), tuple(shares), quasi.fixed_level)
+    shown = tuple(_text(t, quasi.column) for t in leaves)
+    return Domain(quasi.name, leaves, numbers, tuple(levels), tuple(labels), tuple(shares), shown, quasi.fixed_level)
 
 
 def _shares(
-    codes_: Codes, numbers: NDArray[np.float64] | None, hierarchy: Hierarchy, level: int, labels: tuple[str, ...]
+    codes_: Codes,
+    numbers: NDArray[np.float64] | None,
+    values: NDArray[np.float64] | None,
+    hierarchy: Hierarchy,
+    level: int,
+    labels: tuple[str, ...],
 ) -> NDArray[np.float64]:
-    """A label's part of the occurring domain: by length for numbers, by number of values for categories."""
+    """A label's part of the occurring domain: by length for numbers, by number of values for categories.
+
+    ``values`` are the hierarchy's leaves as numbers.
+    """
     present = np.bincount(codes_, minlength=len(labels))
     by_count = (present - 1) / max(len(codes_) - 1, 1)
-    if numbers is None or np.isnan(numbers).all():
+    if numbers is None or values is None:
         return by_count
     low, high = np.nanmin(numbers), np.nanmax(numbers)
     if high <= low:
         return by_count
-    x = np.array([float(t) for t in hierarchy.leaves])
     out = np.zeros(len(labels))
     declared: dict[str, list[float]] = {}
-    for label, value in zip(hierarchy.levels[level], x.tolist(), strict=True):
+    for label, value in zip(hierarchy.levels[level], values.tolist(), strict=True):
         declared.setdefault(label, []).append(value)
     for i, label in enumerate(labels):
         members = declared.get(label, [low])

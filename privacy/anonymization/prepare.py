@@ -111,12 +111,17 @@ def _bound(m: Criterion, spec: TableSpec) -> Criterion:
     return dataclasses.replace(m, column=column.name)  # type: ignore[type-var]
 
 
-def check_columns(names: Sequence[str], spec: TableSpec) -> None:
-    """Every column of a table has one role, and every declared column is there.
+def check_schema(schema: Any, spec: TableSpec) -> None:
+    """Every column of a table has one role, every declared column is there, and recoded ones hold simple values.
 
     Raises:
         DataError: the columns, by name.
     """
+    _check_columns(schema.names, spec)
+    _check_types(schema, spec)
+
+
+def _check_columns(names: Sequence[str], spec: TableSpec) -> None:
     declared = {*spec.released, *spec.identifiers}
     problems = {
         "occur twice": sorted({n for n in names if list(names).count(n) > 1}),
@@ -132,12 +137,7 @@ def check_columns(names: Sequence[str], spec: TableSpec) -> None:
             )
 
 
-def check_types(schema: Any, spec: TableSpec) -> None:
-    """Refuse quasi-identifiers and sensitive columns that hold anything but simple values.
-
-    Raises:
-        DataError: the columns, by name.
-    """
+def _check_types(schema: Any, spec: TableSpec) -> None:
     names = [*(q.name for q in spec.quasi), *(s.name for s in spec.sensitive)]
     kinds = {n: schema.field(n).type for n in names}
     plain = {n: k.value_type if pa.types.is_dictionary(k) else k for n, k in kinds.items()}
@@ -210,10 +210,9 @@ def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame
     """Check and encode a table held in memory; with ``frame``, by domains that were fitted before.
 
     Raises:
-        DataError, AnonymityError: see :func:`check_columns`, :func:`check_rows`, :func:`frame_of`.
+        DataError, AnonymityError: see :func:`check_schema`, :func:`check_rows`, :func:`frame_of`.
     """
-    check_columns(table.column_names, spec)
-    check_types(table.schema, spec)
+    check_schema(table.schema, spec)
     check_rows(table.num_rows, models)
     population = population_of(models, spec)
     if frame is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from fedveil.privacy.anonymization import criteria as cr
 from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, Sensitive, TableSpec, bins
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recheck_definitions import judge
+from fedveil.privacy.anonymization.recheck_labels import cover, is_set, number_of
 
 pc: Any = pyarrow.compute
 BATCH = 1 << 20
 SLACK = 1e-9
-PIECE = re.compile(r"(?:\\.|[^|\\])*")
 Histogram = Counter[str]
 _AGAIN = "the file was changed, or made under another specification: anonymise the table again"
 _GIVE = "give a .csv or .parquet file as the anonymisation wrote it"
@@ -196,7 +195,7 @@ def _spelling(column: Sensitive) -> Callable[[str], str | None]:
     def spelt(word: str) -> str | None:
         if word in declared or not declared or not word:
             return word or None
-        number = _number(word)
+        number = number_of(word)
         other = word.capitalize() if number is None else _word(number)
         return other if other in declared else word
 
@@ -244,65 +243,12 @@ def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
     known = {label for level in q.hierarchy.levels for label in level} if q.hierarchy else set()
     if q.column is not None:
         known |= {label for _, labels in bins(q.column) for label in labels}
-    broken = sum(not (label in known or label in (TOP, MISSING) or _is_set(q, label)) for label in labels)
+    broken = sum(not (label in known or label in (TOP, MISSING) or is_set(q, label)) for label in labels)
     if broken:
         raise AnonymityError(
             f"column {q.name!r}: {broken} different cells are no labels of the specification",
             hint=_AGAIN,
         )
-
-
-def _is_set(q: QuasiIdentifier, label: str) -> bool:
-    values = _members(label)
-    leaves = set(q.hierarchy.leaves) if q.hierarchy else None
-    if len(set(values)) != len(values):
-        return False
-    plain = [v for v in values if v != MISSING]
-    ends = _ends(plain[0]) if len(plain) == 1 else None
-    if ends is not None:
-        low, high = ends
-        within = leaves is None or all(_in(leaves, e) for e in ends)
-        return low <= high and within and _inside(q, ends)
-    if q.numeric or (q.column is not None):
-        numbers = [_number(v) for v in plain]
-        return None not in numbers and _inside(q, [x for x in numbers if x is not None])
-    return leaves is None or set(plain) <= leaves
-
-
-def _inside(q: QuasiIdentifier, values: Sequence[float]) -> bool:
-    """Whether numbers are within a contract's public bounds."""
-    c = q.column
-    return c is None or c.low is None or c.high is None or all(c.low <= x <= c.high for x in values)
-
-
-def _members(label: str) -> list[str]:
-    """The values of ``a|b|c``, backslashes taken away."""
-    out, at = [], 0
-    while at <= len(label):
-        piece = PIECE.match(label, at)
-        if piece is None:
-            return []
-        out.append(re.sub(r"\\(.)", r"\1", piece.group()))
-        at = piece.end() + 1
-    return out
-
-
-def _ends(text: str) -> tuple[float, float] | None:
-    found = re.fullmatch(r"\[([^,\[\]]+),([^,\[\]]+)\]", text)
-    low, high = (_number(found.group(1)), _number(found.group(2))) if found else (None, None)
-    return (low, high) if low is not None and high is not None else None
-
-
-def _in(leaves: set[str], value: float) -> bool:
-    return any(_number(v) == value for v in leaves)
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _judge(
@@ -356,7 +302,7 @@ def _population(
     covers: dict[tuple[int, str], Callable[[str], bool]] = {}
     for j, q in enumerate(spec.quasi):
         for label in labels[q.name]:
-            covers[j, label] = _cover(q, label)
+            covers[j, label] = cover(q, label)
     out = []
     for key in keys:
         own = [covers[j, words[j][i]] for j, i in enumerate(key)]
@@ -367,17 +313,3 @@ def _population(
 
 def _cell(value: Any) -> str:
     return MISSING if value is None else _word(value)
-
-
-def _cover(q: QuasiIdentifier, label: str) -> Callable[[str], bool]:
-    if label == TOP:
-        return lambda value: True
-    values = set(_members(label))
-    if q.hierarchy is not None:
-        for level in q.hierarchy.levels:
-            values |= {leaf for leaf, name in zip(q.hierarchy.leaves, level, strict=True) if name == label}
-    ends = next((e for v in _members(label) if (e := _ends(v)) is not None), None)
-    if ends is None:
-        return lambda value: value in values
-    low, high = ends
-    return lambda value: value in values or ((x := _number(value)) is not None and low <= x <= high)

@@ -172,7 +172,7 @@ def parse_set(label: str) -> tuple[str, ...] | None:
 def _interval(d: Domain, low: int, high: int, absent: bool) -> str:
     if high < 0:
         return MISSING
-    text = d.leaves[low] if low == high else f"[{d.leaves[low]},{d.leaves[high]}]"
+    text = d.shown[low] if low == high else f"[{d.shown[low]},{d.shown[high]}]"
     return f"{text}|{MISSING}" if absent else text
 
 

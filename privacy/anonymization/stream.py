@@ -48,9 +48,8 @@ from fedveil.privacy.anonymization.mondrian import CUTS
 from fedveil.privacy.anonymization.prepare import (
     Frame,
     bind,
-    check_columns,
     check_rows,
-    check_types,
+    check_schema,
     frame_of,
     sensitive_codes,
     sensitive_names,
@@ -155,8 +154,7 @@ class _Reader:
     def __init__(self, source: Path, spec: TableSpec, models: Sequence[Criterion]) -> None:
         self.source, self.spec, self.models = source, spec, models
         schema = pq.read_schema(source)
-        check_columns(schema.names, spec)
-        check_types(schema, spec)
+        check_schema(schema, spec)
         self.rows = pq.read_metadata(source).num_rows
         check_rows(self.rows, models)
         coded = {*(q.name for q in spec.quasi), *(s.name for s in spec.sensitive)}

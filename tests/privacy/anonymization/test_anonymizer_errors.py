@@ -74,6 +74,10 @@ ROWS = {
     "names for columns": (lambda: TableSpec(("age",)), ContractError, "quasi is no tuple of QuasiIdentifier"),
     "one name for a tuple": (lambda: TableSpec(SPEC.quasi, keep="name"), ContractError, "keep is no tuple of str"),
     "level as text": (lambda: QuasiIdentifier("age", fixed_level="1"), ContractError, "fixed level is not a whole"),
+    "texts as numbers": (
+        lambda: run(spec=TableSpec((SPEC.quasi[0], QuasiIdentifier("city", numeric=True)), SPEC.sensitive, ("name",))),
+        DataError, "'city': 2 different values are no numbers",
+    ),
     "list as quasi-identifier": (lambda: run(change={"age": [[1], [2], [3], None]}), DataError, "texts: 'age'"),
     "struct as sensitive": (lambda: run(change={"ill": [{"a": 1}] * 4}), DataError, "texts: 'ill'"),
     "bytes as quasi-identifier": (lambda: run(change={"city": [b"a"] * 4}), DataError, "texts: 'city'"),
