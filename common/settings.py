@@ -26,6 +26,8 @@ from fedveil.common.errors import ConfigError
 
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", max_length=64)]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+# An accountant that adds up many steps drops tails of 1e-15 and rounds in double precision: a smaller δ would drown.
+MIN_DELTA = 1e-13
 WEEK: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -95,18 +97,20 @@ class PrivacySection(_Section):
     sum: Literal["keysum", "sharedkey", "none"] = "keysum"
     epsilon: float | None = Field(default=None, gt=0, le=1000, description="ε of the run; or noise_multiplier")
     noise_multiplier: float | None = Field(default=None, gt=0, le=1e6, description="σ of the run; ε follows from it")
-    delta: float = Field(default=1e-5, gt=0, le=0.01, description="δ of the run")
-    records: int = Field(ge=1, description="declared number of records in all: a public constant, not a count")
+    delta: float = Field(default=1e-5, ge=MIN_DELTA, le=0.01, description="δ of the run")
+    records: int = Field(
+        ge=1, le=1 << 48, description="declared number of records in all: a public constant, not a count"
+    )
     steps: int = Field(ge=1, le=1 << 20, description="secure sums in the run")
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="chance of a record to enter a step")
-    clip: float = Field(gt=0, description="L2 bound of one record's gradient")
+    clip: float = Field(gt=0, le=1e9, description="L2 bound of one record's gradient")
     colluders: int | None = Field(default=None, ge=0, description="sites that may work together; default n // 6")
     dropouts: int | None = Field(default=None, ge=0, description="sites that may be missing; default n // 6")
     reveal_to: Literal["server", "sites"] = Field(default="server", description="who reads the sums (sites: keysum)")
     few_clients: bool = Field(default=False, description="mode client below 1000 clients")
     committee: int = Field(default=0, ge=0, le=200, description="helpers that open sums; 0: all sites (to 200)")
     committee_seed: str = Field(default="", description="64 hexadecimal digits from a public beacon nobody chose")
-    local_steps: int = Field(default=1, ge=1, description="local steps per round (mode client only)")
+    local_steps: int = Field(default=1, ge=1, le=1 << 16, description="local steps per round (mode client only)")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySection:
@@ -126,7 +130,7 @@ class ModelSection(_Section):
 class OptimizerSection(_Section):
     """The server's step."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1e6)
     momentum: float = Field(default=0.9, ge=0, lt=1)
 
 
@@ -165,7 +169,7 @@ class LimitsSection(_Section):
 
     max_epsilon: float = Field(gt=0, le=1000, description="cap of the lineage's ledger over all runs")
     max_epsilon_per_run: float | None = Field(default=None, gt=0, le=1000, description="ε of one run; default: the cap")
-    delta: float = Field(default=1e-5, gt=0, le=0.01, description="δ of the ledger, fixed when it is opened")
+    delta: float = Field(default=1e-5, ge=MIN_DELTA, le=0.01, description="δ of the ledger, fixed when it is opened")
     min_noise_multiplier: float = Field(default=0.5, ge=0, description="smallest σ accepted in a plan")
     tasks: tuple[Literal["train", "stats"], ...] = Field(default=("train",), description="what sums may be for")
     metrics: tuple[Literal["count", "mean", "variance", "histogram", "accuracy", "confusion"], ...] = Field(

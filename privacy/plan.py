@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedveil.common import canonical
 from fedveil.common.errors import PlanError, WireError
 from fedveil.common.model_spec import ModelSpec
+from fedveil.common.settings import MIN_DELTA
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy import plan_rules as rules
 from fedveil.privacy.dp import calibrate
@@ -32,7 +33,8 @@ Sum = Literal["keysum", "sharedkey", "plain", "none"]
 Workload = Annotated[ModelSpec | StatsSpec, Field(discriminator="name")]
 
 FLOAT_SLACK = 1e-6
-_MAX_CAP = 1e6
+_LEAST_EPSILON = 1e-9
+_EPSILONS = (*(float(f"{d}e{k}") for k in range(-3, 3) for d in (1, 2, 5)), calibrate.MAX_EPSILON)
 
 
 class Optimizer(BaseModel):
@@ -61,9 +63,9 @@ class PrivacyPlan(BaseModel):
     steps: int = Field(ge=1, le=1 << 20)
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
     clip: float = Field(gt=0, le=1e9)
-    noise_multiplier: float = Field(gt=0, le=1e6)
+    noise_multiplier: float = Field(gt=0, le=calibrate.MAX_NOISE_MULTIPLIER)
     epsilon: float = Field(gt=0, le=calibrate.MAX_EPSILON)
-    delta: float = Field(gt=0, le=0.01)
+    delta: float = Field(ge=MIN_DELTA, le=0.01)
     grid: float = Field(gt=0, le=1e6)
     clamp: float = Field(gt=0, le=1e12)
     model: Workload
@@ -174,16 +176,17 @@ class PrivacyPlan(BaseModel):
             PlanError: no cap up to 10^6 does.
         """
         low, high = 0.0, self.epsilon
-        while not self._carried(high):
+        while not self.carried(high):
             low, high = high, 2 * high
-            if high > _MAX_CAP:
+            if high > rules.MAX_CAP:
                 raise PlanError("no cap of a site's ledger carries this plan", hint="a larger noise, or fewer steps")
         while high - low > 1e-10 * high:
             mid = (low + high) / 2
-            low, high = (low, mid) if self._carried(mid) else (mid, high)
+            low, high = (low, mid) if self.carried(mid) else (mid, high)
         return high
 
-    def _carried(self, cap: float) -> bool:
+    def carried(self, cap: float) -> bool:
+        """Whether a fresh ledger with this cap carries every planned step."""
         return Filter(cap, self.delta, best_order(cap, self.delta)).affords(self.event) >= self.steps
 
     def realised_noise_multiplier(self, members: int) -> float:
@@ -293,16 +296,42 @@ def make_plan(
     if problem := model.problem():
         raise PlanError(f"model {model.name!r}: {problem}")
     rules.check_shape(mode, sites, t, d)
-    rate = 1.0 if mode == "client" else sample_rate
-    if noise_multiplier is None:
-        sigma = given["noise_multiplier"] = calibrate.noise_multiplier(given["epsilon"], delta, rate, steps)
+    asked = given if noise_multiplier is None else given | {"epsilon": None}
+    try:
+        derived = _derived(asked)
+    except PlanError as e:
+        if epsilon is None or e.nearest is not None or (larger := _larger_epsilon(given)) is None:
+            raise
+        raise PlanError(e.message, hint=e.hint, nearest={"epsilon": larger}) from None
+    return PrivacyPlan(**given | derived).check()
+
+
+def _derived(given: dict[str, Any]) -> dict[str, float]:
+    """What follows from the rest: σ from ε or (``epsilon`` being None) ε from σ, and the grid."""
+    mode, sites, steps, model = given["mode"], given["sites"], given["steps"], given["model"]
+    rate = 1.0 if mode == "client" else given["sample_rate"]
+    epsilon, sigma = given["epsilon"], given["noise_multiplier"]
+    if epsilon is None:
+        # so much noise that δ alone covers it costs 0; a claim is above that
+        epsilon = max(_LEAST_EPSILON, calibrate.epsilon(sigma, given["delta"], rate, steps))
     else:
-        sigma, given["epsilon"] = noise_multiplier, calibrate.epsilon(noise_multiplier, delta, rate, steps)
-    honest = 1 if mode == "local" else sites - t - d
-    per_site = _per_site(mode, sample_rate, records, sites, model, clip)
-    whole = isinstance(model, StatsSpec)
-    grid, clamp = choose(sites, clip, sigma / math.sqrt(honest), model.parameters, steps, per_site, whole=whole)
-    return PrivacyPlan(**given, grid=grid, clamp=clamp).check()
+        sigma = calibrate.noise_multiplier(epsilon, given["delta"], rate, steps)
+    honest = 1 if mode == "local" else sites - given["colluders"] - given["dropouts"]
+    per_site = _per_site(mode, given["sample_rate"], given["records"], sites, model, given["clip"])
+    share, whole = sigma / math.sqrt(honest), isinstance(model, StatsSpec)
+    grid, clamp = choose(sites, given["clip"], share, model.parameters, steps, per_site, whole=whole)
+    return {"epsilon": epsilon, "noise_multiplier": sigma, "grid": grid, "clamp": clamp}
+
+
+def _larger_epsilon(given: dict[str, Any]) -> float | None:
+    """The smallest ε of the steps 1, 2, 5, 10, ... (from 0.001 up) above the one asked for that a plan can have."""
+    for larger in (x for x in _EPSILONS if x > given["epsilon"]):
+        try:
+            _derived(given | {"epsilon": larger})
+        except PlanError:
+            continue
+        return larger
+    return None
 
 
 def _check_given(given: dict[str, Any]) -> None:
@@ -310,4 +339,23 @@ def _check_given(given: dict[str, Any]) -> None:
     try:
         PrivacyPlan(**given, grid=1.0, clamp=1.0)
     except ValidationError as e:
-        raise PlanError(f"out of bounds: {_where(e)}", hint="see the fields of PrivacyPlan") from None
+        wrong = e.errors()
+    else:
+        return
+    nearest: dict[str, object] = {}
+    for x in wrong:
+        name, context = str(x["loc"][0]), x.get("ctx", {})
+        if len(wrong) == 1 and name == "epsilon" and given["epsilon"] <= 0:
+            larger = _larger_epsilon(given)
+            nearest |= {} if larger is None else {"epsilon": larger}
+        elif x["type"] in ("less_than_equal", "greater_than_equal") and x["input"] == x["input"]:  # no NaN
+            nearest[name] = context.get("le", context.get("ge"))
+    said = "; ".join(
+        f"{'.'.join(map(str, x['loc']))[:64]} = {str(x['input'])[:64]} (it {x['msg'].removeprefix('Input ')})"
+        for x in wrong
+    )
+    raise PlanError(
+        f"out of bounds: {said}",
+        hint="a value within its bound",
+        nearest=nearest if len(nearest) == len(wrong) else None,
+    )

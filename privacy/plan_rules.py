@@ -6,11 +6,14 @@ would have made. Symbols as in :mod:`fedveil.privacy.plan`.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from fedveil.common.errors import PlanError, SecureSumError
+from fedveil.common.settings import MIN_DELTA
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.dp.calibrate import MAX_EPSILON
+from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS
 from fedveil.privacy.secagg import committee as committees
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_INFLATION = 0.02
 MIN_CLIENTS = 1000
+MAX_CAP = 1e6  # of a ledger that could carry a plan
 
 
 def check(plan: PrivacyPlan) -> None:
@@ -32,8 +36,9 @@ def check(plan: PrivacyPlan) -> None:
         raise PlanError(
             f"delta = {plan.delta:g} is not below 1 / {plan.records} declared records",
             hint="at such a delta publishing one whole record would be allowed",
-            nearest={"delta": _round_down(0.1 / plan.records)},
+            nearest=_smaller_delta(plan.records),
         )
+    _check_cost(plan)
     if plan.claim > plan.epsilon * (1 + 1e-9):
         raise PlanError(
             f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.6g} cost epsilon = {plan.claim:.4f}, "
@@ -77,23 +82,34 @@ def default_tolerance(sites: int) -> tuple[int, int]:
 
 
 def check_shape(mode: str, n: int, t: int, d: int) -> None:
-    """Numbers of sites, colluders and drop-outs that can work; :class:`PlanError` with ones that do."""
-    if mode == "local":
-        if not (0 <= t < n and 0 <= d and n - d >= (n + t) // 2 + 1):
-            raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
+    """Numbers of sites, colluders and drop-outs that can work; :class:`PlanError` with the nearest ones that do.
+
+    The nearest keep as many of the colluders as can be kept, and then as many of the drop-outs.
+    """
+    if mode != "local":
+        default_tolerance(n)
+    if t >= 0 and 0 <= d <= _most_dropouts(mode, n, t):
         return
-    default_tolerance(n)
-    if t < 0 or d < 0 or n - d < 1:
-        raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest={"colluders": 0, "dropouts": 0})
-    h, T = n - t - d, (n + t) // 2 + 1
-    if h < 2 or h <= t or n - d < T:
-        best = min(t, max(0, (n - 2) // 3))
-        fits = [x for x in range(d, -1, -1) if n - best - x >= max(2, best + 1) and n - x >= (n + best) // 2 + 1]
-        raise PlanError(
-            f"{n} sites with {t} colluders and {d} drop-outs leave {h} honest shares and need {T} answers of {n - d}",
-            hint="at least two honest shares, more than the colluders, and no more answers than survivors",
-            nearest={"colluders": best, "dropouts": fits[0]},
-        )
+    best = next((x for x in range(min(t, n), -1, -1) if _most_dropouts(mode, n, x) >= 0), 0)
+    nearest: dict[str, object] = {"colluders": best, "dropouts": max(0, min(d, _most_dropouts(mode, n, best)))}
+    if mode == "local" or t < 0 or d < 0 or n - d < 1:
+        raise PlanError(f"colluders = {t}, dropouts = {d} with {n} sites", nearest=nearest)
+    raise PlanError(
+        f"{n} sites with {t} colluders and {d} drop-outs leave {n - t - d} honest shares and need {_answers(n, t)} "
+        f"answers of {n - d}",
+        hint="at least two honest shares, more than the colluders, and no more answers than survivors",
+        nearest=nearest,
+    )
+
+
+def _answers(n: int, t: int) -> int:
+    return (n + t) // 2 + 1
+
+
+def _most_dropouts(mode: str, n: int, t: int) -> int:
+    """The most drop-outs beside ``t`` colluders: enough answers and, but for ``local``, two and more than t honest."""
+    answered = n - _answers(n, t)
+    return answered if mode == "local" else min(answered, n - t - max(2, t + 1))
 
 
 def _check_trust(plan: PrivacyPlan) -> None:
@@ -104,7 +120,11 @@ def _check_trust(plan: PrivacyPlan) -> None:
             nearest={"sum": "keysum"},
         )
     if plan.sum == "keysum" and plan.sites < 3:
-        default_tolerance(plan.sites)
+        raise PlanError(
+            f"a secure sum of {plan.sites} sites tells each what the others sent",
+            hint="in mode 'local' every site's own noise is all that the claim counts on: sum = 'none' will do",
+            nearest={"sum": "none"},
+        )
     if plan.reveal_to == "sites" and (plan.sum != "keysum" or plan.task != "train"):
         raise PlanError("only keysum can hide a training's sums from the server", nearest={"reveal_to": "server"})
     if plan.committee:
@@ -119,6 +139,24 @@ def _check_trust(plan: PrivacyPlan) -> None:
         raise PlanError(
             "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
         )
+
+
+def _check_cost(plan: PrivacyPlan) -> None:
+    """What a verifier refuses before it computes an ε must be refused here, before anything is charged."""
+    if plan.noise_multiplier < MIN_NOISE_MULTIPLIER:
+        raise PlanError(
+            f"a noise multiplier of {plan.noise_multiplier:g} gives no privacy to speak of",
+            nearest={"noise_multiplier": MIN_NOISE_MULTIPLIER},
+        )
+    if (lost := plan.steps * plan.event.loss) > MAX_LOSS:
+        raise PlanError(
+            f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:g} may lose {lost:.4g} on average, more "
+            f"than the {MAX_LOSS:g} that an accountant computes with",
+            hint="more noise, or fewer steps",
+            nearest={"steps": int(MAX_LOSS / plan.event.loss)},
+        )
+    if not plan.carried(MAX_CAP / 2):
+        raise PlanError("no cap of a site's ledger carries this plan", hint="a larger noise, or fewer steps")
 
 
 def _check_committee(plan: PrivacyPlan) -> None:
@@ -148,6 +186,10 @@ def _check_stats(plan: PrivacyPlan, spec: StatsSpec) -> None:
         )
 
 
-def _round_down(x: float) -> float:
-    digits = f"{x:.0e}"
-    return float(digits) if float(digits) <= x else x / 2
+def _smaller_delta(records: int) -> dict[str, object]:
+    """A δ well below 1 / N: a tenth of it, cut to one digit; fewer records where no δ is small enough."""
+    if MIN_DELTA >= 1 / records:
+        return {"records": int(0.1 / MIN_DELTA)}
+    exponent = math.floor(math.log10(0.1 / records))
+    digit = max(1, math.floor(0.1 / records / 10.0**exponent))
+    return {"delta": max(MIN_DELTA, float(f"{digit}e{exponent}"))}

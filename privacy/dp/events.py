@@ -6,6 +6,7 @@ accountant's input (``dp_accounting.DpEvent.from_named_tuple`` imports modules b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from fedveil.common.errors import VerificationError
 
 SGM = "sampled-gaussian"
 _MAX_NOISE = 1e9
+# What whoever makes a plan and whoever verifies its report both refuse, before any accountant is asked: below this
+# noise calibration ends, and above this loss a distribution takes gigabytes. Nothing with an epsilon up to 400 comes
+# near either.
+MIN_NOISE_MULTIPLIER, MAX_LOSS = 0.2, 3000.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,18 @@ class SampledGaussian:
             raise VerificationError(f"sample rate {self.sample_rate!r} is not in (0, 1]")
         if not 0 < self.noise_multiplier <= _MAX_NOISE:
             raise VerificationError(f"noise multiplier {self.noise_multiplier!r} is not in (0, 1e9]")
+
+    @property
+    def loss(self) -> float:
+        """A bound of the expected privacy loss of one step, in closed form; ``inf`` where that overflows.
+
+        The smaller of q / (2 σ²), by convexity, and the Rényi divergence of order 2. Times the steps it says how wide
+        a loss distribution becomes, which is what computing with it costs.
+        """
+        q, square = self.sample_rate, self.noise_multiplier * self.noise_multiplier
+        if square < 1 / 700:
+            return q / 2 / square if square > 0 else math.inf
+        return min(q / 2 / square, math.log1p(q * q * math.expm1(1 / square)))
 
     def to_json(self) -> dict[str, Any]:
         """The form a ledger row carries."""

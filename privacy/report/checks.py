@@ -204,7 +204,7 @@ class Audit:
         self._got("join statements", self._joins)
         value = self._got("files", self._bundle).json(PLAN)
         p = plans.PrivacyPlan.model_validate_json(canonical.dumps(value))
-        recompute.refuse_absurd(p.event.sample_rate, p.noise_multiplier, p.steps, p.delta, p.epsilon)
+        recompute.refuse_absurd(p.event.sample_rate, p.noise_multiplier, p.steps)
         p = p.check()
         if p.hash != canonical.digest(value):
             raise VerificationError("the plan's file leaves out fields that its hash covers")

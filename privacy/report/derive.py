@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedveil.common.identity import Roster
-from fedveil.privacy.dp.accounting import PLD_INTERVAL, epsilon_pld, epsilon_rdp
+from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp, interval
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import loss, wording
@@ -176,7 +176,7 @@ def _accounting(f: Facts) -> dict[str, Any]:
     plan, opened = f.plan, len(f.history.rounds)
     spent = [(plan.event, opened)]
     return {
-        "interval": PLD_INTERVAL,
+        "interval": interval(plan.event),
         "epsilon_spent_pld": epsilon_pld(spent, plan.delta),
         "epsilon_spent_rdp": epsilon_rdp(spent, plan.delta),
         "by_step": loss.by_step(plan.event, plan.steps, plan.delta),

@@ -15,6 +15,7 @@ STEP_POINTS = 16
 FALSE_ALARMS = (0.001, 0.01, 0.05, 0.1)
 # Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and so it is named.
 _TOO_MUCH, _TOO_LITTLE_NOISE = 1000.0, 0.05
+_NO_EXP = 700.0  # beyond it a float overflows, and nothing is ruled out
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -36,7 +37,7 @@ def attack_rate(points: Iterable[tuple[float, float]], false_alarms: float) -> f
     """
     best = 1.0
     for e, d in points:
-        best = min(best, math.exp(e) * false_alarms + d, 1 - math.exp(-e) * (1 - false_alarms - d))
+        best = min(best, math.exp(min(e, _NO_EXP)) * false_alarms + d, 1 - math.exp(-e) * (1 - false_alarms - d))
     return max(best, false_alarms)
 
 

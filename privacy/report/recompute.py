@@ -17,13 +17,24 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
 from fedveil.common.errors import VerificationError
-from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER, SampledGaussian
 
 _OFTEN = 1 << 40  # composed so often, a divergence is what the conversion to ε drowns in
 
 # An own, coarser table of orders: a bound need not be the best one to be a bound. No order that the ledger's lacks: a
 # better bound than its own would refuse what it states.
 _ORDERS = (1.1, 1.5, 2.0, 2.5, 3.0, 3.5, *map(float, range(4, 64)), 80.0, 128.0, 256.0, 512.0, 1024.0)
+
+
+def _grid(q: float, sigma: float) -> float:
+    """How finely losses of SGM(q, σ) are told apart: eight times finer than q/σ, from 1e-6 to 1e-3.
+
+    And no finer than a 2^-14 of the largest loss that a step has but with a negligible chance.
+    """
+    x = 10 / sigma + 1 / sigma**2  # the log of the two densities' ratio, 10 σ out on the far side
+    largest = x if x >= 700 else math.log1p(q * math.expm1(x))
+    fine = max(q / sigma / 8, largest / (1 << 14), 1e-6)
+    return fine if fine < 1e-3 else 1e-3
 
 
 def _mechanism(q: float, sigma: float) -> dp_event.DpEvent:
@@ -36,7 +47,7 @@ def by_pld(q: float, sigma: float, steps: int, delta: float) -> float:
     """ε of ``steps`` times SGM(q, σ) by privacy loss distributions; 0 for no steps."""
     if steps == 0:
         return 0.0
-    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    accountant = PLDAccountant(value_discretization_interval=_grid(q, sigma))
     accountant.compose(_mechanism(q, sigma), steps)
     return float(accountant.get_epsilon(delta))
 
@@ -44,7 +55,7 @@ def by_pld(q: float, sigma: float, steps: int, delta: float) -> float:
 @lru_cache(maxsize=64)
 def deltas_by_pld(q: float, sigma: float, steps: int, epsilons: tuple[float, ...]) -> tuple[float, ...]:
     """δ at each of ``epsilons``."""
-    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    accountant = PLDAccountant(value_discretization_interval=_grid(q, sigma))
     accountant.compose(_mechanism(q, sigma), steps)
     return tuple(float(accountant.get_delta(e)) for e in epsilons)
 
@@ -57,7 +68,7 @@ def by_pld_replacing(q: float, sigma: float, steps: int, delta: float) -> float:
     """
     if steps == 0:
         return 0.0
-    accountant = PLDAccountant(NeighboringRelation.REPLACE_ONE, value_discretization_interval=1e-3)
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_ONE, value_discretization_interval=_grid(q, sigma))
     accountant.compose(_mechanism(q, sigma), steps)
     return float(accountant.get_epsilon(delta))
 
@@ -109,18 +120,38 @@ def _at_order(counted: tuple[tuple[tuple[float, float], int], ...], order: float
         return found
 
     # The library's series did not converge: divergence grows with the order, so the next whole one bounds it.
-    def offset(a: float) -> float:
-        return math.log1p(-1 / a) - math.log(delta * a) / (a - 1)
-
     total = 0.0
     for (q, sigma), times in counted:
-        for a in (order, float(math.ceil(order))):
-            accountant = RdpAccountant(orders=[a])
-            accountant.compose(_mechanism(q, sigma), times * _OFTEN)
-            if math.isfinite(value := float(accountant.get_epsilon(delta))):
-                break
-        total += (value - offset(a)) / _OFTEN
-    return total + offset(order)
+        value = _divergence(q, sigma, order)
+        total += times * (value if math.isfinite(value) else _divergence(q, sigma, float(math.ceil(order))))
+    return total + _offset(order, delta)
+
+
+def _offset(order: float, delta: float) -> float:
+    return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+
+def _divergence(q: float, sigma: float, order: float) -> float:
+    """Rényi divergence of one step; ``inf`` where the library's series does not converge."""
+    accountant = RdpAccountant(orders=[order])
+    accountant.compose(_mechanism(q, sigma), _OFTEN)
+    return (float(accountant.get_epsilon(1e-5)) - _offset(order, 1e-5)) / _OFTEN
+
+
+@lru_cache(maxsize=256)
+def rdp_range(q: float, sigma: float, steps: int, delta: float) -> tuple[float, float]:
+    """Between what and what any table of orders that contains this one, and begins with it, bounds ε.
+
+    Above is :func:`by_rdp`: more orders only make the least bound smaller. Below: divergence grows with the order and
+    what turns it into ε falls, so that between two neighbours of this table nothing is less than the divergence of the
+    first with the addition of the second; 0.01 is left for the orders beyond the last one.
+    """
+    low, known = math.inf, 0.0
+    for order, following in zip(_ORDERS, (*_ORDERS[1:], math.inf), strict=True):
+        if math.isfinite(value := _divergence(q, sigma, order)):
+            known = max(value, 0.0)
+        low = min(low, steps * known + (_offset(following, delta) if following < math.inf else 0.0))
+    return max(0.0, low - 0.01), by_rdp(q, sigma, steps, delta)
 
 
 def gaussian_delta(sigma: float, steps: int, epsilon: float) -> float:
@@ -137,14 +168,17 @@ def detection(points: Sequence[Sequence[float]], false_alarms: float) -> float:
     """Largest rate at which members are found when ``false_alarms`` of the others are accused, by (ε, δ) points."""
     limits = [1.0]
     for e, d in points:
-        limits += [false_alarms * math.exp(e) + d, 1 - (1 - d - false_alarms) / math.exp(e)]
+        factor = math.exp(min(e, 700.0))  # a larger one overflows, and rules nothing out either
+        limits += [false_alarms * factor + d, 1 - (1 - d - false_alarms) / factor]
     return max(false_alarms, min(limits))
 
 
-def refuse_absurd(q: float, sigma: float, steps: int, delta: float, epsilon: float) -> None:
-    """Raise for a plan whose composition would keep an accountant busy for hours and could not hold anyway."""
-    if sigma < 0.1:
+def refuse_absurd(q: float, sigma: float, steps: int) -> None:
+    """Raise for steps whose loss distribution would take gigabytes; no plan that could be made has such ones.
+
+    The same two bounds stand in :func:`fedveil.privacy.plan_rules.check`, which nobody's plan passes without.
+    """
+    if sigma < MIN_NOISE_MULTIPLIER:
         raise VerificationError(f"a noise multiplier of {sigma:g} is below any that calibration gives")
-    rough = by_rdp(q, sigma, steps, delta)
-    if rough > 3 * epsilon + 1:
-        raise VerificationError(f"{steps} steps cost about epsilon = {rough:.3g}, far above the plan's {epsilon:g}")
+    if (lost := steps * SampledGaussian(q, sigma).loss) > MAX_LOSS:
+        raise VerificationError(f"{steps} steps may lose {lost:.4g} on average, more than {MAX_LOSS:g}")

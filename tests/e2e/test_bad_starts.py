@@ -153,7 +153,7 @@ def test_an_impossible_plan_is_refused_with_the_nearest(consortium):
     c.replace(c.home / "federation.toml", ("[model]", "colluders = 2\n[model]"))
     c.server()
     assert c.code("server") == 11, c.log("server")
-    assert "the nearest that holds: colluders = 0, dropouts = 1" in c.log("server")
+    assert "the nearest that holds: colluders = 1, dropouts = 1" in c.log("server")
     assert not c.run.exists()
 
 

@@ -82,6 +82,62 @@ def test_an_impossible_tolerance_is_refused_with_one_that_works(n, t, d) -> None
     nearest = make(asked, e.value.nearest)
     assert nearest.colluders <= t
     assert nearest.dropouts <= d
+    # as many colluders as any number of drop-outs up to d allows for, then as many drop-outs
+    assert (nearest.colluders, nearest.dropouts) == max(
+        (a, b) for a in range(t + 1) for b in range(d + 1)
+        if n - a - b >= max(2, a + 1) and n - b >= (n + a) // 2 + 1
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "d", "best"),
+    [
+        (4, 3, 1, (1, 1)),
+        (4, 2, 0, (1, 0)),
+        (20, 10, 0, (9, 0)),
+        (5, 2, 7, (2, 0)),
+        (3, 2, 2, (1, 0)),
+    ],
+)
+def test_the_nearest_keeps_the_colluders(n, t, d, best) -> None:
+    with pytest.raises(PlanError) as e:
+        make({"sites": n, "colluders": t, "dropouts": d})
+    assert e.value.nearest == {"colluders": best[0], "dropouts": best[1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"epsilon": 0.0}, "epsilon"), ({"epsilon": -3.0}, "epsilon"), ({"epsilon": 1001.0, "steps": 1}, "epsilon"),
+        ({"epsilon": 1e-4, "steps": 1 << 18}, "epsilon"), ({"delta": 1e-17}, "delta"),
+        ({"epsilon": math.inf, "steps": 1}, "epsilon"),
+        ({"delta": 0.02}, "delta"), ({"steps": 0}, "steps"), ({"clip": 1e300}, "clip"),
+        ({"epsilon": None, "noise_multiplier": 0.3, "steps": 200}, "noise_multiplier"),
+        ({"epsilon": None, "noise_multiplier": 0.01}, "noise_multiplier"),
+        ({"epsilon": None, "noise_multiplier": 1e7}, "noise_multiplier"),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_bounds_is_refused_with_its_bound_and_the_nearest(change, field) -> None:
+    asked: dict[str, Any] = GIVEN | change
+    with pytest.raises(PlanError, match=field.replace("_", ".")) as e:
+        make(asked)
+    nearest = e.value.nearest
+    assert nearest
+    assert set(nearest) == {field}
+    while nearest:
+        asked |= nearest
+        nearest = refusal(asked)
+    assert make(asked)
+
+
+def test_a_delta_that_no_accountant_tells_from_rounding_is_refused() -> None:
+    """Below 1e-13 PLD gives inf, which no JSON has: the run would be charged first and then fail."""
+    assert math.isfinite(make({"delta": 1e-13}).claim)
+    for delta in (9e-14, 1e-17, 1e-300):
+        with pytest.raises(PlanError, match="greater than or equal to"):
+            make({"delta": delta})
+        with pytest.raises(PlanError, match="malformed in: delta"):
+            from_json(PLAN.to_json() | {"delta": delta})
 
 
 def refusal(asked: dict[str, Any]) -> dict[str, object] | None:
@@ -106,6 +162,8 @@ def refusal(asked: dict[str, Any]) -> dict[str, object] | None:
         ({"mode": "local", "colluders": 9}, "colluders = 9"),
         ({"mode": "local", "dropouts": 5}, "dropouts = 5"),
         ({"mode": "local", "sites": 2, "dropouts": 0}, "secure sum of 2"),
+        ({"mode": "local", "sites": 1}, "secure sum of 1"),
+        ({"delta": 1e-3, "records": 1 << 45}, "declared records"),
     ],
 )  # fmt: skip
 def test_what_cannot_hold_is_refused_with_what_does(change, message) -> None:
@@ -119,7 +177,7 @@ def test_what_cannot_hold_is_refused_with_what_does(change, message) -> None:
     assert make(asked)
 
 
-@pytest.mark.parametrize("records", [10**3, 10**4, 10**7, 10**10, 2999, 12_345])
+@pytest.mark.parametrize("records", [10**3, 10**4, 10**7, 10**10, 2999, 12_345, 1437])
 def test_delta_at_one_over_n_is_refused(records) -> None:
     """At δ = 1/N publishing one whole record would be allowed."""
     with pytest.raises(PlanError, match="declared records") as e:
@@ -127,7 +185,8 @@ def test_delta_at_one_over_n_is_refused(records) -> None:
     assert e.value.nearest
     proposed = e.value.nearest["delta"]
     assert isinstance(proposed, float)
-    assert 0.01 / records < proposed <= 0.1 / records
+    assert 0.05 / records <= proposed <= 0.1 / records
+    assert len(f"{proposed:e}".rstrip("0").partition("e")[0].rstrip("0")) <= 2  # one digit
     assert make({"records": records, "delta": proposed}).claim <= 2.0
     assert make({"records": records, "delta": 0.99 / records}).delta < 1 / records
 
