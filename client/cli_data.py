@@ -283,6 +283,9 @@ def risk(
 @app.command("report")
 def report(
     work: Annotated[Path, typer.Argument(help="The private folder of an earlier check or anonymize.")],
+    public: Annotated[
+        str, typer.Option(help="Public key that signed its lineage record, where that is the site's own key.")
+    ] = "",
 ) -> None:
     """Read the reports of a work folder: quality, stages, problems; and check that the lineage record is unchanged."""
     from rich.console import Console
@@ -291,7 +294,7 @@ def report(
 
     from fedveil.client.ingest import pipeline, publish
 
-    quality, vouched = publish.reports(work)
+    quality, vouched = publish.reports(work, public)
     console = Console()
     stages = Table("stage", "rows", "left", "found", title="stages")
     for s in quality["stages"]:

@@ -87,12 +87,15 @@ def _evidence(contract: DataContract, done: Released, source: str, released: str
     }
 
 
-def reports(work: Path) -> tuple[dict[str, Any], str]:
+def reports(work: Path, public: str = "") -> tuple[dict[str, Any], str]:
     """The quality report in a work folder, and in one sentence what vouches for it.
+
+    Args:
+        public: the key that signed the lineage record, 64 hexadecimal digits; by default the folder's own.
 
     Raises:
         DataError: there is none, or none that this version writes.
-        VerificationError: the lineage record is not signed by the folder's key, or the report or the released file is
+        VerificationError: the lineage record is not signed by that key, or the report or the released file is
             not the one that it names.
     """
     path, record = work / pipeline.QUALITY_JSON, work / pipeline.LINEAGE
@@ -103,13 +106,14 @@ def reports(work: Path) -> tuple[dict[str, Any], str]:
         raise DataError(f"{work} holds no quality report", hint="run 'fedveil data check' first") from e
     if not record.exists():
         return _read(path, data), "no lineage record: the table of this report was not accepted"
-    if not (work / lineage.KEY_FILE).is_file():
+    if not public and not (work / lineage.KEY_FILE).is_file():
         return _read(path, data), "the lineage record cannot be checked: this folder has no key of its own"
-    public = identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
+    whose = "the given" if public else "this folder's"
+    public = public or identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
     signed = lineage.read_signed(record, work / pipeline.SIGNATURE, public)
     drift.require_named(path, data, signed)
     _require_released(work, signed.get("released"))
-    return _read(path, data), "the lineage record is signed by this folder's key; report and release are unchanged"
+    return _read(path, data), f"the lineage record is signed by {whose} key; report and release are unchanged"
 
 
 def _require_released(work: Path, named: Any) -> None:

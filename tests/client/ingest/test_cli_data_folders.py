@@ -6,8 +6,10 @@ import warnings
 
 import pytest
 
+from fedveil.client.ingest import lineage
+from fedveil.client.ingest.pipeline import ingest
 from fedveil.common import canonical, identity
-from fedveil.common.contract import DataContract, sign_contract
+from fedveil.common.contract import DataContract, load_signed, sign_contract
 from fedveil.common.errors import DataError, UsageError, VerificationError
 
 with warnings.catch_warnings():  # typer reads a name of click that click has deprecated
@@ -152,3 +154,12 @@ def test_a_header_with_a_control_character_gives_a_draft_that_reads(tmp_path):
     assert run("contract", "init", path, "--out", out, "--no-ask", "--name", "x\x7fy").exit_code == 0
     read = tomllib.loads(out.read_text())
     assert ([c["name"] for c in read["columns"]], read["name"]) == (["a\x7fb", "c\\d"], "x\x7fy")
+
+
+def test_a_record_that_the_site_signed(tmp_path, agreed):
+    key, work = identity.new_signing_key(), tmp_path / "w"
+    table, contract = write_table(tmp_path / "t.csv"), load_signed(agreed[1], agreed[3])
+    ingest(table, contract, work, secret=lineage.site_secret(work), key=key)
+    assert isinstance(run("report", work).exception, VerificationError)
+    told = run("report", work, "--public", identity.public_hex(key))
+    assert "signed by the given key; report and release are unchanged" in told.output
