@@ -6,6 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -39,7 +40,10 @@ class Display:
 
     def progress(self, kind: str, facts: dict[str, Any]) -> None:
         """Told of the run's events."""
-        if kind == "joined":
+        if kind == "plan":
+            for warning in facts["warnings"]:
+                self._progress.console.print("[bold yellow]warning:[/]", escape(warning), highlight=False)
+        elif kind == "joined":
             self._progress.update(self._task, facts=f"{len(facts['sites'])} sites signed the plan")
         elif kind == "round":
             metrics = "  ".join(f"{k} {v:.3f}" for k, v in facts["metrics"].items())

@@ -30,7 +30,7 @@ from fedveil.deploy.transport.grpc_grid import require_free, serve
 from fedveil.privacy import plan as plans
 from fedveil.privacy.anonymization import fixed
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.planning import plan_from_settings
+from fedveil.privacy.planning import plan_from_settings, warnings
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.bundle import REPORT
 from fedveil.privacy.report.render import render_report
@@ -113,7 +113,9 @@ def new_job(
     key = identity.load_signing_key(f.identity / "signing.key")
     options = _options(federation, contract, plan, progress)
     options["attached"] = attached or {}
-    return jobs.create(run, plan, roster, key, documents=documents, engine=engine, **options)
+    job = jobs.create(run, plan, roster, key, documents=documents, engine=engine, **options)
+    job.progress("plan", {"warnings": warnings(plan)})
+    return job
 
 
 def known_job(federation: Federation, run: Path, *, progress: jobs.Progress | None = None) -> Job:

@@ -6,13 +6,14 @@ import secrets
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedveil.common import canonical
-from fedveil.common.errors import UsageError
+from fedveil.common.errors import BudgetExhausted, RunAborted, UsageError
 
 if TYPE_CHECKING:
     from fedveil.deploy import simulation
@@ -36,7 +37,7 @@ class Recipe:
 _DIGITS = {
     1.5: Recipe((32,), 0.4, 0.5, 1.0, 60),
     3.0: Recipe((32,), 0.4, 0.5, 1.0, 60),
-    float("inf"): Recipe((32,), 0.2, 1.0, 1.0, 150),
+    inf: Recipe((32,), 0.2, 1.0, 1.0, 150),
 }
 _TRIVIAL = Recipe((), 0.1, 1.0, 1.0, 3)
 
@@ -80,7 +81,8 @@ def recipe(config: Config) -> Recipe:
     """The hyper-parameters for ``config``, with ``steps`` overridden if asked for."""
     found = _TRIVIAL
     if config.dataset == "digits":
-        found = next(r for limit, r in _DIGITS.items() if config.epsilon <= limit)
+        fitting = (r for limit, r in _DIGITS.items() if config.epsilon <= limit)
+        found = next(fitting, _TRIVIAL)  # none for NaN, which no plan takes
     return found if config.steps is None else Recipe(**{**asdict(found), "steps": config.steps})
 
 
@@ -113,6 +115,7 @@ def run(config: Config, out: Path, *, progress: Progress | None = None, report: 
     """
     from fedveil.deploy import datasets
 
+    _check(config)
     split = datasets.load(config.dataset, config.clients, config.seed, alpha=config.alpha)
     return run_split(config, split, make_plan(config, split), out, progress=progress, report=report)
 
@@ -135,12 +138,16 @@ def run_split(
     from fedveil.client.app import make_app as client_app
     from fedveil.common import flwr_adapter
     from fedveil.deploy import simulation
+    from fedveil.privacy.planning import warnings
     from fedveil.server import job as jobs
     from fedveil.server.app import make_app as server_app
     from fedveil.server.evaluate import Evaluator
 
     _check(config)
+    _make_folder(out)
     flwr_adapter.quiet_flower()
+    if progress:
+        progress("plan", {"warnings": warnings(plan)})
     simulation.fit_threads(plan.model.parameters)
     started = time.perf_counter()
     world = simulation.World.make(config.clients)
@@ -187,10 +194,23 @@ def _check(config: Config) -> None:
         (config.engine not in ("inprocess", "ray"), f"unknown engine {config.engine!r}", "inprocess or ray"),
         (not 0 <= config.drop_rate <= 1, f"drop rate {config.drop_rate!r} is outside 0..1", ""),
         (config.drop_rate and config.engine == "ray", "the engine 'ray' has no random drop-outs", "use inprocess"),
-        (config.cap is not None and not config.cap > 0, f"cap = {config.cap!r} must be positive", ""),
+        (config.cap is not None and not 0 < config.cap < inf, f"cap = {config.cap!r} must be positive", ""),
+        (config.alpha is not None and not 0 < config.alpha < inf, f"alpha = {config.alpha!r} must be positive", ""),
+        (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is outside 0..4294967295", ""),
     ):
         if wrong:
             raise UsageError(text, hint=hint)
+
+
+def _make_folder(out: Path) -> None:
+    if (out / "journal.jsonl").exists():
+        raise UsageError(
+            f"{out} holds a run already", hint="another --out: a simulation cannot be resumed, its keys are gone"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"no folder can be made at {out}: {e.strerror}", hint="--out names the run's folder") from e
 
 
 def _drops(rate: float):
@@ -264,6 +284,22 @@ def simulate(
             with tempfile.TemporaryDirectory() as scratch:
                 outcomes.append(run(config, Path(scratch) / "run", report=False))
     summary(outcomes)
+    _raise_for_ending(outcomes, folder)
+
+
+def _raise_for_ending(outcomes: list[Outcome], folder: Path) -> None:
+    """A run that did not carry out its plan has the exit code that ``fedveil server start`` has; its report is written.
+
+    Raises:
+        RunAborted, BudgetExhausted: one of the runs ended so.
+    """
+    from fedveil.server.job import ABORTED, EXHAUSTED
+
+    endings = {o.status for o in outcomes}
+    if ABORTED in endings:
+        raise RunAborted(f"the run in {folder} was aborted", hint="the last model and the report are in its folder")
+    if EXHAUSTED in endings:
+        raise BudgetExhausted(f"the budget is spent; the last model is in {folder}", hint="a normal ending")
 
 
 __all__ = ["Config", "Outcome", "make_plan", "run", "run_split", "simulate"]

@@ -164,8 +164,7 @@ def forecast(plan: PrivacyPlan, *, cap: float | None = None, ledger: Tally | Non
             f"the ledger counts each {ledger.unit} at delta = {f.delta:g}, the plan each {plan.unit} at {plan.delta:g}",
             hint="a site refuses such a plan",
         )
-    total = plan.noise_multiplier * plan.sensitivity * math.sqrt(plan.sites / plan.honest)
-    each = total / plan.divisor / plan.clip
+    each = _noise_per_parameter(plan)
     fresh = Filter(cap, plan.delta, best_order(cap, plan.delta)) if cap is not None else None
     return Forecast(
         plan,
@@ -179,7 +178,7 @@ def forecast(plan: PrivacyPlan, *, cap: float | None = None, ledger: Tally | Non
         fresh.affords(plan.event) if fresh else None,
         ledger.epsilon if ledger else None,
         ledger.affords(plan.event) if f and ledger else None,
-        _warnings(plan, each * math.sqrt(plan.model.parameters)),
+        warnings(plan),
     )
 
 
@@ -188,15 +187,22 @@ def values_per_coefficient(bound: int) -> int:
     return max(1, math.floor(MODULUS_BITS / math.log2(2 * bound + 1)))
 
 
-def _warnings(plan: PrivacyPlan, noise_to_signal: float) -> tuple[str, ...]:
-    out = []
+def _noise_per_parameter(plan: PrivacyPlan) -> float:
+    total = plan.noise_multiplier * plan.sensitivity * math.sqrt(plan.sites / plan.honest)
+    return total / plan.divisor / plan.clip
+
+
+def warnings(plan: PrivacyPlan) -> tuple[str, ...]:
+    """What somebody should hear before a run of ``plan`` begins, one sentence each."""
+    out: list[str] = []
+    noise_to_signal = _noise_per_parameter(plan) * math.sqrt(plan.model.parameters)
     if plan.epsilon > HIGH_EPSILON:
         out.append(f"epsilon = {plan.epsilon:g} is more than {HIGH_EPSILON:g}: a formality rather than a protection")
     if plan.fallback > HIGH_FALLBACK:
         out.append(
             f"the fallback epsilon of {plan.fallback:.0f} is above {HIGH_FALLBACK:g}, which sites refuse by default"
         )
-    if noise_to_signal > NOISY:
+    if plan.task == "train" and noise_to_signal > NOISY:
         out.append(
             f"each step's noise is {noise_to_signal:.1f} times the longest possible gradient: more records, a larger "
             "epsilon, fewer parameters or fewer, larger steps"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from fedveil.privacy.planning import HIGH_EPSILON
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.results import empirical
 
@@ -177,6 +178,8 @@ class _Words:
             out.append(say("deviation.poisson"))
         if self.sum in ("keysum", "sharedkey", "none", "plain"):
             out.append(say(f"deviation.{self.sum}"))
+        if self.p["claim"]["epsilon_planned"] > HIGH_EPSILON:
+            out.append(say("deviation.high_epsilon", epsilon=self.epsilon, high=f"{HIGH_EPSILON:g}"))
         if self.mode == "client" and self.p["plan"]["few_clients"]:
             out.append(say("deviation.few_clients"))
         if self.p["simulated"]:

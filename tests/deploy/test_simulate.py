@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedveil.common import cli
-from fedveil.common.errors import BudgetExhausted, PlanError, UsageError
+from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted, UsageError
 from fedveil.common.journal import parse
 from fedveil.deploy import baselines, datasets, simulate, simulation
 from fedveil.deploy.simulate import Config
@@ -249,8 +249,49 @@ class TestCommand:
         )
         assert self.invoke(*words).exit_code == 0
         before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
-        assert self.invoke(*words).exit_code != 0
+        again = self.invoke(*words).exception
+        assert isinstance(again, UsageError)
+        assert "another --out" in again.hint  # its keys are gone: there is nothing to resume
         assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
+
+    @pytest.mark.parametrize(
+        ("words", "error", "said"),
+        [
+            (("--epsilon", "nan"), PlanError, "epsilon = nan"),
+            (("--epsilon", "nan", "--dataset", "digits"), PlanError, "nan"),
+            (("--seed", "-1"), UsageError, "seed -1"), (("--seed", str(1 << 32)), UsageError, "seed"),
+            (("--alpha", "nan"), UsageError, "alpha"), (("--alpha", "inf"), UsageError, "alpha"),
+            (("--cap", "nan"), UsageError, "cap"), (("--delta", "1e-17"), PlanError, "delta"),
+            (("--delta", "nan"), PlanError, "delta"), (("--out", "/dev/null/run"), UsageError, "no folder can be made"),
+        ],
+    )  # fmt: skip
+    def test_nonsense_is_refused_in_words(self, tmp_path, words, error, said):
+        usual = ("--clients", "4", "--dataset", "trivial", "--sum", "plain", "--out", str(tmp_path / "run"))
+        done = self.invoke(*usual, *words)
+        assert isinstance(done.exception, error), done.exception
+        assert said in done.exception.message
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "error"), [(("--drop-rate", "1"), RunAborted), (("--steps", "9", "--cap", "0.6"), BudgetExhausted)]
+    )
+    def test_a_run_that_did_not_end_as_planned_says_so_with_its_exit_code(self, tmp_path, words, error):
+        usual = ("--clients", "4", "--dataset", "trivial", "--sum", "plain", "--out", str(tmp_path / "run"))
+        done = self.invoke(*usual, *words)
+        assert isinstance(done.exception, error)
+        assert "steps applied" in done.output
+        assert report(tmp_path / "run")["status"] in ("ABORTED", "BUDGET_EXHAUSTED")
+
+    def test_an_epsilon_that_protects_nobody_is_warned_of_and_stands_in_the_report(self, tmp_path):
+        words = ("--clients", "4", "--dataset", "trivial", "--sum", "plain", "--steps", "1")
+        assert "more than 10" not in self.invoke(*words, "--out", str(tmp_path / "low")).output
+        assert not any("more than 10" in x for x in report(tmp_path / "low")["deviations"])
+        done = self.invoke(*words, "--epsilon", "30", "--out", str(tmp_path / "run"))
+        assert done.exit_code == 0, done.exception
+        assert "warning: epsilon = 30 is more than 10" in " ".join(done.output.split())
+        assert any("is more than 10" in x for x in report(tmp_path / "run")["deviations"])
+        assert "is more than 10" in (tmp_path / "run" / "report.html").read_text()
+        assert "超过 10" in (tmp_path / "run" / "report.zh.html").read_text()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ GIVEN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def plan_of(q: float, steps: int, *, sites: int = 5, delta: float = 1e-5, **target: float) -> PrivacyPlan:
+def plan_of(q: float, steps: int, *, sites: int = 5, delta: float = 1e-5, **target: Any) -> PrivacyPlan:
     return make_plan(**GIVEN, sites=sites, sample_rate=q, steps=steps, delta=delta, **target)
 
 
