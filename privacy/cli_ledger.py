@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import FedveilError, UsageError, VerificationError
-from fedveil.common.journal import Row, parse, verify_rows
+from fedveil.common.journal import GENESIS, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.ledger import Ledger, Tally
 from fedveil.privacy.report.bundle import read_bounded
@@ -24,7 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="A site's privacy ledger: what was 
 _LIMIT = 1 << 28
 
 File = Annotated[Path, typer.Argument(help="A site's ledger (journal.jsonl).")]
-Public = Annotated[str | None, typer.Option(help="The site's public key (64 hex digits): checks chain and signatures.")]
+Public = Annotated[str | None, typer.Option(help="The site's public key (64 hex digits): checks signatures, too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -89,6 +91,7 @@ def prove(
     """Write a proof that one row stands in this journal; 'fedveil audit row' checks it without the other rows."""
     from fedveil.privacy.report.rows import prove as proof_of
 
+    _require_file(file)
     _write_new(out, canonical.dumps(proof_of(file, row, rows)) + b"\n")
 
 
@@ -110,11 +113,12 @@ def import_(
     """
     if left_open and (old_key is not None or not public):
         raise UsageError("--left-open needs the --public half of the older ledger's key, and not the key itself")
+    public = _key(public) if public else ""
     held, owner = _bounded_rows(into), identity.load_signing_key(key)
     now, old = tally_of(held), identity.load_signing_key(old_key) if old_key else owner
     if now.filter is None:
         raise VerificationError(f"{into}: the ledger was never opened")
-    if not left_open and public and public.strip() != identity.public_hex(old):
+    if not left_open and public and public != identity.public_hex(old):
         raise UsageError(
             "the key at hand is not that of the older ledger, which could not be closed",
             hint="--old-key FILE closes it; --left-open where its key is lost",
@@ -125,7 +129,7 @@ def import_(
     )  # fmt: skip
     try:
         before = ledger.tally.epsilon
-        done = ledger.adopt(_bounded_rows(file), public.strip()) if left_open else _taken_over(ledger, file, old)
+        done = ledger.adopt(_bounded_rows(file), public) if left_open else _taken_over(ledger, file, old)
         after = ledger.tally.epsilon
     finally:
         ledger.close()
@@ -143,6 +147,7 @@ def _taken_over(ledger: Ledger, file: Path, key: Ed25519PrivateKey) -> Row:
 
 def _bounded_rows(file: Path) -> list[Row]:
     """The rows of a ledger's file, without what a crash left behind the last one; no signature is checked."""
+    _require_file(file)
     try:
         data = read_bounded(file, _LIMIT)
         rows = parse(data[: data.rfind(b"\n") + 1])
@@ -158,7 +163,7 @@ def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
 
     Args:
         rows: a parsed ledger.
-        checked: whether its chain and signatures were verified; only repeated in the result.
+        checked: whether its signatures were verified; only repeated in the result.
 
     Raises:
         VerificationError: a row that the ledger's rules do not allow.
@@ -219,18 +224,51 @@ def tally_of(rows: list[Row]) -> Tally:
 
 
 def read_rows(file: Path, public: str | None) -> list[Row]:
-    """The rows of a ledger's file; with the site's public key, chain and signatures are checked.
+    """The rows of a ledger's file: numbering and chain hold, and with the site's public key the signatures too.
 
     Raises:
+        UsageError: there is no such file, or ``public`` is no key.
         VerificationError: empty, malformed, or forged.
     """
+    key = None if public is None else _key(public)
+    _require_file(file)
     try:
         rows = parse(read_bounded(file, _LIMIT))
         if not rows:
             raise VerificationError("the ledger is empty")
-        return verify_rows(rows, public.strip(), owner=rows[0].owner) if public is not None else rows
+        return _chained(rows) if key is None else verify_rows(rows, key, owner=rows[0].owner)
     except FedveilError as e:
         raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+
+
+def _chained(rows: list[Row]) -> list[Row]:
+    """What needs no key: every row is numbered, names its owner and the row before, and has its own hash."""
+    before = GENESIS
+    for i, r in enumerate(rows):
+        core = {"v": 1, "n": r.n, "owner": r.owner, "at": r.at, "kind": r.kind, "body": r.body, "prev": r.prev}
+        if (r.n, r.owner, r.prev) != (i, rows[0].owner, before):
+            raise VerificationError(f"row {i} does not follow the one before: rows are missing, or were moved")
+        if canonical.digest(core) != r.hash:
+            raise VerificationError(f"row {i} was changed: its hash differs")
+        before = r.hash
+    return rows
+
+
+def _key(public: str) -> str:
+    if not re.fullmatch("[0-9a-fA-F]{64}", key := public.strip()):
+        raise UsageError("--public is not 64 hexadecimal digits", hint="the site's key as the roster names it")
+    return key.lower()
+
+
+def _require_file(file: Path) -> None:
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UsageError(f"{file} is no plain file", hint="a site's ledger is the file ledger.jsonl in its state")
+        file.open("rb").close()
+    except OSError as e:
+        raise UsageError(
+            f"{file} cannot be read: {e.strerror}", hint="a site's ledger is the file ledger.jsonl in its state"
+        ) from e
 
 
 def _write_new(out: Path, data: bytes) -> None:
@@ -255,7 +293,11 @@ def _show(found: dict[str, Any]) -> None:
     if found["closed_for"]:
         head.add_row("closed", f"for good; ledger {found['closed_for'][:16]}... counts it")
     head.add_row("left", f"{found['fraction_left']:.1%} of the Rényi budget")
-    checked = "chain and signatures hold" if found["signatures_checked"] else "NOT checked (give --public)"
+    checked = (
+        "chain and signatures hold"
+        if found["signatures_checked"]
+        else "the chain holds, signatures NOT checked (give --public)"
+    )
     head.add_row("journal", f"{found['head'][0]} rows, {checked}")
     console.print(head)
     if not found["sessions"]:

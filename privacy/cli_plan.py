@@ -123,4 +123,5 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
         rows.append((f"a cap of {f.cap:g}", f"carries {f.affordable} of these steps"))
     if f.left is not None:
         rows.append(("the ledger", f"has spent ε = {f.spent:.4f} and still carries {f.left} of these steps"))
+        rows.append(("", "its chain holds; 'fedveil ledger verify' checks the signatures"))
     return rows

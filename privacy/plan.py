@@ -306,7 +306,7 @@ def make_plan(
     return PrivacyPlan(**given | derived).check()
 
 
-def _derived(given: dict[str, Any]) -> dict[str, float]:
+def _derived(given: dict[str, Any]) -> dict[str, Any]:
     """What follows from the rest: σ from ε or (``epsilon`` being None) ε from σ, and the grid."""
     mode, sites, steps, model = given["mode"], given["sites"], given["steps"], given["model"]
     rate = 1.0 if mode == "client" else given["sample_rate"]

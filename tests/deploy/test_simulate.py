@@ -269,7 +269,7 @@ class TestCommand:
         usual = ("--clients", "4", "--dataset", "trivial", "--sum", "plain", "--out", str(tmp_path / "run"))
         done = self.invoke(*usual, *words)
         assert isinstance(done.exception, error), done.exception
-        assert said in done.exception.message
+        assert said in str(done.exception)
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(

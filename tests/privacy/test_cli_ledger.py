@@ -72,8 +72,13 @@ def test_verify_needs_the_right_key(file, key) -> None:
     assert result.exit_code == 0
     assert "chain and signatures hold" in result.stdout
     wrong = identity.public_hex(identity.new_signing_key())
-    for value in (wrong, "zz", ""):
-        assert isinstance(call("verify", file, "--public", value).exception, VerificationError)
+    assert isinstance(call("verify", file, "--public", wrong).exception, VerificationError)
+    assert call("verify", file, "--public", identity.public_hex(key).upper()).exit_code == 0
+    for command in ("verify", "show", "export"):
+        for value in ("zz", "", "0" * 63, " "):
+            refused = call(command, file, "--public", value).exception
+            assert isinstance(refused, UsageError)
+            assert "64 hexadecimal digits" in refused.message
     assert call("verify", file).exit_code == 2
 
 
@@ -92,7 +97,30 @@ def test_a_file_that_is_no_ledger(tmp_path, data) -> None:
     path.write_bytes(data)
     for command in ("show", "export"):
         assert isinstance(call(command, path).exception, VerificationError)
-    assert isinstance(call("show", tmp_path / "none").exception, VerificationError)
+
+
+def test_no_file_is_a_wrong_argument_and_no_evidence(tmp_path, file, key) -> None:
+    public, secret = identity.public_hex(key), tmp_path / "signing.key"
+    identity.save_signing_key(secret, key)
+    for path in (tmp_path / "none", tmp_path, Path("/dev/null"), file / "below"):
+        for words in (
+            ("show", path), ("verify", path, "--public", public), ("export", path),
+            ("prove", path, 0, "--out", tmp_path / "p"), ("import", path, "--into", file, "--key", secret),
+            ("import", file, "--into", path, "--key", secret),
+        ):  # fmt: skip
+            refused = call(*words).exception
+            assert isinstance(refused, UsageError), (words, refused)
+            assert "evidence" not in refused.hint
+
+
+def test_without_a_key_numbering_and_chain_are_still_checked(file) -> None:
+    lines = file.read_bytes().splitlines(keepends=True)
+    forged = [line.replace(b'"noise_multiplier":2', b'"noise_multiplier":9') for line in lines]
+    assert forged != lines
+    for spoilt in (lines[:2] + lines[3:], lines[1:], [lines[0], lines[2], lines[1], *lines[3:]], forged):
+        file.write_bytes(b"".join(spoilt))
+        for command in ("show", "export"):
+            assert isinstance(call(command, file).exception, VerificationError)
 
 
 def test_export_holds_every_row_and_overwrites_nothing(file, key, tmp_path) -> None:

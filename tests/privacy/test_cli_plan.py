@@ -155,7 +155,11 @@ def test_what_a_ledger_that_has_spent_still_carries(folder) -> None:
     assert 0 < found["ledger_spent"] < cap
     assert "still carries 20 of these steps" in call(path, "--ledger", folder / "a").stdout
     assert isinstance(call(path, "--ledger", folder / "b").exception, PlanError)
-    assert isinstance(call(path, "--ledger", folder / "c").exception, VerificationError)
+    assert isinstance(call(path, "--ledger", folder / "c").exception, UsageError)
+    assert isinstance(call(path, "--ledger", folder).exception, UsageError)
+    assert "'fedveil ledger verify' checks the signatures" in call(path, "--ledger", folder / "a").stdout
+    (folder / "a").write_bytes(b"".join((folder / "a").read_bytes().splitlines(keepends=True)[:-1][::2]))
+    assert isinstance(call(path, "--ledger", folder / "a").exception, VerificationError)
 
 
 def test_a_draft_and_a_number_of_sites_are_enough_to_plan_with(folder) -> None:
