@@ -283,6 +283,7 @@ class SiteSettings(_Section):
 
 
 _T = TypeVar("_T", Federation, SiteSettings)
+_NAMES: dict[type[BaseModel], str] = {Federation: "federation.toml", SiteSettings: "site.toml"}
 
 
 def load(path: Path, kind: type[_T]) -> _T:
@@ -294,9 +295,9 @@ def load(path: Path, kind: type[_T]) -> _T:
     try:
         raw = tomllib.loads(path.read_text())
     except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+        raise ConfigError(f"{path} cannot be read: {e.strerror}", hint=f"name the {_NAMES[kind]} to use") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid TOML: {e}") from e
+        raise ConfigError(f"{path} is not valid TOML: {e}", hint="correct its syntax there; TOML is UTF-8") from e
     try:
         return _anchored(kind.model_validate(raw), path.parent.resolve())
     except ValidationError as e:

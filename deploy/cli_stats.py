@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedveil.common.errors import RunAborted, UsageError
+from fedveil.common.errors import FedveilError, RunAborted, UsageError
 
 if TYPE_CHECKING:
     from fedveil.common.contract import DataContract
     from fedveil.common.stats_spec import MetricSpec, StatsSpec
 
+MAX_QUANTILES = 64  # of a StatsSpec
 _METRICS = ("accuracy", "confusion")
 
 
@@ -41,6 +43,7 @@ def stats(
     from fedveil.privacy.stats_document import STATISTICS
 
     wanted = [w.strip() for w in what.split(",") if w.strip()]
+    _check(wanted, quantile or ())
     metric, attached = _evaluated(wanted, model)
     federation = files.load(settings, files.Federation)
     folder = run or federation.federation.runs / time.strftime("%Y%m%d-%H%M%S-stats")
@@ -63,6 +66,17 @@ def stats(
     typer.echo(f"estimates: {path}\nreport: {folder / 'report.html'}")
 
 
+def _check(wanted: list[str], quantiles: Sequence[float]) -> None:
+    """Raise :class:`UsageError` for a wish without a meaning; an empty one would be run, and charged."""
+    if not wanted:
+        raise UsageError("--what names no statistic", hint="'count' asks for the count alone")
+    if len(quantiles) > MAX_QUANTILES or not all(0 < q < 1 for q in quantiles):
+        raise UsageError(
+            "a --quantile is a probability above 0 and below 1",
+            hint=f"at most {MAX_QUANTILES} of them: 0.5 is the median",
+        )
+
+
 def _evaluated(wanted: list[str], folder: Path | None) -> tuple[MetricSpec | None, dict[str, bytes]]:
     """The model of a finished training run, and its weights as every site receives them."""
     if not set(wanted) & set(_METRICS):
@@ -78,6 +92,11 @@ def _evaluated(wanted: list[str], folder: Path | None) -> tuple[MetricSpec | Non
         weights = (folder / "model.f32").read_bytes()
     except OSError as e:
         raise UsageError(f"{folder} holds no finished run: {e.strerror}", hint="plan.json and model.f32") from e
+    except FedveilError as e:
+        raise UsageError(
+            f"{folder / 'plan.json'} is no plan of a training: {e.message}",
+            hint="--model: the folder of a finished run",
+        ) from e
     if len(weights) != 4 * network.parameters:
         raise UsageError(f"{folder / 'model.f32'} is not the model of its plan")
     spec = MetricSpec(network=network, model_hash=canonical.sha256_hex(weights), confusion="confusion" in wanted)

@@ -66,7 +66,10 @@ def _gather(exchange: Exchange) -> None:
     while len(job.joins) < job.plan.sites:
         if time.monotonic() > deadline:
             missing = [m.site for m in job.roster.sites if m.site not in job.joins]
-            raise RunAborted(f"these sites did not join in time: {', '.join(missing)}")
+            raise RunAborted(
+                f"these sites did not join in time: {', '.join(missing)}",
+                hint="each site's own log says why; start those sites, or raise run.join_timeout, and begin again",
+            )
         new = [node for node in exchange.grid.get_node_ids() if node not in answered]
         if not new:
             time.sleep(_POLL)

@@ -197,6 +197,27 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
         load(tmp_path / "empty.toml", SiteSettings)
 
 
+def test_a_file_that_cannot_be_used_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[privacy\nx")
+    for name in ("missing.toml", ".", "bad.toml"):
+        with pytest.raises(ConfigError) as e:
+            load(tmp_path / name, Federation)
+        assert e.value.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("learning_rate = 0.5", "learning_rate = inf"), ("learning_rate = 0.5", "learning_rate = 2e6"),
+        ("clip = 1.0", "clip = inf"), ("clip = 1.0", "clip = 1e300"), ("clip = 1.0", "clip = 1.0\ndelta = 1e-14"),
+        ("clip = 1.0", "clip = 1.0\nlocal_steps = 65537"), ("records = 1000", "records = 300000000000000"),
+    ],
+)  # fmt: skip
+def test_what_a_plan_could_not_hold_is_no_setting(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=new.rpartition("\n")[2].partition(" ")[0]):
+        federation(tmp_path, FEDERATION.replace(old, new))
+
+
 def test_every_field_says_what_it_is() -> None:
     for name, info in LimitsSection.model_fields.items():
         assert info.description or name in ("modes", "sums")
