@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import FedveilError, UsageError, VerificationError
-from fedveil.common.journal import GENESIS, Row, parse, verify_rows
+from fedveil.common.journal import GENESIS, Row, parse, verify_rows, without_torn_end
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.ledger import Ledger, Tally
 from fedveil.privacy.report.bundle import read_bounded
@@ -228,17 +228,26 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
 
     Raises:
         UsageError: there is no such file, or ``public`` is no key.
-        VerificationError: empty, malformed, or forged.
+        VerificationError: empty, malformed, or forged; or cut off while its last row was written.
     """
     key = None if public is None else _key(public)
     _require_file(file)
     try:
-        rows = parse(read_bounded(file, _LIMIT))
-        if not rows:
+        data = read_bounded(file, _LIMIT)
+        whole = without_torn_end(data)
+        rows = parse(whole)
+        if not rows and whole == data:
             raise VerificationError("the ledger is empty")
-        return _chained(rows) if key is None else verify_rows(rows, key, owner=rows[0].owner)
+        if rows:
+            rows = _chained(rows) if key is None else verify_rows(rows, key, owner=rows[0].owner)
     except FedveilError as e:
         raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+    if whole != data:
+        raise VerificationError(
+            f"{file}: the last row was cut off while it was written; the {len(rows)} before it hold",
+            hint="a power cut leaves this: the site's next start drops it, and notes that it did; then look again",
+        )
+    return rows
 
 
 def _chained(rows: list[Row]) -> list[Row]:

@@ -133,3 +133,19 @@ def test_export_holds_every_row_and_overwrites_nothing(file, key, tmp_path) -> N
     assert out.stat().st_mode & 0o077 == 0
     assert isinstance(call("export", file, "--out", out).exception, UsageError)
     assert canonical.loads(call("export", file).stdout)["rows"] == document["rows"]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_row_that_a_power_cut_left_unfinished_is_not_called_evidence(file, key, signed) -> None:
+    whole, public = file.read_bytes(), ("--public", identity.public_hex(key)) if signed else ()
+    for torn in (b'{"at":1', whole.splitlines()[0][:-1]):
+        file.write_bytes(whole + torn)
+        error = call("show", file, *public).exception
+        assert isinstance(error, VerificationError)
+        assert "was cut off" in error.message
+        assert "next start drops it" in error.hint
+    for changed in (whole + whole.splitlines()[0] + b" x", whole.replace(b'"n":2', b'"n":3', 1) + b'{"at":1'):
+        file.write_bytes(changed)
+        error = call("show", file, *public).exception
+        assert isinstance(error, VerificationError)
+        assert "evidence" in error.hint
