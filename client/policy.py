@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import zoneinfo
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from fedveil.common.settings import WEEK, LimitsSection, window
 from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy.plan import PrivacyPlan
 
+_LOG = logging.getLogger("fedveil.client")
 _HINT = "change the plan, or ask the site's owner to change site.toml"
 
 
@@ -63,6 +65,20 @@ def check_contract(contract: DataContract, limits: LimitsSection) -> None:
             raise AnonymityError(
                 f"the data contract's {text}", hint="agree on another contract, or change [limits] in site.toml"
             )
+
+
+def tell_of_a_short_budget(plan: PrivacyPlan, affordable: int) -> None:
+    """Say in the site's own log, and nowhere else, that its ledger will stop it before the plan is carried out.
+
+    No reason to refuse: the budget's end is a normal one. But a cap that equals the plan's ε is such a budget, because
+    a filter over runs that may depend on each other reads higher than the accountant of one run.
+    """
+    if affordable < plan.steps and _LOG.isEnabledFor(logging.INFO):
+        _LOG.info(
+            "the budget carries %d of the plan's %d steps: this site will stop there; all of them take a cap with "
+            "%.4g left, not %.4g ('fedveil plan' says so beforehand)",
+            affordable, plan.steps, plan.filter_epsilon(), plan.epsilon,
+        )  # fmt: skip
 
 
 def model_hash(plan: PrivacyPlan) -> str:

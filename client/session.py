@@ -155,6 +155,7 @@ class Site:
                 session=session, plan_hash=plan.hash, roster_hash=roster_hash, contract_hash=contract_hash,
                 **({} if known.precision == "float64" else {"precision": known.precision}),
             )  # fmt: skip
+            policy.tell_of_a_short_budget(plan, self.ledger.affords(plan.event))
         return known
 
     def permit(self, session: Session) -> None:

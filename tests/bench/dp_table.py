@@ -1,15 +1,17 @@
 """`make bench-dp`: what clipping every record costs, beside plain SGD and Opacus; writes docs/bench-dp.md.
 
-One thread, one process, all candidates interleaved: each figure is the median over repetitions of the ratio to the
-plain step (forward, mean loss, backward in float32) of the same repetition. Opacus runs as its users run it (float32,
-its own optimiser's clipping and summing, no noise); ours returns the float64 sum of the site's step, padding and
-checks included. Ratios travel, milliseconds do not. `python tests/bench/dp_table.py [output file]`, two minutes.
+One thread, one process, all candidates interleaved in ever new orders: each figure is the median over repetitions of
+the ratio to the plain step (forward, mean loss, backward in float32) of the same repetition. Opacus runs as its users
+run it (float32, its own optimiser's clipping and summing, no noise); ours returns the float64 sum of the site's step,
+padding and checks included. Ratios travel, milliseconds do not. `python tests/bench/dp_table.py [output file]`, two
+minutes.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -88,11 +90,12 @@ def ratios(steps: dict[str, Step]) -> tuple[float, dict[str, float], int]:
     for step in steps.values():
         step()
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    start = time.perf_counter()
+    start, names, order = time.perf_counter(), list(steps), random.Random(0)
     while len(taken["plain"]) < LEAST or (time.perf_counter() - start < SECONDS and len(taken["plain"]) < MOST):
-        for name, step in steps.items():
+        order.shuffle(names)  # what a step leaves in the caches is its follower's luck or bad luck
+        for name in names:
             before = time.process_time()
-            step()
+            steps[name]()
             taken[name].append(time.process_time() - before)
     base = taken["plain"]
     others = {

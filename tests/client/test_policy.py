@@ -215,3 +215,17 @@ class TestAskingAgain:
         assert [r.body for r in w.sites[0].ledger.journal.of_kind("refused")] == [
             {"session": w.session, "reason": "PolicyRefusal"}
         ]
+
+
+def test_a_ledger_that_stops_the_run_early_is_told_of_at_the_site_alone(world, caplog):
+    """A cap equal to the plan's ε: the plan is accepted, and the site's own log says how far the budget goes."""
+    for cap, told in ((2.0, True), (3.0, False)):
+        w = world(cap=cap, epsilon=2.0)
+        with caplog.at_level("INFO", logger="fedveil.client"):
+            caplog.clear()
+            reply = line.join(w.sites[0], w.proposal())
+        left = w.sites[0].ledger.affords(w.plan.event)
+        assert (left < w.plan.steps) is told
+        assert (f"the budget carries {left} of the plan's 4 steps" in caplog.text) is told
+        assert (f"{w.plan.filter_epsilon():.4g} left" in caplog.text) is told
+        assert "budget" not in str(reply.header)
