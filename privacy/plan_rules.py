@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_INFLATION = 0.02
 MIN_CLIENTS = 1000
+DELTA_PER_STEP = 1e-14
 MAX_CAP = 1e6  # of a ledger that could carry a plan
 
 
@@ -38,6 +39,7 @@ def check(plan: PrivacyPlan) -> None:
             hint="at such a delta publishing one whole record would be allowed",
             nearest=_smaller_delta(plan.records),
         )
+    _check_rounding(plan)
     _check_cost(plan)
     if plan.claim > plan.epsilon * (1 + 1e-9):
         raise PlanError(
@@ -139,6 +141,18 @@ def _check_trust(plan: PrivacyPlan) -> None:
         raise PlanError(
             "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
         )
+
+
+def _check_rounding(plan: PrivacyPlan) -> None:
+    """Sampled steps are composed by Fourier transforms, whose rounding (some 3e-17 a step) must stay far below δ."""
+    needed = DELTA_PER_STEP * plan.steps
+    if plan.event.sample_rate == 1 or plan.steps == 1 or plan.delta >= needed:
+        return
+    raise PlanError(
+        f"delta = {plan.delta:g} drowns in the rounding of {plan.steps} composed steps: at least {needed:g}",
+        hint="a larger delta, fewer steps, or sample_rate = 1",
+        nearest={"delta": needed} if needed < 1 / plan.records else {"steps": max(1, int(plan.delta / DELTA_PER_STEP))},
+    )
 
 
 def _check_cost(plan: PrivacyPlan) -> None:

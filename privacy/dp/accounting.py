@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,7 +34,9 @@ ORDERS: tuple[float, ...] = (
     *map(float, (72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024, 2048)),
 )
 # Below this noise, or above this number of steps at noise 1, a loss distribution may need seconds and gigabytes.
-_MIN_PLD_NOISE, _MAX_PLD_STEPS, _MAX_PLD_EPSILON = 0.05, 1e3, 1000.0
+_MIN_PLD_NOISE, _MAX_PLD_STEPS = 0.05, 1e3
+# The library divides by masses of e^-ε, which a double holds up to about 700.
+MAX_PLD_EPSILON = 600
 # What the sum in log space can round away of one step's divergence, charged on top of it.
 _ROUNDING = 1e-12
 _REPEAT = 1 << 60
@@ -75,16 +77,21 @@ def _accountant(
     return accountant
 
 
+def _finite(found: float, bound: Callable[[], float]) -> float:
+    """``found``, or the bound where the library's division overflowed: at an ε that no plan claims."""
+    return found if math.isfinite(found) else bound()
+
+
 @lru_cache(maxsize=4096)
 def _pld(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float:
-    return float(_accountant(events).get_epsilon(delta))
+    return _finite(float(_accountant(events).get_epsilon(delta)), lambda: epsilon_rdp(events, delta))
 
 
 def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
     """ε at ``delta`` of non-adaptively chosen ``(event, steps)`` pairs, by privacy loss distributions.
 
     An upper bound: the discretisation (:func:`interval`) rounds pessimistically. 0 for no events. Where the
-    distribution would be too wide to hold (σ < 0.05, or an ε above 1000), the bound by Rényi DP is returned instead,
+    distribution would be too wide to hold (σ < 0.05, or an ε above 600), the bound by Rényi DP is returned instead,
     so that a hostile plan costs neither memory nor time.
     """
     merged = _merge(events)
@@ -94,7 +101,7 @@ def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> 
         return epsilon_rdp([(SampledGaussian(1.0, e.noise_multiplier), steps) for e, steps in merged], delta)
     if sum(steps / e.noise_multiplier**2 for e, steps in merged) > _MAX_PLD_STEPS:
         bound = epsilon_rdp(merged, delta)
-        if bound > _MAX_PLD_EPSILON:
+        if bound > MAX_PLD_EPSILON:
             return bound
     return _pld(merged, delta)
 
@@ -125,14 +132,15 @@ def epsilon_replace_one(events: Iterable[tuple[SampledGaussian, int]], delta: fl
     narrow = all(e.noise_multiplier >= 2 * _MIN_PLD_NOISE for e, _ in merged)
     if not narrow or sum(4 * steps / e.noise_multiplier**2 for e, steps in merged) > _MAX_PLD_STEPS:
         bound = replace_one_rdp(merged, delta)
-        if not narrow or bound > _MAX_PLD_EPSILON:
+        if not narrow or bound > MAX_PLD_EPSILON:
             return bound
     return _replaced(merged, delta)
 
 
 @lru_cache(maxsize=1024)
 def _replaced(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float:
-    return float(_accountant(events, NeighboringRelation.REPLACE_ONE).get_epsilon(delta))
+    accountant = _accountant(events, NeighboringRelation.REPLACE_ONE)
+    return _finite(float(accountant.get_epsilon(delta)), lambda: replace_one_rdp(events, delta))
 
 
 def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:

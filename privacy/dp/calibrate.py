@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 from fedveil.common.errors import PlanError
-from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp
+from fedveil.privacy.dp.accounting import MAX_PLD_EPSILON, epsilon_pld, epsilon_rdp
 from fedveil.privacy.dp.events import MIN_NOISE_MULTIPLIER, SampledGaussian
 
-MAX_EPSILON, MAX_NOISE_MULTIPLIER = 1000.0, 1e6
+MAX_EPSILON, MAX_NOISE_MULTIPLIER = float(MAX_PLD_EPSILON), 1e6
 _RELATIVE = 1e-4
 
 

@@ -20,8 +20,7 @@ from fedveil.privacy.stats_document import STATISTICS, document
 _CLOSE, _NAMED = 1e-6, 8
 _STEP_SLACK = 1e-11  # what a builder may add to each step's divergence for rounding
 _STATISTICS_LIMIT = 1 << 25
-_NO_DISTRIBUTION, _NO_EXP = 1000.0, 700.0
-_TOO_MUCH = 1200.0  # by this table of orders, for what is at most 1000 by the builder's finer one
+_NO_DISTRIBUTION, _NO_EXP = 600.0, 700.0
 
 
 def pld(claim: dict[str, Any], plan: PrivacyPlan) -> str:
@@ -47,12 +46,8 @@ def rdp(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     grid counts many small steps for too much, RDP a few rare ones).
     """
     q, sigma = plan.event.sample_rate, plan.noise_multiplier
-    low, high = recompute.rdp_range(q, sigma, plan.steps, plan.delta)
     stated = fields.number(claim, "epsilon_rdp", "claim", high=1e9)
-    slack = _CLOSE * max(1.0, high) + _STEP_SLACK * plan.steps
-    if not low <= stated <= high + slack:
-        raise VerificationError(f"epsilon by RDP is stated as {stated:.6f}, it is between {low:.6f} and {high:.6f}")
-    return f"stated {stated:.6f}, bounded by {high:.6f}"
+    return f"stated {stated:.6f}, bounded by {_between(stated, 'epsilon', q, sigma, plan):.6f}"
 
 
 def replace_one(claim: dict[str, Any], plan: PrivacyPlan) -> str:
@@ -80,14 +75,22 @@ def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     """ε when a site can count on nothing but its own share of the noise."""
     q, sigma = plan.event.sample_rate, plan.noise_multiplier / math.sqrt(plan.honest)
     stated = fields.number(claim, "fallback_epsilon", "claim", high=1e12)
-    own = recompute.by_rdp(q, sigma, plan.steps, plan.delta)
-    if own <= _TOO_MUCH and claim.get("fallback_accountant") == "PLD":
-        own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
-    # By RDP the two tables of orders differ, and so do the bounds; the derivation of every field settles the rest.
-    near = 0.1 * own if claim.get("fallback_accountant") == "RDP" else _CLOSE * max(1.0, own)
-    if abs(stated - own) > near:
+    if claim.get("fallback_accountant") == "RDP":
+        return f"stated {stated:.6f}, recomputed by RDP: at most {_between(stated, 'the fallback', q, sigma, plan):.6f}"
+    if (lost := plan.steps * SampledGaussian(q, sigma).loss) > 4 * MAX_LOSS:
+        raise VerificationError(f"{lost:.4g} may be lost on average by one's own share alone, too much for PLD")
+    own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
+    if abs(stated - own) > _CLOSE * max(1.0, own):
         raise VerificationError(f"the fallback is stated as {stated:.6f}, it is {own:.6f}")
     return f"stated {stated:.6f}, recomputed {own:.6f}"
+
+
+def _between(stated: float, what: str, q: float, sigma: float, plan: PrivacyPlan) -> float:
+    """What the verifier's own table of orders bounds ε by; raises where ``stated`` cannot come of a finer one."""
+    low, high = recompute.rdp_range(q, sigma, plan.steps, plan.delta)
+    if not low * (1 - _CLOSE) <= stated <= high + _CLOSE * max(1.0, high) + _STEP_SLACK * plan.steps:
+        raise VerificationError(f"{what} by RDP is stated as {stated:.6f}, it is between {low:.6f} and {high:.6f}")
+    return high
 
 
 def curve(claim: dict[str, Any], plan: PrivacyPlan) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-from fedveil.privacy.dp.accounting import delta_curve, epsilon_pld, epsilon_rdp, replace_one_rdp
+from fedveil.privacy.dp.accounting import MAX_PLD_EPSILON, delta_curve, epsilon_pld, epsilon_rdp, replace_one_rdp
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -14,7 +14,7 @@ CURVE_POINTS = 33
 STEP_POINTS = 16
 FALSE_ALARMS = (0.001, 0.01, 0.05, 0.1)
 # Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and so it is named.
-_TOO_MUCH, _TOO_LITTLE_NOISE = 1000.0, 0.05
+_TOO_MUCH, _TOO_LITTLE_NOISE = float(MAX_PLD_EPSILON), 0.05
 _NO_EXP = 700.0  # beyond it a float overflows, and nothing is ruled out
 
 Curve = tuple[tuple[float, float], ...]

@@ -54,10 +54,10 @@ def by_pld(q: float, sigma: float, steps: int, delta: float) -> float:
 
 @lru_cache(maxsize=64)
 def deltas_by_pld(q: float, sigma: float, steps: int, epsilons: tuple[float, ...]) -> tuple[float, ...]:
-    """δ at each of ``epsilons``."""
+    """δ at each of ``epsilons``; at most 1, which rounding may pass."""
     accountant = PLDAccountant(value_discretization_interval=_grid(q, sigma))
     accountant.compose(_mechanism(q, sigma), steps)
-    return tuple(float(accountant.get_delta(e)) for e in epsilons)
+    return tuple(min(1.0, float(accountant.get_delta(e))) for e in epsilons)
 
 
 @lru_cache(maxsize=256)

@@ -108,7 +108,7 @@ def test_the_nearest_keeps_the_colluders(n, t, d, best) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"epsilon": 0.0}, "epsilon"), ({"epsilon": -3.0}, "epsilon"), ({"epsilon": 1001.0, "steps": 1}, "epsilon"),
+        ({"epsilon": 0.0}, "epsilon"), ({"epsilon": -3.0}, "epsilon"), ({"epsilon": 601.0, "steps": 1}, "epsilon"),
         ({"epsilon": 1e-4, "steps": 1 << 18}, "epsilon"), ({"delta": 1e-17}, "delta"),
         ({"epsilon": math.inf, "steps": 1}, "epsilon"),
         ({"delta": 0.02}, "delta"), ({"steps": 0}, "steps"), ({"clip": 1e300}, "clip"),
@@ -128,6 +128,20 @@ def test_what_is_out_of_bounds_is_refused_with_its_bound_and_the_nearest(change,
         asked |= nearest
         nearest = refusal(asked)
     assert make(asked)
+
+
+def test_a_delta_below_the_rounding_of_a_composition_is_refused() -> None:
+    """A Fourier transform rounds at some 3e-17 a step; one step, or every record in every step, needs none."""
+    asked = GIVEN | {"sample_rate": 0.01, "steps": 1000, "delta": 1e-12}
+    with pytest.raises(PlanError, match="rounding") as e:
+        make(asked)
+    assert e.value.nearest == {"delta": 1e-11}
+    assert make(asked, e.value.nearest or {})
+    assert make(asked, {"sample_rate": 1.0})
+    assert make(asked, {"steps": 1})
+    with pytest.raises(PlanError, match="rounding") as e:
+        make(asked, {"records": 1 << 37, "steps": 5000})
+    assert e.value.nearest == {"steps": 100}
 
 
 def test_a_delta_that_no_accountant_tells_from_rounding_is_refused() -> None:

@@ -28,7 +28,7 @@ def on_a_grid(q: float, sigma: float, steps: int, width: float, delta: float = D
 def test_builder_and_verifier_have_one_rule(q, sigma) -> None:
     q, sigma = 10**q, 10**sigma
     width = interval(SampledGaussian(q, sigma))
-    assert width == pytest.approx(recompute._grid(q, sigma), rel=1e-12)
+    assert width == recompute._grid(q, sigma)  # to the last bit: at a small δ another grid rounds otherwise
     assert 1e-6 <= width <= 1e-3
 
 
