@@ -203,7 +203,8 @@ def check_limit(limit: float) -> None:
         )
     if not 0 <= limit <= 1:
         hint = f"{limit / 100:g} is {limit:g} %" if 1 < limit <= 100 else "give a share of the rows, such as 0.05"
-        raise ContractError(f"suppression_limit = {limit:g} is not a share in [0, 1]", hint=hint)
+        shown = f" = {limit:g}" if abs(limit) < 1e300 else ""  # a longer whole number is no float
+        raise ContractError(f"suppression_limit{shown} is not a share in [0, 1]", hint=hint)
 
 
 def search(

@@ -103,7 +103,7 @@ class Hierarchy:
         try:
             with path.open(newline="", encoding="utf-8-sig") as f:
                 rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
+        except (OSError, ValueError, csv.Error) as e:  # no UTF-8, a name with a zero byte
             raise ContractError(f"the hierarchy {path} cannot be read", hint="a UTF-8 file: value;group;...;*") from e
         return cls.from_rows(rows, name=name or path.stem)
 
@@ -157,6 +157,11 @@ class QuasiIdentifier:
             raise ContractError(f"column {self.name!r}: the fixed level is not a whole number", hint=f"one of 0..{top}")
         if self.fixed_level is not None and not 0 <= self.fixed_level <= top:
             raise ContractError(f"column {self.name!r}: the fixed level is not one of 0..{top}")
+        if self.numeric and self.hierarchy is not None and self.hierarchy.numbers is None:
+            raise ContractError(
+                f"column {self.name!r} is numeric, and values of its hierarchy are no numbers",
+                hint="leave numeric out, or take these values out of the hierarchy",
+            )
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,18 @@ class Sensitive:
 
     Args:
         name: the column.
-        values: its values in order; needed for the ordered distance of texts (numbers are ordered by themselves).
+        values: its values in order, each once; needed for the ordered distance of texts (numbers are ordered by
+            themselves). A value named twice would stretch that distance's scale.
         hierarchy: needed for the hierarchical distance.
     """
 
     name: str
     values: tuple[str, ...] = ()
     hierarchy: Hierarchy | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) != len(self.values):
+            raise ContractError(f"column {self.name!r} lists a value twice", hint="name every value once, in order")
 
 
 @dataclass(frozen=True)

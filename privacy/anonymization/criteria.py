@@ -34,6 +34,7 @@ from fedveil.privacy.anonymization.distances import (
 
 PerClass = NDArray[np.bool_]
 ROUNDING = 1e-12
+LARGEST = 1 << 53  # of a criterion's whole numbers: beyond it they are not exact as floats
 
 
 class Criterion(Protocol):
@@ -286,6 +287,8 @@ class BetaLikeness:
 
     def __post_init__(self) -> None:
         _positive("β", self.beta)
+        if not isinstance(self.enhanced, bool):
+            raise ContractError("enhanced is neither true nor false", hint="enhanced = true")
 
     @property
     def required(self) -> str:
@@ -338,6 +341,8 @@ class DeltaDisclosure:
 def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ContractError(f"{name} is not a number but {type(value).__name__}", hint=f"write {name} without quotes")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ContractError(f"{name} is too large", hint=f"at most {LARGEST}")
 
 
 def _positive(name: str, value: float) -> None:
@@ -349,5 +354,6 @@ def _positive(name: str, value: float) -> None:
 def _whole_number(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ContractError(f"{name} is not a whole number", hint=f"{name} is at least {least}")
+    _number(name, value)
     if value < least:
         raise ContractError(f"{name} = {value} is below {least}", hint=f"{name} is at least {least}")

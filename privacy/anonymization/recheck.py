@@ -26,7 +26,7 @@ from fedveil.privacy.anonymization import criteria as cr
 from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, Sensitive, TableSpec, bins
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recheck_definitions import judge
-from fedveil.privacy.anonymization.recheck_labels import cover, is_set, number_of
+from fedveil.privacy.anonymization.recheck_labels import covers_of, number_of, sets_of
 
 pc: Any = pyarrow.compute
 BATCH = 1 << 20
@@ -243,7 +243,8 @@ def _check_labels(q: QuasiIdentifier, labels: Sequence[str]) -> None:
     known = {label for level in q.hierarchy.levels for label in level} if q.hierarchy else set()
     if q.column is not None:
         known |= {label for _, labels in bins(q.column) for label in labels}
-    broken = sum(not (label in known or label in (TOP, MISSING) or is_set(q, label)) for label in labels)
+    is_set = sets_of(q)
+    broken = sum(not (label in known or label in (TOP, MISSING) or is_set(label)) for label in labels)
     if broken:
         raise AnonymityError(
             f"column {q.name!r}: {broken} different cells are no labels of the specification",
@@ -301,8 +302,9 @@ def _population(
     words = [{i: w for w, i in labels[n].items()} for n in names]
     covers: dict[tuple[int, str], Callable[[str], bool]] = {}
     for j, q in enumerate(spec.quasi):
+        cover = covers_of(q)
         for label in labels[q.name]:
-            covers[j, label] = cover(q, label)
+            covers[j, label] = cover(label)
     out = []
     for key in keys:
         own = [covers[j, words[j][i]] for j, i in enumerate(key)]

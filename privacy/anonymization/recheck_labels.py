@@ -16,22 +16,26 @@ from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier
 PIECE = re.compile(r"(?:\\.|[^|\\])*")
 
 
-def is_set(q: QuasiIdentifier, label: str) -> bool:
+def sets_of(q: QuasiIdentifier) -> Callable[[str], bool]:
     """Whether a label is a set of the column's values, or an interval between two of them, inside public bounds."""
-    values = _members(label)
     leaves = set(q.hierarchy.leaves) if q.hierarchy else None
-    if len(set(values)) != len(values):
-        return False
-    plain = [v for v in values if v != MISSING]
-    ends = _ends(plain[0], _reader(q)) if len(plain) == 1 else None
-    if ends is not None:
-        low, high = ends
-        within = leaves is None or all(_holds(leaves, e) for e in ends)
-        return low <= high and within and _inside(q, ends)
-    if q.numeric or (q.column is not None):
-        numbers = [_reader(q)(v) for v in plain]
-        return None not in numbers and _inside(q, [x for x in numbers if x is not None])
-    return leaves is None or set(plain) <= leaves
+    points = {x for v in leaves if (x := number_of(v)) is not None} if leaves is not None else None
+    number = _reader(q)
+
+    def is_set(label: str) -> bool:
+        values = _members(label)
+        if len(set(values)) != len(values):
+            return False
+        plain = [v for v in values if v != MISSING]
+        ends = _ends(plain[0], number) if len(plain) == 1 else None
+        if ends is not None:
+            return ends[0] <= ends[1] and (points is None or set(ends) <= points) and _inside(q, ends)
+        if q.numeric or (q.column is not None):
+            numbers = [number(v) for v in plain]
+            return None not in numbers and _inside(q, [x for x in numbers if x is not None])
+        return leaves is None or set(plain) <= leaves
+
+    return is_set
 
 
 def _inside(q: QuasiIdentifier, values: Sequence[float]) -> bool:
@@ -56,10 +60,6 @@ def _ends(text: str, number: Callable[[str], float | None]) -> tuple[float, floa
     found = re.fullmatch(r"\[([^,\[\]]+),([^,\[\]]+)\]", text)
     low, high = (number(found.group(1)), number(found.group(2))) if found else (None, None)
     return (low, high) if low is not None and high is not None else None
-
-
-def _holds(leaves: set[str], value: float) -> bool:
-    return any(number_of(v) == value for v in leaves)
 
 
 def _reader(q: QuasiIdentifier) -> Callable[[str], float | None]:
@@ -87,15 +87,21 @@ def number_of(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def cover(q: QuasiIdentifier, label: str) -> Callable[[str], bool]:
-    """Which values a label stands for."""
-    if label == TOP:
-        return lambda value: True
-    values = set(_members(label))
+def covers_of(q: QuasiIdentifier) -> Callable[[str], Callable[[str], bool]]:
+    """For a label, which values it stands for."""
+    named: dict[str, set[str]] = {}
     if q.hierarchy is not None:
         for level in q.hierarchy.levels:
-            values |= {leaf for leaf, name in zip(q.hierarchy.leaves, level, strict=True) if name == label}
+            for leaf, name in zip(q.hierarchy.leaves, level, strict=True):
+                named.setdefault(name, set()).add(leaf)
     number = _reader(q)
+    return lambda label: _cover(label, named.get(label, set()), number)
+
+
+def _cover(label: str, named: set[str], number: Callable[[str], float | None]) -> Callable[[str], bool]:
+    if label == TOP:
+        return lambda value: True
+    values = {*_members(label), *named}
     ends = next((e for v in _members(label) if (e := _ends(v, number)) is not None), None)
     if ends is None:
         days = {x for v in values if number is not number_of and (x := number(v)) is not None}

@@ -84,6 +84,7 @@ def test_a_parquet_file_from_the_command_line(example, task, tmp_path):
     assert not (tmp_path / "n.parquet").exists()
 
 
+GOOD = "[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'k-anonymity'\nk = 2"
 WRONG = {
     "no TOML": ("x = ", "not a readable TOML"),
     "an unknown key": ("k = 5", "'k' is not understood"),
@@ -104,6 +105,20 @@ WRONG = {
     "a name for a list": ("keep = 'a'\n[[quasi]]\nname = 'b'", "keep is no list"),
     "a percentage": ("suppression_limit = 5\n[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'k-anonymity'\nk = 2", "share"),
     "an unknown method": ("method = 'best'\n[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'k-anonymity'\nk = 2", "method"),
+    "deep nesting": ("x = " + "[" * 3000 + "]" * 3000, "not a readable TOML"),
+    "more than is read": (f"{GOOD}#{'x' * spec_file.MAX_FILE_BYTES}\n[[criterion]]\nis = 'l'", "longer than 4 MiB"),
+    "a zero byte in a name": ("[[quasi]]\nname = 'a'\nhierarchy = \"b\\u0000c\"", "cannot be read"),
+    "a limit beyond floats": (f"suppression_limit = {'9' * 400}\n{GOOD}", "not a share"),
+    "a k beyond floats": (GOOD.replace("k = 2", f"k = {'9' * 400}"), "k is too large"),
+    "an l beyond floats": (
+        f"{GOOD}\n[[sensitive]]\nname = 's'\n[[criterion]]\nis = 'entropy-l'\nl = {'9' * 400}",
+        "too large",
+    ),
+    "a text for a choice": (
+        f"{GOOD}\n[[sensitive]]\nname = 's'\n[[criterion]]\nis = 'beta-likeness'\nbeta = 1\nenhanced = 'no'",
+        "neither true nor false",
+    ),
+    "a value twice": ("[[quasi]]\nname = 'a'\n[[sensitive]]\nname = 's'\nvalues = ['a', 'a', 'b']", "a value twice"),
     "numeric as text": ("[[quasi]]\nname = 'a'\nnumeric = 'yes'", "neither true nor false"),
 }
 
@@ -116,6 +131,13 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, how):
     with pytest.raises(ContractError, match=words) as refused:
         spec_file.load(path)
     assert refused.value.hint
+
+
+def test_numbers_over_a_hierarchy_of_words_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("1;x;*\nunknown;x;*\n")
+    (tmp_path / "s.toml").write_text(GOOD.replace("'a'", "'a'\nhierarchy = 'a.csv'\nnumeric = true"))
+    with pytest.raises(ContractError, match="values of its hierarchy are no numbers"):
+        spec_file.load(tmp_path / "s.toml")
 
 
 def test_every_kind_of_criterion_can_be_written(tmp_path):

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.privacy.anonymization.attributes import QuasiIdentifier, Sensitive, TableSpec
+from fedveil.common.errors import AnonymityError, ContractError
+from fedveil.privacy.anonymization import recheck_labels
+from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.criteria import AlphaK, DistinctL, KAnonymity, TCloseness
 from fedveil.privacy.anonymization.recheck import recheck
 
@@ -35,3 +37,25 @@ def test_a_number_that_is_none_is_a_value_of_its_own(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"q": ["x"] * 4, "s": [1.0, 2.0, float("nan"), 3.0]}), path)
     assert recheck(path, SPEC, [DistinctL(4)]).met
+
+
+def test_a_sensitive_value_is_named_once():
+    """A value named five times stretched the ordered distance: .05 of t-closeness was met at a true distance of .25."""
+    with pytest.raises(ContractError, match="a value twice"):
+        Sensitive("s", ("x", "x", "x", "x", "x", "y"))
+
+
+def test_the_leaves_are_read_once_for_all_labels(tmp_path, monkeypatch):
+    """The reviewed case: every label read all leaves again."""
+    leaves, read = 2000, []
+    number_of = recheck_labels.number_of
+    monkeypatch.setattr(recheck_labels, "number_of", lambda text: read.append(text) or number_of(text))
+    q = QuasiIdentifier("q", Hierarchy.intervals(0, leaves - 1, [10]), numeric=True)
+    spec, path = TableSpec((q,)), tmp_path / "t.parquet"
+    labels = [f"[{5 * i},{5 * i + 4}]" for i in range(200)]
+    pq.write_table(pa.table({"q": labels * 2}), path)
+    assert recheck(path, spec, [KAnonymity(2)]).met
+    assert len(read) <= leaves + 10 * len(labels)
+    pq.write_table(pa.table({"q": [*labels, "[0,2000]"] * 2}), path)
+    with pytest.raises(AnonymityError, match="1 different cells are no labels"):
+        recheck(path, spec, [KAnonymity(2)])
