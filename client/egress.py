@@ -50,7 +50,7 @@ _HOLD_RECORDS = (
     ("fedveil.privacy.dp.", "clipped_sum"),
 )
 # Where a file lies on this machine: folders are named after people and wards.
-_PATH = re.compile(r"""(?:^|[\s'"(=:])(?:~?/|[A-Za-z]:\\)\S""")
+_PATH = re.compile(r"""(?:^|[^\w.)])(?:~\w*/|/|[A-Za-z]:\\|\\\\)\S""")
 _SLOTTED = "contribute"
 HELD = "this site's egress gate held the answer back"
 

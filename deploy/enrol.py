@@ -61,6 +61,9 @@ def request(folder: Path, site: str, *, host: str = "") -> str:
             f"{folder} is an enrolled member's", hint="'fedveil client renew' asks for a new certificate"
         )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in ("signing.key", "tls.key"):
+        if (folder / name).exists() and not (folder / name).stat().st_size:
+            (folder / name).unlink()  # made, and never written: it is nobody's key
     if not (folder / "signing.key").exists():
         identity.save_signing_key(folder / "signing.key", identity.new_signing_key())
     if not (folder / "tls.key").exists():

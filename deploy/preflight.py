@@ -29,6 +29,7 @@ from fedveil.common.errors import (
     AnonymityError,
     BudgetExhausted,
     ConfigError,
+    ContractError,
     DataError,
     FedveilError,
     IdentityError,
@@ -317,6 +318,8 @@ class Preflight:
             pin = (self._site.identity / "consortium.pub").read_text(encoding="ascii").strip()
         except (OSError, ValueError) as e:
             raise IdentityError("no consortium key is pinned", hint="enrol first: fedveil client join") from e
+        if not self._site.contract.is_file():
+            raise ContractError(f"there is no file {self._site.contract}", hint=_REMEDIES["contract"])
         return contracts.load_signed(self._site.contract, pin)
 
     @property

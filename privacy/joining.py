@@ -49,7 +49,7 @@ def check_joins(documents: Any, session: str, plan_hash: str, roster: Roster) ->
 
 
 def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster: Roster) -> dict[str, Any]:
-    """The join fields of one site's statement, after its signature and hashes were checked.
+    """The join fields of one site's statement, after its signature, its hashes and the form of its heads were checked.
 
     Raises:
         ProtocolError, IdentityError: the statement does not hold, or takes more room than its site has in the message
@@ -65,6 +65,10 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
     fields = payload.get("fields")
     if not isinstance(fields, dict):
         raise ProtocolError(f"the join statement of {site!r} is malformed")
+    try:
+        heads_in({site: document})
+    except ProtocolError as e:
+        raise ProtocolError(f"the join statement of {site!r}: {e.message}") from e
     return fields
 
 

@@ -21,6 +21,7 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.joining import sum_spec
+from fedveil.privacy.report.history import End
 from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.server import server_sum
@@ -262,7 +263,8 @@ class SecureSumStrategy(Strategy):
             "model_hash": self._name,
         }
         replies = link.packets(link.ask(dict.fromkeys(link.nodes, Packet(header)), "query.finish"))
-        heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()})
+        end = End(self.status, done, self._name, {}, {})
+        heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()}, end)
         metrics = self._metrics()
         if self._blinded is None:
             write_durably(job.run / "model.f32", job.state.sent())

@@ -32,23 +32,46 @@ def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
     return out
 
 
-def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[str, Copy]]) -> None:
-    """It is the ledger that the site joined with, and holds every row that another site had seen of it.
+def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[str, Copy]], colluders: int) -> str:
+    """It is the ledger that the site joined with, and holds every row that other sites had seen of it.
+
+    A copy is its witness's word: the owner has not signed it. Up to ``colluders`` sites may invent one together, and
+    must not be able to accuse another; of more witnesses than that, one is honest.
 
     Args:
         joined: the site's own join statement.
         seen: see :func:`seen_by_peers`; of the site's other ledgers it says nothing here.
+        colluders: t of the plan.
+
+    Returns:
+        A remark on witnesses who say otherwise and are too few to be believed; empty if there are none.
     """
     if not rows:
         raise VerificationError("it has no rows")
     count, digest = fields.head(joined.get("head"), "the join statement")
     if not _holds(rows, count, digest) or joined.get("ledger", rows[0].hash) != rows[0].hash:
         raise VerificationError("it does not continue the ledger that the site had when it joined")
-    for witness, copy in seen:
-        if copy.ledger == rows[0].hash and not _holds(rows, *copy.head):
-            raise VerificationError(
-                f"{witness} signed that it had {copy.head.rows} rows before this run; these are others, or fewer"
-            )
+    against = {w: c.head.rows for w, c in seen if c.ledger == rows[0].hash and not _holds(rows, *c.head)}
+    if not against:
+        return ""
+    said = ", ".join(f"{w} ({n} rows)" for w, n in sorted(against.items())[:8])
+    if len(against) > colluders:
+        raise VerificationError(f"these sites signed that it had other rows, or more, before this run: {said}")
+    return f"; {said} signed that it had other rows, or more: one word against another, up to {colluders} may collude"
+
+
+def counts(c: Charges, plan: PrivacyPlan, h: History, site: str) -> int:
+    """It was charged the plan's step for rounds that were opened, and for every sum the site is in; how often."""
+    opened = {r.number for r in h.rounds}
+    for n, row in c.spends.items():
+        if n not in opened:
+            raise VerificationError(f"{site} charged round {n}, which the server never opened")
+        if row.body["event"] != plan.event.to_json() or row.body.get("plan_hash") != plan.hash:
+            raise VerificationError(f"{site} charged round {n} with another event or plan than the signed one")
+    for r in h.applied:
+        if site in (r.members or ()) and r.number not in c.spends:
+            raise VerificationError(f"{site} is in the sum of round {r.number}, but its ledger was not charged")
+    return len(c.spends)
 
 
 def _holds(rows: list[Row], count: int, digest: str) -> bool:
@@ -106,7 +129,7 @@ def _before_a_restart(c: Charges, h: History, site: str, last: Row) -> bool:
         return False
     model = h.applied[done - 1].model_out if done else h.model_hash
     later = any(site in (r.members or ()) for r in h.applied[done:])
-    return last.body.get("model_hash") == model and not later and max(c.spends, default=0) < len(h.rounds)
+    return last.body.get("model_hash") == model and not later and max(c.spends, default=0) <= len(h.rounds)
 
 
 def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:

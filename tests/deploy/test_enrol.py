@@ -137,13 +137,16 @@ class TestAdmission:
         assert not (tmp_path / "b").exists(), "keys were made for a request that was refused"
         enrol.request(tmp_path / "b", "server", host="fl.example.org")
 
+    @pytest.mark.parametrize("empty", [False, True])
     @pytest.mark.parametrize("lost", ["request.json", "tls.key", "signing.key"])
-    def test_what_an_interruption_left_out_is_made(self, tmp_path, new_members, lost):
+    def test_what_an_interruption_left_out_is_made(self, tmp_path, new_members, lost, empty):
         """Until the answer is installed: a request that got lost, or keys of which only one was written."""
         m = new_members(tmp_path)
         m.ask("east")
         kept = {k: (tmp_path / "east" / k).read_bytes() for k in ("signing.key", "tls.key") if k != lost}
         (tmp_path / "east" / lost).unlink()
+        if empty:
+            (tmp_path / "east" / lost).touch(0o600)
         heard = m.ask("east")
         assert all((tmp_path / "east" / k).read_bytes() == v for k, v in kept.items())
         enrol.install(tmp_path / "east", m.sign("east", heard), consortium_key=m.pin.upper())

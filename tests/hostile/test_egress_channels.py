@@ -375,7 +375,22 @@ class TestErrors:
         assert b"StoreError" in said[0]
         assert b"space" not in said[0]
 
-    @pytest.mark.parametrize("where", ["/srv/ward 7/x", "'/srv/ward'", "C:\\ward\\x", "(~/ward)", "path=/srv"])
+    @pytest.mark.parametrize(
+        "where",
+        [
+            "/srv/ward 7/x",
+            "'/srv/ward'",
+            "C:\\ward\\x",
+            "(~/ward)",
+            "path=/srv",
+            "[/srv",
+            "`/srv`",
+            "a,/srv",
+            "~anna/x",
+            "\\\\\\\\host\\\\ward",
+            "<C:\\\\x>",
+        ],
+    )
     def test_no_words_name_a_place_on_this_machine(self, where):
         for error in (errors.PolicyRefusal(f"no: {where}"), errors.PlanError("no", hint=f"see {where}")):
             assert where not in str(spoken(error))

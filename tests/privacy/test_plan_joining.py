@@ -30,7 +30,7 @@ SESSION = "5" * 64
 def statement(signer: str, /, *, key: Any = None, domain: str = JOIN, **changes: Any) -> Any:
     payload = {
         "v": 1, "session": SESSION, "site": signer, "plan_hash": PLAN.hash, "roster_hash": ROSTER.hash,
-        "fields": {"public": signer},
+        "fields": {"public": signer}, "head": [1, "a" * 64], "ledger": "a" * 64, "peers": {},
     } | changes  # fmt: skip
     return canonical.loads(canonical.dumps(identity.signed(key or KEYS[signer], domain, payload)))
 
@@ -72,6 +72,11 @@ def test_nobody_missing_and_nobody_else(documents) -> None:
         (statement("s1", v=2), ProtocolError),
         (statement("s1", fields=None), ProtocolError),
         (statement("s1", fields=[1]), ProtocolError),
+        (statement("s1", head=None), ProtocolError),
+        (statement("s1", head=[1]), ProtocolError),
+        (statement("s1", ledger="A" * 64), ProtocolError),
+        (statement("s1", peers=[]), ProtocolError),
+        (statement("s1", peers={"s2": [[1]]}), ProtocolError),
         (identity.signed(KEYS["s1"], JOIN, ["no", "object"]), ProtocolError),
         (statement("s2"), IdentityError),
         (statement("s1", key=identity.new_signing_key()), IdentityError),
@@ -91,13 +96,13 @@ def test_a_statement_that_does_not_hold_names_its_site(bad, error) -> None:
 def test_a_statement_that_takes_the_others_room_names_its_site() -> None:
     """However many are as long as one may be, together they fit into the header that shows them to everybody."""
     whole = Limits.header * 3 // 4
-    bare = len(canonical.dumps(statement("s1", peers="")))
+    bare = len(canonical.dumps(statement("s1", more="")))
     room = whole // len(KEYS)
-    full = joins(**{s: statement(s, peers="x" * (room - bare)) for s in KEYS})
+    full = joins(**{s: statement(s, more="x" * (room - bare)) for s in KEYS})
     check_joins(full, SESSION, PLAN.hash, ROSTER)
     flwr_adapter.to_record(Packet({"kind": "begin", "session": SESSION, "joins": full}))
     with pytest.raises(ProtocolError, match=f"'s1' measures {room + 1} bytes; the limit is {room}"):
-        check_joins(full | {"s1": statement("s1", peers="x" * (room - bare + 1))}, SESSION, PLAN.hash, ROSTER)
+        check_joins(full | {"s1": statement("s1", more="x" * (room - bare + 1))}, SESSION, PLAN.hash, ROSTER)
 
 
 def test_a_site_that_is_not_on_the_roster() -> None:

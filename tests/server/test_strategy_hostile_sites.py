@@ -14,6 +14,7 @@ from fedveil.common.errors import BudgetExhausted, IdentityError, ProtocolError,
 from fedveil.common.journal import parse
 from fedveil.common.wire import Packet
 from fedveil.privacy.joining import JOIN
+from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
 from fedveil.privacy.secagg.plain import PlainServer
@@ -266,6 +267,23 @@ class TestLedgersAtTheEnd:
         r.lie = lie
         r.go()
         assert "site-0002" not in r.bodies("run.end")[0]["heads"]
+        assert verified(r)["ledgers delivered"] == "not delivered: site-0002"
+
+    @pytest.mark.parametrize(("kind", "change"), [
+        ("session.end", {"status": "ABORTED"}), ("model", {"model_hash": "f" * 64}), ("model", {"round": 1}),
+        ("spend", {"plan_hash": "f" * 64}),
+    ])  # fmt: skip
+    def test_a_ledger_that_tells_another_run_costs_nobody_the_report(self, run, monkeypatch, kind, change):
+        """A member's own rows, well signed, that an auditor would refuse: its ledger is missing, as if it were down."""
+        r, honest = run(), Ledger._append
+
+        def lie(ledger, row, **body):
+            other = change if (row, ledger.journal.owner) == (kind, "site-0002") else {}
+            return honest(ledger, row, **{**body, **other})
+
+        monkeypatch.setattr(Ledger, "_append", lie)
+        assert r.go() == "COMPLETED"
+        assert sorted(r.bodies("run.end")[0]["heads"]) == ["site-0001", "site-0003", "site-0004"]
         assert verified(r)["ledgers delivered"] == "not delivered: site-0002"
 
     @pytest.mark.parametrize("action", ["query.begin", "query.finish"])

@@ -182,12 +182,21 @@ def test_what_a_peer_had_seen_must_be_there(spoilt) -> None:
     for held in (seen(spoilt, 3), seen(spoilt, 3000, "f" * 64, "e" * 64), {}):
         spoilt.forge(peers={"alba": held})
         assert verify_report(spoilt.report, consortium_key=spoilt.public).ok, held
-    for held in (seen(spoilt, 3000, "f" * 64), seen(spoilt, 2, "f" * 64)):
-        spoilt.forge(peers={"alba": held})
+    for held, how in ((seen(spoilt, 3000, "f" * 64), "3000 rows"), (seen(spoilt, 2, "f" * 64), "2 rows")):
+        spoilt.forge(peers={"alba": held, "cava": held})
         assert failed(spoilt).name == "ledger of berg"
-        assert "alba signed" in failed(spoilt).detail
+        assert f"alba ({how}), cava ({how})" in failed(spoilt).detail
     spoilt.forge(peers={"alba": {"berg": [[1]]}})
     assert (failed(spoilt).name, "alba" in failed(spoilt).detail) == ("join statements", True)
+
+
+def test_as_many_as_may_collude_cannot_accuse_another(spoilt) -> None:
+    """What a site says of a peer's ledger is not signed by that peer. It is shown, and costs nobody the report."""
+    spoilt.forge(peers={"alba": seen(spoilt, 3000, "f" * 64)})
+    found = verify_report(spoilt.report, consortium_key=spoilt.public)
+    assert found.ok
+    detail = next(c.detail for c in found.checks if c.name == "ledger of berg")
+    assert "alba (3000 rows) signed that it had other rows" in detail
 
 
 def test_the_ledger_that_a_site_joined_with_is_the_one_it_hands_over(spoilt) -> None:
