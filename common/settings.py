@@ -95,7 +95,7 @@ class PrivacySection(_Section):
 
     mode: Literal["distributed", "local", "client"] = "distributed"
     sum: Literal["keysum", "sharedkey", "none"] = "keysum"
-    epsilon: float | None = Field(default=None, gt=0, le=600, description="ε of the run; or noise_multiplier")
+    epsilon: float | None = Field(default=None, description="ε of the run, above 0 and up to 600; or noise_multiplier")
     noise_multiplier: float | None = Field(default=None, gt=0, le=1e6, description="σ of the run; ε follows from it")
     delta: float = Field(default=1e-5, ge=MIN_DELTA, le=0.01, description="δ of the run")
     records: int = Field(

@@ -24,7 +24,7 @@ from fedveil.common.stats_spec import StatsSpec
 from fedveil.privacy import plan_rules as rules
 from fedveil.privacy.dp import calibrate
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, epsilon_replace_one
-from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.dp.events import MIN_NOISE_MULTIPLIER, SampledGaussian
 from fedveil.privacy.grid import choose, largest_sum
 from fedveil.privacy.secagg import committee as committees
 
@@ -348,6 +348,8 @@ def _check_given(given: dict[str, Any]) -> None:
         if len(wrong) == 1 and name == "epsilon" and given["epsilon"] <= 0:
             larger = _larger_epsilon(given)
             nearest |= {} if larger is None else {"epsilon": larger}
+        elif name == "noise_multiplier" and x["type"] == "greater_than":
+            nearest[name] = MIN_NOISE_MULTIPLIER
         elif x["type"] in ("less_than_equal", "greater_than_equal") and x["input"] == x["input"]:  # no NaN
             nearest[name] = context.get("le", context.get("ge"))
     said = "; ".join(

@@ -204,7 +204,7 @@ def warnings(plan: PrivacyPlan) -> tuple[str, ...]:
         )
     if plan.task == "train" and noise_to_signal > NOISY:
         out.append(
-            f"each step's noise is {noise_to_signal:.1f} times the longest possible gradient: more records, a larger "
+            f"each step's noise is {noise_to_signal:.3g} times the longest possible gradient: more records, a larger "
             "epsilon, fewer parameters or fewer, larger steps"
         )
     if plan.sum == "sharedkey":

@@ -180,6 +180,13 @@ def test_warnings(folder) -> None:
     assert "one curious site" in result.stdout
 
 
+@pytest.mark.parametrize(("epsilon", "nearest"), [(0.0, 0.001), (-2.0, 0.001), (1e4, 600.0)])
+def test_an_impossible_budget_is_refused_with_the_nearest_possible_one(folder, epsilon, nearest) -> None:
+    refused = call(settings(folder, epsilon=epsilon)).exception
+    assert isinstance(refused, PlanError)
+    assert refused.nearest == {"epsilon": nearest}
+
+
 def test_what_cannot_hold_is_refused(folder) -> None:
     assert isinstance(call(settings(folder, more="colluders = 3")).exception, PlanError)
     assert isinstance(call(settings(folder, more="delta = 0.001")).exception, PlanError)

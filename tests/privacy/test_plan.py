@@ -114,6 +114,7 @@ def test_the_nearest_keeps_the_colluders(n, t, d, best) -> None:
         ({"delta": 0.02}, "delta"), ({"steps": 0}, "steps"), ({"clip": 1e300}, "clip"),
         ({"epsilon": None, "noise_multiplier": 0.3, "steps": 200}, "noise_multiplier"),
         ({"epsilon": None, "noise_multiplier": 0.01}, "noise_multiplier"),
+        ({"epsilon": None, "noise_multiplier": -1.0, "steps": 1}, "noise_multiplier"),
         ({"epsilon": None, "noise_multiplier": 1e7}, "noise_multiplier"),
     ],
 )  # fmt: skip
