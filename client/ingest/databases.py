@@ -2,6 +2,7 @@
 
 The query is the site's own, and only reads: its text is checked (:mod:`.statements`), the connection is read-only
 where the database offers it (SQLite, PostgreSQL, MySQL and MariaDB, Oracle, DuckDB), and nothing is ever committed.
+DuckDB parses the query itself before it runs, and reads no file but its own.
 Rows come in batches through a server-side cursor where the database has one. What a driver says in an error may hold
 values and passwords: it is replaced, and only the error's class is named.
 """
@@ -17,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 
 from fedveil.client.ingest.files import BATCH_ROWS, Opened, check_header, wanted
-from fedveil.client.ingest.statements import require_select
+from fedveil.client.ingest.statements import HINT, require_select
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.errors import ConfigError, DataError, UsageError
 
 # The first statement on a connection; a database that is not listed has only the check of the query's text.
 _READ_ONLY = {
@@ -60,14 +61,22 @@ def open_sql(source: SqlSource, contract: DataContract) -> Opened:
         UsageError: the query is not one SELECT.
         DataError: the query fails, or its columns are not the contract's.
     """
-    require_select(source.query)
     try:
         import sqlalchemy
     except ModuleNotFoundError as e:
         raise ConfigError("a SQL source needs sqlalchemy", hint="pip install 'fedveil[sql]'") from e
+    require_select(source.query, _kind(sqlalchemy, source.url))
     rows = _sql_rows(sqlalchemy, source)
     header = _checked_header(rows, contract)
     return Opened(tuple(h for h in header if h in wanted(contract)), _as_tables(rows, header, contract))
+
+
+def _kind(sqlalchemy: Any, url: str) -> str:
+    """The kind of database; "" for a URL that cannot be read, which is refused where the engine is made."""
+    try:
+        return sqlalchemy.make_url(url).get_backend_name()
+    except sqlalchemy.exc.SQLAlchemyError:
+        return ""
 
 
 def _checked_header(rows: Generator[Any, None, None], contract: DataContract) -> list[str]:
@@ -130,7 +139,7 @@ def _as_tables(rows: Iterator[list[Any]], header: list[str], contract: DataContr
 def _text(value: Any, form: str) -> str | None:
     """A cell's text; a date in the contract's form, where it has one."""
     if form and isinstance(value, dt.date):
-        return value.strftime(form)
+        return value.strftime(form.replace("%Y", f"{value.year:04}"))  # strftime itself may write the year 1 as 1
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -150,7 +159,7 @@ def open_duckdb(source: DuckSource, contract: DataContract) -> Opened:
         UsageError: the query is not one SELECT.
         DataError: no such file, the query fails, or its columns are not the contract's.
     """
-    require_select(source.query)
+    require_select(source.query, "duckdb")
     try:
         import duckdb
     except ModuleNotFoundError as e:
@@ -167,12 +176,27 @@ def _duck_batches(duckdb: Any, source: DuckSource) -> Generator[Any, None, None]
     """First the header, then tables."""
     failure = ""
     try:
-        with duckdb.connect(str(source.path), read_only=True) as connection:
-            reader = connection.sql(source.query).to_arrow_reader(BATCH_ROWS)
+        # No other file, no extension, no network: a SELECT reads this database.
+        config = {"enable_external_access": "false"}
+        with duckdb.connect(str(source.path), read_only=True, config=config) as connection:
+            reader = connection.sql(_single_select(duckdb, connection, source.query)).to_arrow_reader(BATCH_ROWS)
             yield list(reader.schema.names)
             for batch in reader:
                 yield pa.Table.from_batches([batch])
     except (duckdb.Error, pa.ArrowException) as e:
         failure = type(e).__name__
     if failure:
-        raise DataError(f"the query could not be run ({failure})", hint="try it in duckdb itself")
+        hint = "try it in duckdb itself; it may read no file but the database"
+        raise DataError(f"the query could not be run ({failure})", hint=hint)
+
+
+def _single_select(duckdb: Any, connection: Any, query: str) -> Any:
+    """The one statement that DuckDB itself finds in the query.
+
+    Raises:
+        UsageError: several, or one that is no SELECT.
+    """
+    found = connection.extract_statements(query)
+    if len(found) != 1 or found[0].type != duckdb.StatementType.SELECT:
+        raise UsageError("the query is not one SELECT to DuckDB", hint=HINT)
+    return found[0]

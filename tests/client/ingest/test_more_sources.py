@@ -1,11 +1,13 @@
 """The same rows through every door: encodings, separators, decimals, Arrow, SQL, DuckDB, FHIR; in bounded memory."""
 
+import contextlib
 import datetime as dt
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import fhir, sources, statements
+from fedveil.client.ingest import databases, fhir, sources, statements
 from fedveil.client.ingest.sources import Dialect, DuckSource, FhirSource, SqlSource, read
 from fedveil.common.errors import ConfigError, DataError, UsageError
 
@@ -154,14 +156,94 @@ CHANGING = ("drop table t", "DELETE FROM t", "UPDATE t SET age = 0", "INSERT INT
         " \n-- drop\n/* ; */ select 1;",
         "WITH x AS (SELECT 1) SELECT * FROM x",
         "(SELECT 1) UNION (SELECT 2)",
-        "SELECT 'it''s; drop table t', \"update\", [delete], `into` FROM t",
-        "SELECT $$;drop$$, $a$;'$a$",
+        "SELECT 'it''s; drop table t', \"update\" FROM t",
+        "SELECT 1 -- it's ;drop\r\n FROM t;\n-- end",
+        'SELECT t.call, m.merge, "t" . "x", "t".create, a AS copy FROM t',
+        "SELECT truncate(x, 2), INSERT (a, 1, 2, 'x'), REPLACE(a, 'x', 'y') FROM t",
+        "SELECT freq 'x', a $1 FROM t",
         "VALUES (1)",
         "SELECT updated, created, inserted_at, replace(a, 'x', 'y') FROM t WHERE m = 'update'",
     ],
 )
 def test_queries_that_read(query):
     statements.require_select(query)
+
+
+@pytest.mark.parametrize(
+    ("database", "query"),
+    [
+        ("sqlite", 'SELECT "update", [delete], [a]]b], `into` FROM t'),
+        ("mysql", "SELECT `update` FROM t"),
+        ("postgresql", "SELECT $$;drop$$, $a$;'$a$"),
+        ("postgresql", "SELECT ARRAY['a]'], b[1], c #>> '{d}' FROM t ORDER BY 'x'"),
+        ("postgresql", "SELECT open, close, use FROM prices"),
+        ("duckdb", "FROM t SELECT ['a]']"),
+    ],
+)
+def test_queries_that_read_by_the_rules_of_their_database(database, query):
+    statements.require_select(query, database)
+    with pytest.raises(UsageError):
+        statements.require_select(query)
+
+
+KINDS = ("", "sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql", "duckdb")
+
+
+@pytest.mark.parametrize("database", KINDS)
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT 1 /* /* */ ' */ ; DROP TABLE t; -- '",
+        "SELECT E'\\'' ; DROP TABLE t -- '",
+        "SELECT '\\', 1 FROM t INTO OUTFILE '/x' -- '",
+        "SELECT name, 1--1 FROM t INTO OUTFILE '/x'",
+        "SELECT name, 1--\u00a01 FROM t INTO OUTFILE '/x'",
+        "SELECT 1 -- \r'\n; DROP TABLE t; -- '",
+        "SELECT 1 /*M! INTO OUTFILE '/x' */",
+        "SELECT 1 /*!50000 INTO OUTFILE '/x' */",
+        "SELECT q'[']' ; DROP TABLE t; -- '",
+        "SELECT $\u20ac$'$\u20ac$; DROP TABLE t; -- '",
+        "SELECT x\u20ac$$'$$' ; DROP TABLE t; --'",
+        "SELECT 1.DELETE FROM t",
+        "SELECT 1e.DELETE FROM t",
+        'SELECT "a"DELETE FROM t',
+        "SELECT 1\u00a0DELETE\u00a0FROM t",
+        "SELECT 1; DROP TABLE t",
+        "SELECT 1\0; DROP TABLE t",
+        "EXEC('x')",
+    ],
+)
+def test_what_databases_read_in_different_ways_is_refused_for_all(database, query):
+    with pytest.raises(UsageError) as refused:
+        statements.require_select(query, database)
+    assert refused.value.hint
+    assert "x'" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("databases", "query"),
+    [
+        (set(KINDS) - {"sqlite", "mssql"}, "SELECT ['a]'] AS l, a FROM t; COPY t TO '/x' -- '"),
+        ({"sqlite", "mssql", ""}, "SELECT [a]]'b] DELETE FROM t; -- '"),
+        ({"mysql", "mariadb", ""}, "SELECT 1 # '\n INTO OUTFILE 0x2f78 # '"),
+        (set(KINDS) - {"mysql", "mariadb", "sqlite"}, "SELECT `'`; DROP TABLE t; -- '"),
+        (set(KINDS), "SELECT $$'$$; DROP TABLE t; -- '"),
+        *(({"mssql", ""}, f"SELECT 1 {word} x") for word in ("SHUTDOWN", "KILL", "BACKUP", "SET", "DBCC", "WAITFOR")),
+    ],
+)
+def test_what_one_database_would_run_is_refused_there(databases, query):
+    for database in databases:
+        with pytest.raises(UsageError):
+            statements.require_select(query, database)
+
+
+@pytest.mark.parametrize("piece", ["'", '"', "`", "[", "/*", "$a$", "$a", "--", "#", "x.", "''[", "$$'"])
+@pytest.mark.parametrize("database", ["", "sqlite", "duckdb"])
+def test_long_queries_are_judged_in_linear_time(piece, database):
+    start = time.process_time()
+    with contextlib.suppress(UsageError):
+        statements.require_select("SELECT " + piece * (400_000 // len(piece)), database)
+    assert time.process_time() - start < 3  # a quadratic search took minutes
 
 
 @pytest.mark.parametrize(
@@ -191,6 +273,12 @@ def test_queries_that_do_not_only_read(query):
     assert refused.value.hint
 
 
+@pytest.mark.parametrize("year", [1, 87, 987, 2021])
+def test_a_year_has_four_digits_whatever_the_platform(year):
+    """The reviewed case: the missing code 0001-01-01 came out as 1-01-01."""
+    assert databases._text(dt.date(year, 1, 2), "%Y-%m-%d") == f"{year:04}-01-02"
+
+
 def test_a_misspelt_sqlite_file_is_not_made(tmp_path, contract):
     pytest.importorskip("sqlalchemy")
     with pytest.raises(DataError, match="not a file"):
@@ -213,7 +301,7 @@ def check_database(url, contract, odd, expected, monkeypatch):
             read(SqlSource(url, query), contract)
     # The second defence alone: what the text does not show, the connection refuses.
     with monkeypatch.context() as patched:
-        patched.setattr("fedveil.client.ingest.databases.require_select", lambda query: None)
+        patched.setattr("fedveil.client.ingest.databases.require_select", lambda *_: None)
         for query in CHANGING:
             with pytest.raises(DataError, match="could not be run"):
                 read(SqlSource(url, query), contract)
@@ -288,7 +376,8 @@ def test_a_database_that_is_not_there(contract):
 
 def test_duckdb(tmp_path, contract, odd, expected, monkeypatch):
     duckdb = pytest.importorskip("duckdb")
-    path = tmp_path / "t.duckdb"
+    path, out = tmp_path / "t.duckdb", tmp_path / "out.csv"
+    (tmp_path / "x.csv").write_text("patient,age,job,dose,grade,y\n")
     with duckdb.connect(str(path)) as c:
         columns = "n INTEGER, patient VARCHAR, age TINYINT, job VARCHAR, dose DOUBLE, grade INTEGER, y DECIMAL(6,2)"
         c.execute(f"CREATE TABLE t ({columns})")
@@ -298,10 +387,19 @@ def test_duckdb(tmp_path, contract, odd, expected, monkeypatch):
         read(DuckSource(path, "SELECT canary73 FROM t"), contract)
     with pytest.raises(DataError, match="not a file"):
         read(DuckSource(tmp_path / "none.duckdb", SELECT), contract)
-    for query in (*CHANGING, f"COPY t TO '{tmp_path / 'out.csv'}'", f"ATTACH '{tmp_path / 'new.duckdb'}'"):
+    for query in (*CHANGING, f"COPY t TO '{out}'", f"ATTACH '{tmp_path / 'new.duckdb'}'"):
         with pytest.raises(UsageError):
             read(DuckSource(path, query), contract)
-    monkeypatch.setattr("fedveil.client.ingest.databases.require_select", lambda query: None)
+    for query in (f"SELECT ['a]'] AS l, a FROM t; COPY t TO '{out}' -- '", f"SELECT * FROM '{tmp_path / 'x.csv'}'"):
+        with pytest.raises((UsageError, DataError)):
+            read(DuckSource(path, query), contract)
+    # What the text does not show, DuckDB's own parser does, then its statements' types, then the connection.
+    monkeypatch.setattr("fedveil.client.ingest.databases.require_select", lambda *_: None)
+    for query in (*CHANGING, f"COPY t TO '{out}'", f"{SELECT}; COPY t TO '{out}'"):
+        with pytest.raises((UsageError, DataError), match="not one SELECT|could not be run"):
+            read(DuckSource(path, query), contract)
+    assert not out.exists()
+    monkeypatch.setattr("fedveil.client.ingest.databases._single_select", lambda duckdb, connection, query: query)
     for query in CHANGING:
         with pytest.raises(DataError, match="could not be run"):
             read(DuckSource(path, query), contract)
