@@ -124,10 +124,10 @@ def test_a_strangers_words_are_not_repeated_at_length() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"noise_multiplier": 1e-300}, {"noise_multiplier": 1e-6, "epsilon": 1000},
+        {"noise_multiplier": 1e-300}, {"noise_multiplier": 1e-6, "epsilon": 600},
         {"noise_multiplier": 0.05, "steps": 1 << 20},
-        {"noise_multiplier": 0.2, "steps": 1 << 20, "sample_rate": 0.9, "epsilon": 1000},
-        {"noise_multiplier": 1.0, "steps": 1 << 20, "epsilon": 1000, "sites": 4096, "colluders": 1, "dropouts": 1},
+        {"noise_multiplier": 0.2, "steps": 1 << 20, "sample_rate": 0.9, "epsilon": 600},
+        {"noise_multiplier": 1.0, "steps": 1 << 20, "epsilon": 600, "sites": 4096, "colluders": 1, "dropouts": 1},
         {"noise_multiplier": 1e6, "steps": 1 << 20, "epsilon": 1e-300},
     ],
     ids=str,

@@ -75,7 +75,7 @@ def test_what_a_verifier_refuses_is_no_plan() -> None:
     """The two bounds that keep hostile work from an accountant are asked of a plan before anything is charged."""
     made = plan_of(1e-3, 20, epsilon=3.0)
     for change in ({"noise_multiplier": 0.19}, {"noise_multiplier": 0.3, "steps": 1 << 20}):
-        spoilt = made.model_copy(update={"epsilon": 1000.0, **change})
+        spoilt = made.model_copy(update={"epsilon": 600.0, **change})
         with pytest.raises(VerificationError):
             recompute.refuse_absurd(spoilt.sample_rate, spoilt.noise_multiplier, spoilt.steps)
         with pytest.raises(PlanError) as e:
