@@ -47,6 +47,10 @@ def stats(
     metric, attached = _evaluated(wanted, model)
     federation = files.load(settings, files.Federation)
     folder = run or federation.federation.runs / time.strftime("%Y%m%d-%H%M%S-stats")
+    if (folder / "journal.jsonl").exists():
+        raise UsageError(
+            f"{folder} holds a run already", hint="another --run: statistics are asked for in a run of their own"
+        )
 
     def ask(contract: DataContract) -> StatsSpec:
         from fedveil.common.stats_spec import DEFAULT_QUANTILES, request

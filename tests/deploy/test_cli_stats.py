@@ -49,6 +49,13 @@ def test_a_wish_without_a_meaning(asked, words, said) -> None:
     assert said in str(refused)
 
 
+def test_a_folder_that_holds_a_run_is_left_alone(asked, tmp_path) -> None:
+    (tmp_path / "journal.jsonl").write_text("")
+    refused = asked("--what", "count", "--run", tmp_path)
+    assert isinstance(refused, UsageError)
+    assert "another --run" in refused.hint
+
+
 def test_the_limit_of_quantiles_is_the_specs() -> None:
     assert StatsSpec.model_fields["quantiles"].metadata[0].max_length == cli_stats.MAX_QUANTILES
 
