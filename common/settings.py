@@ -9,7 +9,8 @@ import datetime
 import tomllib
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -71,11 +72,13 @@ class _Section(BaseModel):
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """TOML knows numbers, truths and words apart: a limit written as ``true`` is a mistake, not 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        kinds = {annotation, *get_args(annotation)}
-        if bool in kinds and type(value) is not bool:
-            raise ValueError("must be true or false")
-        if kinds & {int, float} and value is not None and type(value) not in (int, float):
-            raise ValueError("must be a number")
+        several = get_origin(annotation) in (tuple, UnionType)
+        kinds = set(get_args(annotation)) if several else {annotation}
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if bool in kinds and type(one) is not bool:
+                raise ValueError("must be true or false")
+            if kinds & {int, float} and one is not None and type(one) not in (int, float):
+                raise ValueError("must be a number")
         return value
 
 

@@ -129,6 +129,14 @@ def test_a_sites_limits_are_bounded_too(tmp_path: Path, line, named) -> None:
         site(tmp_path, SITE + line)
 
 
+def test_a_list_of_numbers(tmp_path: Path) -> None:
+    text = FEDERATION + '[model]\nname = "mlp"\nhidden = [32, 16]\n'
+    assert federation(tmp_path, text).model.hidden == (32, 16)
+    for bad in ("[true]", "['32']", "[1.5]", "32"):
+        with pytest.raises(ConfigError, match="model.hidden"):
+            federation(tmp_path, text.replace("[32, 16]", bad))
+
+
 @pytest.mark.parametrize(
     "server", ["host", "host:", ":80", "host:x", "host:99999", "host:0", "http://host:80", "::1:80", "ho st:80", "h:٨٠"]
 )
