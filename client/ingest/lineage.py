@@ -104,8 +104,11 @@ def write_private(path: Path, data: bytes) -> None:
     """Write ``path`` with mode 0600, all of it or nothing."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
-    write_secret(part, data)
-    os.replace(part, path)
+    try:
+        write_secret(part, data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def site_secret(work: Path) -> bytes:

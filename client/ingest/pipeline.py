@@ -10,7 +10,8 @@ import csv
 import io
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fedveil.client.ingest.closeness import require_closeness
 from fedveil.client.ingest.sources import Dialect, RawTable, Rules, Source
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import AnonymityError
+from fedveil.common.errors import AnonymityError, WireError
 from fedveil.privacy.anonymization import fixed, verify
 
 RELEASED, LINEAGE, SIGNATURE = "released.csv", drift.LINEAGE, drift.SIGNATURE
@@ -86,26 +87,58 @@ def ingest(
     recoded = fixed.recode(raw.columns, raw.rows, contract)
     table = recoded.table.take(_shuffled(recoded.table.rows))
     released = _write_verified(table, contract, work)
-    X, y = encode.encode(table, contract)
-    evidence = evidence_of(contract, committed, lineage.commitment(secret, "released", released))
-    done = [*report.stages, stages.Stage("suppression", raw.rows, table.rows, 0, {"limit": contract.suppression_limit})]
-    record = record_of(
-        source, contract, work, raw.tally.read, stages=done, suppressed=recoded.suppressed, evidence=evidence,
-        released={"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
-    )  # fmt: skip
-    lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
+    with unless_signed(released):
+        X, y = encode.encode(table, contract)
+        evidence = evidence_of(contract, committed, lineage.commitment(secret, "released", released))
+        limit = {"limit": contract.suppression_limit}
+        record = record_of(
+            source, contract, work, raw.tally.read, evidence=evidence, suppressed=recoded.suppressed,
+            stages=[*report.stages, stages.Stage("suppression", raw.rows, table.rows, 0, limit)],
+            released={"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
+        )  # fmt: skip
+        lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
     return Ingested(X, y, evidence, released, report)
+
+
+@contextmanager
+def unless_signed(released: Path) -> Iterator[None]:
+    """Remove a release if its lineage record cannot be written and signed: without one nobody knows whence it is."""
+    try:
+        yield
+    except BaseException:
+        released.unlink(missing_ok=True)
+        raise
 
 
 def cleared(work: Path) -> None:
     """The private folder ``work``, without what an earlier table left in it: files of two tables say nothing together.
 
+    The release that its lineage record names is removed too, where it lies in the folder and is unchanged.
+
     Raises:
         ConfigError: others can read it.
     """
     lineage.private_folder(work)
+    if (earlier := earlier_release(work)) is not None:
+        earlier.unlink(missing_ok=True)
     for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
         (work / stale).unlink(missing_ok=True)
+
+
+def earlier_release(work: Path) -> Path | None:
+    """The file inside ``work`` that its lineage record names as the release; None if it is not there, or another."""
+    try:
+        with (work / LINEAGE).open("rb") as f:
+            record = canonical.loads(f.read(drift.MAX_BYTES + 1), limit=drift.MAX_BYTES)
+    except (OSError, WireError):
+        return None
+    named = record.get("released") if isinstance(record, dict) else None
+    if not isinstance(named, Mapping) or not isinstance(named.get("path"), str) or "\0" in named["path"]:
+        return None
+    path = (work / named["path"]).resolve()
+    if not path.is_relative_to(work.resolve()) or not path.is_file():
+        return None
+    return path if lineage.file_hash(path) == named.get("sha256") else None
 
 
 def record_of(
@@ -216,19 +249,24 @@ def evidence_of(contract: DataContract, source: str, released: str) -> dict[str,
     steps = stages.stability(contract)
     factor = stages.total(steps)
     unit = contract.unit if factor == 1 else f"{contract.unit}; a group of {factor} of them" if factor else None
-    criteria: dict[str, Any] = {"k-anonymity": {"required": contract.k, "met": True}}
-    if contract.l > 1:  # l = 1 requires nothing: nothing is claimed to be met
-        criteria["distinct l-diversity"] = {"required": contract.l, "met": True}
-    if contract.t is not None:
-        criteria["t-closeness"] = {"required": contract.t, "met": True}
     return {
         "v": 1,
         "contract": contract.hash,
         "recoding": "fixed",
-        "criteria": criteria,
+        "criteria": met_criteria(contract),
         "suppression": contract.suppression_limit > 0,
         "stability_factor": factor,
         "stability": [s.to_json() for s in steps],
         "unit": unit or "one row of the released table; not bounded for the original records",
         "commitments": {"source": source, "released": released},
     }
+
+
+def met_criteria(contract: DataContract) -> dict[str, Any]:
+    """What a contract requires, by criterion, of a release that was verified to meet it."""
+    criteria: dict[str, Any] = {"k-anonymity": {"required": contract.k, "met": True}}
+    if contract.l > 1:  # l = 1 requires nothing: nothing is claimed to be met
+        criteria["distinct l-diversity"] = {"required": contract.l, "met": True}
+    if contract.t is not None:
+        criteria["t-closeness"] = {"required": contract.t, "met": True}
+    return criteria

@@ -45,16 +45,20 @@ def publish(
     """Assess ``source``, recode it by ``method``, write and verify ``out``, and sign the lineage record in ``work``.
 
     Args:
-        out: a new .csv or .parquet file (mode 0600). It exists afterwards exactly when this returns.
+        out: a new .csv or .parquet file (mode 0600), or the release that the folder's lineage record names: it is
+            replaced. It exists afterwards exactly when this returns.
         secret: as for :func:`~fedveil.client.ingest.pipeline.ingest`, and so are the other arguments.
 
     Raises:
-        UsageError: ``out`` exists or has another ending; too many quasi-identifiers for the method.
+        UsageError: ``out`` exists, has another ending or no folder to lie in; too many quasi-identifiers for the
+            method. What the folder held is then untouched.
         DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
         AnonymityError: the criteria cannot be met.
         ConfigError: the work folder is readable by others, or the secret is too short.
     """
-    release.require_new(out)
+    lineage.private_folder(work)
+    if out.resolve() != pipeline.earlier_release(work):
+        release.require_new(out)
     pipeline.cleared(work)
     rules = rules or Rules(secret=lineage.checked_secret(secret))
     raw, report = pipeline.assessed(source, contract, work, dialect=dialect, rules=rules)
@@ -62,14 +66,16 @@ def publish(
     done = release.anonymise(raw, contract, method, out)
     rows = done.findings.rows
     own = out.resolve().parent == work.resolve()
-    record = pipeline.record_of(
-        source, contract, work, raw.tally.read,
-        stages=[*report.stages, stages.Stage("suppression", raw.rows, rows, 0, {"limit": contract.suppression_limit})],
-        suppressed=raw.rows - rows,
-        released={"path": out.name if own else str(out.resolve()), "sha256": lineage.file_hash(out), "rows": rows},
-        evidence=_evidence(contract, done, committed, lineage.commitment(secret, "released", out)),
-    )  # fmt: skip
-    lineage.write_signed(work / pipeline.LINEAGE, work / pipeline.SIGNATURE, record, key or lineage.derived_key(secret))
+    limit = {"limit": contract.suppression_limit}
+    with pipeline.unless_signed(out):
+        record = pipeline.record_of(
+            source, contract, work, raw.tally.read, suppressed=raw.rows - rows,
+            stages=[*report.stages, stages.Stage("suppression", raw.rows, rows, 0, limit)],
+            released={"path": out.name if own else str(out.resolve()), "sha256": lineage.file_hash(out), "rows": rows},
+            evidence=_evidence(contract, done, committed, lineage.commitment(secret, "released", out)),
+        )  # fmt: skip
+        signer = key or lineage.derived_key(secret)
+        lineage.write_signed(work / pipeline.LINEAGE, work / pipeline.SIGNATURE, record, signer)
     return Published(done, report)
 
 
@@ -79,7 +85,7 @@ def _evidence(contract: DataContract, done: Released, source: str, released: str
         "v": 1,
         "contract": contract.hash,
         "recoding": done.outcome.method,
-        "criteria": {f.name: {"required": f.required, "met": f.met} for f in done.findings.findings},
+        "criteria": pipeline.met_criteria(contract),
         "suppression": contract.suppression_limit > 0,
         "stability_factor": done.stability.factor,
         "unit": done.stability.unit,
@@ -112,19 +118,24 @@ def reports(work: Path, public: str = "") -> tuple[dict[str, Any], str]:
     public = public or identity.public_hex(lineage.derived_key(lineage.site_secret(work)))
     signed = lineage.read_signed(record, work / pipeline.SIGNATURE, public)
     drift.require_named(path, data, signed)
-    _require_released(work, signed.get("released"))
-    return _read(path, data), f"the lineage record is signed by {whose} key; report and release are unchanged"
+    missing = _missing_release(work, signed.get("released"))
+    state = f"the report is unchanged; {missing}" if missing else "report and release are unchanged"
+    return _read(path, data), f"the lineage record is signed by {whose} key; {state}"
 
 
-def _require_released(work: Path, named: Any) -> None:
+def _missing_release(work: Path, named: Any) -> str:
+    """What to say of a release that is not where the record says; "" for one that is there and unchanged."""
     if not isinstance(named, Mapping) or not isinstance(named.get("path"), str):
         raise VerificationError(f"the lineage record in {work} names no release", hint="check the table again")
     path = work / named["path"]
-    if path.is_file() and lineage.file_hash(path) != named.get("sha256"):
+    if not path.is_file():
+        return f"the release {path} is not there and was not compared"
+    if lineage.file_hash(path) != named.get("sha256"):
         raise VerificationError(
             f"{path} is not the release that the signed lineage record names",
             hint="it was changed since: anonymise the table again",
         )
+    return ""
 
 
 def _read(path: Path, data: bytes) -> dict[str, Any]:

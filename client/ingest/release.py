@@ -121,10 +121,12 @@ def require_new(out: Path, endings: Sequence[str] = (".csv", ".parquet")) -> Non
     """Refuse a path that cannot become a release.
 
     Raises:
-        UsageError: it exists, or has another ending.
+        UsageError: it exists, has another ending, or its folder does not exist.
     """
     if out.suffix not in endings or out.exists():
         raise UsageError(f"{out} cannot be the release", hint=f"name a new {' or '.join(endings)} file")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out} cannot be the release: its folder does not exist", hint="correct the path")
 
 
 def _write(table: pa.Table, path: Path) -> None:

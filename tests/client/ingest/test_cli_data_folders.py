@@ -105,7 +105,7 @@ def test_a_refused_out_touches_nothing(tmp_path, agreed):
     work, table = tmp_path / "w", write_table(tmp_path / "t.csv")
     assert run("check", table, *agreed, "--work", work).exit_code == 0
     files = {p.name: p.read_bytes() for p in work.iterdir()}
-    for out in (table, tmp_path / "r.xlsx"):
+    for out in (table, tmp_path / "r.xlsx", tmp_path / "misspelt" / "r.csv", work / "lineage.json"):
         refused = run("anonymize", table, *agreed, "--work", work, "--method", "mondrian", "--out", out)
         assert isinstance(refused.exception, UsageError)
     assert {p.name: p.read_bytes() for p in work.iterdir()} == files
@@ -116,6 +116,65 @@ def test_a_release_by_default_lies_in_the_folder(tmp_path, agreed):
     assert run("anonymize", table, *agreed, "--work", work, "--method", "mondrian").exit_code == 0
     assert json.loads((work / "lineage.json").read_text())["released"]["path"] == "anonymized.csv"
     assert "unchanged" in run("report", work).output
+    again = run("anonymize", write_table(table, 80), *agreed, "--work", work, "--method", "optimal")
+    assert again.exit_code == 0, (again.output, again.exception)
+    assert json.loads((work / "lineage.json").read_text())["released"]["rows"] == 80
+    assert "report and release are unchanged" in run("report", work).output
+    assert run("check", table, *agreed, "--work", work).exit_code == 0
+    assert not (work / "anonymized.csv").exists()
+    assert (work / "released.csv").exists()
+
+
+def test_only_the_release_that_the_record_names_is_replaced(tmp_path, agreed):
+    work, table = tmp_path / "w", write_table(tmp_path / "t.csv")
+    arguments = ("anonymize", table, *agreed, "--work", work, "--method", "mondrian")
+    assert run(*arguments).exit_code == 0
+    (work / "anonymized.csv").write_text("a file of the site's own")
+    files = {p.name: p.read_bytes() for p in work.iterdir()}
+    assert isinstance(run(*arguments).exception, UsageError)
+    assert {p.name: p.read_bytes() for p in work.iterdir()} == files
+    outside = tmp_path / "r.csv"
+    assert run(*arguments, "--out", outside).exit_code == 0
+    assert run(*arguments, "--out", tmp_path / "s.csv").exit_code == 0
+    assert outside.exists()
+    assert (work / "anonymized.csv").read_text() == "a file of the site's own"
+
+
+def test_a_release_that_is_gone_is_not_called_unchanged(tmp_path, agreed):
+    """The reviewed case: the release was moved away, and the report still said that it was unchanged."""
+    work, table, out = tmp_path / "w", write_table(tmp_path / "t.csv"), tmp_path / "r.csv"
+    assert run("anonymize", table, *agreed, "--work", work, "--method", "mondrian", "--out", out).exit_code == 0
+    out.rename(tmp_path / "moved.csv")
+    told = run("report", work)
+    assert told.exit_code == 0
+    assert "the report is unchanged; the release" in told.output
+    assert "is not there and was not compared" in told.output
+    assert "release are unchanged" not in told.output
+
+
+@pytest.mark.parametrize("fails", ["client.ingest.pipeline.record_of", "client.ingest.lineage.write_signed",
+                                   "common.identity.signed"])  # fmt: skip
+@pytest.mark.parametrize("method", ["fixed", "mondrian"])
+def test_no_release_without_its_signed_record(tmp_path, agreed, monkeypatch, fails, method):
+    work, table = tmp_path / "w", write_table(tmp_path / "t.csv")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"fedveil.{fails}", full)
+    refused = run("anonymize", table, *agreed, "--work", work, "--method", method)
+    assert isinstance(refused.exception, OSError)
+    assert not [*work.glob("*.csv"), *work.glob("*.part"), *work.glob("lineage*")]
+
+
+def test_the_evidence_of_every_method_has_one_form(tmp_path, agreed):
+    work, table = tmp_path / "w", write_table(tmp_path / "t.csv")
+    said = []
+    for method in ("fixed", "mondrian"):
+        assert run("anonymize", table, *agreed, "--work", work, "--method", method).exit_code == 0
+        said.append(json.loads((work / "lineage.json").read_text())["evidence"]["criteria"])
+    assert said[0] == said[1]
+    assert said[0]["k-anonymity"] == {"met": True, "required": 5}
 
 
 def test_an_edited_report_is_not_called_unchanged(tmp_path, agreed):
