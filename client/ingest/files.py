@@ -303,7 +303,12 @@ def _require_lines(path: Path, quotes: Quotes, *, cut: bool) -> None:
     Raises:
         DataError: see above.
     """
-    if quotes.opened and (not cut or quotes.held >= BLOCK_BYTES):
+    if quotes.opened and cut and quotes.held >= BLOCK_BYTES:  # it may be closed later: nobody has read so far
+        raise DataError(
+            f"{path}: the quote that is opened on line {quotes.line} is not closed within {BLOCK_BYTES >> 20} MiB",
+            hint="close it, or leave such cells out of the export; a quote inside a quoted cell is written twice",
+        )
+    if quotes.opened and not cut:
         raise DataError(
             f"{path}: a quote is opened on line {quotes.line} and never closed: the lines after it are one cell",
             hint="close it; a quote inside a quoted cell is written twice",

@@ -98,9 +98,9 @@ def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> 
         what: the source, for messages.
 
     Raises:
-        DataError: no rows, none that may be used, cells that are neither numbers nor texts, or a line end inside a cell
-            of a loaded category. Cells of the wrong type are counted, not refused: the quality report names them
-            together.
+        DataError: no rows, none that may be used, cells that are neither numbers nor texts, or, in a CSV file, a line
+            end inside a cell of a loaded category. Cells of the wrong type are counted, not refused: the quality report
+            names them together.
         ConfigError: a correction that does not fit the contract, or no secret where one is needed.
     """
     corrections.check(rules.corrections, contract)
@@ -124,6 +124,7 @@ def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> 
 class _Intake:
     def __init__(self, opened: Opened, contract: DataContract, rules: Rules) -> None:
         self.contract, self.rules, self.style = contract, rules, opened.style
+        self._quoted = opened.position is not None  # a CSV file: no other source has quotes that swallow rows
         self.tally = Tally(columns={c.name: Reading() for c in contract.loaded})
         self.rows = 0
         self._keyed = [n for n in opened.names if next(c for c in contract.columns if c.name == n).role != "drop"]
@@ -178,9 +179,9 @@ class _Intake:
             text, changed = rule.on_text(text)
             seen.corrected += changed
         if c.type == "category":
-            if broken := cells.count(cells.pc.match_substring_regex(text, r"[\n\r]")):
+            if self._quoted and (broken := cells.count(cells.pc.match_substring_regex(text, r"[\n\r]"))):
                 raise DataError(
-                    f"column {c.name!r}: {broken} cells hold a line end: a quote may have swallowed whole rows",
+                    f"column {c.name!r}: at least {broken} cells hold a line end: a quote may have swallowed rows",
                     hint="close every quote; a quote inside a quoted cell is written twice",
                 )
             return cells.leaves(text, c, self._pools[c.name], seen)

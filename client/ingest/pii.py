@@ -114,9 +114,18 @@ def phone(text: str) -> bool:
 
 
 def ipv6(text: str) -> bool:
-    """Whether groups of hexadecimal digits are an IPv6 address, and neither a time nor a ratio."""
-    groups = text.split("%")[0].split(":")
-    if max(map(len, groups)) < 3 or sum(map(bool, groups)) < 2 or not any(map(str.isdigit, text)):
+    """Whether groups of hexadecimal digits are an IPv6 address, and neither a time, a ratio nor words around ``::``.
+
+    Short ones are taken for an address only in the blocks that are in use: global, local to a site, local to a link.
+    """
+    groups = [g for g in text.split(":") if g]
+    letters = re.search("[A-Fa-f]", text) is not None
+    if len(groups) < 2 or max(map(len, groups)) < 3 or not any(map(str.isdigit, text)):
+        return False
+    if not letters and (max(map(len, groups)) < 4 or any(len(g) in (2, 3) and g[0] == "0" for g in groups)):
+        return False
+    used = r"(?i)fe[89ab][0-9a-f]|f[cd][0-9a-f]{2}" + (r"|[23][0-9a-f]{3}" if letters else "")
+    if len(groups) < 3 and not re.fullmatch(used, groups[0]):
         return False
     try:
         return bool(ipaddress.IPv6Address(text))
@@ -153,8 +162,12 @@ PATTERNS = (
     Pattern("gps", r"\b-?\d{1,2}\.\d{4,}[,; ] ?-?\d{1,3}\.\d{4,}\b"),
 )  # fmt: skip
 _COMPILED = {p.kind: re.compile(p.expression) for p in PATTERNS}
-# Every pattern needs one of these; texts without any are passed over at once.
-_POSSIBLE = r"@|\d{4}|\d[ .-]\d{2}|://|(?i:www\.)|(?:[0-9A-Fa-f]{2}[:-]){5}|[0-9A-Fa-f]:[0-9A-Fa-f]{0,4}:|\d\)"
+# Every pattern needs one of these; texts without any are passed over at once. An IPv6 address has a group of three
+# hexadecimal digits at its start, between two colons, or at its end; times and ratios have none.
+_POSSIBLE = (
+    r"@|\d{4}|\d[ .-]\d{2}|://|(?i:www\.)|(?:[0-9A-Fa-f]{2}[:-]){5}|\d\)"
+    r"|[0-9A-Fa-f]{3}:[0-9A-Fa-f]{0,4}:|:[0-9A-Fa-f]{3,4}:|:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{3}"
+)
 
 _WHOLE = r"^[0-9][0-9 -]{7,22}[0-9]$"  # of a number's cells: a measurement with decimals is no identifier
 

@@ -68,6 +68,8 @@ def _broken(cells: Any, c: Column) -> int:
     if c.role != "quasi" and not c.coded:
         numbers = _numbers(cells) if words else cells.cast(pa.float64())
         return _outside(numbers, cells.is_valid(), c)
+    if c.role != "quasi" and pa.types.is_integer(kind):  # a code: a CSV file writes the same text
+        cells, words = cells.cast(pa.string()), True
     if not words:
         return len(cells) if len(cells) != cells.null_count or c.missing == "error" else 0
     counted = pc.value_counts(cells.cast(pa.string())).to_pylist()
@@ -85,7 +87,7 @@ def _allowed(word: str | None, c: Column) -> bool:
 def _numbers(cells: Any) -> Any:
     """Texts as numbers; NaN where they are none."""
     text = cells.cast(pa.string())
-    good = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+    good = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
     return pc.if_else(good, text, "nan").cast(pa.float64())
 
 

@@ -97,7 +97,10 @@ def _one_meaning(rows: Rows, name: str) -> None:
             groups.setdefault(r[level], set()).add(r[0])
         for label, leaves in groups.items():
             if meaning.setdefault(label, frozenset(leaves)) != leaves:
-                refuse([label], f"the hierarchy of {name!r} uses one label for two different groups", "rename one")
+                hint = (
+                    "rename one: a group may not be called as one of several leaves in it ('other' with 'rare' in it)"
+                )
+                refuse([label], f"the hierarchy of {name!r} uses one label for two different groups", hint)
     if len(meaning.get(ANYTHING, rows)) != len(rows):
         refuse(
             [ANYTHING], f"a label of the hierarchy of {name!r} reads as any value", "rename it, or use it at the top"

@@ -7,7 +7,7 @@ the recoding, in the writer or in the numpy grouping cannot hide itself. It shar
 from __future__ import annotations
 
 import csv
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import AnonymityError, DataError
 from fedveil.privacy.anonymization.advise import Classes, Members, passing_levels
 
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _AGAIN = "the file was changed, or made under another contract: anonymise the table again"
 
 
@@ -126,8 +127,5 @@ def _is_bounded_number(cell: str, column: Column) -> bool:
         return column.missing == "indicator"
     if column.low is None or column.high is None:
         raise DataError(f"column {column.name!r} has no public bounds")
-    try:
-        value = float(cell)
-    except ValueError:
-        return False
-    return math.isfinite(value) and column.low <= value <= column.high
+    # float() alone also reads " 0.5", "1_0" and the digits of other scripts, which other readers refuse.
+    return _NUMBER.fullmatch(cell) is not None and column.low <= float(cell) <= column.high

@@ -248,3 +248,35 @@ def test_dates_outside_the_bounds_do_not_verify(tmp_path, with_missing, label):
     path = write_rows(tmp_path / "bad.csv", [{**r, "born": label} if same(r, rows[0]) else r for r in rows])
     with pytest.raises(AnonymityError, match="'born'"):
         release.verify(path, contract)
+
+
+@pytest.mark.parametrize("cell", [" 0.5", "0.5 ", "0_1", "\u0661", "+", "1e", "nan", "inf", "0x1"])
+def test_fixed_levels_and_other_methods_read_numbers_alike(tmp_path, with_missing, cell):
+    """The reviewed case: ``" 0.5"`` passed a file of fixed levels, and no other."""
+    contract, out = with_illness(k=2, l=1, t=None), tmp_path / "r.csv"
+    release.anonymise(with_missing, contract, "fixed", out)
+    rows = read_rows(out)
+    assert release.verify(write_rows(tmp_path / "good.csv", [{**rows[0], "x": "+5E-1"}, *rows[1:]]), contract).met
+    for kind in (contract, with_illness(k=2, l=1, t=0.9)):
+        with pytest.raises(AnonymityError):
+            release.verify(write_rows(tmp_path / "bad.csv", [{**rows[0], "x": cell}, *rows[1:]]), kind)
+
+
+def test_codes_are_the_same_as_texts_and_as_whole_numbers(tmp_path):
+    """The reviewed case: a coded feature 1 passed as CSV, and was refused where Parquet held it as a number."""
+    columns = [
+        {"name": "q", "role": "quasi", "type": "category", "values": ["a", "b"], "levels": [["a"], ["b"]]},
+        {"name": "g", "role": "feature", "type": "category", "values": [1, 2]},
+        {"name": "y", "role": "target", "type": "category", "values": [0, 1]},
+    ]
+    contract = agreed(columns=columns, k=2, l=1, t=None, sensitive_target=False)
+    for g, good in ((1, True), (3, False)):
+        texts = pa.table({"q": ["a"] * 3, "g": [str(g)] * 3, "y": ["0"] * 3})
+        numbers = pa.table({"q": ["a"] * 3, "g": [g] * 3, "y": [0] * 3})
+        for i, table in enumerate((texts, numbers)):
+            pq.write_table(table, tmp_path / f"{i}.parquet")
+            if good:
+                assert release.verify(tmp_path / f"{i}.parquet", contract).met
+            else:
+                with pytest.raises(AnonymityError, match="'g': 3 cells"):
+                    release.verify(tmp_path / f"{i}.parquet", contract)
