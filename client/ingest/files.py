@@ -303,9 +303,9 @@ def _require_lines(path: Path, quotes: Quotes, *, cut: bool) -> None:
     Raises:
         DataError: see above.
     """
-    if quotes.opened and cut and quotes.held >= BLOCK_BYTES:  # it may be closed later: nobody has read so far
+    if cut and quotes.widest >= BLOCK_BYTES:  # it may be closed later: how far ahead has been read is chance
         raise DataError(
-            f"{path}: the quote that is opened on line {quotes.line} is not closed within {BLOCK_BYTES >> 20} MiB",
+            f"{path}: the quote that is opened on line {quotes.begun} is not closed within {BLOCK_BYTES >> 20} MiB",
             hint="close it, or leave such cells out of the export; a quote inside a quoted cell is written twice",
         )
     if quotes.opened and not cut:

@@ -29,11 +29,14 @@ class Quotes:
         line: the line on which the last quote was opened, from 1.
         breaks: line ends inside quoted cells.
         held: bytes since the open quote; 0 where none is open.
+        widest: bytes of the longest quoted cell so far, closed or not, of those that cross the end of a block, or from
+            its last pair of quotes on; begun: the line on which that is.
         longest: bytes of the longest line so far, of those that cross the end of a block.
     """
 
     def __init__(self, delimiter: str, encoding: str) -> None:
         self.opened, self.line, self.held, self.longest = False, 0, 0, 0
+        self.widest, self.begun = 0, 0
         self._newlines, self._returns = np.zeros(2, np.int64), np.zeros(2, np.int64)  # outside, inside quotes
         self._stops = bytes([NEWLINE, RETURN]) + delimiter.encode()
         self._opening = re.compile(rb"(?<=[%s])\"" % re.escape(self._stops))
@@ -66,6 +69,8 @@ class Quotes:
         self._count(newlines, toggles, self._newlines)
         returns = np.flatnonzero(a == RETURN)
         self._count(returns, toggles, self._returns)
+        if self.opened:
+            self._widen(self.held + (int(toggles[0]) if len(toggles) else len(data)))
         openings = toggles[int(self.opened) :: 2]
         ends = newlines if len(newlines) else returns
         if len(openings):
@@ -73,11 +78,16 @@ class Quotes:
         self.opened ^= len(toggles) % 2 == 1
         since = int(toggles[-1]) if len(toggles) else -self.held
         self.held = len(data) - since if self.opened else 0
+        self._widen(self.held)
         self._run = len(data) - 1 - int(ends[-1]) if len(ends) else self._run + len(data)
         self.longest = max(self.longest, self._run)
         # A quote that is text is no sign that the next one continues a quoted cell.
         text = data[-1] == QUOTE and not (len(toggles) and int(toggles[-1]) == len(data) - 1)
         self._last = 0 if text else data[-1]
+
+    def _widen(self, cell: int) -> None:
+        if cell > self.widest:
+            self.widest, self.begun = cell, self.line
 
     def _count(self, places: NDArray[np.intp], toggles: NDArray[np.intp], into: NDArray[np.int64]) -> None:
         inside = int(((np.searchsorted(toggles, places) + self.opened) % 2).sum())
