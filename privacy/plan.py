@@ -33,7 +33,7 @@ Sum = Literal["keysum", "sharedkey", "plain", "none"]
 Workload = Annotated[ModelSpec | StatsSpec, Field(discriminator="name")]
 
 FLOAT_SLACK = 1e-6
-_LEAST_EPSILON = 1e-9
+_LEAST_EPSILON = 1e-3  # that is proposed where δ alone covers everything
 _EPSILONS = (*(float(f"{d}e{k}") for k in range(-3, 3) for d in (1, 2, 5)), calibrate.MAX_EPSILON)
 
 
@@ -180,7 +180,7 @@ class PrivacyPlan(BaseModel):
             low, high = high, 2 * high
             if high > rules.MAX_CAP:
                 raise PlanError("no cap of a site's ledger carries this plan", hint="a larger noise, or fewer steps")
-        while high - low > 1e-10 * high:
+        while high - low > 1e-10 * high and high > 1e-9:  # below that any cap does
             mid = (low + high) / 2
             low, high = (low, mid) if self.carried(mid) else (mid, high)
         return high
@@ -312,8 +312,14 @@ def _derived(given: dict[str, Any]) -> dict[str, Any]:
     rate = 1.0 if mode == "client" else given["sample_rate"]
     epsilon, sigma = given["epsilon"], given["noise_multiplier"]
     if epsilon is None:
-        # so much noise that δ alone covers it costs 0; a claim is above that
-        epsilon = max(_LEAST_EPSILON, calibrate.epsilon(sigma, given["delta"], rate, steps))
+        epsilon = calibrate.epsilon(sigma, given["delta"], rate, steps)
+        if epsilon <= 0:
+            enough = calibrate.noise_multiplier(_LEAST_EPSILON, given["delta"], rate, steps)
+            raise PlanError(
+                f"with a noise multiplier of {sigma:g} delta = {given['delta']:g} alone covers {steps} steps",
+                hint="less noise: nothing is gained by an epsilon of 0",
+                nearest={"noise_multiplier": enough},
+            )
     else:
         sigma = calibrate.noise_multiplier(epsilon, given["delta"], rate, steps)
     honest = 1 if mode == "local" else sites - given["colluders"] - given["dropouts"]

@@ -33,6 +33,7 @@ ORDERS: tuple[float, ...] = (
     *map(float, range(11, 64)),
     *map(float, (72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024, 2048)),
 )
+_PRECISION = 1e-16
 # Below this noise, or above this number of steps at noise 1, a loss distribution may need seconds and gigabytes.
 _MIN_PLD_NOISE, _MAX_PLD_STEPS = 0.05, 1e3
 # The library divides by masses of e^-ε, which a double holds up to about 700.
@@ -82,15 +83,36 @@ def _finite(found: float, bound: Callable[[], float]) -> float:
     return found if math.isfinite(found) else bound()
 
 
+def _rounded(events: Iterable[tuple[SampledGaussian, int]]) -> float:
+    """What a composition by Fourier transforms may lose of δ: a double's precision for every step.
+
+    Measured against the closed form (q = 1 - 1e-9, 100 to 500,000 steps) it is at most 1.5e-17 a step. Steps that use
+    every record are composed in closed form.
+    """
+    return _PRECISION * sum(steps for e, steps in events if e.sample_rate < 1)
+
+
+def _epsilon(
+    accountant: PLDAccountant,
+    events: tuple[tuple[SampledGaussian, int], ...],
+    delta: float,
+    otherwise: Callable[[], float],
+) -> float:
+    """ε at what is left of δ when rounding has taken its most; by the other bound where nothing is."""
+    left = delta - _rounded(events)
+    return _finite(float(accountant.get_epsilon(left)), otherwise) if left > 0 else otherwise()
+
+
 @lru_cache(maxsize=4096)
 def _pld(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float:
-    return _finite(float(_accountant(events).get_epsilon(delta)), lambda: epsilon_rdp(events, delta))
+    return _epsilon(_accountant(events), events, delta, lambda: epsilon_rdp(events, delta))
 
 
 def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
     """ε at ``delta`` of non-adaptively chosen ``(event, steps)`` pairs, by privacy loss distributions.
 
-    An upper bound: the discretisation (:func:`interval`) rounds pessimistically. 0 for no events. Where the
+    An upper bound: the discretisation (:func:`interval`) rounds pessimistically, and what the library's arithmetic may
+    lose is taken off ``delta`` first. 0 for no events. Where the
     distribution would be too wide to hold (σ < 0.05, or an ε above 600), the bound by Rényi DP is returned instead,
     so that a hostile plan costs neither memory nor time.
     """
@@ -140,7 +162,7 @@ def epsilon_replace_one(events: Iterable[tuple[SampledGaussian, int]], delta: fl
 @lru_cache(maxsize=1024)
 def _replaced(events: tuple[tuple[SampledGaussian, int], ...], delta: float) -> float:
     accountant = _accountant(events, NeighboringRelation.REPLACE_ONE)
-    return _finite(float(accountant.get_epsilon(delta)), lambda: replace_one_rdp(events, delta))
+    return _epsilon(accountant, events, delta, lambda: replace_one_rdp(events, delta))
 
 
 def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
@@ -165,9 +187,10 @@ def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float)
 
 
 def delta_curve(events: Iterable[tuple[SampledGaussian, int]], epsilons: Iterable[float]) -> list[tuple[float, float]]:
-    """``(ε, δ)`` points of the whole privacy curve, by PLD; rounding takes no δ below 0 or above 1."""
-    accountant = _accountant(_merge(events))
-    return [(e, min(1.0, max(0.0, float(accountant.get_delta(e))))) for e in epsilons]
+    """``(ε, δ)`` points of the whole privacy curve, by PLD; every δ holds what rounding may have lost, up to 1."""
+    merged = _merge(events)
+    accountant, lost = _accountant(merged), _rounded(merged)
+    return [(e, min(1.0, max(0.0, float(accountant.get_delta(e))) + lost)) for e in epsilons]
 
 
 def _merge(events: Iterable[tuple[SampledGaussian, int]]) -> tuple[tuple[SampledGaussian, int], ...]:

@@ -49,7 +49,19 @@ def by_pld(q: float, sigma: float, steps: int, delta: float) -> float:
         return 0.0
     accountant = PLDAccountant(value_discretization_interval=_grid(q, sigma))
     accountant.compose(_mechanism(q, sigma), steps)
-    return float(accountant.get_epsilon(delta))
+    return float(accountant.get_epsilon(_safe(delta, q, steps)))
+
+
+def _safe(delta: float, q: float, steps: int) -> float:
+    """δ without what double precision may hide in it: 1e-16 for every sampled step that is convolved.
+
+    Raises:
+        VerificationError: nothing is left, which no plan allows.
+    """
+    hidden = 0.0 if q == 1 else 1e-16 * steps
+    if hidden >= delta:
+        raise VerificationError(f"delta = {delta:g} drowns in the rounding of {steps} composed steps")
+    return delta - hidden
 
 
 @lru_cache(maxsize=64)
@@ -70,7 +82,7 @@ def by_pld_replacing(q: float, sigma: float, steps: int, delta: float) -> float:
         return 0.0
     accountant = PLDAccountant(NeighboringRelation.REPLACE_ONE, value_discretization_interval=_grid(q, sigma))
     accountant.compose(_mechanism(q, sigma), steps)
-    return float(accountant.get_epsilon(delta))
+    return float(accountant.get_epsilon(_safe(delta, q, steps)))
 
 
 def replacing_bound(q: float, sigma: float, steps: int, delta: float) -> float:
@@ -142,16 +154,18 @@ def _divergence(q: float, sigma: float, order: float) -> float:
 def rdp_range(q: float, sigma: float, steps: int, delta: float) -> tuple[float, float]:
     """Between what and what any table of orders that contains this one, and begins with it, bounds ε.
 
-    Above is :func:`by_rdp`: more orders only make the least bound smaller. Below: divergence grows with the order and
+    Above is the least bound of this table: more orders only make it smaller. (Not :func:`by_rdp`: for little privacy
+    lost the library knows a better bound, beside all orders.) Below: divergence grows with the order and
     what turns it into ε falls, so that between two neighbours of this table nothing is less than the divergence of the
     first with the addition of the second; 0.01 is left for the orders beyond the last one.
     """
-    low, known = math.inf, 0.0
+    low, high, known = math.inf, math.inf, 0.0
     for order, following in zip(_ORDERS, (*_ORDERS[1:], math.inf), strict=True):
         if math.isfinite(value := _divergence(q, sigma, order)):
             known = max(value, 0.0)
+            high = min(high, steps * known + _offset(order, delta))
         low = min(low, steps * known + (_offset(following, delta) if following < math.inf else 0.0))
-    return max(0.0, low - 0.01), by_rdp(q, sigma, steps, delta)
+    return max(0.0, low - 0.01), max(0.0, high)
 
 
 def gaussian_delta(sigma: float, steps: int, epsilon: float) -> float:

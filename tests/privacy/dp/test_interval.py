@@ -10,6 +10,7 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp, gaussian_epsilon, interval
 from fedveil.privacy.dp.calibrate import noise_multiplier
 from fedveil.privacy.dp.events import SampledGaussian
@@ -96,3 +97,27 @@ def test_no_noise_is_added_for_the_grids_sake() -> None:
     sigma = noise_multiplier(0.1, DELTA, 0.01, 20_000)
     assert 35 < sigma < 50
     assert epsilon_rdp([(SampledGaussian(0.01, sigma), 20_000)], DELTA) > 0.1
+
+
+@pytest.mark.parametrize("steps", [1000, pytest.param(500_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mu", [1.0, 4.0])
+def test_what_arithmetic_loses_is_taken_off_delta(steps, mu) -> None:
+    """Nearly every record in every step: the library convolves, and the closed form is the truth.
+
+    As it comes from the library, ε is too small at a tiny δ: there the rounding of the transforms is what it reads.
+    """
+    event = SampledGaussian(1 - 1e-9, math.sqrt(steps) / mu)
+    for delta in (1e-5, 1e-9, 1e-11, 1e-12, 1e-13):
+        exact = gaussian_epsilon(mu, delta)
+        own = epsilon_pld([(event, steps)], delta)
+        assert own >= exact * (1 - 1e-7)
+        assert own <= exact * 1.1 + 0.01
+        if delta > 2e-16 * steps:
+            assert recompute.by_pld(event.sample_rate, event.noise_multiplier, steps, delta) == own
+    bare = on_a_grid(event.sample_rate, event.noise_multiplier, steps, interval(event), 1e-11)
+    assert mu == 1.0 or bare < gaussian_epsilon(mu, 1e-11) * (1 - 1e-5), "a control: without it the bound is none"
+
+
+def test_nothing_is_left_of_a_delta_that_drowns() -> None:
+    with pytest.raises(VerificationError, match="drowns"):
+        recompute.by_pld(0.1, 5.0, 1000, 1e-13)

@@ -42,7 +42,8 @@ def verified(plan: PrivacyPlan) -> dict[str, Any]:
 PLANS = [(0.035, 0.01, 1000), (0.1, 0.01, 3000), (0.5, 1e-4, 20), (0.1, 0.1, 60), (1.0, 1.0, 60), (8.0, 0.3, 200)]
 SLOW = [
     (0.3, 0.01, 20_000), (0.1, 1e-3, 100), (0.3, 1e-3, 20), (1.0, 1e-3, 20), (3.0, 1e-5, 100), (0.3, 1e-5, 1),
-    (3.0, 0.02, 300), (30.0, 0.5, 60), (0.01, 1.0, 1), (400.0, 0.1, 30), (600.0, 0.01, 1000), (400.0, 0.1, 30_000), (400.0, 0.5, 1000), (500.0, 1.0, 100),
+    (3.0, 0.02, 300), (30.0, 0.5, 60), (0.01, 1.0, 1), (400.0, 0.1, 30), (600.0, 0.01, 1000), (400.0, 0.1, 30_000),
+    (400.0, 0.5, 1000), (500.0, 1.0, 100),
 ]  # fmt: skip
 
 
@@ -60,6 +61,27 @@ def test_an_accepted_plan_verifies(epsilon, q, steps) -> None:
 )
 def test_also_with_little_noise_with_a_small_delta_and_with_many_shares(q, steps, sigma, delta, sites) -> None:
     verified(plan_of(q, steps, delta=delta, sites=sites, noise_multiplier=sigma))
+
+
+# So little lost that the library knows a bound beside all orders, and so much noise that hardly anything is lost.
+LITTLE = [
+    (1e-3, 3, 0.5, 1e-3), (1e-3, 30, 2.0, 1e-3), (5.2e-4, 3, 0.5, 1e-4), (1.0, 1, 300.0, 1e-3), (1.0, 1, 398.9, 1e-3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("q", "steps", "sigma", "delta"), LITTLE)
+def test_a_plan_that_costs_next_to_nothing_verifies(q, steps, sigma, delta) -> None:
+    plan = plan_of(q, steps, delta=delta, noise_multiplier=sigma)
+    assert plan.filter_epsilon() > 0
+    verified(plan)
+
+
+def test_a_plan_that_delta_alone_covers_is_none() -> None:
+    for q, sigma in ((1.0, 1000.0), (0.01, 20.0)):
+        with pytest.raises(PlanError, match="alone covers") as e:
+            plan_of(q, 1, delta=1e-3, noise_multiplier=sigma)
+        nearest = plan_of(q, 1, delta=1e-3, **(e.value.nearest or {}))
+        assert 0 < nearest.epsilon < 0.01
 
 
 def test_either_accountant_can_be_the_smaller_one() -> None:
