@@ -80,7 +80,8 @@ def test_a_plan_that_delta_alone_covers_is_none() -> None:
     for q, sigma in ((1.0, 1000.0), (0.01, 20.0)):
         with pytest.raises(PlanError, match="alone covers") as e:
             plan_of(q, 1, delta=1e-3, noise_multiplier=sigma)
-        nearest = plan_of(q, 1, delta=1e-3, **(e.value.nearest or {}))
+        found: dict[str, Any] = e.value.nearest or {}
+        nearest = plan_of(q, 1, delta=1e-3, **found)
         assert 0 < nearest.epsilon < 0.01
 
 
