@@ -47,7 +47,7 @@ def agreed(tmp_path):
 
 
 def test_column_names_are_shown_as_they_are(tmp_path, agreed):
-    """The reviewed case: ``rate [/min]`` was a closing tag without an opening one, and ``[mg/dl]`` vanished."""
+    """It went wrong once: ``rate [/min]`` was a closing tag without an opening one, and ``[mg/dl]`` vanished."""
     table, work = write_table(tmp_path / "t.csv"), tmp_path / "w"
     out = tmp_path / "r.parquet"
     told = {
@@ -141,7 +141,7 @@ def test_only_the_release_that_the_record_names_is_replaced(tmp_path, agreed):
 
 
 def test_a_release_that_is_gone_is_not_called_unchanged(tmp_path, agreed):
-    """The reviewed case: the release was moved away, and the report still said that it was unchanged."""
+    """It went wrong once: the release was moved away, and the report still said that it was unchanged."""
     work, table, out = tmp_path / "w", write_table(tmp_path / "t.csv"), tmp_path / "r.csv"
     assert run("anonymize", table, *agreed, "--work", work, "--method", "mondrian", "--out", out).exit_code == 0
     out.rename(tmp_path / "moved.csv")
@@ -178,7 +178,7 @@ def test_the_evidence_of_every_method_has_one_form(tmp_path, agreed):
 
 
 def test_an_edited_report_is_not_called_unchanged(tmp_path, agreed):
-    """The reviewed case: ``quality.json`` was edited by hand, and the lineage record still "unchanged"."""
+    """It went wrong once: ``quality.json`` was edited by hand, and the lineage record still "unchanged"."""
     work, table = tmp_path / "w", write_table(tmp_path / "t.csv")
     assert run("check", table, *agreed, "--work", work).exit_code == 0
     quality = json.loads((work / "quality.json").read_text())

@@ -1,13 +1,11 @@
 """The same rows through every door: encodings, separators, decimals, Arrow, SQL, DuckDB, FHIR; in bounded memory."""
 
-import contextlib
 import datetime as dt
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import databases, fhir, sources, statements
+from fedveil.client.ingest import databases, fhir, sources
 from fedveil.client.ingest.sources import Dialect, DuckSource, FhirSource, SqlSource, read
 from fedveil.common.errors import ConfigError, DataError, UsageError
 
@@ -149,133 +147,9 @@ CHANGING = ("drop table t", "DELETE FROM t", "UPDATE t SET age = 0", "INSERT INT
             "CREATE TABLE other AS SELECT * FROM t", "WITH x AS (SELECT 1) DELETE FROM t")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "SELECT a FROM t",
-        " \n-- drop\n/* ; */ select 1;",
-        "WITH x AS (SELECT 1) SELECT * FROM x",
-        "(SELECT 1) UNION (SELECT 2)",
-        "SELECT 'it''s; drop table t', \"update\" FROM t",
-        "SELECT 1 -- it's ;drop\r\n FROM t;\n-- end",
-        'SELECT t.call, m.merge, "t" . "x", "t".create, a AS copy FROM t',
-        "SELECT truncate(x, 2), INSERT (a, 1, 2, 'x'), REPLACE(a, 'x', 'y') FROM t",
-        "SELECT freq 'x', a $1 FROM t",
-        "VALUES (1)",
-        "SELECT updated, created, inserted_at, replace(a, 'x', 'y') FROM t WHERE m = 'update'",
-    ],
-)
-def test_queries_that_read(query):
-    statements.require_select(query)
-
-
-@pytest.mark.parametrize(
-    ("database", "query"),
-    [
-        ("sqlite", 'SELECT "update", [delete], [a]]b], `into` FROM t'),
-        ("mysql", "SELECT `update` FROM t"),
-        ("postgresql", "SELECT $$;drop$$, $a$;'$a$"),
-        ("postgresql", "SELECT ARRAY['a]'], b[1], c #>> '{d}' FROM t ORDER BY 'x'"),
-        ("postgresql", "SELECT open, close, use FROM prices"),
-        ("duckdb", "FROM t SELECT ['a]']"),
-    ],
-)
-def test_queries_that_read_by_the_rules_of_their_database(database, query):
-    statements.require_select(query, database)
-    with pytest.raises(UsageError):
-        statements.require_select(query)
-
-
-KINDS = ("", "sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql", "duckdb")
-
-
-@pytest.mark.parametrize("database", KINDS)
-@pytest.mark.parametrize(
-    "query",
-    [
-        "SELECT 1 /* /* */ ' */ ; DROP TABLE t; -- '",
-        "SELECT E'\\'' ; DROP TABLE t -- '",
-        "SELECT '\\', 1 FROM t INTO OUTFILE '/x' -- '",
-        "SELECT name, 1--1 FROM t INTO OUTFILE '/x'",
-        "SELECT name, 1--\u00a01 FROM t INTO OUTFILE '/x'",
-        "SELECT 1 -- \r'\n; DROP TABLE t; -- '",
-        "SELECT 1 /*M! INTO OUTFILE '/x' */",
-        "SELECT 1 /*!50000 INTO OUTFILE '/x' */",
-        "SELECT q'[']' ; DROP TABLE t; -- '",
-        "SELECT $\u20ac$'$\u20ac$; DROP TABLE t; -- '",
-        "SELECT x\u20ac$$'$$' ; DROP TABLE t; --'",
-        "SELECT 1.DELETE FROM t",
-        "SELECT 1e.DELETE FROM t",
-        'SELECT "a"DELETE FROM t',
-        "SELECT 1\u00a0DELETE\u00a0FROM t",
-        "SELECT 1; DROP TABLE t",
-        "SELECT 1\0; DROP TABLE t",
-        "EXEC('x')",
-    ],
-)
-def test_what_databases_read_in_different_ways_is_refused_for_all(database, query):
-    with pytest.raises(UsageError) as refused:
-        statements.require_select(query, database)
-    assert refused.value.hint
-    assert "x'" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("databases", "query"),
-    [
-        (set(KINDS) - {"sqlite", "mssql"}, "SELECT ['a]'] AS l, a FROM t; COPY t TO '/x' -- '"),
-        ({"sqlite", "mssql", ""}, "SELECT [a]]'b] DELETE FROM t; -- '"),
-        ({"mysql", "mariadb", ""}, "SELECT 1 # '\n INTO OUTFILE 0x2f78 # '"),
-        (set(KINDS) - {"mysql", "mariadb", "sqlite"}, "SELECT `'`; DROP TABLE t; -- '"),
-        (set(KINDS), "SELECT $$'$$; DROP TABLE t; -- '"),
-        *(({"mssql", ""}, f"SELECT 1 {word} x") for word in ("SHUTDOWN", "KILL", "BACKUP", "SET", "DBCC", "WAITFOR")),
-    ],
-)
-def test_what_one_database_would_run_is_refused_there(databases, query):
-    for database in databases:
-        with pytest.raises(UsageError):
-            statements.require_select(query, database)
-
-
-@pytest.mark.parametrize("piece", ["'", '"', "`", "[", "/*", "$a$", "$a", "--", "#", "x.", "''[", "$$'"])
-@pytest.mark.parametrize("database", ["", "sqlite", "duckdb"])
-def test_long_queries_are_judged_in_linear_time(piece, database):
-    start = time.process_time()
-    with contextlib.suppress(UsageError):
-        statements.require_select("SELECT " + piece * (400_000 // len(piece)), database)
-    assert time.process_time() - start < 3  # a quadratic search took minutes
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        *CHANGING,
-        "",
-        ";",
-        "SELECT 1; DROP TABLE t",
-        "SELECT 1;;",
-        "EXPLAIN ANALYZE DELETE FROM t",
-        "PRAGMA user_version = 1",
-        "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
-        "SELECT * INTO other FROM t",
-        "SELECT 'a",
-        "SELECT /*! 1 */ 2",
-        "COPY t TO 'x'",
-        "select 1 -- '\n; drop table t",
-        "SELECT 'a' /* ' */; DELETE FROM t --'",
-        "x" * (1 << 21),
-        "SELECT * FROM t FOR UPDATE",
-    ],
-)
-def test_queries_that_do_not_only_read(query):
-    with pytest.raises(UsageError) as refused:
-        statements.require_select(query)
-    assert refused.value.hint
-
-
 @pytest.mark.parametrize("year", [1, 87, 987, 2021])
 def test_a_year_has_four_digits_whatever_the_platform(year):
-    """The reviewed case: the missing code 0001-01-01 came out as 1-01-01."""
+    """As the platform's strftime writes it, the missing code 0001-01-01 comes out as 1-01-01."""
     assert databases._text(dt.date(year, 1, 2), "%Y-%m-%d") == f"{year:04}-01-02"
 
 
@@ -453,7 +327,7 @@ DAYS = [dt.date(1950 + i, 1 + i % 12, 1 + i % 28) for i in range(24)]
 
 @pytest.mark.parametrize("kind", [pa.date32(), pa.date64(), pa.timestamp("us"), pa.timestamp("ns")])
 def test_dates_that_a_file_holds_as_dates(tmp_path, make, odd, kind):
-    """The reviewed case: they are dates whatever form the contract gives for texts, and were refused as wrong ones."""
+    """It went wrong once: they are dates whatever form the contract gives for texts, and were refused as wrong ones."""
     contract = make(columns=[*make().payload["columns"], BORN])
     day = pa.array([*DAYS[:-1], None], pa.date32()).cast(kind)
     pq.write_table(arrow(odd).append_column("born", day), tmp_path / "t.parquet")

@@ -82,7 +82,7 @@ def lines_of(rows, last):
 @pytest.mark.parametrize("last", ["patient", "note"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp1252"])
 def test_a_quote_that_is_never_closed_is_refused(tmp_path, noted, rows, last, encoding):
-    """The reviewed case: forty rows became eleven, since nobody reads the column that swallowed the others."""
+    """It went wrong once: forty rows became eleven, since nobody reads the column that swallowed the others."""
     lines = lines_of(rows, last)
     head, _, tail = lines[10].rpartition(",")
     lines[10] = f'{head},"{tail}'
@@ -135,7 +135,7 @@ def test_a_category_never_holds_a_line_end(tmp_path, contract, rows):
 
 
 def test_a_source_without_quotes_may_hold_line_ends(tmp_path, contract, rows):
-    """The reviewed case: a free text of a Parquet file, which counts as "other", was refused for a CSV file's fault."""
+    """It went wrong once: free text of a Parquet file, which counts as "other", was refused for a fault of CSV."""
     cells = [r[:4] + ["two\nlines"] + r[5:] if i == 3 else r for i, r in enumerate(rows)]
     names = ["patient", *COLUMNS[:5]]
     table = pa.table({n: [r[i] for r in cells] for i, n in enumerate(names)})

@@ -128,7 +128,7 @@ def with_missing(table):
 @pytest.mark.parametrize("method", ["fixed", "mondrian", "optimal", "peel", "auto"])
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_missing_sensitive_values_verify_in_both_forms(tmp_path, with_missing, method, ending, distance):
-    """The reviewed case: a CSV file's empty cell was one more sensitive value, so that its own release was refused."""
+    """It went wrong once: a CSV file's empty cell was one more sensitive value, so that its own release was refused."""
     contract, out = with_illness(t_distance=distance), tmp_path / f"r{ending}"
     done = release.anonymise(with_missing, contract, method, out)
     assert release.verify(out, contract) == done.findings
@@ -252,7 +252,7 @@ def test_dates_outside_the_bounds_do_not_verify(tmp_path, with_missing, label):
 
 @pytest.mark.parametrize("cell", [" 0.5", "0.5 ", "0_1", "\u0661", "+", "1e", "nan", "inf", "0x1"])
 def test_fixed_levels_and_other_methods_read_numbers_alike(tmp_path, with_missing, cell):
-    """The reviewed case: ``" 0.5"`` passed a file of fixed levels, and no other."""
+    """It went wrong once: ``" 0.5"`` passed a file of fixed levels, and no other."""
     contract, out = with_illness(k=2, l=1, t=None), tmp_path / "r.csv"
     release.anonymise(with_missing, contract, "fixed", out)
     rows = read_rows(out)
@@ -263,7 +263,7 @@ def test_fixed_levels_and_other_methods_read_numbers_alike(tmp_path, with_missin
 
 
 def test_codes_are_the_same_as_texts_and_as_whole_numbers(tmp_path):
-    """The reviewed case: a coded feature 1 passed as CSV, and was refused where Parquet held it as a number."""
+    """It went wrong once: a coded feature 1 passed as CSV, and was refused where Parquet held it as a number."""
     columns = [
         {"name": "q", "role": "quasi", "type": "category", "values": ["a", "b"], "levels": [["a"], ["b"]]},
         {"name": "g", "role": "feature", "type": "category", "values": [1, 2]},

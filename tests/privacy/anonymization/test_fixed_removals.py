@@ -76,7 +76,7 @@ def test_no_removal_exceeds_the_claimed_factor(k, ell, limit, missing):
 
 
 def test_one_value_among_missing_ones_decides_over_nothing():
-    """The reviewed case: sixty rows without a sensitive value and one with, under l = 1."""
+    """It went wrong once: sixty rows without a sensitive value and one with, under l = 1."""
     c = contract(5, 1, 0.4)
     rows = [("a", "x")] * 100 + [("b", "")] * 60
     with_, without = released([*rows, ("b", "x")], c), released(rows, c)

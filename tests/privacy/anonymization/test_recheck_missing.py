@@ -81,7 +81,7 @@ def test_forged_releases_fail_alike_in_both_forms(tmp_path_factory, rows, model)
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_an_empty_cell_is_no_second_value(tmp_path, kind):
-    """The reviewed case: {x, no value, x} is not 2-diverse, however the file writes "no value"."""
+    """It went wrong once: {x, no value, x} is not 2-diverse, however the file writes "no value"."""
     rows = [("a", "u"), ("a", None), ("a", "u"), ("c", "u"), ("c", "v")]
     table = pa.table({"city": [c for c, _ in rows], "ill": pa.array([s for _, s in rows], pa.string())})
     found = recheck(write(tmp_path / f"r.{kind}", table), DECLARED, [DistinctL(2)])

@@ -46,7 +46,7 @@ def test_a_sensitive_value_is_named_once():
 
 
 def test_the_leaves_are_read_once_for_all_labels(tmp_path, monkeypatch):
-    """The reviewed case: every label read all leaves again."""
+    """It went wrong once: every label read all leaves again."""
     leaves, read = 2000, []
     number_of = recheck_labels.number_of
     monkeypatch.setattr(recheck_labels, "number_of", lambda text: read.append(text) or number_of(text))

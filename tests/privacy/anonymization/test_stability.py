@@ -122,7 +122,7 @@ def test_no_cell_changes_the_label_of_another(kind, data):
 
 
 def test_a_suppressed_cell_moves_nothing():
-    """The reviewed case: one cell "*" turned the label of every other row."""
+    """It went wrong once: one cell "*" turned the label of every other row."""
     spec = TableSpec((QuasiIdentifier("q", fixed_level=1),))
     table = pa.table({"q": ["*"] + ["a", "b"] * 10})
     a = Anonymizer(spec, [KAnonymity(2)], method="fixed")
