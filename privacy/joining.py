@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import ProtocolError
+from fedveil.common.errors import FedveilError, ProtocolError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Head
 from fedveil.common.units import MAX_SITES, SiteId, site_id
@@ -67,7 +67,7 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
         raise ProtocolError(f"the join statement of {site!r} is malformed")
     try:
         heads_in({site: document})
-    except ProtocolError as e:
+    except FedveilError as e:
         raise ProtocolError(f"the join statement of {site!r}: {e.message}") from e
     return fields
 

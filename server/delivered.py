@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.errors import FedveilError, VerificationError, trace
 from fedveil.common.files import write_durably
 from fedveil.common.journal import parse, verify_rows
 from fedveil.common.units import SiteId
@@ -36,8 +36,9 @@ def keep(job: Job, handed: Mapping[SiteId, bytes], end: End) -> dict[str, list[i
     for site, data in handed.items():
         try:
             heads[site] = _head(job, seen, contract, site, data)
-        except FedveilError as e:
-            _LOG.error("the ledger of %s does not hold and counts as not delivered: %s", site, e)
+        except Exception as e:  # of whatever class: a member wrote it, and the run's end must be written
+            said = e if isinstance(e, FedveilError) else trace(e)
+            _LOG.error("the ledger of %s does not hold and counts as not delivered: %s", site, said)
             continue
         write_durably(job.run / "journals" / f"{site}.jsonl", data)
     return heads

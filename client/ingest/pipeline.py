@@ -26,7 +26,7 @@ from fedveil.client.ingest.closeness import require_closeness
 from fedveil.client.ingest.sources import Dialect, RawTable, Rules, Source
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import AnonymityError, WireError
+from fedveil.common.errors import AnonymityError, UsageError, WireError
 from fedveil.privacy.anonymization import fixed, verify
 
 RELEASED, LINEAGE, SIGNATURE = "released.csv", drift.LINEAGE, drift.SIGNATURE
@@ -80,7 +80,7 @@ def ingest(
         AnonymityError: k, l or t fails; the hint names coarser levels that pass.
         ConfigError: the work folder is readable by others, or the secret is too short.
     """
-    cleared(work)
+    cleared(work, source)
     rules = rules or Rules(secret=lineage.checked_secret(secret))
     raw, report = assessed(source, contract, work, dialect=dialect, rules=rules, before=before)
     committed = sources.commitment(secret, source, contract)
@@ -110,16 +110,23 @@ def unless_signed(released: Path) -> Iterator[None]:
         raise
 
 
-def cleared(work: Path) -> None:
+def cleared(work: Path, source: Source) -> None:
     """The private folder ``work``, without what an earlier table left in it: files of two tables say nothing together.
 
     The release that its lineage record names is removed too, where it lies in the folder and is unchanged.
 
     Raises:
         ConfigError: others can read it.
+        UsageError: ``source`` is one of the files that would go.
     """
     lineage.private_folder(work)
-    if (earlier := earlier_release(work)) is not None:
+    earlier = earlier_release(work)
+    if isinstance(source, Path) and source.resolve() in (earlier, (work / RELEASED).resolve()):
+        raise UsageError(
+            f"{source} is a release that lies in its own work folder, which is cleared for the next one",
+            hint="copy it elsewhere, or name another --work folder",
+        )
+    if earlier is not None:
         earlier.unlink(missing_ok=True)
     for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
         (work / stale).unlink(missing_ok=True)

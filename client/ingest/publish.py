@@ -50,8 +50,8 @@ def publish(
         secret: as for :func:`~fedveil.client.ingest.pipeline.ingest`, and so are the other arguments.
 
     Raises:
-        UsageError: ``out`` exists, has another ending or no folder to lie in; too many quasi-identifiers for the
-            method. What the folder held is then untouched.
+        UsageError: ``out`` exists, has another ending or no folder to lie in, or ``source`` is what ``work`` would be
+            cleared of: what the folder held is then untouched. Too many quasi-identifiers for the method.
         DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
         AnonymityError: the criteria cannot be met.
         ConfigError: the work folder is readable by others, or the secret is too short.
@@ -59,7 +59,7 @@ def publish(
     lineage.private_folder(work)
     if out.resolve() != pipeline.earlier_release(work):
         release.require_new(out)
-    pipeline.cleared(work)
+    pipeline.cleared(work, source)
     rules = rules or Rules(secret=lineage.checked_secret(secret))
     raw, report = pipeline.assessed(source, contract, work, dialect=dialect, rules=rules)
     committed = sources.commitment(secret, source, contract)

@@ -76,6 +76,7 @@ def test_nobody_missing_and_nobody_else(documents) -> None:
         (statement("s1", head=[1]), ProtocolError),
         (statement("s1", ledger="A" * 64), ProtocolError),
         (statement("s1", peers=[]), ProtocolError),
+        (statement("s1", peers={"BAD NAME": [[1, "a" * 64, "a" * 64]]}), ProtocolError),
         (statement("s1", peers={"s2": [[1]]}), ProtocolError),
         (identity.signed(KEYS["s1"], JOIN, ["no", "object"]), ProtocolError),
         (statement("s2"), IdentityError),

@@ -271,7 +271,7 @@ class TestLedgersAtTheEnd:
 
     @pytest.mark.parametrize(("kind", "change"), [
         ("session.end", {"status": "ABORTED"}), ("model", {"model_hash": "f" * 64}), ("model", {"round": 1}),
-        ("spend", {"plan_hash": "f" * 64}),
+        ("spend", {"plan_hash": "f" * 64}), ("model", {"model_hash": []}), ("session.end", {"status": {}}),
     ])  # fmt: skip
     def test_a_ledger_that_tells_another_run_costs_nobody_the_report(self, run, monkeypatch, kind, change):
         """A member's own rows, well signed, that an auditor would refuse: its ledger is missing, as if it were down."""

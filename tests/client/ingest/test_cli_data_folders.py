@@ -222,3 +222,16 @@ def test_a_record_that_the_site_signed(tmp_path, agreed):
     assert isinstance(run("report", work).exception, VerificationError)
     told = run("report", work, "--public", identity.public_hex(key))
     assert "signed by the given key; report and release are unchanged" in told.output
+
+
+@pytest.mark.parametrize("method", ["fixed", "mondrian"])
+def test_a_folder_is_not_cleared_of_the_table_that_goes_in(tmp_path, agreed, method):
+    """The folder's own release as the next one's source: clearing the folder would take the only copy away."""
+    work, table = tmp_path / "w", write_table(tmp_path / "t.csv")
+    assert run("anonymize", table, *agreed, "--work", work, "--method", "mondrian").exit_code == 0
+    own = work / "anonymized.csv"
+    before = {p: p.read_bytes() for p in work.iterdir() if p.is_file()}
+    refused = run("anonymize", own, *agreed, "--work", work, "--method", method, "--out", work / "again.csv")
+    assert isinstance(refused.exception, UsageError), refused.output
+    assert "--work" in refused.exception.hint
+    assert {p: p.read_bytes() for p in work.iterdir() if p.is_file()} == before
