@@ -42,8 +42,11 @@ def _printable(value: str) -> str:
 Text = Annotated[str, AfterValidator(_printable)]
 
 
-def endpoint(value: str) -> tuple[str, int]:
+def endpoint(value: str, *, lowest: int = 1) -> tuple[str, int]:
     """Host and port of ``host:port``; an IPv6 address stands in brackets.
+
+    Args:
+        lowest: the smallest port; 0 where somebody listens, who may take any that is free.
 
     Raises:
         ValueError: it is written otherwise.
@@ -51,8 +54,8 @@ def endpoint(value: str) -> tuple[str, int]:
     host, _, port = value.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     plain = bare and not any(c.isspace() or c in "/@[]" for c in bare) and (bare is not host or ":" not in bare)
-    if not plain or not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 1 << 16):
-        raise ValueError("is not host:port (with a port from 1 to 65535, and without http://)")
+    if not plain or not (port.isascii() and port.isdecimal() and len(port) <= 5 and lowest <= int(port) < 1 << 16):
+        raise ValueError(f"is not host:port (with a port from {lowest} to 65535, and without http://)")
     return bare, int(port)
 
 
@@ -61,7 +64,13 @@ def _endpoint(value: str) -> str:
     return value
 
 
+def _listening(value: str) -> str:
+    endpoint(value, lowest=0)
+    return value
+
+
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Listening = Annotated[str, AfterValidator(_listening)]
 
 
 class _Section(BaseModel):
@@ -86,7 +95,7 @@ class FederationSection(_Section):
     """Where the server listens and what its members agreed on."""
 
     name: str = Field(min_length=1, max_length=64, description="the federation's name")
-    address: Endpoint = Field(description="host:port the server listens on")
+    address: Listening = Field(description="host:port the server listens on")
     identity: Path = Field(description="folder with the server's keys, certificate and the signed roster")
     contract: Path = Field(description="the data contract, signed by the consortium")
     runs: Path = Field(default=Path("runs"), description="folder that receives one sub-folder for each run")

@@ -146,6 +146,12 @@ def test_a_server_without_host_and_port(tmp_path: Path, server) -> None:
         site(tmp_path, SITE.replace("localhost:9000", server))
 
 
+def test_a_server_may_listen_on_any_free_port(tmp_path: Path) -> None:
+    assert federation(tmp_path, FEDERATION.replace("localhost:9000", "0.0.0.0:0")).federation.address == "0.0.0.0:0"
+    with pytest.raises(ConfigError, match="federation.address.*host:port"):
+        federation(tmp_path, FEDERATION.replace("localhost:9000", "localhost"))
+
+
 def test_an_address_in_brackets(tmp_path: Path) -> None:
     assert endpoint(site(tmp_path, SITE.replace("localhost:9000", "[::1]:9000")).site.server) == ("::1", 9000)
 

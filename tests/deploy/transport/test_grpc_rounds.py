@@ -325,7 +325,7 @@ def test_a_dead_line_is_noticed_and_dialled_again(world: World) -> None:
         start = time.monotonic()
         return before, len(world.ask(grid, sites=["north"], timeout=60)), time.monotonic() - start
 
-    server = world.server(main)
+    server = world.server(main, grace=20)  # either end may notice first: the other one's turn comes within it
     line = Line(world.port)
     world.site("north", address=f"127.0.0.1:{line.port}", wait=40)
     assert cut_now.wait(10)
@@ -334,7 +334,7 @@ def test_a_dead_line_is_noticed_and_dialled_again(world: World) -> None:
     line.close()
     before, after, seconds = server.result
     assert (before, after) == (1, 1)
-    assert 3 < seconds < 25
+    assert 3 < seconds < 45
 
 
 def test_a_failing_server_app_tells_the_sites(world: World) -> None:
