@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedveil.client import report_receipt as seen
 from fedveil.client import round as line
-from fedveil.client import seen
-from fedveil.client.egress import Cleared, Gate
+from fedveil.client.egress.gate import Cleared, Gate
 from fedveil.client.session import Site
 from fedveil.common import flwr_adapter
 from fedveil.common.wire import Limits, Packet

@@ -11,7 +11,7 @@ from fedveil.common import canonical
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, PolicyRefusal
 from fedveil.common.settings import WEEK, LimitsSection, window
-from fedveil.common.stats_spec import StatsSpec
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.plan import PrivacyPlan
 
 _LOG = logging.getLogger("fedveil.client")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.client.egress_rows import ENDINGS
+from fedveil.client.egress.ledger_rows import ENDINGS
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import clipper, site_sum
 from fedveil.common.errors import BudgetExhausted, ProtocolError, WireError
 from fedveil.common.identity import SERVER
-from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.wire import Packet
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.quantize import to_grid
 from fedveil.privacy.secagg.interface import MAX_NONCE, Integers, is_hex

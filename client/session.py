@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 from fedveil.client import policy
 from fedveil.client.approval import Approvals
 from fedveil.client.peers import PeerHeads
-from fedveil.client.revealed import RevealedModel
+from fedveil.client.revealed_model import RevealedModel
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
 from fedveil.common.identity import Revocations, Roster
 from fedveil.common.journal import Head, Row
 from fedveil.common.settings import LimitsSection
-from fedveil.common.stats_spec import StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy import plan as plans
 from fedveil.privacy.dp.clipping import Precision
 from fedveil.privacy.joining import JOIN, Copy, check_joins, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.secagg.heads import check_head
 from fedveil.privacy.secagg.interface import SiteSum, is_hex
+from fedveil.privacy.secagg.rollback import check_head
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import Store
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import ProtocolError, WireError
-from fedveil.common.models import build, predict, unflatten
-from fedveil.common.networks import Tokens
-from fedveil.common.stats_spec import EVALUATED, MetricSpec, StatsSpec
 from fedveil.common.wire import Packet, sha256
+from fedveil.common.workload.statistics import EVALUATED, MetricSpec, StatsSpec
+from fedveil.common.workload.torch.layers import Tokens
+from fedveil.common.workload.torch.networks import build, predict, unflatten
 from fedveil.privacy.dp import statistics
 from fedveil.privacy.plan import PrivacyPlan
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedveil.common.errors import ModelError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp import clipping
 from fedveil.privacy.dp.sampling import poisson_sample
 from fedveil.privacy.plan import PrivacyPlan

@@ -22,7 +22,7 @@ def start(
     """Start a run and serve until it has ended; leaves a run folder with a report."""
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
-    from fedveil.deploy.display import Display
+    from fedveil.deploy.watch.display import Display
 
     _logging()
     federation = files.load(settings, files.Federation)
@@ -37,7 +37,7 @@ def resume(settings: Settings, run: Annotated[Path, typer.Argument(help="the run
     """Go on with a run whose server was stopped; no finished round is charged again."""
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
-    from fedveil.deploy.display import Display
+    from fedveil.deploy.watch.display import Display
 
     _logging()
     federation = files.load(settings, files.Federation)
@@ -61,7 +61,7 @@ def monitor(
     port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0: any free one")] = 9464,
 ) -> None:
     """Show a run on loopback: a status page, /metrics for Prometheus, /healthz. Reads only; stop it with Ctrl-C."""
-    from fedveil.deploy.monitor_web import Monitor
+    from fedveil.deploy.watch.monitor_web import Monitor
 
     _logging()
     shown = Monitor(run, port)

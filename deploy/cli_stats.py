@@ -16,7 +16,7 @@ from fedveil.common.errors import FedveilError, RunAborted, UsageError
 
 if TYPE_CHECKING:
     from fedveil.common.contract import DataContract
-    from fedveil.common.stats_spec import MetricSpec, StatsSpec
+    from fedveil.common.workload.statistics import MetricSpec, StatsSpec
 
 MAX_QUANTILES = 64  # of a StatsSpec
 _METRICS = ("accuracy", "confusion")
@@ -38,7 +38,7 @@ def stats(
     from fedveil.common import canonical
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
-    from fedveil.deploy.display import Display
+    from fedveil.deploy.watch.display import Display
     from fedveil.privacy.planning import plan_of_statistics
     from fedveil.privacy.stats_document import STATISTICS
 
@@ -53,7 +53,7 @@ def stats(
         )
 
     def ask(contract: DataContract) -> StatsSpec:
-        from fedveil.common.stats_spec import DEFAULT_QUANTILES, request
+        from fedveil.common.workload.statistics import DEFAULT_QUANTILES, request
 
         probabilities = quantile or DEFAULT_QUANTILES
         return request(contract, wanted, columns=column or (), bins=bins, quantiles=probabilities, metric=metric)
@@ -88,7 +88,7 @@ def _evaluated(wanted: list[str], folder: Path | None) -> tuple[MetricSpec | Non
     if folder is None:
         raise UsageError("accuracy and confusion need --model", hint="the run folder of the model to evaluate")
     from fedveil.common import canonical
-    from fedveil.common.stats_spec import EVALUATED, MetricSpec
+    from fedveil.common.workload.statistics import EVALUATED, MetricSpec
     from fedveil.privacy import plan as plans
 
     try:

@@ -18,7 +18,7 @@ import typer
 from rich.table import Table as RichTable
 
 from fedveil.common.errors import DataError, RunAborted, UsageError
-from fedveil.deploy.display import CONSOLE, Display
+from fedveil.deploy.watch.display import CONSOLE, Display
 
 if TYPE_CHECKING:
     from fedveil.privacy.plan import PrivacyPlan
@@ -157,7 +157,9 @@ def _say_data_checks(home: Path) -> None:
 
 def _compare(seeds: int) -> tuple[dict[str, list[Metrics]], PrivacyPlan]:
     """The federated model and its alternatives over ``seeds`` fresh splits, in this process."""
-    from fedveil.deploy import baselines, demo_world, simulation
+    from fedveil.deploy import demo_world
+    from fedveil.deploy.lab import baselines
+    from fedveil.deploy.lab import virtual_sites as simulation
     from fedveil.server.evaluate import Evaluator
 
     X, y = demo_world.encoded(demo_world.records())
@@ -192,7 +194,7 @@ def _recipes():
 
 
 def _plan(recipe) -> PrivacyPlan:
-    from fedveil.common.model_spec import ModelSpec
+    from fedveil.common.workload.model import ModelSpec
     from fedveil.deploy import demo_world
     from fedveil.privacy.plan import Optimizer, make_plan
 
@@ -207,7 +209,8 @@ def _plan(recipe) -> PrivacyPlan:
 
 def _federated(plan: PrivacyPlan, parts, test) -> Metrics:
     """The same server and client apps, in process; the sum in the clear, the noise shares as in the live run."""
-    from fedveil.deploy import datasets, simulate
+    from fedveil.deploy import simulate
+    from fedveil.deploy.lab import datasets
 
     split = datasets.Split([(p.X, p.y) for p in parts], test.X, test.y, 2)
     config = simulate.Config(clients=len(parts), dataset="diabetes", sum="plain")

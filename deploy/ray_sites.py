@@ -17,8 +17,8 @@ from flwr.serverapp import ServerApp
 from fedveil.client.app import make_app
 from fedveil.client.session import Site
 from fedveil.common import canonical, identity
-from fedveil.deploy.datasets import Split
-from fedveil.deploy.simulation import World, make_site
+from fedveil.deploy.lab.datasets import Split
+from fedveil.deploy.lab.virtual_sites import World, make_site
 from fedveil.deploy.transport.ray import run_ray
 from fedveil.privacy import plan as plans
 from fedveil.privacy.plan import PrivacyPlan

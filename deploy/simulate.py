@@ -16,8 +16,8 @@ from fedveil.common import canonical
 from fedveil.common.errors import BudgetExhausted, RunAborted, UsageError
 
 if TYPE_CHECKING:
-    from fedveil.deploy import simulation
-    from fedveil.deploy.datasets import Split
+    from fedveil.deploy.lab import virtual_sites as simulation
+    from fedveil.deploy.lab.datasets import Split
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
 
@@ -88,7 +88,7 @@ def recipe(config: Config) -> Recipe:
 
 def make_plan(config: Config, split: Split) -> PrivacyPlan:
     """The privacy plan of a simulation; the contract's hash stands for the simulated data's description."""
-    from fedveil.common.model_spec import ModelSpec
+    from fedveil.common.workload.model import ModelSpec
     from fedveil.privacy import plan as plans
 
     if config.sum == "none" and config.mode != "local":
@@ -113,7 +113,7 @@ def run(config: Config, out: Path, *, progress: Progress | None = None, report: 
     Raises:
         FedveilError: the plan is refused, or the run could not begin.
     """
-    from fedveil.deploy import datasets
+    from fedveil.deploy.lab import datasets
 
     _check(config)
     split = datasets.load(config.dataset, config.clients, config.seed, alpha=config.alpha)
@@ -137,7 +137,7 @@ def run_split(
     """
     from fedveil.client.app import make_app as client_app
     from fedveil.common import flwr_adapter
-    from fedveil.deploy import simulation
+    from fedveil.deploy.lab import virtual_sites as simulation
     from fedveil.privacy.planning import warnings
     from fedveil.server import job as jobs
     from fedveil.server.app import make_app as server_app
@@ -232,7 +232,7 @@ def _write_report(out: Path, world: simulation.World) -> None:
     The key speaks for nobody: it was made for this run, whose report says SIMULATED.
     """
     from fedveil.common import identity
-    from fedveil.deploy.plot import write_curve
+    from fedveil.deploy.watch.plot import write_curve
     from fedveil.privacy.report.build import build_report
     from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
     from fedveil.privacy.report.render import render_report
@@ -268,7 +268,7 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<time>")] = None,
 ) -> None:
     """Train over many virtual clients in one process and leave a run folder with a checkable report."""
-    from fedveil.deploy.display import Display, summary
+    from fedveil.deploy.watch.display import Display, summary
 
     if mode not in ("distributed", "local", "client") or sum not in ("keysum", "sharedkey", "plain", "none"):
         raise UsageError(f"unknown mode {mode!r} or sum {sum!r}", hint="see 'fedveil simulate --help'")

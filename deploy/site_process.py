@@ -19,12 +19,13 @@ from threadpoolctl import threadpool_limits
 from fedveil.client import policy
 from fedveil.client.app import Resolve, make_app
 from fedveil.client.approval import Approvals
-from fedveil.client.egress import Gate
-from fedveil.client.ingest import corrections, lineage
+from fedveil.client.egress.gate import Gate
 from fedveil.client.ingest.cli_source import dialect_of, source_of
 from fedveil.client.ingest.pipeline import Ingested, ingest
 from fedveil.client.ingest.sources import Rules, Source
 from fedveil.client.peers import PeerHeads
+from fedveil.client.records import lineage
+from fedveil.client.records.read import corrections
 from fedveil.client.session import Site
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts

@@ -89,7 +89,7 @@ def prove(
     ] = None,
 ) -> None:
     """Write a proof that one row stands in this journal; 'fedveil audit row' checks it without the other rows."""
-    from fedveil.privacy.report.rows import prove as proof_of
+    from fedveil.privacy.report.row_proof import prove as proof_of
 
     _require_file(file)
     _write_new(out, canonical.dumps(proof_of(file, row, rows)) + b"\n")

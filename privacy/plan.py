@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedveil.common import canonical
 from fedveil.common.errors import PlanError, WireError
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import MIN_DELTA
-from fedveil.common.stats_spec import StatsSpec
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy import plan_rules as rules
 from fedveil.privacy.dp import calibrate
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, epsilon_replace_one

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedveil.common.errors import PlanError, SecureSumError
 from fedveil.common.settings import MIN_DELTA
-from fedveil.common.stats_spec import StatsSpec
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.calibrate import MAX_EPSILON
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS

@@ -8,9 +8,9 @@ from typing import Any
 
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import PlanError
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import Federation
-from fedveil.common.stats_spec import StatsSpec
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_rdp
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.ledger import Tally
@@ -67,7 +67,7 @@ def plan_of_statistics(
     """The plan of a run of statistics: one sum over all records, the clip being the longest vector there can be.
 
     Args:
-        spec: what is asked for (:func:`fedveil.common.stats_spec.request`).
+        spec: what is asked for (:func:`fedveil.common.workload.statistics.request`).
         epsilon: ε of the run; by default what federation.toml says for a training run: ε, or σ for this one sum.
 
     Raises:

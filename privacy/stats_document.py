@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedveil.common.errors import DataError
-from fedveil.common.stats_spec import StatsSpec
+from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.estimates import estimate
 from fedveil.privacy.plan import PrivacyPlan
 

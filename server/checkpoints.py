@@ -14,7 +14,7 @@ import numpy as np
 from fedveil.common.errors import JournalError
 from fedveil.common.files import write_durably
 from fedveil.common.wire import sha256
-from fedveil.privacy.optim import ModelState
+from fedveil.privacy.optimiser import ModelState
 
 KEEP = 2
 

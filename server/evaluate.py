@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import DataError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, predict, unflatten
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build, predict, unflatten
 
 
 def area_under_roc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:

@@ -17,10 +17,10 @@ from fedveil.common.errors import JournalError, WireError
 from fedveil.common.files import write_durably
 from fedveil.common.identity import SERVER, Roster
 from fedveil.common.journal import Journal
-from fedveil.common.models import build, flatten
-from fedveil.common.stats_spec import EVALUATED, StatsSpec
+from fedveil.common.workload.statistics import EVALUATED, StatsSpec
+from fedveil.common.workload.torch.networks import build, flatten
 from fedveil.privacy import plan as plans
-from fedveil.privacy.optim import ModelState
+from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.server import checkpoints
 from fedveil.server.evaluate import Evaluator

@@ -22,10 +22,12 @@ from fedveil.common.wire import Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.report.history import End
-from fedveil.privacy.secagg.conduct import Conduct
 from fedveil.privacy.secagg.interface import ServerSum
+from fedveil.privacy.secagg.round_outcomes import Conduct
 from fedveil.privacy.secagg.server import server_sum
-from fedveil.server import admission, delivered, offered, statistics
+from fedveil.server import admission, statistics
+from fedveil.server import ledger_handover as delivered
+from fedveil.server import report_signatures as offered
 from fedveil.server.blinded import BlindedSums, blinded_sums
 from fedveil.server.exchange import Exchange
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job

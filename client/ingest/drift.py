@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedveil.client.ingest import counts, lineage
+from fedveil.client.ingest import counts
+from fedveil.client.records import lineage
 from fedveil.common import canonical, identity
 from fedveil.common.errors import DataError, VerificationError, WireError
 

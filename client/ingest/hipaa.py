@@ -96,7 +96,7 @@ def checklist(columns: Collection[str], found: Mapping[str, Collection[str]]) ->
     """The eighteen lines for the columns that will be used.
 
     Args:
-        found: by column, the kinds that :func:`fedveil.client.ingest.pii.scan` found.
+        found: by column, the kinds that :func:`fedveil.client.records.read.pii.scan` found.
     """
     out = []
     for letter, what, kinds, _ in _LIST:

@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil import __version__
-from fedveil.client.ingest import drift, encode, intake, lineage, quality, sources, stages
+from fedveil.client.ingest import drift, encode, quality, sources, stages
 from fedveil.client.ingest.closeness import require_closeness
 from fedveil.client.ingest.sources import Dialect, RawTable, Rules, Source
+from fedveil.client.records import lineage
+from fedveil.client.records.read import intake
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, UsageError, WireError

@@ -13,8 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from fedveil.client.ingest import cells, files, hipaa, pii
-from fedveil.client.ingest.files import Dialect
+from fedveil.client.ingest import hipaa
+from fedveil.client.records.read import files, pii
+from fedveil.client.records.read import values as cells
+from fedveil.client.records.read.files import Dialect
 from fedveil.common.errors import DataError
 
 MAX_DISTINCT = 1 << 16

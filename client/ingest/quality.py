@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.client.ingest import counts, drift, hipaa, page, pii, sources
-from fedveil.client.ingest.cells import Reading
+from fedveil.client.ingest import counts, drift, hipaa, page, sources
 from fedveil.client.ingest.sources import RawTable
 from fedveil.client.ingest.stages import Stability, Stage
+from fedveil.client.records.read import pii
+from fedveil.client.records.read.values import Reading
 from fedveil.common.contract import OTHER, Column, DataContract
 from fedveil.common.errors import DataError
 

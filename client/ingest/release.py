@@ -18,8 +18,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from fedveil.client.ingest.closeness import require_closeness
-from fedveil.client.ingest.intake import RawTable
 from fedveil.client.ingest.released_cells import require_cells
+from fedveil.client.records.read.intake import RawTable
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import AnonymityError, DataError, UsageError
 from fedveil.privacy.anonymization import codes, recheck

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fedveil.client.ingest import cells, databases, fhir, files, intake, lineage
-from fedveil.client.ingest.databases import DuckSource, SqlSource
-from fedveil.client.ingest.fhir import FhirSource
-from fedveil.client.ingest.files import Dialect, Opened
-from fedveil.client.ingest.intake import RawTable, Rules
+from fedveil.client.records import lineage
+from fedveil.client.records.read import databases, fhir, files, intake
+from fedveil.client.records.read import values as cells
+from fedveil.client.records.read.databases import DuckSource, SqlSource
+from fedveil.client.records.read.fhir import FhirSource
+from fedveil.client.records.read.files import Dialect, Opened
+from fedveil.client.records.read.intake import RawTable, Rules
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import DataError
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.client.ingest.corrections import Correction
-from fedveil.client.ingest.intake import RawTable
-from fedveil.client.ingest.pseudonym import first_of_each
+from fedveil.client.records.read.corrections import Correction
+from fedveil.client.records.read.intake import RawTable
+from fedveil.client.records.read.pseudonym import first_of_each
 from fedveil.common.contract import DataContract
 from fedveil.privacy.anonymization import fixed
 

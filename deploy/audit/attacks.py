@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common import canonical
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, flatten
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build, flatten
 from fedveil.deploy.audit import inversion, membership, views
 from fedveil.deploy.audit.membership import Membership
-from fedveil.deploy.datasets import load
+from fedveil.deploy.lab.datasets import load
 from fedveil.privacy.audit.evidence import Part
 from fedveil.privacy.dp.accounting import delta_curve
 from fedveil.privacy.dp.noise import KeyStream
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.report.loss import attack_rate
+from fedveil.privacy.report.privacy_loss import attack_rate
 
 DEFENCES = ("none", "secure sum", "secure sum with DP")
 _SITES = 5

@@ -119,7 +119,7 @@ def _plan(run: Path | None) -> PrivacyPlan:
 
     if run is not None:
         return plan_of(run)
-    from fedveil.common.model_spec import ModelSpec
+    from fedveil.common.workload.model import ModelSpec
     from fedveil.privacy.plan import Optimizer, make_plan
 
     return make_plan(

@@ -20,10 +20,10 @@ from fedveil.client.app import make_app as client_app
 from fedveil.client.session import Site
 from fedveil.common import flwr_adapter
 from fedveil.common.units import SiteId
-from fedveil.deploy import simulation
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.audit.evidence import Charge, Part, Release, Run
-from fedveil.privacy.optim import ModelState
+from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.server import job as jobs

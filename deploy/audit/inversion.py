@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
 
 EXACT = 1e-3  # mean square over pixels in [0, 1]: no difference to be seen
 _STEEP = 4.0

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, flatten, predict, unflatten
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build, flatten, predict, unflatten
 from fedveil.deploy.audit.inprocess import InProcess
 from fedveil.privacy.dp.noise import KeyStream
 from fedveil.privacy.plan import PrivacyPlan

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.client.train import clipper
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.audit.inprocess import InProcess
 from fedveil.privacy.audit.evidence import Part
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan

@@ -68,7 +68,7 @@ def node(settings: SiteFile, port: Port = 9094) -> None:
 def execute(settings: SiteFile, port: Port = 9094) -> None:
     """Check and recode the site's table, then answer what SuperNode brings, run after run, until SIGTERM."""
     from fedveil.client.app import make_app
-    from fedveil.client.egress import Gate
+    from fedveil.client.egress.gate import Gate
     from fedveil.common import settings as files
     from fedveil.deploy import site_process
     from fedveil.deploy.enrol import due

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import UsageError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.audit.evidence import Part, Release
 from fedveil.privacy.plan import FLOAT_SLACK, Optimizer, PrivacyPlan, make_plan
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import DataError
-from fedveil.common.stats_spec import ColumnStats, Slot, StatsSpec
+from fedveil.common.workload.statistics import ColumnStats, Slot, StatsSpec
 
 _FEW = 4.0  # a count below so many standard errors carries no ratio
 

@@ -1,7 +1,7 @@
 """Statistics of records as one vector per record, and their clipped sum: the site's half of ``fedveil stats``.
 
-The layout of a record's vector is that of :mod:`fedveil.common.stats_spec`. It is a function of the record, the spec
-and (for metrics) the record's own prediction alone: nothing is fitted, and no record's vector depends on another.
+The layout of a record's vector is that of :mod:`fedveil.common.workload.statistics`. It is a function of the record,
+the spec and (for metrics) the record's own prediction alone: nothing is fitted, no record's vector depends on another.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import DataError
-from fedveil.common.stats_spec import ColumnStats, Slot, StatsSpec
+from fedveil.common.workload.statistics import ColumnStats, Slot, StatsSpec
 
 _CELLS = 1 << 22  # numbers of one block of vectors: 32 MiB
 

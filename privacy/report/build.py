@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
 from fedveil.privacy import plan as plans
-from fedveil.privacy.report import bill
 from fedveil.privacy.report import bundle as bundles
+from fedveil.privacy.report import software_bill as bill
 from fedveil.privacy.report.bundle import PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import compose
 from fedveil.privacy.report.derive import Facts, derive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedveil.privacy.report import loss
+from fedveil.privacy.report import privacy_loss as loss
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.plots import Chart, Series
 

@@ -19,8 +19,9 @@ from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import bill, claims, fields, ledgers, progress, recompute, schema, signatures, tables
 from fedveil.privacy.report import bundle as bundles
+from fedveil.privacy.report import claims, fields, ledgers, progress, recompute, schema, signatures, tables
+from fedveil.privacy.report import software_bill as bill
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import Charges, compose

@@ -18,7 +18,7 @@ from fedveil.privacy.report import compare as comparing
 from fedveil.privacy.report import fields
 from fedveil.privacy.report import local as locals_
 from fedveil.privacy.report import pdf as printing
-from fedveil.privacy.report import rows as proofs
+from fedveil.privacy.report import row_proof as proofs
 from fedveil.privacy.report.bundle import REPORT, read_bounded
 from fedveil.privacy.report.countersign import countersign
 from fedveil.privacy.report.schema import schema as published

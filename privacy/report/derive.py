@@ -10,7 +10,8 @@ from fedveil.common.identity import Roster
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp, interval
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import loss, wording
+from fedveil.privacy.report import privacy_loss as loss
+from fedveil.privacy.report import wording
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round

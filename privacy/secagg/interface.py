@@ -261,7 +261,7 @@ class ServerSum(ABC):
         """Sites whose answers were wrong in the last opened round, in roster order.
 
         A member that dealt a helper a wrong share makes that helper's answer wrong: grounds to ask others instead
-        (:class:`~fedveil.privacy.secagg.conduct.Conduct`), no proof.
+        (:class:`~fedveil.privacy.secagg.round_outcomes.Conduct`), no proof.
         """
         return ()
 

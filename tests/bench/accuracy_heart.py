@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 
 from fedveil.client.ingest import encode, quality, sources
 from fedveil.common.contract import DataContract
-from fedveil.deploy.baselines import Table
+from fedveil.deploy.lab.baselines import Table
 from fedveil.privacy.anonymization import fixed
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")

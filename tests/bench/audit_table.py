@@ -20,7 +20,7 @@ import numpy as np
 
 from fedveil.client import round as line
 from fedveil.client import train
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.audit.inprocess import InProcess
 from fedveil.privacy.audit.evidence import Conformance
 from fedveil.privacy.audit.suite import Effort, examine
@@ -28,7 +28,7 @@ from fedveil.privacy.dp.accounting import rdp
 from fedveil.privacy.dp.clipping import Clipper
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.ledger import Tally
-from fedveil.privacy.optim import ModelState
+from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-audit.md"

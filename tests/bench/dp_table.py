@@ -28,8 +28,8 @@ from opacus.data_loader import DPDataLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp.clipping import Clipper, Precision, choose
 from fedveil.privacy.dp.sampling import poisson_sample
 

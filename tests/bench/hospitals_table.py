@@ -32,9 +32,10 @@ from fedveil.client.ingest.pipeline import ingest
 from fedveil.client.ingest.release import anonymise, as_table
 from fedveil.client.ingest.sources import read
 from fedveil.common.contract import DataContract
-from fedveil.common.model_spec import ModelSpec
-from fedveil.deploy import baselines, datasets, simulate
-from fedveil.deploy.baselines import Table
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy import simulate
+from fedveil.deploy.lab import baselines, datasets
+from fedveil.deploy.lab.baselines import Table
 from fedveil.privacy.anonymization.verify import verify
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.server.evaluate import Evaluator

@@ -16,10 +16,10 @@ from fedveil.client import round as line
 from fedveil.client.session import Site
 from fedveil.common import identity
 from fedveil.common.identity import SERVER, Member, Roster
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.common.wire import Packet
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.secagg.store import DirectoryStore

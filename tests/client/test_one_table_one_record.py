@@ -12,10 +12,10 @@ import pytest
 from fedveil.client import round as line
 from fedveil.client.statistics import statistics_sum
 from fedveil.common.errors import ProtocolError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, flatten
-from fedveil.common.stats_spec import EVALUATED, MetricSpec, StatsSpec
 from fedveil.common.wire import Packet
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import EVALUATED, MetricSpec, StatsSpec
+from fedveil.common.workload.torch.networks import build, flatten
 
 
 def evidence(table: str) -> dict[str, Any]:

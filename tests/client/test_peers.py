@@ -13,9 +13,10 @@ from fedveil.common import canonical
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.errors import FedveilError, HelperRefusal, JournalError, ProtocolError
 from fedveil.common.journal import Head
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import SiteId
-from fedveil.deploy import datasets, simulation
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy.lab import datasets
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.joining import MAX_LEDGERS, Copy, heads_in, heads_of
 from fedveil.privacy.plan import Optimizer, make_plan

@@ -16,7 +16,7 @@ from fedveil.common.journal import Head
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.joining import JOIN, MAX_LEDGERS, Copy, heads_in, heads_of, share
-from fedveil.privacy.secagg.heads import check_head
+from fedveil.privacy.secagg.rollback import check_head
 
 KEY = identity.new_signing_key()
 SIGNER, SERVER = identity.public_hex(KEY), identity.public_hex(identity.new_signing_key())

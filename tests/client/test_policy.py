@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from fedveil.client import policy
 from fedveil.client import round as line
 from fedveil.common.errors import AnonymityError, BudgetExhausted, FedveilError, PolicyRefusal
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import WEEK, LimitsSection
-from fedveil.common.stats_spec import ColumnStats, MetricSpec, StatsSpec
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
 from fedveil.deploy import demo_world
 
 

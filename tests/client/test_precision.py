@@ -9,11 +9,11 @@ from pydantic import ValidationError
 
 from fedveil.client import round as line
 from fedveil.client import train
-from fedveil.client.egress_rows import check_rows
+from fedveil.client.egress.ledger_rows import check_rows
 from fedveil.common.errors import PolicyRefusal
 from fedveil.common.journal import Row
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import TrainingSection
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.clipping import ClippedSum
 
 CNN = ModelSpec(name="cnn", inputs=144, classes=10, hidden=(8, 8))

@@ -11,9 +11,10 @@ from fedveil.client import round as line
 from fedveil.client.app import make_app as client_app
 from fedveil.common.errors import FedveilError, IdentityError
 from fedveil.common.identity import Revocations, Roster
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.wire import Packet
-from fedveil.deploy import datasets, simulation
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy.lab import datasets
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.secagg import keysum_common as messages

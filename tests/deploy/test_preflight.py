@@ -348,7 +348,7 @@ class TestThePreparedSite:
         again, _ = site_process.prepare(s)
         again.ledger.close()
         assert (s.site.state / "subject.salt").read_bytes() == salt
-        from fedveil.client.ingest import lineage
+        from fedveil.client.records import lineage
 
         public = identity.public_hex(identity.load_signing_key(s.site.identity / "signing.key"))
         work = data.released.parent

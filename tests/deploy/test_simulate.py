@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from fedveil.common import cli
 from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted, UsageError
 from fedveil.common.journal import parse
-from fedveil.deploy import baselines, datasets, simulate, simulation
+from fedveil.deploy import simulate
+from fedveil.deploy.lab import baselines, datasets
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.simulate import Config
 from fedveil.privacy.report.bundle import SIMULATED_KEY
 from fedveil.privacy.report.verify import verify_report

@@ -18,8 +18,9 @@ from fedveil.client.app import make_app as client_app
 from fedveil.common import cli
 from fedveil.common.errors import BudgetExhausted
 from fedveil.common.journal import parse
-from fedveil.common.model_spec import ModelSpec
-from fedveil.deploy import datasets, simulation
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy.lab import datasets
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.build import build_report

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from fedveil.common import settings as files
-from fedveil.common.stats_spec import request
-from fedveil.deploy import demo_world, display, server_process
+from fedveil.common.workload.statistics import request
+from fedveil.deploy import demo_world, server_process
+from fedveil.deploy.watch import display
 from fedveil.privacy.planning import plan_from_settings, plan_of_statistics
 
 

@@ -19,10 +19,10 @@ from fedveil.common import flwr_adapter, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PlanError, PolicyRefusal, ProtocolError, RunAborted
 from fedveil.common.journal import parse
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.stats_spec import EVALUATED, MetricSpec, StatsSpec, request
 from fedveil.common.wire import Packet, sha256
-from fedveil.deploy import simulation
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import EVALUATED, MetricSpec, StatsSpec, request
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.anonymization import fixed
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan

@@ -22,16 +22,16 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedveil.client import app as client_app
-from fedveil.client import egress
 from fedveil.client import round as line
-from fedveil.client.egress import HELD, Cleared, Gate, spoken
+from fedveil.client.egress import gate as egress
+from fedveil.client.egress.gate import HELD, Cleared, Gate, spoken
 from fedveil.client.session import Site
 from fedveil.common import canonical, errors, flwr_adapter, identity
 from fedveil.common.identity import SERVER, Member, Roster
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.common.wire import Limits, Packet
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.secagg import keysum_common as keysum

@@ -15,8 +15,8 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg import lattice, shamir
-from fedveil.privacy.secagg.heads import check_head
 from fedveil.privacy.secagg.params import N, Q, choose
+from fedveil.privacy.secagg.rollback import check_head
 from fedveil.privacy.secagg.store import MemoryStore
 
 # ---- helpers that are shown different sets: A, A and B together, B

@@ -20,11 +20,11 @@ import pytest
 from fedveil.client import round as line
 from fedveil.common import identity
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.deploy.simulation import World as Consortium
-from fedveil.deploy.simulation import make_site
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy.lab.virtual_sites import World as Consortium
+from fedveil.deploy.lab.virtual_sites import make_site
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.secagg import lattice, shamir

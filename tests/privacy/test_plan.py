@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from fedveil.client.train import site_sum
 from fedveil.common.errors import PlanError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, gaussian_epsilon, rdp
 from fedveil.privacy.dp.clipping import Clipper
 from fedveil.privacy.dp.events import SampledGaussian

@@ -9,9 +9,9 @@ import pytest
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common.errors import IdentityError, ProtocolError
 from fedveil.common.identity import Member, Roster
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.joining import JOIN, check_join, check_joins, sum_spec
 from fedveil.privacy.plan import Optimizer, make_plan
 

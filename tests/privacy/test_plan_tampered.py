@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedveil.common import canonical
 from fedveil.common.errors import PlanError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, from_json, make_plan
 
 PLAN = make_plan(

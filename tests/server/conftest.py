@@ -16,9 +16,9 @@ from flwr.clientapp import ClientApp
 from fedveil.client.app import make_app as client_app
 from fedveil.client.session import Site
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.wire import Limits, Packet
-from fedveil.deploy import simulation
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import Drop, InprocessGrid
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.server import job as jobs

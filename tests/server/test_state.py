@@ -15,9 +15,10 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import DataError, FedveilError, JournalError, RunAborted
 from fedveil.common.files import write_durably
 from fedveil.common.journal import Journal
-from fedveil.common.model_spec import ModelSpec
-from fedveil.deploy import server_process, simulation
-from fedveil.privacy.optim import ModelState
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy import server_process
+from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.privacy.optimiser import ModelState
 from fedveil.server import checkpoints
 from fedveil.server import job as jobs
 from fedveil.server.evaluate import Evaluator, area_under_roc

@@ -18,8 +18,8 @@ from scipy import stats
 
 from fedveil.client import round as line
 from fedveil.client.app import make_app as client_app
-from fedveil.common.model_spec import ModelSpec
-from fedveil.deploy import simulation
+from fedveil.common.workload.model import ModelSpec
+from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.plan import Optimizer, make_plan

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil.common.errors import DataError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.stats_spec import ColumnStats, MetricSpec, StatsSpec
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
 from fedveil.privacy.dp.estimates import estimate, project, quantile, scaler
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.statistics import clipped_sum

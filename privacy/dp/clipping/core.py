@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedveil.common.errors import ModelError
-from fedveil.common.models import fill, trainable
+from fedveil.common.workload.torch.networks import fill, trainable
 from fedveil.privacy.dp.clipping.direct import Book, Chain
 from fedveil.privacy.dp.clipping.engines import Backend, Ghost, Hooked, Mapped
+from fedveil.privacy.dp.clipping.gradient_factors import Limit
 from fedveil.privacy.dp.clipping.guard import refuse_coupled
-from fedveil.privacy.dp.clipping.pieces import Limit
 from fedveil.privacy.dp.clipping.small import SmallChain
 
 Engine = Literal["closed", "numpy", "book", "vmap", "opacus", "ghost"]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedveil.common.errors import ModelError
-from fedveil.privacy.dp.clipping.pieces import Dense, Limit, Outer, Piece, Rows, clip_pieces
+from fedveil.privacy.dp.clipping.gradient_factors import Dense, Limit, Outer, Piece, Rows, clip_pieces
 
 # (before, after) the activation -> its derivative
 _DERIVATIVES: dict[type[nn.Module], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from fedveil.privacy.dp.clipping.pieces import Dense, Limit, Piece, clip_pieces
+from fedveil.privacy.dp.clipping.gradient_factors import Dense, Limit, Piece, clip_pieces
 
 
 class Backend(Protocol):

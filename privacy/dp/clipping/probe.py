@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from fedveil.common.errors import ModelError
 from fedveil.privacy.dp.clipping.core import BACKENDS, Clipper, Engine, Precision, fitting
+from fedveil.privacy.dp.clipping.gradient_factors import Limit
 from fedveil.privacy.dp.clipping.guard import refuse_coupled
-from fedveil.privacy.dp.clipping.pieces import Limit
 
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-3}
 _RECORDS = 5

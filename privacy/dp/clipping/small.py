@@ -11,7 +11,7 @@ from torch import nn
 
 from fedveil.common.errors import ModelError
 from fedveil.privacy.dp.clipping.direct import Chain
-from fedveil.privacy.dp.clipping.pieces import TINY, Limit
+from fedveil.privacy.dp.clipping.gradient_factors import TINY, Limit
 
 _Array = NDArray[np.float64]
 # activation -> the function, and its derivative from the function's own value

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from fedveil.common.cli import build
 from fedveil.common.errors import UsageError, VerificationError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build as network
-from fedveil.common.models import flatten
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build as network
+from fedveil.common.workload.torch.networks import flatten
 from fedveil.deploy.audit import attacks, inversion, membership, views
 from fedveil.deploy.audit.canaries import Setting, one_run
 from fedveil.deploy.audit.inprocess import InProcess

@@ -8,7 +8,7 @@ import pytest
 
 from fedveil.common import canonical
 from fedveil.common.errors import RunAborted, UsageError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.audit.inprocess import InProcess
 from fedveil.privacy.audit.suite import Effort, examine
 from fedveil.privacy.plan import Optimizer, make_plan

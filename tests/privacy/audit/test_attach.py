@@ -6,7 +6,7 @@ import pytest
 
 from fedveil.common import canonical
 from fedveil.common.errors import UsageError, VerificationError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.audit.attach import AUDIT, LIMIT, attach, parse, plan_of, read
 from fedveil.privacy.audit.evidence import Conformance, Finding
 from fedveil.privacy.audit.one_run import Guesses, OneRun

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.audit import consistency
 from fedveil.privacy.audit.evidence import Charge, Release, Run
 from fedveil.privacy.audit.slab import Slab, slab_plan

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedveil.common.errors import ModelError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, flatten, trainable, unflatten
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build, flatten, trainable, unflatten
 from fedveil.privacy.dp.clipping import FLOAT_SLACK, Clipper, Engine
 from fedveil.privacy.dp.clipping.probe import reference
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from fedveil.common.errors import ModelError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build, unflatten
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build, unflatten
 from fedveil.privacy.dp.clipping import Clipper, choose, core, direct, position_free, probe
-from fedveil.privacy.dp.clipping.pieces import Dense
+from fedveil.privacy.dp.clipping.gradient_factors import Dense
 from fedveil.privacy.dp.clipping.probe import reference
 
 MLP = ModelSpec(name="mlp", inputs=6, classes=3, hidden=(16, 16), seed=3)
@@ -138,8 +138,8 @@ def test_the_sum_of_neighbours_differs_by_one_contribution_exactly() -> None:
 MEMORY = """
 import resource, sys
 import numpy as np
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp.clipping import Clipper
 engine = sys.argv[1]
 spec = ModelSpec(name="mlp", inputs=200, classes=10, hidden=(200,), seed=1)

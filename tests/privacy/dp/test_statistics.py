@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import DataError, PlanError
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.stats_spec import MetricSpec, StatsSpec, request
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import MetricSpec, StatsSpec, request
 from fedveil.privacy.dp.statistics import bin_of, clipped_sum, vectors
 
 CONTRACT = DataContract.model_validate(

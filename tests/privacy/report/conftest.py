@@ -16,8 +16,8 @@ from fedveil.common.contract import DataContract, sign_contract
 from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.identity import Member, Roster
 from fedveil.common.journal import Journal
-from fedveil.common.model_spec import ModelSpec
 from fedveil.common.units import Delta, Epsilon, SiteId
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import UsageError, VerificationError
-from fedveil.privacy.report import rows
+from fedveil.privacy.report import row_proof as rows
 from fedveil.privacy.report.cli import app
 from fedveil.privacy.report.countersign import see
 from fedveil.privacy.report.verify import verify_report

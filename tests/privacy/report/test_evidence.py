@@ -16,7 +16,8 @@ from fedveil.common.journal import Head, parse
 from fedveil.common.units import SiteId
 from fedveil.privacy.cli_ledger import app as ledger_app
 from fedveil.privacy.joining import Copy
-from fedveil.privacy.report import compare, local, pdf, rows
+from fedveil.privacy.report import compare, local, pdf
+from fedveil.privacy.report import row_proof as rows
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.cli import app
 from fedveil.privacy.report.countersign import countersign, see, sign

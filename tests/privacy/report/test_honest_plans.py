@@ -12,11 +12,12 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
 from fedveil.common.errors import PlanError, VerificationError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER, SampledGaussian
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.report import claims, derive, loss, progress, recompute
+from fedveil.privacy.report import claims, derive, progress, recompute
+from fedveil.privacy.report import privacy_loss as loss
 
 GIVEN: dict[str, Any] = {
     "sum": "plain", "records": 50, "clip": 1.0, "model": ModelSpec(name="logistic", inputs=3, classes=2),

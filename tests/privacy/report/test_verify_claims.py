@@ -9,11 +9,12 @@ import pytest
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import Optimizer, make_plan
-from fedveil.privacy.report import claims, loss, recompute
+from fedveil.privacy.report import claims, recompute
+from fedveil.privacy.report import privacy_loss as loss
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
 

@@ -19,9 +19,9 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import params, reed_solomon, shamir
 from fedveil.privacy.secagg.committee import colluders, committee, elect
-from fedveil.privacy.secagg.conduct import Conduct
-from fedveil.privacy.secagg.heads import check_head
 from fedveil.privacy.secagg.keysum_common import sign_header
+from fedveil.privacy.secagg.rollback import check_head
+from fedveil.privacy.secagg.round_outcomes import Conduct
 
 N_COLUMNS = 64
 

@@ -1,0 +1,1 @@
+"""What may leave a site: one gate, and closed tables of the forms that pass it."""

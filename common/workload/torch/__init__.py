@@ -1,0 +1,1 @@
+"""The networks of a workload, built with torch. Only this package of the room needs torch."""

@@ -1,0 +1,1 @@
+"""Experiments on one machine: simulations, the demo, baselines, public data, attacks."""

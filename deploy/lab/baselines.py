@@ -1,0 +1,110 @@
+"""What a federation is compared with: the same records without privacy, without trust limits, or alone.
+
+All use the same network, optimiser, clipping code and noise sampler as the platform; they run in one process on
+public data and make no claim of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.client.train import clipper
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build, flatten, unflatten
+from fedveil.privacy.dp.noise import discrete_gaussian
+from fedveil.privacy.dp.sampling import poisson_sample
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.server.evaluate import Evaluator
+
+_FINE = 2.0**-30
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records ``X`` (n, features) float32 with classes ``y`` (n,)."""
+
+    X: NDArray[np.float32]
+    y: NDArray[np.int64]
+
+
+def dp_sgd(
+    plan: PrivacyPlan, table: Table, *, records: float, noise: float, engine: str = "closed"
+) -> NDArray[np.float64]:
+    """``(D,)`` weights after the plan's steps on one table, by one party.
+
+    Args:
+        records: what the gradient sum is divided by (times the sample rate).
+        noise: total noise multiplier on the sum; 0 trains without privacy, though still clipped.
+    """
+    weights, velocity = _start(plan.network)
+    steps = clipper(plan.network, engine, "cpu")
+    for _ in range(plan.steps):
+        unflatten(steps.model, weights.astype(np.float32))
+        mask = poisson_sample(len(table.y), plan.sample_rate)
+        total = steps.clipped_sum(table.X[mask], table.y[mask], plan.clip).values
+        if noise > 0:
+            std = noise * plan.clip
+            total = total + discrete_gaussian(std / (std * _FINE), total.size) * (std * _FINE)
+        velocity = plan.optimizer.momentum * velocity + total / (plan.sample_rate * records)
+        weights = weights - plan.optimizer.learning_rate * velocity
+    return weights
+
+
+def _start(spec: ModelSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    weights = flatten(build(spec)).astype(np.float64)
+    return weights, np.zeros_like(weights)
+
+
+def pooled(plan: PrivacyPlan, parts: list[Table]) -> NDArray[np.float64]:
+    """All records in one place, no noise: what giving up privacy would buy."""
+    return dp_sgd(plan, _pool(parts), records=_count(parts), noise=0.0)
+
+
+def central(plan: PrivacyPlan, parts: list[Table]) -> NDArray[np.float64]:
+    """All records in one place that everybody trusts: DP-SGD at the plan's noise multiplier."""
+    return dp_sgd(plan, _pool(parts), records=_count(parts), noise=plan.noise_multiplier)
+
+
+def local(plan: PrivacyPlan, parts: list[Table]) -> NDArray[np.float64]:
+    """What platforms offer that add noise at every site: each sum carries the whole noise.
+
+    The sum of n such sums is one sum with sqrt(n) times the noise, which is how it is computed here.
+    """
+    noise = plan.noise_multiplier * math.sqrt(len(parts))
+    return dp_sgd(plan, _pool(parts), records=_count(parts), noise=noise)
+
+
+def alone(plan: PrivacyPlan, parts: list[Table]) -> list[NDArray[np.float64]]:
+    """Every site by itself with DP at the same (ε, δ)."""
+    return [dp_sgd(plan, p, records=len(p.y), noise=plan.noise_multiplier) for p in parts]
+
+
+def majority(parts: list[Table], test: Table) -> dict[str, float]:
+    """Always the most frequent class of the training records."""
+    guess = np.bincount(_pool(parts).y).argmax()
+    return {"accuracy": float((test.y == guess).mean()), "auc": 0.5}
+
+
+def _pool(parts: list[Table]) -> Table:
+    return Table(np.concatenate([p.X for p in parts]), np.concatenate([p.y for p in parts]))
+
+
+def _count(parts: list[Table]) -> int:
+    return sum(len(p.y) for p in parts)
+
+
+def compare(plan: PrivacyPlan, parts: list[Table], test: Table) -> dict[str, dict[str, float]]:
+    """Every baseline's public test metrics; ``alone`` is the mean over sites."""
+    evaluate = Evaluator(plan.network, test.X, test.y)
+    single = [evaluate(w) for w in alone(plan, parts)]
+    return {
+        "pooled, no privacy": evaluate(pooled(plan, parts)),
+        "central DP (one trusted party)": evaluate(central(plan, parts)),
+        "local DP (noise at every site)": evaluate(local(plan, parts)),
+        "each hospital alone, DP": {k: float(np.mean([m[k] for m in single])) for k in single[0]},
+        "majority class": majority(parts, test),
+    }

@@ -1,0 +1,1 @@
+"""What a person sees of a run: lines while it goes, a page on loopback, a picture."""
