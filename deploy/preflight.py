@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.client import policy
-from fedveil.client.ingest.pipeline import QUALITY_HTML, RELEASED
+from fedveil.client.records.release.pipeline import QUALITY_HTML, RELEASED
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
 from fedveil.common import identity
@@ -42,12 +42,12 @@ from fedveil.common.identity import Roster
 from fedveil.common.journal import Row, parse, verify_rows, without_torn_end
 from fedveil.common.settings import SiteSettings, endpoint
 from fedveil.common.units import site_id
-from fedveil.deploy.enrol import due
-from fedveil.deploy.enrol_revoked import Revoked
-from fedveil.deploy.provision import load_roster, load_tls
+from fedveil.deploy.cli.ledger import tally_of
+from fedveil.deploy.enrol.join import due
+from fedveil.deploy.enrol.provision import load_roster, load_tls
+from fedveil.deploy.enrol.revoked import Revoked
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt
 from fedveil.deploy.transport.handshake import trusted
-from fedveil.privacy.cli_ledger import tally_of
 from fedveil.privacy.report.bundle import read_bounded
 
 MIN_FREE_BYTES = 1 << 30

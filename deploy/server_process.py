@@ -16,7 +16,9 @@ import numpy as np
 from flwr.serverapp import ServerApp
 from numpy.typing import NDArray
 
-from fedveil.client.ingest import encode, quality, sources
+from fedveil.client.records.judge import quality
+from fedveil.client.records.read import sources
+from fedveil.client.records.release import encode
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common import contract as contracts
 from fedveil.common.contract import DataContract
@@ -24,8 +26,8 @@ from fedveil.common.errors import BudgetExhausted, JournalError, RunAborted, Tra
 from fedveil.common.settings import Federation
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits
-from fedveil.deploy.enrol_gate import Doorkeeper
-from fedveil.deploy.provision import load_roster, load_tls
+from fedveil.deploy.enrol.gate import Doorkeeper
+from fedveil.deploy.enrol.provision import load_roster, load_tls
 from fedveil.deploy.transport.grpc_grid import require_free, serve
 from fedveil.privacy import plan as plans
 from fedveil.privacy.anonymization import fixed

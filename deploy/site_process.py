@@ -20,12 +20,11 @@ from fedveil.client import policy
 from fedveil.client.app import Resolve, make_app
 from fedveil.client.approval import Approvals
 from fedveil.client.egress.gate import Gate
-from fedveil.client.ingest.cli_source import dialect_of, source_of
-from fedveil.client.ingest.pipeline import Ingested, ingest
-from fedveil.client.ingest.sources import Rules, Source
 from fedveil.client.peers import PeerHeads
 from fedveil.client.records import lineage
 from fedveil.client.records.read import corrections
+from fedveil.client.records.read.sources import Rules, Source
+from fedveil.client.records.release.pipeline import Ingested, ingest
 from fedveil.client.session import Site
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
@@ -34,9 +33,10 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.common.settings import SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
-from fedveil.deploy.enrol import due
-from fedveil.deploy.enrol_revoked import Revoked
-from fedveil.deploy.provision import load_roster, load_tls
+from fedveil.deploy.cli.data_source import dialect_of, source_of
+from fedveil.deploy.enrol.join import due
+from fedveil.deploy.enrol.provision import load_roster, load_tls
+from fedveil.deploy.enrol.revoked import Revoked
 from fedveil.deploy.transport.grpc_site import run_site
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report import local as locals_
@@ -142,7 +142,7 @@ def ingested(
     """The site's table through the whole ingestion, as ``[data]`` says, with its reports in ``work``.
 
     Raises:
-        ConfigError, DataError, AnonymityError: see :func:`fedveil.client.ingest.pipeline.ingest`.
+        ConfigError, DataError, AnonymityError: see :func:`fedveil.client.records.release.pipeline.ingest`.
     """
     d = settings.data
     secret = lineage.site_secret(work)

@@ -42,7 +42,6 @@ SPOKEN = (
 )
 # Functions that hold records: what passed through one of them has no words, whatever its class. "" is a whole module.
 _HOLD_RECORDS = (
-    ("fedveil.client.ingest.", ""),
     ("fedveil.client.records.", ""),
     ("fedveil.privacy.anonymization.", ""),
     ("fedveil.client.train", "site_sum"),

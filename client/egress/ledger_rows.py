@@ -177,7 +177,7 @@ def _check_evidence(what: str, body: dict[str, Any], contract: DataContract | No
     exactly(what, body, {k: _EVIDENCE[k] for k in body})
     if contract is None or body.get("contract") != contract.hash:
         return
-    from fedveil.client.ingest.pipeline import evidence_of  # brings pyarrow, which a simulation does without
+    from fedveil.client.records.release.pipeline import evidence_of  # brings pyarrow, which a simulation does without
 
     c = body.get("commitments", {})
     if body != evidence_of(contract, c.get("source", ""), c.get("released", "")):

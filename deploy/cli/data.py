@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedveil.client.ingest import cli_contract
-from fedveil.client.ingest.cli_source import (
+from fedveil.deploy.cli import data_contract as cli_contract
+from fedveil.deploy.cli.data_source import (
     ContractOption,
     CorrectionsOption,
     DecimalOption,
@@ -29,7 +29,7 @@ from fedveil.client.ingest.cli_source import (
 )
 
 if TYPE_CHECKING:
-    from fedveil.client.ingest.pipeline import Ingested
+    from fedveil.client.records.release.pipeline import Ingested
 
 app = typer.Typer(help="The data contract and a site's own table.", no_args_is_help=True)
 app.add_typer(cli_contract.app, name="contract")
@@ -47,7 +47,7 @@ def profile(
     from rich.console import Console
     from rich.table import Table
 
-    from fedveil.client.ingest.profile import profile as profiled
+    from fedveil.client.records.judge.profile import profile as profiled
     from fedveil.common.identity import write_secret
 
     with progress_of(table) as progress:
@@ -84,7 +84,7 @@ def check(
     """Run the whole ingestion here: nothing leaves this machine. Exit code 0 means the table can be used."""
     from rich.console import Console
 
-    from fedveil.client.ingest import drift
+    from fedveil.client.records.judge import drift
 
     dialect = dialect_of(encoding, delimiter, decimal, thousands)
     before = drift.earlier(against, against_public) if against else None
@@ -104,10 +104,10 @@ def _ingest(
     corrections: Path | None,
     before: dict[str, Any] | None = None,
 ) -> Ingested:
-    from fedveil.client.ingest.pipeline import ingest
-    from fedveil.client.ingest.sources import Rules
     from fedveil.client.records.lineage import site_secret
     from fedveil.client.records.read import corrections as declared
+    from fedveil.client.records.read.sources import Rules
+    from fedveil.client.records.release.pipeline import ingest
     from fedveil.common.contract import load_signed
 
     agreed = load_signed(contract, signer_public)
@@ -178,9 +178,9 @@ def _anonymize_by(
 ) -> None:
     from typing import get_args
 
-    from fedveil.client.ingest.sources import Rules
     from fedveil.client.records import lineage
     from fedveil.client.records.read import corrections as declared
+    from fedveil.client.records.read.sources import Rules
     from fedveil.client.records.release import publish
     from fedveil.common.contract import load_signed
     from fedveil.common.errors import UsageError
@@ -219,7 +219,7 @@ def anonymize_parquet(
     spec: Annotated[Path, typer.Option(help="TOML file with the columns' roles and the criteria; see docs/data.md.")],
 ) -> None:
     """Anonymise a table without a contract, and verify what was written. No check of a contract is made."""
-    from fedveil.client.ingest import release
+    from fedveil.client.records.release import anonymize as release
     from fedveil.privacy.anonymization import spec_file
     from fedveil.privacy.anonymization.stability import stability
     from fedveil.privacy.anonymization.stream import anonymize_parquet
@@ -253,7 +253,7 @@ def verify(
     signer_public: SignerOption,
 ) -> None:
     """Re-read a released table and check every criterion of the contract on it, independently of how it was made."""
-    from fedveil.client.ingest import release
+    from fedveil.client.records.release import anonymize as release
     from fedveil.common.contract import load_signed
 
     _findings(release.verify(released, load_signed(contract, signer_public)))
@@ -269,7 +269,7 @@ def risk(
     from rich.console import Console
     from rich.table import Table
 
-    from fedveil.client.ingest import release
+    from fedveil.client.records.release import anonymize as release
     from fedveil.common.contract import load_signed
 
     found = release.risk(released, load_signed(contract, signer_public))
@@ -293,8 +293,7 @@ def report(
     from rich.markup import escape
     from rich.table import Table
 
-    from fedveil.client.ingest import pipeline
-    from fedveil.client.records.release import publish
+    from fedveil.client.records.release import pipeline, publish
 
     quality, vouched = publish.reports(work, public)
     console = Console()

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization as ser
 
 from fedveil.common import identity
 from fedveil.common.errors import IdentityError
-from fedveil.deploy.provision import load_tls
+from fedveil.deploy.enrol.provision import load_tls
 
 SECRET, NODE_KEY = "superexec.secret", "supernode.key"
 _SECRET_BYTES = 32

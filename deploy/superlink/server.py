@@ -20,8 +20,8 @@ from fedveil.common.files import write_durably
 from fedveil.common.identity import Roster
 from fedveil.common.settings import Federation
 from fedveil.common.units import SiteId
-from fedveil.deploy.enrol_gate import Doorkeeper
-from fedveil.deploy.provision import load_roster
+from fedveil.deploy.enrol.gate import Doorkeeper
+from fedveil.deploy.enrol.provision import load_roster
 from fedveil.deploy.server_process import Refusals, conduct, known_job, new_job, reply_limits
 from fedveil.deploy.superlink.bundle import BUNDLE, PIN
 from fedveil.deploy.superlink.grid import SuperlinkGrid

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedveil.deploy.simulate import Outcome
+    from fedveil.deploy.lab.simulate import Outcome
 
 CONSOLE = Console(soft_wrap=True)
 

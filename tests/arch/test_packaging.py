@@ -124,9 +124,7 @@ def test_the_command_line_runs_from_the_wheel(unpacked: Path) -> None:
 
 
 def test_an_auditor_needs_neither_torch_nor_flwr(unpacked: Path) -> None:
-    code = (
-        "import fedveil.common.cli, fedveil.privacy.report.verify, fedveil.privacy.report.cli as c; print(c.__file__)"
-    )
+    code = "import fedveil.common.cli, fedveil.privacy.report.verify, fedveil.deploy.cli.audit as c; print(c.__file__)"
     done = python(unpacked, code, ABSENT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(unpacked))

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from fedveil.client.ingest import encode, quality, sources
+from fedveil.client.records.judge import quality
+from fedveil.client.records.read import sources
+from fedveil.client.records.release import encode
 from fedveil.common.contract import DataContract
 from fedveil.deploy.lab.baselines import Table
 from fedveil.privacy.anonymization import fixed

@@ -29,8 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy import simulate
-from fedveil.deploy.lab import baselines, datasets
+from fedveil.deploy.lab import baselines, datasets, simulate
 from fedveil.deploy.lab.baselines import Table
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.bundle import MODEL

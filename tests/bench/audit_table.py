@@ -21,7 +21,7 @@ import numpy as np
 from fedveil.client import round as line
 from fedveil.client import train
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.audit.inprocess import InProcess
+from fedveil.deploy.lab.audit.implementation import InProcess
 from fedveil.privacy.audit.evidence import Conformance
 from fedveil.privacy.audit.suite import Effort, examine
 from fedveil.privacy.dp.accounting import rdp

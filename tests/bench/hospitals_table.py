@@ -27,14 +27,13 @@ import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from fedveil.client.ingest import sets
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.release import anonymise, as_table
-from fedveil.client.ingest.sources import read
+from fedveil.client.records.read.sources import read
+from fedveil.client.records.release import sets
+from fedveil.client.records.release.anonymize import anonymise, as_table
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy import simulate
-from fedveil.deploy.lab import baselines, datasets
+from fedveil.deploy.lab import baselines, datasets, simulate
 from fedveil.deploy.lab.baselines import Table
 from fedveil.privacy.anonymization.verify import verify
 from fedveil.privacy.plan import Optimizer, make_plan

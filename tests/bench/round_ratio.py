@@ -20,7 +20,7 @@ import numpy as np
 from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.contract import DataContract
-from fedveil.deploy.provision import make_consortium
+from fedveil.deploy.enrol.provision import make_consortium
 
 SITES = ("a", "b", "c", "d")
 FEATURES, HIDDEN, ROWS, STEPS = 64, (2600, 4160), 256, 5

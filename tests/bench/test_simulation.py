@@ -23,7 +23,7 @@ MAX_RATIO = 25
 _SIMULATION = f"""
 import json, resource, sys
 from pathlib import Path
-from fedveil.deploy import simulate
+from fedveil.deploy.lab import simulate
 out = Path(sys.argv[1])
 done = simulate.run(simulate.Config(clients={CLIENTS}, dataset="trivial", sum="plain", steps=4), out, report=False)
 seconds = [json.loads(x)["seconds"] for x in (out / "metrics.jsonl").read_text().splitlines()]

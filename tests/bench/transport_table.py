@@ -29,7 +29,7 @@ from fedveil.common import flwr_adapter as flower  # isort: skip
 from fedveil.common import identity  # isort: skip
 from fedveil.common.units import SiteId  # isort: skip
 from fedveil.common.wire import Limits, Packet  # isort: skip
-from fedveil.deploy.provision import load_roster, load_tls, make_consortium  # isort: skip
+from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium  # isort: skip
 from fedveil.deploy.transport.grpc_site import run_site  # isort: skip
 from fedveil.privacy.secagg.interface import SumSpec  # isort: skip
 from fedveil.privacy.secagg.keysum_server import KeysumServer  # isort: skip

@@ -18,7 +18,7 @@ from fedveil.common.errors import AnonymityError, BudgetExhausted, FedveilError,
 from fedveil.common.settings import WEEK, LimitsSection
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
-from fedveil.deploy import demo_world
+from fedveil.deploy.lab import demo_hospitals as demo_world
 
 
 def limits(**more) -> LimitsSection:

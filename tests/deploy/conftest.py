@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedveil.common import identity
-from fedveil.deploy import enrol, enrol_consortium
+from fedveil.deploy.enrol import consortium as enrol_consortium
+from fedveil.deploy.enrol import join as enrol
 
 NAMES = ("server", "east", "west")
 

@@ -15,7 +15,9 @@ import typer.main
 import yaml
 
 from fedveil.common import canonical, cli, errors, settings
-from fedveil.deploy import cli_server, cli_site, server_process
+from fedveil.deploy import server_process
+from fedveil.deploy.cli import client as cli_site
+from fedveil.deploy.cli import server as cli_server
 
 ROOT = Path(__file__).parents[2]
 PACKAGING = ROOT / "deploy" / "packaging"

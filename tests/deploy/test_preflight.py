@@ -22,10 +22,11 @@ from fedveil.common.errors import IdentityError
 from fedveil.common.identity import Revocations
 from fedveil.common.settings import SiteSettings
 from fedveil.common.units import Delta, Epsilon
-from fedveil.deploy import demo_world, preflight, site_process
-from fedveil.deploy.cli_site import app
+from fedveil.deploy import preflight, site_process
+from fedveil.deploy.cli.client import app
+from fedveil.deploy.enrol.provision import make_consortium
+from fedveil.deploy.lab import demo_hospitals as demo_world
 from fedveil.deploy.preflight import Finding, Preflight
-from fedveil.deploy.provision import make_consortium
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger
 

@@ -20,10 +20,9 @@ from fedveil.common.errors import PolicyRefusal, ProtocolError, VerificationErro
 from fedveil.common.journal import Journal
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.deploy import simulate
-from fedveil.deploy.lab import datasets
+from fedveil.deploy.lab import datasets, simulate
 from fedveil.deploy.lab import virtual_sites as simulation
-from fedveil.deploy.simulate import Config
+from fedveil.deploy.lab.simulate import Config
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.report import handover, signatures
 from fedveil.privacy.report.build import build_report

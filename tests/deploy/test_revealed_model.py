@@ -15,8 +15,7 @@ from fedveil.common.errors import FedveilError, PlanError, ProtocolError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy import simulate
-from fedveil.deploy.lab import datasets
+from fedveil.deploy.lab import datasets, simulate
 from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.plan import Optimizer, Sum, make_plan

@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_info
 from fedveil.common import settings as files
 from fedveil.common.errors import JournalError
 from fedveil.common.settings import SiteSettings
-from fedveil.deploy import demo_world, preflight, site_process
+from fedveil.deploy import preflight, site_process
+from fedveil.deploy.lab import demo_hospitals as demo_world
 
 EAST = "hospital-east"
 

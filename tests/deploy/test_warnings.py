@@ -10,7 +10,8 @@ from rich.console import Console
 
 from fedveil.common import settings as files
 from fedveil.common.workload.statistics import request
-from fedveil.deploy import demo_world, server_process
+from fedveil.deploy import server_process
+from fedveil.deploy.lab import demo_hospitals as demo_world
 from fedveil.deploy.watch import display
 from fedveil.privacy.planning import plan_from_settings, plan_of_statistics
 

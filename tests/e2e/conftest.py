@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from fedveil.common.journal import Row, parse
-from fedveil.deploy import demo_world
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 PATIENCE = 90.0
 _ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}

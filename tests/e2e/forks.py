@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-import fedveil.deploy.cli_server
+import fedveil.deploy.cli.server
 import fedveil.deploy.server_process
 import fedveil.deploy.site_process
 from fedveil.common import cli, journal

@@ -13,9 +13,9 @@ import pytest
 from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.units import Delta, Epsilon
-from fedveil.deploy import demo_world
-from fedveil.deploy.demo_world import HOSPITALS
-from fedveil.deploy.provision import make_consortium
+from fedveil.deploy.enrol.provision import make_consortium
+from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import from_json
 from fedveil.privacy.report.verify import verify_report

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fedveil.common.wire import sha256
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.privacy.report.verify import verify_report
 
 WEST = HOSPITALS[-1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedveil.common.wire import sha256
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.privacy.report.verify import Verification, verify_report
 
 EAST, NORTH, SOUTH, WEST = HOSPITALS

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from fedveil.deploy import enrol_consortium
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.enrol import consortium as enrol_consortium
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 WEST = HOSPITALS[-1]
 

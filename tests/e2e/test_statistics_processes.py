@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fedveil.deploy import demo_world
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 CONSENT = ("[limits]", '[limits]\ntasks = ["train", "stats"]')
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedveil.client import round as line
 from fedveil.client.app import make_app as client_app
-from fedveil.client.ingest import encode
+from fedveil.client.records.release import encode
 from fedveil.client.session import Site
 from fedveil.common import contract as contracts
 from fedveil.common import flwr_adapter, identity

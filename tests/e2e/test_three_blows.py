@@ -14,9 +14,9 @@ import pytest
 from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.wire import sha256
-from fedveil.deploy import demo_world
-from fedveil.deploy.demo_world import HOSPITALS
-from fedveil.deploy.provision import make_consortium
+from fedveil.deploy.enrol.provision import make_consortium
+from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 EAST, NORTH, SOUTH, WEST = HOSPITALS
 STEPS, CUT_S = 20, 60.0

@@ -29,7 +29,7 @@ from fedveil.common import flwr_adapter as flower
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
-from fedveil.deploy.provision import load_tls, make_consortium
+from fedveil.deploy.enrol.provision import load_tls, make_consortium
 from fedveil.deploy.transport import TlsFiles
 from fedveil.deploy.transport.codec import Decoder
 from fedveil.deploy.transport.grpc_grid import OPTIONS, read_tls

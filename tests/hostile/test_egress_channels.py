@@ -340,7 +340,7 @@ class TestErrors:
 
     @pytest.mark.parametrize(("module", "function"), [
         ("fedveil.client.train", "site_sum"), ("fedveil.client.statistics", "predictions"),
-        ("fedveil.client.ingest.encode", "encode"), ("fedveil.privacy.anonymization.fixed", "recode"),
+        ("fedveil.client.records.release.encode", "encode"), ("fedveil.privacy.anonymization.fixed", "recode"),
         ("fedveil.privacy.dp.statistics", "clipped_sum"),
     ])  # fmt: skip
     @pytest.mark.parametrize("cls", egress.SPOKEN, ids=lambda c: c.__name__)

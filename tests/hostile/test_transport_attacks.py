@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.units import SiteId
-from fedveil.deploy.provision import load_tls, make_consortium
+from fedveil.deploy.enrol.provision import load_tls, make_consortium
 from fedveil.deploy.transport import TlsFiles
 from fedveil.deploy.transport.codec import cut, encode
 from fedveil.deploy.transport.grpc_service import FROM, SERVICE

@@ -19,7 +19,7 @@ from fedveil.common import flwr_adapter as flower
 from fedveil.common.errors import FedveilError, IdentityError, TransportError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.deploy.provision import Authority, load_roster, load_tls, make_consortium
+from fedveil.deploy.enrol.provision import Authority, load_roster, load_tls, make_consortium
 from fedveil.deploy.transport import handshake
 from fedveil.deploy.transport.grpc_grid import serve
 from fedveil.deploy.transport.grpc_site import run_site

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp  # isort: skip
 
 from fedveil.common import flwr_adapter as flower  # isort: skip
 from fedveil.common.wire import Limits, Packet  # isort: skip
-from fedveil.deploy.provision import load_roster, load_tls  # isort: skip
+from fedveil.deploy.enrol.provision import load_roster, load_tls  # isort: skip
 from fedveil.deploy.transport.guard import Bounds  # isort: skip
 
 

@@ -15,7 +15,7 @@ from fedveil.common.errors import BudgetExhausted, JournalError, UsageError, Ver
 from fedveil.common.identity import new_signing_key, public_hex, save_signing_key
 from fedveil.common.journal import Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
-from fedveil.privacy.cli_ledger import app
+from fedveil.deploy.cli.ledger import app
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import MAX_IMPORTED, Ledger, Tally
 from fedveil.privacy.report.charges import compose

@@ -1,6 +1,6 @@
 """A release by any method, with the signed record of where it comes from; and what a work folder's reports are worth.
 
-:func:`~fedveil.client.ingest.pipeline.ingest` makes what a federation trains on. This makes a table to be published.
+:func:`~.pipeline.ingest` makes what a federation trains on. This makes a table to be published.
 Both leave one work folder in which every file speaks of the same table: what an earlier one left is removed first.
 """
 
@@ -13,10 +13,13 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.client.ingest import drift, pipeline, quality, release, sources, stages
-from fedveil.client.ingest.release import Released
-from fedveil.client.ingest.sources import Dialect, Rules, Source
 from fedveil.client.records import lineage
+from fedveil.client.records.judge import drift, quality, stages
+from fedveil.client.records.read import sources
+from fedveil.client.records.read.sources import Dialect, Rules, Source
+from fedveil.client.records.release import anonymize as release
+from fedveil.client.records.release import pipeline
+from fedveil.client.records.release.anonymize import Released
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import DataError, VerificationError, WireError
@@ -48,7 +51,7 @@ def publish(
     Args:
         out: a new .csv or .parquet file (mode 0600), or the release that the folder's lineage record names: it is
             replaced. It exists afterwards exactly when this returns.
-        secret: as for :func:`~fedveil.client.ingest.pipeline.ingest`, and so are the other arguments.
+        secret: as for :func:`~fedveil.client.records.release.pipeline.ingest`, and so are the other arguments.
 
     Raises:
         UsageError: ``out`` exists, has another ending or no folder to lie in, or ``source`` is what ``work`` would be

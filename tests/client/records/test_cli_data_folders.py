@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
-from fedveil.client.ingest.pipeline import ingest
 from fedveil.client.records import lineage
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract, load_signed, sign_contract
 from fedveil.common.errors import DataError, UsageError, VerificationError
@@ -152,7 +152,7 @@ def test_a_release_that_is_gone_is_not_called_unchanged(tmp_path, agreed):
     assert "release are unchanged" not in told.output
 
 
-@pytest.mark.parametrize("fails", ["client.ingest.pipeline.record_of", "client.records.lineage.write_signed",
+@pytest.mark.parametrize("fails", ["client.records.release.pipeline.record_of", "client.records.lineage.write_signed",
                                    "common.identity.signed"])  # fmt: skip
 @pytest.mark.parametrize("method", ["fixed", "mondrian"])
 def test_no_release_without_its_signed_record(tmp_path, agreed, monkeypatch, fails, method):

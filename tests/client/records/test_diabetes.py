@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedveil.client.ingest.pipeline import ingest
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 
 BOUNDS = {"bmi": (15, 50), "bp": (40, 160), "s1": (80, 320), "s2": (20, 260), "s3": (10, 120), "s4": (1, 12),

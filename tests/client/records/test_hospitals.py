@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import sets
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.release import anonymise, as_table
-from fedveil.client.ingest.sources import read
+from fedveil.client.records.read.sources import read
+from fedveil.client.records.release import sets
+from fedveil.client.records.release.anonymize import anonymise, as_table
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization.verify import verify

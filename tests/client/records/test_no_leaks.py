@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest.pipeline import ingest
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.errors import DataError
 
 TEXT, NUMBER = "CANARYsmith", "7373.7373"

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import cli_source
-from fedveil.client.ingest.profile import profile
-from fedveil.client.ingest.sources import Rules, read
+from fedveil.client.records.judge.profile import profile
 from fedveil.client.records.read import files
+from fedveil.client.records.read.sources import Rules, read
+from fedveil.deploy.cli import data_source as cli_source
 
 pytestmark = pytest.mark.filterwarnings("error")
 

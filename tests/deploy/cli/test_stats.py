@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from fedveil.common import cli
 from fedveil.common.errors import UsageError
 from fedveil.common.workload.statistics import StatsSpec
-from fedveil.deploy import cli_stats, demo_world, server_process, simulate
+from fedveil.deploy import server_process
+from fedveil.deploy.cli import stats as cli_stats
+from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import simulate
 
 
 @pytest.fixture(scope="module")

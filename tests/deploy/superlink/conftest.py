@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_files
 
-from fedveil.deploy import demo_world
+from fedveil.deploy.lab import demo_hospitals as demo_world
 from fedveil.deploy.superlink import commands
 
 BIN = Path(sys.executable).parent

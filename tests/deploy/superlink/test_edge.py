@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedveil.deploy import superlink
-from fedveil.deploy.provision import make_consortium
+from fedveil.deploy.enrol.provision import make_consortium
 
 NGINX = shutil.which("nginx") or ""
 CONF = Path(superlink.__file__).with_name("edge.nginx.conf")

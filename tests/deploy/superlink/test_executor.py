@@ -29,7 +29,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.errors import ConfigError, IdentityError, ProtocolError, WireError
 from fedveil.common.wire import Limits, Packet
-from fedveil.deploy.provision import make_consortium
+from fedveil.deploy.enrol.provision import make_consortium
 from fedveil.deploy.superlink import bundle, commands, runtime
 from fedveil.deploy.superlink.runtime import Inflow, Link
 from fedveil.deploy.superlink.site import SiteExecutor

@@ -13,7 +13,7 @@ import pytest
 
 from fedveil.common.errors import ProtocolError
 from fedveil.common.journal import parse
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.deploy.superlink import commands
 from fedveil.deploy.superlink.runtime import CLIENT, SERVER, Link
 from fedveil.privacy.report.verify import verify_report

@@ -15,7 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization as ser
 
-from fedveil.deploy.demo_world import HOSPITALS
+from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.deploy.superlink import commands
 from fedveil.deploy.superlink.runtime import Link
 

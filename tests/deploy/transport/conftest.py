@@ -19,7 +19,7 @@ from fedveil.common import canonical
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
-from fedveil.deploy.provision import load_roster, load_tls, make_consortium
+from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium
 from fedveil.deploy.transport.codec import Decoder
 from fedveil.deploy.transport.grpc_grid import OPTIONS, GrpcGrid, read_tls, serve
 from fedveil.deploy.transport.grpc_service import INSTANCE, SERVICE

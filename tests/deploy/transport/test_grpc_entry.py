@@ -18,7 +18,7 @@ from fedveil.common import identity
 from fedveil.common.errors import TransportError
 from fedveil.common.identity import Member, Roster
 from fedveil.common.units import SiteId
-from fedveil.deploy.provision import load_tls, make_consortium
+from fedveil.deploy.enrol.provision import load_tls, make_consortium
 from fedveil.deploy.transport.grpc_grid import GrpcGrid, read_tls, serve
 from fedveil.deploy.transport.grpc_service import SERVICE
 from fedveil.deploy.transport.grpc_site import run_site

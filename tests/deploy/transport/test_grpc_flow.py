@@ -251,7 +251,7 @@ import socket, ssl, sys, threading
 from pathlib import Path
 from fedveil.deploy.transport.grpc_grid import serve
 from flwr.serverapp import ServerApp
-from fedveil.deploy.provision import load_roster, load_tls
+from fedveil.deploy.enrol.provision import load_roster, load_tls
 folder = Path(sys.argv[1])
 files, results = load_tls(folder / "sites" / "north"), []
 

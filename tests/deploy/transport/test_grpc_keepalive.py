@@ -38,7 +38,7 @@ from flwr.clientapp import ClientApp
 from fedveil.common import flwr_adapter as flower, identity
 from fedveil.common.identity import Roster, Member, SERVER, new_signing_key, public_hex
 from fedveil.common.units import SiteId
-from fedveil.deploy.provision import load_tls
+from fedveil.deploy.enrol.provision import load_tls
 from fedveil.deploy.transport import grpc_site
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.site import site_sum

@@ -180,7 +180,7 @@ def test_the_slabs_plan_keeps_the_mechanism():
 
 def test_an_auditor_needs_neither_torch_nor_flower():
     code = (
-        "import sys, fedveil.privacy.audit.suite, fedveil.privacy.audit.attach, fedveil.privacy.report.cli;"
+        "import sys, fedveil.privacy.audit.suite, fedveil.privacy.audit.attach, fedveil.deploy.cli.audit;"
         "print([m for m in ('torch', 'flwr', 'tenseal', 'opacus', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

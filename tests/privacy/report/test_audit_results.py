@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
+from fedveil.deploy.cli.audit import app
 from fedveil.privacy.audit import consistency, noise_checks
 from fedveil.privacy.audit.attach import Evidence
 from fedveil.privacy.audit.evidence import ALPHA, Conformance, Finding
@@ -20,7 +21,6 @@ from fedveil.privacy.audit.one_run import Guesses, OneRun, corrected
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import results
 from fedveil.privacy.report.build import build_report
-from fedveil.privacy.report.cli import app
 from fedveil.privacy.report.verify import verify_report
 
 

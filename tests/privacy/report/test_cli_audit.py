@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import UsageError, VerificationError
+from fedveil.deploy.cli.audit import app
 from fedveil.privacy.report import row_proof as rows
-from fedveil.privacy.report.cli import app
 from fedveil.privacy.report.countersign import see
 from fedveil.privacy.report.verify import verify_report
 

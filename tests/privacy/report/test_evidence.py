@@ -14,12 +14,12 @@ from fedveil.common.contract import Column
 from fedveil.common.errors import IdentityError, UsageError, VerificationError
 from fedveil.common.journal import Head, parse
 from fedveil.common.units import SiteId
-from fedveil.privacy.cli_ledger import app as ledger_app
+from fedveil.deploy.cli.audit import app
+from fedveil.deploy.cli.ledger import app as ledger_app
 from fedveil.privacy.joining import Copy
 from fedveil.privacy.report import compare, local, pdf
 from fedveil.privacy.report import row_proof as rows
 from fedveil.privacy.report.build import build_report
-from fedveil.privacy.report.cli import app
 from fedveil.privacy.report.countersign import countersign, see, sign
 from fedveil.privacy.report.signatures import require
 from fedveil.privacy.report.verify import verify_report

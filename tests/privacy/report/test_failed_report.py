@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
+from fedveil.deploy.cli.audit import app
 from fedveil.privacy.report import pdf
 from fedveil.privacy.report.build import DOMAIN
-from fedveil.privacy.report.cli import app
 from fedveil.privacy.report.render import render_report
 
 

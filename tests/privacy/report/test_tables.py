@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.client.ingest.pipeline import evidence_of
+from fedveil.client.records.release.pipeline import evidence_of
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import VerificationError

@@ -208,7 +208,7 @@ def test_a_charge_that_no_honest_site_writes(change) -> None:
 
 def test_the_auditor_loads_neither_torch_nor_flwr_nor_tenseal_nor_jinja2() -> None:
     code = (
-        "import sys, fedveil.privacy.report.cli, fedveil.privacy.cli_ledger, fedveil.privacy.cli_plan\n"
+        "import sys, fedveil.deploy.cli.audit, fedveil.deploy.cli.ledger, fedveil.deploy.cli.plan\n"
         "print([m for m in ('torch', 'flwr', 'tenseal', 'opacus', 'jinja2', 'pyarrow', 'grpc') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

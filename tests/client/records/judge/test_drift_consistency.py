@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedveil.client.ingest import counts, drift
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.quality import assess
-from fedveil.client.ingest.sources import Rules, read
 from fedveil.client.records import lineage
+from fedveil.client.records.judge import drift
+from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge.quality import assess
+from fedveil.client.records.read.sources import Rules, read
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common import identity
 from fedveil.common.errors import DataError, VerificationError
 
@@ -223,7 +224,7 @@ def test_without_a_key_consistency_is_not_claimed(contract, rows, table):
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=30))
 def test_contradictions_are_those_of_the_definition(pairs):
-    from fedveil.client.ingest import quality
+    from fedveil.client.records.judge import quality
     from fedveil.client.records.read.intake import RawTable
     from fedveil.common.contract import Column
 

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from fedveil.client.ingest import counts, sources, stages
-from fedveil.client.ingest.quality import ColumnQuality, Problem, QualityReport, assess
-from fedveil.client.ingest.sources import Rules
-from fedveil.client.ingest.stages import Stage
-from fedveil.client.records.read import intake
+from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge import stages
+from fedveil.client.records.judge.quality import ColumnQuality, Problem, QualityReport, assess
+from fedveil.client.records.judge.stages import Stage
+from fedveil.client.records.read import intake, sources
+from fedveil.client.records.read.sources import Rules
 
 K = 3
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.ingest.encode import encode
-from fedveil.client.ingest.quality import assess
-from fedveil.client.ingest.sources import read
+from fedveil.client.records.judge.quality import assess
+from fedveil.client.records.read.sources import read
+from fedveil.client.records.release.encode import encode
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization import fixed

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.ingest import counts as shows
-from fedveil.client.ingest import stages
-from fedveil.client.ingest.quality import assess
-from fedveil.client.ingest.sources import read
+from fedveil.client.records.judge import hidden_counts as shows
+from fedveil.client.records.judge import stages
+from fedveil.client.records.judge.quality import assess
+from fedveil.client.records.read.sources import read
 
 
 def full(contract, path):

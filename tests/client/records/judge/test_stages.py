@@ -8,12 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedveil.client.ingest import stages
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.sources import Rules, read
 from fedveil.client.records import lineage
+from fedveil.client.records.judge import stages
 from fedveil.client.records.read import corrections, pseudonym
 from fedveil.client.records.read.corrections import Correction
+from fedveil.client.records.read.sources import Rules, read
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common import identity
 from fedveil.common.errors import ConfigError, DataError, VerificationError
 

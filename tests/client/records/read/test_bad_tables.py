@@ -7,8 +7,8 @@ import traceback
 
 import pytest
 
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.sources import Dialect, Rules
+from fedveil.client.records.read.sources import Dialect, Rules
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, DataError
 

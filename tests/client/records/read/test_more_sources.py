@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import sources
-from fedveil.client.ingest.sources import Dialect, DuckSource, FhirSource, SqlSource, read
-from fedveil.client.records.read import databases, fhir
+from fedveil.client.records.read import databases, fhir, sources
+from fedveil.client.records.read.sources import Dialect, DuckSource, FhirSource, SqlSource, read
 from fedveil.common.errors import ConfigError, DataError, UsageError
 
 HEADER = ["patient", "age", "job", "dose", "grade", "y"]
@@ -381,9 +380,9 @@ def test_paths_are_checked(path):
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from fedveil.client.ingest import sources
+from fedveil.client.records.read import sources
 from fedveil.client.records.read import files
-from fedveil.client.ingest.profile import profile
+from fedveil.client.records.judge.profile import profile
 from fedveil.common.contract import DataContract
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 contract = DataContract.model_validate({"name": "m", "version": "1", "purpose": "p", "unit": "u", "k": 2, "columns": [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.ingest import hipaa
+from fedveil.client.records.judge import hipaa
 from fedveil.client.records.read import pii
 
 # Specimens from the standards and authorities' own documentation; none belongs to a person.

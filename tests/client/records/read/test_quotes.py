@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.sources import Dialect, read
 from fedveil.client.records.read import files
 from fedveil.client.records.read.quotes import Quotes
+from fedveil.client.records.read.sources import Dialect, read
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.errors import DataError
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest.sources import read
+from fedveil.client.records.read.sources import read
 from fedveil.common.errors import DataError
 
 HEADER = ["patient", "age", "job", "dose", "grade", "y"]

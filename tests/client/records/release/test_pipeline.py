@@ -10,9 +10,9 @@ import stat
 import numpy as np
 import pytest
 
-from fedveil.client.ingest import pipeline
-from fedveil.client.ingest.pipeline import ingest
 from fedveil.client.records.lineage import commitment, site_secret
+from fedveil.client.records.release import pipeline
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.errors import AnonymityError, ConfigError, DataError
 
 

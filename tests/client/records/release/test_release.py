@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedveil.client.ingest import release, sets
-from fedveil.client.ingest.pipeline import ingest
-from fedveil.client.ingest.sources import read
+from fedveil.client.records.read.sources import read
+from fedveil.client.records.release import anonymize as release
+from fedveil.client.records.release import sets
+from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, UsageError
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.ingest import sets
-from fedveil.client.ingest.encode import encode
-from fedveil.client.ingest.sets import Cells, Full, Interval, Leaves, Nothing, encode_released, fill, parse
+from fedveil.client.records.release import sets
+from fedveil.client.records.release.encode import encode
+from fedveil.client.records.release.sets import Cells, Full, Interval, Leaves, Nothing, encode_released, fill, parse
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization import fixed

@@ -1,1 +1,0 @@
-"""From a site's table to checked, recoded, equally encoded features."""

@@ -1,0 +1,282 @@
+"""A site's table to features, one straight line: read, assess, reduce, recode, shuffle, write, verify, encode.
+
+What is fitted to the data is fitted because the contract says so, and the evidence then says that differential privacy
+speaks of the released rows. Whatever fails stops the line before a released file exists.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from fedveil import __version__
+from fedveil.client.records import lineage
+from fedveil.client.records.judge import drift, quality, stages
+from fedveil.client.records.read import intake, sources
+from fedveil.client.records.read.sources import Dialect, RawTable, Rules, Source
+from fedveil.client.records.release import encode
+from fedveil.client.records.release.closeness import require_closeness
+from fedveil.common import canonical
+from fedveil.common.contract import DataContract
+from fedveil.common.errors import AnonymityError, UsageError, WireError
+from fedveil.privacy.anonymization import fixed, verify
+
+RELEASED, LINEAGE, SIGNATURE = "released.csv", drift.LINEAGE, drift.SIGNATURE
+QUALITY_JSON, QUALITY_HTML = drift.QUALITY, "quality.html"
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """A site's training data and what may be said about it.
+
+    Attributes:
+        X: (n, contract.width) float32 in [-1, 1].
+        y: (n,) int64 class indices. Rows are in a random order, the same as in the released file.
+        evidence: the only part that may leave the site: no count, no plain hash of data.
+        released: path of the verified released file, in the work folder.
+        report: the quality report: local.
+    """
+
+    X: NDArray[np.float32] = field(repr=False)
+    y: NDArray[np.int64] = field(repr=False)
+    evidence: dict[str, Any]
+    released: Path
+    report: quality.QualityReport = field(repr=False)
+
+
+def ingest(
+    source: Source,
+    contract: DataContract,
+    work: Path,
+    *,
+    secret: bytes,
+    dialect: Dialect | None = None,
+    rules: Rules | None = None,
+    key: Ed25519PrivateKey | None = None,
+    before: Mapping[str, Any] | None = None,
+) -> Ingested:
+    """Turn ``source`` into features, writing the released file and local reports into ``work``.
+
+    ``work`` is made with mode 0700, its files with 0600. A released file exists there exactly when this returns: it
+    was read back and k, l and t were verified on its bytes.
+
+    Args:
+        secret: at least 32 random bytes that stay at the site: the key of the commitments and pseudonyms.
+        dialect: how a CSV file is written.
+        rules: the site's declared corrections, and whom to tell about progress.
+        key: signs the lineage record; by default a key derived from ``secret``.
+        before: an earlier table's report (:func:`.drift.earlier`), for the report to say what has moved.
+
+    Raises:
+        DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
+        AnonymityError: k, l or t fails; the hint names coarser levels that pass.
+        ConfigError: the work folder is readable by others, or the secret is too short.
+    """
+    cleared(work, source)
+    rules = rules or Rules(secret=lineage.checked_secret(secret))
+    raw, report = assessed(source, contract, work, dialect=dialect, rules=rules, before=before)
+    committed = sources.commitment(secret, source, contract)
+    recoded = fixed.recode(raw.columns, raw.rows, contract)
+    table = recoded.table.take(_shuffled(recoded.table.rows))
+    released = _write_verified(table, contract, work)
+    with unless_signed(released):
+        X, y = encode.encode(table, contract)
+        evidence = evidence_of(contract, committed, lineage.commitment(secret, "released", released))
+        limit = {"limit": contract.suppression_limit}
+        record = record_of(
+            source, contract, work, raw.tally.read, evidence=evidence, suppressed=recoded.suppressed,
+            stages=[*report.stages, stages.Stage("suppression", raw.rows, table.rows, 0, limit)],
+            released={"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
+        )  # fmt: skip
+        lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
+    return Ingested(X, y, evidence, released, report)
+
+
+@contextmanager
+def unless_signed(released: Path) -> Iterator[None]:
+    """Remove a release if its lineage record cannot be written and signed: without one nobody knows whence it is."""
+    try:
+        yield
+    except BaseException:
+        released.unlink(missing_ok=True)
+        raise
+
+
+def cleared(work: Path, source: Source) -> None:
+    """The private folder ``work``, without what an earlier table left in it: files of two tables say nothing together.
+
+    The release that its lineage record names is removed too, where it lies in the folder and is unchanged.
+
+    Raises:
+        ConfigError: others can read it.
+        UsageError: ``source`` is one of the files that would go.
+    """
+    lineage.private_folder(work)
+    earlier = earlier_release(work)
+    if isinstance(source, Path) and source.resolve() in (earlier, (work / RELEASED).resolve()):
+        raise UsageError(
+            f"{source} is a release that lies in its own work folder, which is cleared for the next one",
+            hint="copy it elsewhere, or name another --work folder",
+        )
+    if earlier is not None:
+        earlier.unlink(missing_ok=True)
+    for stale in (RELEASED, LINEAGE, SIGNATURE, QUALITY_JSON, QUALITY_HTML):
+        (work / stale).unlink(missing_ok=True)
+
+
+def earlier_release(work: Path) -> Path | None:
+    """The file inside ``work`` that its lineage record names as the release; None if it is not there, or another."""
+    try:
+        with (work / LINEAGE).open("rb") as f:
+            record = canonical.loads(f.read(drift.MAX_BYTES + 1), limit=drift.MAX_BYTES)
+    except (OSError, WireError):
+        return None
+    named = record.get("released") if isinstance(record, dict) else None
+    if not isinstance(named, Mapping) or not isinstance(named.get("path"), str) or "\0" in named["path"]:
+        return None
+    path = (work / named["path"]).resolve()
+    if not path.is_relative_to(work.resolve()) or not path.is_file():
+        return None
+    return path if lineage.file_hash(path) == named.get("sha256") else None
+
+
+def record_of(
+    source: Source,
+    contract: DataContract,
+    work: Path,
+    read: int,
+    *,
+    stages: Sequence[stages.Stage],
+    suppressed: int,
+    released: dict[str, Any],
+    evidence: dict[str, Any],
+) -> dict[str, Any]:
+    """The lineage record: hashes of what went in and came out, and every stage between. It stays at the site."""
+    return {
+        "v": 2,
+        "fedveil": __version__,
+        "at": int(time.time()),
+        "contract": contract.hash,
+        "source": {"path": sources.described(source), "sha256": _source_hash(source), "rows": read},
+        "quality": lineage.file_hash(work / QUALITY_JSON),
+        "stages": [s.__dict__ for s in stages],
+        "suppressed_rows": suppressed,
+        "released": released,
+        "evidence": evidence,
+    }
+
+
+def assessed(
+    source: Source,
+    contract: DataContract,
+    work: Path,
+    *,
+    dialect: Dialect | None,
+    rules: Rules,
+    before: Mapping[str, Any] | None = None,
+) -> tuple[RawTable, quality.QualityReport]:
+    """The table after all stages before recoding, and its quality report, which is written into ``work`` first.
+
+    Raises:
+        DataError: what the report names; or the source cannot be read at all.
+        AnonymityError: the table has fewer than k rows.
+    """
+    opened = sources.open_source(source, contract, dialect)
+    taken = intake.take_in(opened, contract, rules, sources.described(source))
+    raw, done = stages.reduce(taken, contract, rules.corrections)
+    report = quality.assess(taken, contract, done, stages.stability(contract))
+    if before is not None:
+        report = quality.against(report, before)
+    lineage.write_private(work / QUALITY_JSON, canonical.dumps(report.to_json()))
+    lineage.write_private(work / QUALITY_HTML, report.to_html().encode())
+    report.require()
+    if raw.rows < contract.k:
+        raise AnonymityError(
+            f"k = {contract.k} is more than the {raw.rows} rows of the table",
+            hint="no combination of levels passes: take in more rows",
+        )
+    return raw, report
+
+
+def _source_hash(source: Source) -> str | None:
+    """Plain hash of a file, for the local record; a query has none."""
+    path = source if isinstance(source, Path) else getattr(source, "path", None)
+    return lineage.file_hash(path) if isinstance(path, Path) else None
+
+
+def _shuffled(rows: int) -> NDArray[np.int64]:
+    """A permutation from the operating system's randomness: released rows must not be in the source's order.
+
+    Sorting 64-bit random keys; two equal keys among 10^6 rows have probability below 3e-8, and would then keep the
+    order of that one pair.
+    """
+    return np.argsort(np.frombuffer(os.urandom(8 * rows), np.uint64), kind="stable")
+
+
+def _write_verified(table: fixed.ReleasedTable, contract: DataContract, work: Path) -> Path:
+    draft, released = work / "released.draft", work / RELEASED
+    try:
+        lineage.write_private(draft, _csv_bytes(table, contract))
+        verify.require(draft, contract)
+        require_closeness(draft, contract)
+        os.replace(draft, released)
+    finally:
+        draft.unlink(missing_ok=True)
+    return released
+
+
+def _csv_bytes(table: fixed.ReleasedTable, contract: DataContract) -> bytes:
+    columns: list[list[str]] = []
+    for c in contract.loaded:
+        if c.coded:
+            # Code -1 ("no value") indexes the last entry, "".
+            columns.append(np.array([*c.labels, ""], dtype=object)[table.coded[c.name]].tolist())
+        else:
+            columns.append(["" if x != x else repr(x) for x in table.numbers[c.name].tolist()])
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([c.name for c in contract.loaded])
+    writer.writerows(zip(*columns, strict=True))
+    return out.getvalue().encode()
+
+
+def evidence_of(contract: DataContract, source: str, released: str) -> dict[str, Any]:
+    """What may be said of a release: a function of the contract and two commitments, of no other property of the data.
+
+    Built only after the verification passed, hence ``met``; a table that fails has no evidence.
+    """
+    steps = stages.stability(contract)
+    factor = stages.total(steps)
+    unit = contract.unit if factor == 1 else f"{contract.unit}; a group of {factor} of them" if factor else None
+    return {
+        "v": 1,
+        "contract": contract.hash,
+        "recoding": "fixed",
+        "criteria": met_criteria(contract),
+        "suppression": contract.suppression_limit > 0,
+        "stability_factor": factor,
+        "stability": [s.to_json() for s in steps],
+        "unit": unit or "one row of the released table; not bounded for the original records",
+        "commitments": {"source": source, "released": released},
+    }
+
+
+def met_criteria(contract: DataContract) -> dict[str, Any]:
+    """What a contract requires, by criterion, of a release that was verified to meet it."""
+    criteria: dict[str, Any] = {"k-anonymity": {"required": contract.k, "met": True}}
+    if contract.l > 1:  # l = 1 requires nothing: nothing is claimed to be met
+        criteria["distinct l-diversity"] = {"required": contract.l, "met": True}
+    if contract.t is not None:
+        criteria["t-closeness"] = {"required": contract.t, "met": True}
+    return criteria

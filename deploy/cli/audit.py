@@ -1,0 +1,124 @@
+"""``fedveil audit``: check a report, write it again from its journals, show it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedveil.common import canonical, identity
+from fedveil.common.errors import UsageError
+from fedveil.deploy.cli import audit_sign_compare as evidence
+from fedveil.deploy.cli.audit_sign_compare import plain
+from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
+from fedveil.privacy.report.catalogue import LANGUAGES
+from fedveil.privacy.report.results import attach
+from fedveil.privacy.report.signatures import SIGNATURES
+from fedveil.privacy.report.verify import Verification, verify_report
+
+app = typer.Typer(no_args_is_help=True, help="Check a privacy report from its journals alone, or write it again.")
+
+_SHOWN = 24
+GROUP = "fedveil.audit"  # sub-commands from rooms that this one does not import
+
+
+@app.command()
+def verify(
+    report: Annotated[Path, typer.Argument(help="report.json, beside the files of its run; or that folder.")],
+    consortium_key: evidence.Pin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Recompute everything the report claims. Exit code 0 if every check passed, 60 if not."""
+    path = evidence.file_of(report)
+    result = verify_report(path, consortium_key=evidence.pinned(consortium_key))
+    if as_json:
+        sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
+    else:
+        _show(result)
+    result.raise_for_failure()
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    key: Annotated[
+        Path | None, typer.Option(help="The server's signing key; a simulated run's lies in its folder.")
+    ] = None,
+    audit: Annotated[
+        list[Path] | None, typer.Option(help="Results of an empirical audit, taken into RUN/audit.json; repeatable.")
+    ] = None,
+) -> None:
+    """Write RUN/report.json again from the journals of the run, and its pages and cards beside it."""
+    found = key or run / SIMULATED_KEY
+    if key is None and not found.exists():
+        raise UsageError("the report is signed by the server", hint="--key SERVER/signing.key")
+    if audit is not None:
+        attach(run, audit)
+    signed = (run / SIGNATURES).exists()
+    build_report(run, identity.load_signing_key(found))
+    if signed:
+        typer.echo(f"the sites signed the report before this one ({SIGNATURES}.old): 'fedveil audit sign' signs again")
+    render(run / REPORT)
+
+
+@app.command()
+def render(
+    report: Annotated[Path, typer.Argument(help="report.json, or the run's folder.")],
+    lang: Annotated[str, typer.Option(help="en, zh or all")] = "all",
+    consortium_key: evidence.Pin = None,
+) -> None:
+    """Write report.html (English), report.zh.html (Chinese) and the cards. Exit code 60 if a check fails."""
+    render_report, page_path = evidence.rendering()
+    path, langs = evidence.file_of(report), LANGUAGES if lang == "all" else (lang,)
+    found = verify_report(path, consortium_key=evidence.pinned(consortium_key))
+    render_report(path, langs, verification=found)
+    for x in langs:
+        Console().print(f"{page_path(path, x)}", markup=False, highlight=False, soft_wrap=True)
+    found.raise_for_failure()
+
+
+def _show(result: Verification) -> None:
+    console = Console(highlight=False)
+    table = Table(title="fedveil audit verify", title_justify="left", show_lines=False, header_style="bold")
+    for name in ("", "check", "what was compared", "found"):
+        table.add_column(name, overflow="fold")
+    ledgers = 0
+    for c in result.checks:
+        ledgers += c.passed and c.name.startswith("ledger of ")
+        if c.passed and c.name.startswith("ledger of ") and ledgers > _SHOWN:
+            continue
+        table.add_row(
+            "[green]ok[/]" if c.passed else "[bold red]FAILED[/]", plain(c.name), plain(c.compared), plain(c.detail)
+        )
+    console.print(table)
+    console.print(plain(f"{result.passed} of {len(result.checks)} checks passed; recomputed with:"))
+    for accountant in result.accountants:
+        console.print(f"  {plain(accountant)}")
+    for c in result.failures:
+        console.print(f"[bold red]MISMATCH[/] {plain(c.name)}: {plain(c.detail)}")
+    if ledgers > _SHOWN:
+        console.print(f"{ledgers - _SHOWN} more ledgers passed and are not listed.")
+    if not result.ok:
+        return
+    if result.simulated:
+        console.print("[bold red]SIMULATED[/]: the run protected nobody; its numbers are for study only.")
+    console.print("[bold green]Every check passed.[/]", plain(result.claim))
+    console.print(plain(f"Signed by the server, and by {len(result.countersigned)} of {result.sites} sites."))
+    console.print("Checked was report.json with the journals; its pages and cards are pictures that nobody looked at.")
+    if not result.pinned:
+        console.print(
+            "[yellow]The consortium's key was taken from the bundle.[/] Whoever made all of its files could have made "
+            "it too: give --consortium-key from a source you trust."
+        )
+
+
+for _command in (evidence.pdf, evidence.sign, evidence.row, evidence.compare, evidence.local, evidence.schema):
+    app.command()(_command)
+for _point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+    app.command(_point.name)(_point.load())

@@ -1,0 +1,1 @@
+"""Who takes part: a consortium's authority, members' requests, the roster, revocation."""

@@ -1,0 +1,69 @@
+"""The one-run audit of this program: canaries that toss a coin, through the real path, and what their sums betray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedveil.common.errors import RunAborted, UsageError
+from fedveil.deploy.lab.audit.implementation import InProcess
+from fedveil.privacy.audit.evidence import Implementation
+from fedveil.privacy.audit.one_run import Method, OneRun, audit
+from fedveil.privacy.audit.slab import Slab, slab_plan
+from fedveil.privacy.dp.noise import KeyStream
+from fedveil.privacy.plan import PrivacyPlan
+
+MAX_CANARIES = 1 << 13  # a record has a feature for every canary: their table grows with the square
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the audit is made.
+
+    Attributes:
+        canaries: records with a coordinate of their own, spread over the sites.
+        confidence: of the bound.
+        steps: of the run; 0: the plan's.
+    """
+
+    canaries: int = 1000
+    confidence: float = 0.95
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not 10 <= self.canaries <= MAX_CANARIES:
+            raise UsageError(f"{self.canaries} canaries are outside 10..{MAX_CANARIES}")
+
+
+def one_run(
+    plan: PrivacyPlan, setting: Setting | None = None, *, implementation: Implementation | None = None
+) -> OneRun:
+    """Run the mechanism of ``plan`` once over canaries and bound its ε from below.
+
+    Each canary's clipped gradient lies on a coordinate that no other record touches: the strongest place for an
+    attacker, whose score is the sum of that coordinate over all opened sums. Coins are the operating system's. The
+    reading of the guesses is fixed beforehand: by Gaussian trade-off functions for q = 1, where they are exact; below
+    it by that of (ε, δ)-DP, which assumes nothing.
+
+    Raises:
+        UsageError: a plan of whole clients.
+        RunAborted: a sum was not opened.
+    """
+    s = setting or Setting()
+    per_site = -(-s.canaries // plan.sites)
+    shape = (plan.sites, per_site)
+    coins = (KeyStream().words(plan.sites * per_site) & np.uint64(1)).astype(np.int64).reshape(shape)
+    real = (np.arange(coins.size) < s.canaries).reshape(shape)
+    slab = Slab(coins * real, coins.size, plan.clip)
+    steps = s.steps or plan.steps
+    inner = slab_plan(plan, inputs=slab.inputs, steps=steps, sample_rate=plan.sample_rate, records=s.canaries)
+    run = (implementation or InProcess()).run(inner, slab.parts(), absent=[frozenset()] * steps)
+    if len(run.releases) != steps:
+        raise RunAborted(f"{len(run.releases)} of {steps} sums were released ({run.status})")
+    scores = np.sum([slab.scores(r) for r in run.releases], axis=0)
+    method: Method = "gaussian" if plan.sample_rate == 1 else "f-dp"
+    return audit(
+        scores[real], coins[real].astype(bool), claimed=inner.claim, delta=plan.delta, confidence=s.confidence,
+        method=method,
+    )  # fmt: skip
