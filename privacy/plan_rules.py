@@ -7,7 +7,6 @@ would have made. Symbols as in :mod:`fedveil.privacy.plan`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from fedveil.common.errors import PlanError, SecureSumError
 from fedveil.common.settings import MIN_DELTA
@@ -15,18 +14,15 @@ from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.calibrate import MAX_EPSILON
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS
+from fedveil.privacy.plan_figures import MAX_CAP, PlanFigures
 from fedveil.privacy.secagg import committee as committees
-
-if TYPE_CHECKING:
-    from fedveil.privacy.plan import PrivacyPlan
 
 MAX_INFLATION = 0.02
 MIN_CLIENTS = 1000
 DELTA_PER_STEP = 1e-14
-MAX_CAP = 1e6  # of a ledger that could carry a plan
 
 
-def check(plan: PrivacyPlan) -> None:
+def check(plan: PlanFigures) -> None:
     """Raise :class:`PlanError` for the first rule that ``plan`` breaks, with the nearest consistent plan."""
     if problem := plan.model.problem():
         raise PlanError(f"model {plan.model.name!r}: {problem}")
@@ -114,7 +110,7 @@ def _most_dropouts(mode: str, n: int, t: int) -> int:
     return answered if mode == "local" else min(answered, n - t - max(2, t + 1))
 
 
-def _check_trust(plan: PrivacyPlan) -> None:
+def _check_trust(plan: PlanFigures) -> None:
     check_shape(plan.mode, plan.sites, plan.colluders, plan.dropouts)
     if plan.sum == "none" and plan.mode != "local":
         raise PlanError(
@@ -143,7 +139,7 @@ def _check_trust(plan: PrivacyPlan) -> None:
         )
 
 
-def _check_rounding(plan: PrivacyPlan) -> None:
+def _check_rounding(plan: PlanFigures) -> None:
     """Sampled steps are composed by Fourier transforms, whose rounding (some 3e-17 a step) must stay far below δ."""
     needed = DELTA_PER_STEP * plan.steps
     if plan.event.sample_rate == 1 or plan.steps == 1 or plan.delta >= needed:
@@ -155,7 +151,7 @@ def _check_rounding(plan: PrivacyPlan) -> None:
     )
 
 
-def _check_cost(plan: PrivacyPlan) -> None:
+def _check_cost(plan: PlanFigures) -> None:
     """What a verifier refuses before it computes an ε must be refused here, before anything is charged."""
     if plan.noise_multiplier < MIN_NOISE_MULTIPLIER:
         raise PlanError(
@@ -173,7 +169,7 @@ def _check_cost(plan: PrivacyPlan) -> None:
         raise PlanError("no cap of a site's ledger carries this plan", hint="a larger noise, or fewer steps")
 
 
-def _check_committee(plan: PrivacyPlan) -> None:
+def _check_committee(plan: PlanFigures) -> None:
     """Helpers drawn by a seed that nobody could choose (a public beacon, named in the plan before any key is made)."""
     if plan.sum != "keysum" or plan.committee > plan.sites or not plan.committee_seed:
         raise PlanError("a committee needs keysum, at most all sites, and a public seed", nearest={"committee": 0})
@@ -183,7 +179,7 @@ def _check_committee(plan: PrivacyPlan) -> None:
         raise PlanError(e.message, hint=e.hint, nearest={"committee": 0}) from e
 
 
-def _check_stats(plan: PrivacyPlan, spec: StatsSpec) -> None:
+def _check_stats(plan: PlanFigures, spec: StatsSpec) -> None:
     """One sum over every record, whole: a clip or a clamp that cuts would bias every estimate unseen."""
     nearest: dict[str, object] = {}
     if (plan.steps, plan.sample_rate) != (1, 1.0) or plan.mode == "client":

@@ -1,23 +1,21 @@
-"""The counts of a quality report as figures that may be shown together: see :mod:`.counts` for what holds of them."""
+"""The counts of a quality report as figures that may be shown together, see :mod:`.hidden_counts`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedveil.client.records.judge import hidden_counts as counts
 from fedveil.client.records.judge.hidden_counts import HIDDEN, Figure, shown, total
-
-if TYPE_CHECKING:
-    from fedveil.client.records.judge.quality import ColumnQuality, Problem, QualityReport
+from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 
 SCAN_HIDES = 10  # a scan speaks of a column of numbers from 5 cells on: less than twice that would say which count
 
 
 @dataclass(frozen=True)
 class ColumnFigures:
-    """One column's figures; the attributes are those of :class:`.quality.ColumnQuality`."""
+    """One column's figures; the attributes are those of :class:`.quality_report.ColumnQuality`."""
 
     missing: Figure
     kinds: tuple[Figure, ...]

@@ -1,6 +1,6 @@
 """The quality report as JSON and as one self-contained page, with counts under k hidden.
 
-How counts are hidden: :mod:`.counts` and :mod:`.figures`. The page needs no network and follows
+How counts are hidden: :mod:`.hidden_counts` and :mod:`.figures`. The page needs no network and follows
 the reader's light or dark setting.
 """
 
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedveil.client.records.judge import figures
 from fedveil.client.records.judge import hidden_counts as counts
 from fedveil.client.records.judge.hidden_counts import HIDDEN, bars, rate, shown
-
-if TYPE_CHECKING:
-    from fedveil.client.records.judge.quality import QualityReport
+from fedveil.client.records.judge.quality_report import QualityReport
 
 _STYLE = (
     ":root{color-scheme:light dark;--fg:#1c2430;--bg:#fff;--line:#d5dbe3;--bar:#3b6ea8;--soft:#667}"
@@ -27,8 +25,8 @@ _STYLE = (
 )
 
 
-def data(report: QualityReport) -> dict[str, Any]:
-    """The JSON form."""
+def to_json(report: QualityReport) -> dict[str, Any]:
+    """For the site's own records; small counts hidden."""
     k = counts.least(report.k)
     columns = [figures.of_column(c, report.rows, k) for c in report.columns]
     by_name = {c.name: f for c, f in zip(report.columns, columns, strict=True)}
@@ -66,8 +64,9 @@ def data(report: QualityReport) -> dict[str, Any]:
     }
 
 
-def html_page(report: dict[str, Any]) -> str:
-    """One page of :func:`data`."""
+def to_html(quality: QualityReport) -> str:
+    """One self-contained page of :func:`to_json`."""
+    report = to_json(quality)
     verdict = "meets" if report["usable"] else "does not meet"
     stages = [
         (s["stage"], s.get("rows", ""), s.get("left", ""), s.get("found", s.get("cells", ""))) for s in report["stages"]

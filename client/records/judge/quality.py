@@ -7,7 +7,7 @@ so is what would give them away (:mod:`~fedveil.client.records.judge.page`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from fedveil.client.records.judge import drift, hipaa, page
 from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 from fedveil.client.records.judge.stages import Stability, Stage
 from fedveil.client.records.read import pii, sources
 from fedveil.client.records.read.sources import RawTable
 from fedveil.client.records.read.values import Reading
 from fedveil.common.contract import OTHER, Column, DataContract
-from fedveil.common.errors import DataError
 
 BINS = 10
 # Ratios of units that are often confused: what a value would have to be multiplied by.
@@ -30,115 +30,6 @@ _UNITS = (
     "percentage for a fraction"), (0.4536, "pounds"), (2.2046, "kilograms"), (2.54, "inches"), (0.3937, "centimetres"),
     (1000.0, "thousands"), (0.001, "thousandths"), (7.5006, "kPa"), (1 / 365.25, "days"), (1 / 12, "months"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ColumnQuality:
-    """Counts of one column.
-
-    Attributes:
-        missing: cells without a value. out_of_bounds, unseen, unreadable: cells that the contract does not allow.
-        constant: whether only one value occurs. other: values taken for the leaf "other"; limit: how many of them the
-            contract allows, None where it allows none.
-        kinds: unreadable cells by what they held. scanned: cells that look like identifiers, by kind.
-        coded, emptied, clamped, corrected: cells that held a missing code, that were moved to "no value" or to a bound,
-            and that a declared correction changed.
-        distinct: how many different values occur.
-        conflicting: rows whose value differs from that of another row with the same near key; None without such a key.
-        bins: what a bar chart shows: the contract's labels or ten equal parts of the public bounds, and counts.
-    """
-
-    name: str
-    missing: int
-    out_of_bounds: int
-    unseen: int
-    constant: bool
-    unreadable: int = 0
-    other: int = 0
-    distinct: int = 0
-    conflicting: int | None = None
-    bins: tuple[tuple[str, int], ...] = field(default=(), repr=False)
-    limit: int | None = None
-    kinds: tuple[int, ...] = ()
-    scanned: tuple[int, ...] = ()
-    coded: int = 0
-    emptied: int = 0
-    clamped: int = 0
-    corrected: int = 0
-
-    @property
-    def invalid(self) -> int:
-        """Cells with a value that the contract does not allow."""
-        return self.out_of_bounds + self.unseen + self.unreadable
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why the table cannot be used: a code, column, what, how many cells, and what to do.
-
-    ``counts`` names what the cells are in the report's figures, see :func:`.figures.of_problem`.
-    """
-
-    column: str
-    what: str
-    count: int
-    remedy: str
-    code: str = ""
-    counts: str = ""
-
-    @property
-    def text(self) -> str:
-        """One clause of the error message."""
-        return f"{self.code}: column {self.column!r}: {self.count} cells {self.what}"
-
-
-@dataclass(frozen=True)
-class QualityReport:
-    """The outcome of every stage.
-
-    Attributes:
-        rows: rows that may be used, before duplicates and outliers were dropped.
-        duplicates: rows that repeat an earlier row exactly (identifiers included).
-        columns: one entry per loaded column.
-        problems: what :meth:`require` refuses.
-        k: counts from 1 to k - 1 are hidden in :meth:`to_json` and :meth:`to_html`.
-        notes: what is allowed and still worth knowing.
-        stages, stability: what was done, and what it means for differential privacy.
-        checklist: HIPAA's direct identifiers.
-        rows_of_a_person: most rows that carry one pseudonym; 0 where the contract asks for none.
-        moves: every column against an earlier table; () where none was named.
-        unkeyed: rows without a value in one of the near key's columns: they are not compared.
-        nameless: cells of identifier columns without text.
-    """
-
-    rows: int
-    duplicates: int
-    columns: tuple[ColumnQuality, ...]
-    problems: tuple[Problem, ...]
-    k: int
-    notes: tuple[str, ...] = ()
-    stages: tuple[Stage, ...] = ()
-    stability: tuple[Stability, ...] = ()
-    checklist: tuple[hipaa.Entry, ...] = ()
-    rows_of_a_person: int = 0
-    moves: tuple[drift.Drift, ...] = ()
-    unkeyed: int = 0
-    nameless: int = 0
-
-    def require(self) -> None:
-        """Raise :class:`DataError` with every problem: code, column, count and remedy, never a value."""
-        if self.problems:
-            raise DataError(
-                "; ".join(p.text for p in self.problems), hint="; ".join(dict.fromkeys(p.remedy for p in self.problems))
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """For the site's own records; small counts hidden."""
-        return page.data(self)
-
-    def to_html(self) -> str:
-        """One self-contained page of :meth:`to_json`."""
-        return page.html_page(self.to_json())
 
 
 def assess(
@@ -177,7 +68,7 @@ def assess(
 def against(report: QualityReport, before: Mapping[str, Any]) -> QualityReport:
     """The report with every column compared to an earlier report, see :mod:`.drift`; a move is noted, not refused."""
     bins = {c.name: [label for label, _ in c.bins] for c in report.columns}
-    found = drift.compare(report.to_json(), before, bins)
+    found = drift.compare(page.to_json(report), before, bins)
     notes = [
         f"column {d.column!r} has moved from the earlier table by {d.distance:.3f} (chance explains {d.chance:.3f})"
         for d in found

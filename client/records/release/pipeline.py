@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from fedveil import __version__
 from fedveil.client.records import lineage
-from fedveil.client.records.judge import drift, quality, stages
+from fedveil.client.records.judge import drift, page, quality, stages
+from fedveil.client.records.judge.quality_report import QualityReport
 from fedveil.client.records.read import intake, sources
 from fedveil.client.records.read.sources import Dialect, RawTable, Rules, Source
 from fedveil.client.records.release import encode
@@ -52,7 +53,7 @@ class Ingested:
     y: NDArray[np.int64] = field(repr=False)
     evidence: dict[str, Any]
     released: Path
-    report: quality.QualityReport = field(repr=False)
+    report: QualityReport = field(repr=False)
 
 
 def ingest(
@@ -185,7 +186,7 @@ def assessed(
     dialect: Dialect | None,
     rules: Rules,
     before: Mapping[str, Any] | None = None,
-) -> tuple[RawTable, quality.QualityReport]:
+) -> tuple[RawTable, QualityReport]:
     """The table after all stages before recoding, and its quality report, which is written into ``work`` first.
 
     Raises:
@@ -198,8 +199,8 @@ def assessed(
     report = quality.assess(taken, contract, done, stages.stability(contract))
     if before is not None:
         report = quality.against(report, before)
-    lineage.write_private(work / QUALITY_JSON, canonical.dumps(report.to_json()))
-    lineage.write_private(work / QUALITY_HTML, report.to_html().encode())
+    lineage.write_private(work / QUALITY_JSON, canonical.dumps(page.to_json(report)))
+    lineage.write_private(work / QUALITY_HTML, page.to_html(report).encode())
     report.require()
     if raw.rows < contract.k:
         raise AnonymityError(

@@ -14,7 +14,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.client.records import lineage
-from fedveil.client.records.judge import drift, quality, stages
+from fedveil.client.records.judge import drift, stages
+from fedveil.client.records.judge.quality_report import QualityReport
 from fedveil.client.records.read import sources
 from fedveil.client.records.read.sources import Dialect, Rules, Source
 from fedveil.client.records.release import anonymize as release
@@ -31,7 +32,7 @@ class Published:
     """A written and verified release, and the quality report of the table behind it; all of it is local knowledge."""
 
     release: Released
-    report: quality.QualityReport
+    report: QualityReport
 
 
 def publish(

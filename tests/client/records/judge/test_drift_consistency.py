@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil.client.records import lineage
-from fedveil.client.records.judge import drift
+from fedveil.client.records.judge import drift, page
 from fedveil.client.records.judge import hidden_counts as counts
 from fedveil.client.records.judge.quality import assess
 from fedveil.client.records.read.sources import Rules, read
@@ -118,11 +118,13 @@ def test_a_second_table_is_compared_with_the_first(contract, rows, table, tmp_pa
     assert by_name["dose"].moved
     assert [d.column for d in out.moves if d.moved] == ["dose"]
     assert any("'dose' has moved" in note for note in out.notes)
-    assert "explained by chance" in out.to_html()
-    assert out.to_json()["drift"][2] == {
+    assert "explained by chance" in page.to_html(out)
+    assert page.to_json(out)["drift"][2] == {
         "column": "dose", "distance": 0.1667, "chance": pytest.approx(0.1, abs=0.05), "moved": True, "why": "",
     }  # fmt: skip
-    assert "explained by chance" not in ingest(table(moved), contract, tmp_path / "w", secret=secret).report.to_html()
+    assert "explained by chance" not in page.to_html(
+        ingest(table(moved), contract, tmp_path / "w", secret=secret).report
+    )
 
 
 def test_the_evidence_says_nothing_of_drift(contract, rows, table, tmp_path, secret, earlier):
@@ -212,14 +214,14 @@ def test_contradictions_under_one_key_are_counted(make, rows, table, secret):
     found = {c.name: c.conflicting for c in report.columns}
     assert found == {"age": 2, "job": 4, "dose": 0, "grade": 0, "y": 0}
     assert sum("share their near key" in n for n in report.notes) == 2
-    shown = {c["column"]: c["consistency"] for c in report.to_json()["columns"]}
+    shown = {c["column"]: c["consistency"] for c in page.to_json(report)["columns"]}
     assert shown == {"age": "hidden", "job": "hidden", "dose": 1.0, "grade": 1.0, "y": 1.0}
 
 
 def test_without_a_key_consistency_is_not_claimed(contract, rows, table):
     report = assess(read(table(rows), contract), contract)
     assert {c.conflicting for c in report.columns} == {None}
-    assert {c["consistency"] for c in report.to_json()["columns"]} == {"no key"}
+    assert {c["consistency"] for c in page.to_json(report)["columns"]} == {"no key"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=30))

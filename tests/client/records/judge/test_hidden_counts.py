@@ -6,8 +6,9 @@ import json
 import pytest
 
 from fedveil.client.records.judge import hidden_counts as counts
-from fedveil.client.records.judge import stages
-from fedveil.client.records.judge.quality import ColumnQuality, Problem, QualityReport, assess
+from fedveil.client.records.judge import page, stages
+from fedveil.client.records.judge.quality import assess
+from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 from fedveil.client.records.judge.stages import Stage
 from fedveil.client.records.read import intake, sources
 from fedveil.client.records.read.sources import Rules
@@ -73,7 +74,7 @@ def test_one_column(rows):
             report = QualityReport(rows, 0, (q,), tuple(told(q, rows)), K, stages=cell_stages([q], rows))
             names = ("missing", "texts", "dates", "outside", "rest", "unreadable", "invalid")
             truth = (*parts, rows - sum(parts), q.unreadable, q.invalid)
-            yield dict(zip(names, truth, strict=True)), report.to_json()
+            yield dict(zip(names, truth, strict=True)), page.to_json(report)
 
     assert ambiguous(tables()) > 20
 
@@ -101,7 +102,10 @@ def test_sums_over_two_columns(limit):
                 qs = [column(n, (p[0], p[1], 0, 0), rows, o, limit) for n, p, o in some]
                 problems = tuple(p for q in qs for p in told(q, rows))
                 report = QualityReport(rows, 0, tuple(qs), problems, K, stages=cell_stages(qs, rows))
-                yield {"m": a[0], "u": a[1], "m2": b[0], "u2": b[1], "o": others[0], "o2": others[1]}, report.to_json()
+                yield (
+                    {"m": a[0], "u": a[1], "m2": b[0], "u2": b[1], "o": others[0], "o2": others[1]},
+                    page.to_json(report),
+                )
 
     ambiguous(tables())
 
@@ -126,7 +130,7 @@ def test_stages(rows, drop):
             else:
                 # Without a stage that tells, near duplicates are at least the exact ones that were kept.
                 if drop[0] or found[1] >= found[0]:
-                    yield truth, QualityReport(rows, found[0], (), (), K, stages=tuple(done)).to_json()
+                    yield truth, page.to_json(QualityReport(rows, found[0], (), (), K, stages=tuple(done)))
 
     ambiguous(tables())
 
@@ -147,7 +151,7 @@ def test_contradicting_rows_do_not_bound_duplicates():
                 )
                 report = QualityReport(rows, d, (q,), (), K, stages=done, unkeyed=unkeyed)
                 note = None if not unkeyed else counts.shown(unkeyed, K)
-                yield {"d": d, "x": x, "y": y, "unkeyed": unkeyed}, [report.to_json(), note, y > 0]
+                yield {"d": d, "x": x, "y": y, "unkeyed": unkeyed}, [page.to_json(report), note, y > 0]
 
     ambiguous(tables())
 
@@ -156,7 +160,7 @@ def reported(contract, path, secret):
     rules = Rules(secret=secret)
     raw = intake.take_in(sources.open_source(path, contract, None), contract, rules, "t")
     _, done = stages.reduce(raw, contract, ())
-    return assess(raw, contract, done, stages.stability(contract)).to_json()
+    return page.to_json(assess(raw, contract, done, stages.stability(contract)))
 
 
 def columns_of(make, **changes):

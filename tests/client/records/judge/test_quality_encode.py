@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedveil.client.records.judge import page
 from fedveil.client.records.judge.quality import assess
 from fedveil.client.records.read.sources import read
 from fedveil.client.records.release.encode import encode
@@ -58,16 +59,16 @@ def test_small_counts_are_hidden_and_cannot_be_derived(contract, rows, table):
     for i in range(3):
         rows[i][3] = ""
     report = assess(read(table(rows), contract), contract)
-    data = report.to_json()
+    data = page.to_json(report)
     dose = next(c for c in data["columns"] if c["column"] == "dose")
     assert dose["missing"] == "<5"
     assert dose["completeness"] == ">0.7917"  # 1 - k / n, the same for 1 to 4 missing cells
     assert {"stage": "missing", "cells": "<5"} in data["stages"]
-    texts = {json.dumps(data), report.to_html()}
+    texts = {json.dumps(data), page.to_html(report)}
     for i in (3,):
         rows[i][3] = ""  # four missing instead of three: nobody can tell
     again = assess(read(table(rows), contract), contract)
-    assert {json.dumps(again.to_json()), again.to_html()} == texts
+    assert {json.dumps(page.to_json(again)), page.to_html(again)} == texts
 
 
 def test_html_is_self_contained_and_escaped(make, table):
@@ -76,10 +77,10 @@ def test_html_is_self_contained_and_escaped(make, table):
         {"name": "y", "role": "target", "type": "number", "low": 0, "high": 1, "threshold": 0.5},
     ]
     contract = make(columns=columns)
-    page = assess(read(table([["1", "0"]] * 6, ["<b>&", "y"]), contract), contract).to_html()
-    assert "&lt;b&gt;&amp;" in page
-    assert "<b>" not in page
-    assert not re.search(r"(src|href)=|https?://|<script", page)
+    shown = page.to_html(assess(read(table([["1", "0"]] * 6, ["<b>&", "y"]), contract), contract))
+    assert "&lt;b&gt;&amp;" in shown
+    assert "<b>" not in shown
+    assert not re.search(r"(src|href)=|https?://|<script", shown)
 
 
 def columns_contract(missing):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedveil.client.records import lineage
-from fedveil.client.records.judge import stages
+from fedveil.client.records.judge import page, stages
 from fedveil.client.records.read import corrections, pseudonym
 from fedveil.client.records.read.corrections import Correction
 from fedveil.client.records.read.sources import Rules, read
@@ -93,7 +93,7 @@ def test_corrections_are_applied_counted_and_recorded(contract, rows, table, tmp
     done = {s.name: s for s in out.report.stages}
     assert done["declared corrections"].cells == 3
     record = json.loads((tmp_path / "w" / "lineage.json").read_text())
-    assert [s["stage"] for s in out.report.to_json()["stages"]][0] == "read"
+    assert [s["stage"] for s in page.to_json(out.report)["stages"]][0] == "read"
     recorded = next(s for s in record["stages"] if s["name"] == "declared corrections")["parameters"]["rules"]
     assert [r["reason"] for r in recorded] == ["typing error", "tenths of years", "old code"]
     with pytest.raises(DataError, match="2 cells are out of the public bounds"):

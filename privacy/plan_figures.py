@@ -1,0 +1,221 @@
+"""The fields of a privacy plan and the figures that follow from them.
+
+Symbols: n sites, t colluders, d drop-outs, h = n - t - d honest shares, T the number of answers that open a sum,
+q sample rate, S steps, C clip, σ noise multiplier, γ grid width, R clamp, D parameters, N the declared
+number of records.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedveil.common import canonical
+from fedveil.common.errors import PlanError
+from fedveil.common.settings import MIN_DELTA
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import StatsSpec
+from fedveil.privacy.dp import calibrate
+from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, epsilon_replace_one
+from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.grid import choose, largest_sum
+from fedveil.privacy.secagg import committee as committees
+
+Mode = Literal["distributed", "local", "client"]
+Sum = Literal["keysum", "sharedkey", "plain", "none"]
+Workload = Annotated[ModelSpec | StatsSpec, Field(discriminator="name")]
+
+FLOAT_SLACK = 1e-6
+MAX_CAP = 1e6  # of a ledger that could carry a plan
+
+
+class Optimizer(BaseModel):
+    """The server's step on the opened sum: SGD with momentum, post-processing of a private value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    learning_rate: float = Field(gt=0, le=1e6)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+
+
+class PlanFigures(BaseModel):
+    """The fields of a plan, each in its own bounds, and what follows from them. It may still be inconsistent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    v: Literal[1] = 1
+    mode: Mode
+    sum: Sum
+    adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
+    sites: int = Field(ge=1, le=4096)
+    colluders: int = Field(ge=0)
+    dropouts: int = Field(ge=0)
+    records: int = Field(ge=1, le=1 << 48)
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1, le=1 << 20)
+    local_steps: int = Field(default=1, ge=1, le=1 << 16)
+    clip: float = Field(gt=0, le=1e9)
+    noise_multiplier: float = Field(gt=0, le=calibrate.MAX_NOISE_MULTIPLIER)
+    epsilon: float = Field(gt=0, le=calibrate.MAX_EPSILON)
+    delta: float = Field(ge=MIN_DELTA, le=0.01)
+    grid: float = Field(gt=0, le=1e6)
+    clamp: float = Field(gt=0, le=1e12)
+    model: Workload
+    optimizer: Optimizer
+    contract_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
+    few_clients: bool = False
+    reveal_to: Literal["server", "sites"] = "server"
+    committee: int = Field(default=0, ge=0, le=200)
+    committee_seed: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+
+    @property
+    def unit(self) -> str:
+        """Whose presence ε hides: one record of a site, or one client with all it holds."""
+        return "client" if self.mode == "client" else "record"
+
+    @property
+    def task(self) -> Literal["train", "stats"]:
+        """What the sums are for: gradients of a network, or statistics."""
+        return "stats" if isinstance(self.model, StatsSpec) else "train"
+
+    @property
+    def network(self) -> ModelSpec:
+        """The network that is trained; :class:`PlanError` in a plan of statistics."""
+        if isinstance(self.model, StatsSpec):
+            raise PlanError("a plan of statistics trains no network")
+        return self.model
+
+    @property
+    def simulated(self) -> bool:
+        """True when the sum is not protected at all: results are for study only."""
+        return self.sum == "plain"
+
+    @property
+    def honest(self) -> int:
+        """h: how many shares of noise the claim counts on. One (a site's own) in mode ``local``."""
+        return 1 if self.mode == "local" else self.sites - self.colluders - self.dropouts
+
+    @property
+    def members(self) -> int:
+        """n - d: a sum of fewer sites is never opened."""
+        return self.sites - self.dropouts
+
+    @property
+    def threshold(self) -> int:
+        """T = floor((n + t) / 2) + 1: two sets can never both gather so many answers; a committee has its own."""
+        if self.committee:
+            return committees.committee(self.sites, self.colluders, self.dropouts, self.committee).threshold
+        return (self.sites + self.colluders) // 2 + 1
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ + float error."""
+        return self.clip * (1 + FLOAT_SLACK) + math.sqrt(self.model.parameters) * self.grid
+
+    @property
+    def inflation(self) -> float:
+        """How much the grid adds to the clip: sensitivity / C - 1."""
+        return self.sensitivity / self.clip - 1
+
+    @property
+    def share_std(self) -> float:
+        """Standard deviation of one site's share of the noise, in grid units: σ·sensitivity / (γ·sqrt(h))."""
+        return self.noise_multiplier * self.sensitivity / (self.grid * math.sqrt(self.honest))
+
+    @property
+    def bound(self) -> int:
+        """Largest absolute coordinate of an opened sum, in grid units, except with probability 2^-40 per run.
+
+        Exceeding it garbles a coordinate of the result; it never weakens privacy.
+        """
+        return largest_sum(self.sites, self.clamp, self.grid, self.share_std, self.model.parameters * self.steps)
+
+    @property
+    def divisor(self) -> float:
+        """What the opened sum is divided by: q·N, or the number of clients in mode ``client``."""
+        return float(self.sites) if self.mode == "client" else self.sample_rate * self.records
+
+    @property
+    def event(self) -> SampledGaussian:
+        """What one step costs a record (or a client), at exactly h honest shares."""
+        rate = 1.0 if self.mode == "client" else self.sample_rate
+        return SampledGaussian(rate, self.noise_multiplier)
+
+    @property
+    def fallback_event(self) -> SampledGaussian:
+        """What one step costs when every other participant is against the site: its own share only."""
+        return SampledGaussian(self.event.sample_rate, self.noise_multiplier / math.sqrt(self.honest))
+
+    @property
+    def claim(self) -> float:
+        """ε of all planned steps by PLD: what the plan claims, recomputed."""
+        return epsilon_pld([(self.event, self.steps)], self.delta)
+
+    @property
+    def claim_replace_one(self) -> float:
+        """ε of all planned steps when one record is replaced by another, which counts as neither added nor removed."""
+        return epsilon_replace_one([(self.event, self.steps)], self.delta)
+
+    @property
+    def fallback(self) -> float:
+        """ε when all trust is broken; finite, because every site adds a share of its own."""
+        return epsilon_pld([(self.fallback_event, self.steps)], self.delta)
+
+    def filter_epsilon(self) -> float:
+        """The smallest cap under which a site's RDP filter carries every planned step (to a relative 1e-10).
+
+        Raises:
+            PlanError: no cap up to 10^6 does.
+        """
+        low, high = 0.0, self.epsilon
+        while not self.carried(high):
+            low, high = high, 2 * high
+            if high > MAX_CAP:
+                raise PlanError("no cap of a site's ledger carries this plan", hint="a larger noise, or fewer steps")
+        while high - low > 1e-10 * high and high > 1e-9:  # below that any cap does
+            mid = (low + high) / 2
+            low, high = (low, mid) if self.carried(mid) else (mid, high)
+        return high
+
+    def carried(self, cap: float) -> bool:
+        """Whether a fresh ledger with this cap carries every planned step."""
+        return Filter(cap, self.delta, best_order(cap, self.delta)).affords(self.event) >= self.steps
+
+    def realised_noise_multiplier(self, members: int) -> float:
+        """σ of a sum in which ``members`` sites took part and t of them are ruled out: information, no claim."""
+        honest = members if self.mode == "local" else members - self.colluders
+        return self.noise_multiplier * math.sqrt(max(honest, 0) / self.honest)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the canonical plan: what every participant signs."""
+        return _digest(self)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """The canonical JSON form."""
+        return self.model_dump(mode="json")
+
+    def regrid(self) -> dict[str, object]:
+        """The grid and clamp that :func:`make_plan` would choose for this plan's other numbers."""
+        share, D = self.noise_multiplier / math.sqrt(self.honest), self.model.parameters
+        per_site = clips_per_site(self.mode, self.sample_rate, self.records, self.sites, self.model, self.clip)
+        grid, clamp = choose(self.sites, self.clip, share, D, self.steps, per_site, whole=self.task == "stats")
+        return {"grid": grid, "clamp": clamp}
+
+
+@lru_cache(maxsize=64)
+def _digest(plan: PlanFigures) -> str:
+    return canonical.digest(plan.to_json())
+
+
+def clips_per_site(mode: Mode, sample_rate: float, records: int, sites: int, model: Workload, clip: float) -> float:
+    """How many clips long one site's sum may ordinarily be in one coordinate: twice its even share of the records.
+
+    Of statistics, each coordinate of which is at most 1 per record: as if one site had all the declared records.
+    """
+    if isinstance(model, StatsSpec):
+        return records / clip
+    return 1.0 if mode == "client" else max(1.0, 2 * sample_rate * records / sites)
