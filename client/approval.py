@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.client.policy import model_hash
 from fedveil.common import canonical, identity
-from fedveil.common.errors import ConfigError, FedveilError, PolicyRefusal
+from fedveil.common.errors import MALFORMED, ConfigError, FedveilError, PolicyRefusal
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import SiteId
 from fedveil.privacy import plan as plans
@@ -164,7 +164,7 @@ class Approvals:
                 continue
             except OSError as e:
                 _LOG.warning("an approval by %s... cannot be read: %s", public[:16], e.strerror)
-            except (FedveilError, KeyError, TypeError, ValueError):
+            except (*MALFORMED, FedveilError):
                 _LOG.warning("an approval by %s... is malformed, or its signature does not hold", public[:16])
 
 
@@ -273,7 +273,7 @@ def _read(own: Path) -> tuple[str, PrivacyPlan]:
         raise ConfigError(f"{own} holds no request of this version", hint=_REMOVE) from e
     except OSError as e:
         raise ConfigError(f"{own} cannot be read: {e.strerror}", hint=_ACCOUNT) from e
-    except (FedveilError, KeyError, TypeError) as e:
+    except (*MALFORMED, FedveilError) as e:
         raise ConfigError(f"{own / _REQUEST} is not a request of this version", hint=_REMOVE) from e
     if not is_hex(ledger, 64):
         raise ConfigError(f"{own / _REQUEST} names no ledger", hint=_REMOVE)

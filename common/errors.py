@@ -175,6 +175,11 @@ class RunAborted(FedveilError):
     exit_code = 90
 
 
+# What taking a stranger's value apart by hand can raise: wherever that is done, all of these become one error of the
+# tree. No list of a parser's own, which would lack the one that nobody thought of.
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 def trace(error: BaseException) -> str:
     """Where an exception that is not ours came from: its class, and file and line of every frame, innermost last.
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedveil.common import canonical
-from fedveil.common.errors import ConfigError, IdentityError
+from fedveil.common.errors import MALFORMED, ConfigError, IdentityError
 from fedveil.common.units import MAX_SITES, SiteId, site_id
 
 SERVER = SiteId("server")
@@ -96,10 +96,10 @@ def _public_key(public: str) -> Ed25519PublicKey:
 def spki_sha256(certificate_pem: bytes) -> str:
     """SHA-256 (hex) of a certificate's SubjectPublicKeyInfo: the identity that survives a renewal."""
     try:
-        cert = x509.load_pem_x509_certificate(certificate_pem)
-    except ValueError as e:
+        key = x509.load_pem_x509_certificate(certificate_pem).public_key()
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as e:
         raise IdentityError("a certificate could not be parsed") from e
-    spki = cert.public_key().public_bytes(ser.Encoding.DER, ser.PublicFormat.SubjectPublicKeyInfo)
+    spki = key.public_bytes(ser.Encoding.DER, ser.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).hexdigest()
 
 
@@ -193,7 +193,7 @@ def roster_from_payload(payload: Any) -> Roster:
         if type(payload["consortium"]) is not str or type(payload["sites"]) is not list or type(version) is not int:
             raise TypeError
         return Roster(payload["consortium"], member(payload["server"]), tuple(map(member, payload["sites"])), version)
-    except (KeyError, TypeError, AttributeError, ConfigError) as e:
+    except (*MALFORMED, ConfigError) as e:
         raise IdentityError("the roster is malformed") from e
 
 
@@ -243,7 +243,7 @@ def open_revocations(document: Any, consortium_public: str) -> Revocations:
             raise TypeError
         sites, keys = ([*payload[name]] for name in ("sites", "tls_keys"))
         return Revocations(payload["number"], frozenset(map(site_id, sites)), frozenset(map(_hex32, keys)))
-    except (KeyError, TypeError, ConfigError) as e:
+    except (*MALFORMED, ConfigError) as e:
         raise IdentityError("the revocation list is malformed") from e
 
 
@@ -263,7 +263,7 @@ def opened(document: Any, domain: str, public: str, *, what: str) -> Any:
     """
     try:
         payload, signer, signature = document["payload"], document["signer"], bytes.fromhex(document["signature"])
-    except (KeyError, TypeError, ValueError) as e:
+    except MALFORMED as e:
         raise IdentityError(f"{what} is not signed", hint="it must hold payload, signer and signature") from e
     if len(document) != 3 or document["signature"] != signature.hex():
         raise IdentityError(f"{what} holds more than payload, signer and signature, or not in their one form")
@@ -279,6 +279,6 @@ def _hex32(value: str, *, empty: bool = False) -> str:
     try:
         if len(value) != 64 or value != value.lower() or len(bytes.fromhex(value)) != 32:
             raise ValueError
-    except (TypeError, ValueError) as e:
+    except MALFORMED as e:
         raise IdentityError("a key on the roster is not 64 lower-case hexadecimal digits") from e
     return value

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
-from fedveil.common.errors import FedveilError, IdentityError, JournalError, VerificationError
+from fedveil.common.errors import MALFORMED, FedveilError, IdentityError, JournalError, VerificationError
 from fedveil.common.files import sync_folder
 from fedveil.common.identity import public_hex, sign, verify
 
@@ -259,7 +259,7 @@ def _row(i: int, line: bytes) -> Row:
             # lower case only: otherwise a signature could be written in many ways
             if type(d[name]) is not str or len(d[name]) != length or not _HEX.fullmatch(d[name]):
                 raise ValueError
-    except (ValueError, TypeError, FedveilError) as e:
+    except (*MALFORMED, FedveilError) as e:
         raise VerificationError(f"row {i} is not a well-formed journal row") from e
     return Row(**d)
 

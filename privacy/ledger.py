@@ -32,7 +32,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
+from fedveil.common.errors import MALFORMED, BudgetExhausted, JournalError, VerificationError
 from fedveil.common.identity import public_hex
 from fedveil.common.journal import Head, Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
@@ -82,7 +82,7 @@ class Tally:
                 if key not in self.by_round:
                     raise VerificationError(f"row {row.n} commits a round that was never charged")
                 self.committed.add(key)
-        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+        except MALFORMED as e:
             raise VerificationError(f"row {row.n} ({row.kind}) is malformed") from e
 
     def _open(self, row: Row) -> None:

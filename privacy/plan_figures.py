@@ -20,7 +20,7 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp import calibrate
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, epsilon_replace_one
-from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.dp.events import MIN_SAMPLE_RATE, SampledGaussian
 from fedveil.privacy.grid import choose, largest_sum
 from fedveil.privacy.secagg import committee as committees
 
@@ -54,7 +54,7 @@ class PlanFigures(BaseModel):
     colluders: int = Field(ge=0)
     dropouts: int = Field(ge=0)
     records: int = Field(ge=1, le=1 << 48)
-    sample_rate: float = Field(gt=0, le=1)
+    sample_rate: float = Field(ge=MIN_SAMPLE_RATE, le=1)
     steps: int = Field(ge=1, le=1 << 20)
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
     clip: float = Field(gt=0, le=1e9)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import ConfigError, IdentityError
+from fedveil.common.errors import MALFORMED, ConfigError, IdentityError
 from fedveil.common.files import write_durably
 from fedveil.common.identity import Member, Revocations, Roster
 from fedveil.common.units import site_id
@@ -158,7 +159,7 @@ def _opened(document: Any) -> tuple[str, str, str, ec.EllipticCurvePublicKey, st
         name = csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
         key = csr.public_key()
         ok = csr.is_signature_valid and name == site and isinstance(key, ec.EllipticCurvePublicKey)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ConfigError) as e:
+    except (*MALFORMED, UnsupportedAlgorithm, x509.InvalidVersion, ConfigError) as e:
         raise IdentityError("the request is malformed", hint="made by 'fedveil client join' or 'client renew'") from e
     if not (ok and isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
         raise IdentityError("the certificate request is not signed with its own key, or names another member")

@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata,
 
 from fedveil.common import canonical
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.errors import WireError
+from fedveil.common.errors import MALFORMED, WireError
 from fedveil.common.wire import Limits
 
 MAGIC = b"FVM1"
@@ -159,7 +159,7 @@ class Decoder:
         taken = iter(self._buffers)
         try:
             content = RecordDict({name: _open(kind, items, taken) for name, kind, items in self._header["records"]})
-        except (TypeError, ValueError, OverflowError, StopIteration) as e:
+        except (*MALFORMED, StopIteration) as e:
             raise WireError("a message's records are malformed") from e
         if next(taken, None) is not None:
             raise WireError("a message has more buffers than its records use")
@@ -269,7 +269,7 @@ def _parse_header(raw: bytes) -> dict[str, Any]:
         if len({name for name, _, _ in records}) != len(records):
             raise ValueError("a record's name is used twice")
         metadata = _parse_metadata(header["metadata"])
-    except (TypeError, ValueError, KeyError, OverflowError) as e:
+    except MALFORMED as e:
         raise WireError("a message's header is malformed") from e
     return {"metadata": metadata, "error": error, "records": records, "buffers": lengths}
 
@@ -291,9 +291,10 @@ def _checked_record(record: Any) -> tuple[str, str, list[Any]]:
     if type(name) is not str or len(name) > MAX_TEXT or kind not in {"array", *_KINDS}:
         raise ValueError("record")
     for item in _bounded(items, MAX_ITEMS):
-        key = item[0]
-        if type(key) is not str or len(key) > MAX_TEXT or len(item) != (4 if kind == "array" else 2):
+        if type(item) is not list or len(item) != (4 if kind == "array" else 2):
             raise ValueError("item")
+        if type(item[0]) is not str or len(item[0]) > MAX_TEXT:
+            raise ValueError("key")
         if kind == "array":
             _, dtype, shape, stype = item
             if type(dtype) is not str or type(stype) is not str or max(len(dtype), len(stype)) > MAX_TEXT:

@@ -14,6 +14,7 @@ from fedveil.common.errors import VerificationError
 
 SGM = "sampled-gaussian"
 _MAX_NOISE = 1e9
+MIN_SAMPLE_RATE = 2.0**-48  # one record among the most that a plan may declare; accountants divide by it
 # What whoever makes a plan and whoever verifies its report both refuse, before any accountant is asked: below this
 # noise calibration ends, and above this loss a distribution takes gigabytes. Nothing with an epsilon up to 400 comes
 # near either.
@@ -25,7 +26,7 @@ class SampledGaussian:
     """One step of the Poisson-sampled Gaussian mechanism, SGM(q, σ), under add-or-remove-one adjacency.
 
     Attributes:
-        sample_rate: q in (0, 1]; each record enters a step independently with this probability.
+        sample_rate: q in [2^-48, 1]; each record enters a step independently with this probability.
         noise_multiplier: σ > 0, the noise's standard deviation divided by the L2 sensitivity.
     """
 
@@ -33,8 +34,8 @@ class SampledGaussian:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        if not (0 < self.sample_rate <= 1):
-            raise VerificationError(f"sample rate {self.sample_rate!r} is not in (0, 1]")
+        if not MIN_SAMPLE_RATE <= self.sample_rate <= 1:
+            raise VerificationError(f"sample rate {self.sample_rate!r} is not in [2^-48, 1]")
         if not 0 < self.noise_multiplier <= _MAX_NOISE:
             raise VerificationError(f"noise multiplier {self.noise_multiplier!r} is not in (0, 1e9]")
 
@@ -62,6 +63,6 @@ def from_json(value: Any) -> SampledGaussian:
     q, sigma = value.get("sample_rate"), value.get("noise_multiplier")
     if type(q) not in (int, float) or type(sigma) not in (int, float):
         raise VerificationError("a privacy event without its numbers")
-    if not (0 < q <= 1 and 0 < sigma <= _MAX_NOISE):  # type: ignore[operator]
+    if not (MIN_SAMPLE_RATE <= q <= 1 and 0 < sigma <= _MAX_NOISE):  # type: ignore[operator]
         raise VerificationError("a privacy event whose numbers are out of bounds")
     return SampledGaussian(float(q), float(sigma))  # type: ignore[arg-type]

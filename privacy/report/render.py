@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from fedveil.common import canonical
-from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.errors import MALFORMED, FedveilError, VerificationError
 from fedveil.privacy.report import cards, catalogue
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.catalogue import LANGUAGES, Speaker
@@ -28,7 +28,6 @@ from fedveil.privacy.report.wording import words
 TEMPLATE = "report.html.j2"
 MAX_ROWS, FEW = 60, 12
 _LIMIT = 1 << 28
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 
 
 def render_report(
@@ -102,7 +101,7 @@ def render_html(document: Any, lang: str = LANGUAGES[0], verification: Verificat
             lineages={s: "-" if e is None else e["lineage"] for s, e in p["sites"].items()},
             tags=catalogue.TAGS, points=_points(p),
         )  # fmt: skip
-    except (TemplateError, *_MALFORMED) as e:
+    except (TemplateError, *MALFORMED) as e:
         raise VerificationError(
             f"the report cannot be shown: malformed ({type(e).__name__})", hint="run 'fedveil audit verify' on it"
         ) from e

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.errors import MALFORMED, FedveilError, VerificationError
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.checks import Audit, NotReached
 
@@ -33,7 +33,6 @@ _ACCOUNTANTS = {
     "metrics file": (_PLD,),
 }
 _LEDGER = "ledger of "
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -168,5 +167,5 @@ def _run(name: str, compared: str, step: Callable[[], str]) -> Check:
         return Check(name, compared, False, f"could not be checked, because this failed before: {e}")
     except FedveilError as e:
         return Check(name, compared, False, e.message)
-    except _MALFORMED as e:
+    except (*MALFORMED, MemoryError) as e:
         return Check(name, compared, False, f"malformed ({type(e).__name__})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from fedveil.common import canonical
-from fedveil.common.errors import SecureSumError, WireError
+from fedveil.common.errors import MALFORMED, SecureSumError, WireError
 from fedveil.common.wire import Packet
 from fedveil.privacy.secagg.sealed import SessionKey
 from fedveil.privacy.secagg.store import Store
@@ -102,5 +102,5 @@ def from_bytes(data: bytes) -> Packet:
         if at != len(data):
             raise ValueError
         return Packet(head["header"], buffers)
-    except (struct.error, WireError, KeyError, TypeError, ValueError) as e:
+    except (*MALFORMED, struct.error, WireError) as e:
         raise SecureSumError("a stored message is damaged", hint="the site sits this round out") from e

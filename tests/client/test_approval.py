@@ -106,7 +106,8 @@ def test_a_stranger_cannot_approve(asked, people):
 
 
 OTHERWISE: list[dict[str, Any]] = [
-    {"site": "site-2"}, {"plan_hash": "0" * 64}, {"ledger": "0" * 64}, {"ledger": None}, {"until": 5}, {"at": 1 << 40}
+    {"site": "site-2"}, {"plan_hash": "0" * 64}, {"ledger": "0" * 64}, {"ledger": None}, {"until": 5}, {"at": 1 << 40},
+    {"at": 10**299, "until": 10**300}, {"at": []}, {"at": None}, {"until": {}},
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,7 @@ def test_a_renewed_certificate_keeps_its_identity() -> None:
     assert identity.spki_sha256(first) != identity.spki_sha256(certificate(ec.generate_private_key(ec.SECP256R1()), 30))
     with pytest.raises(IdentityError, match="parsed"):
         identity.spki_sha256(b"no certificate")
+    der = x509.load_pem_x509_certificate(first).public_bytes(ser.Encoding.DER)
+    p256 = bytes.fromhex("06082a8648ce3d030107")
+    with pytest.raises(IdentityError, match="parsed"):  # on a curve that nobody knows
+        identity.spki_sha256(ssl.DER_cert_to_PEM_cert(der.replace(p256, p256[:-1] + b"\x7f")).encode())

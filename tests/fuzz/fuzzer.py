@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import parsers
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedveil.common import canonical, errors, flwr_adapter, wire
@@ -81,6 +82,13 @@ def error(data: bytes) -> None:
     flwr_adapter.error_text(told)
 
 
+def document(data: bytes) -> None:
+    """A JSON document for one of the other parsers, which the first byte chooses."""
+    chosen = [*parsers.parsers().values()]
+    if data:
+        chosen[data[0] % len(chosen)].parse(canonical.loads(data[1:]))
+
+
 def read(packet: Packet) -> None:
     """Do to an accepted packet what receivers do."""
     wire.check(packet, LIMITS)
@@ -113,6 +121,8 @@ def _seeds(name: str) -> list[bytes]:
     texts = [b'{"a":[1,2.5,"x",null,true],"b":{}}', b'"\\u00e9"', b"1e3", b"[]"]
     if name == "decode":
         return streams
+    if name == "document":
+        return [bytes([i]) + canonical.dumps(p.document) for i, p in enumerate(parsers.parsers().values())]
     if name == "record":
         heads = [b'{"kind":"a"}', b'{"kind":1}', b"[]", b'{"a":1.0,"kind":"b"}']
         return [h + b"\xfe" + b"\x08ab\xfd\x19xyz" for h in heads]
@@ -177,7 +187,9 @@ class Outcome:
     failures: list[tuple[bytes, str]] = field(default_factory=list)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"loads": loads, "decode": decode, "record": record, "error": error}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "loads": loads, "decode": decode, "record": record, "error": error, "document": document,
+}  # fmt: skip
 
 
 class Tracer:

@@ -68,7 +68,7 @@ def value_at(resource: Any, steps: tuple[Step, ...]) -> str | None:
     """The text at a path; None where it leads nowhere.
 
     Raises:
-        DataError: it ends in an object or a list, or in a text that is none.
+        DataError: it ends in an object or a list.
     """
     here = resource
     for name, index, key, text in steps:
@@ -81,8 +81,6 @@ def value_at(resource: Any, steps: tuple[Step, ...]) -> str | None:
             here = chosen[0] if chosen else None
     if isinstance(here, (dict, list)):
         raise DataError("a declared path ends in an object or a list", hint="declare the path of a single value")
-    if isinstance(here, str) and not here.isascii() and any("\ud800" <= c <= "\udfff" for c in here):
-        raise DataError("a value holds half a character (a lone surrogate)", hint="export the resources again as UTF-8")
     return None if here is None else str(here).lower() if isinstance(here, bool) else str(here)
 
 
@@ -131,5 +129,8 @@ def _resource(line: bytes, kind: str, number: int) -> Any:
     except WireError:
         resource = None
     if not isinstance(resource, dict) or resource.get("resourceType") != kind:
-        raise DataError(f"line {number} is no {kind[:64]} resource", hint="export one resource type per NDJSON file")
+        raise DataError(
+            f"line {number} is no {kind[:64]} resource",
+            hint="export one resource type per NDJSON file, as UTF-8 without lone surrogates",
+        )
     return resource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import stat
@@ -92,7 +93,9 @@ class TestAdmission:
             with pytest.raises(IdentityError, match="uses a key of 'east'"):
                 enrol_consortium.sign_request(members.consortium, folder / "request.json", tmp_path / "r", heard=heard)
 
-    @pytest.mark.parametrize("change", ["name", "signature", "rsa", "curve", "extra", "junk", "signer", "version"])
+    @pytest.mark.parametrize(
+        "change", ["name", "signature", "rsa", "curve", "unknown curve", "extra", "junk", "signer", "version"]
+    )
     def test_malformed_requests(self, tmp_path, change, new_members):
         m = new_members(tmp_path)
         m.ask("east")
@@ -111,6 +114,11 @@ class TestAdmission:
             at = len(lines) - 3
             lines[at] = lines[at][:-1] + ("A" if lines[at][-1] != "A" else "B")
             payload["csr"] = "\n".join(lines)
+        elif change == "unknown curve":
+            der = x509.load_pem_x509_csr(payload["csr"].encode()).public_bytes(ser.Encoding.DER)
+            name = bytes.fromhex("06082a8648ce3d0301")  # followed by 07: P-256; nothing is known under 7f
+            body = base64.encodebytes(der.replace(name + b"\x07", name + b"\x7f")).decode()
+            payload["csr"] = f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n"
         elif change == "extra":
             payload["ca"] = True
         elif change == "version":
