@@ -227,8 +227,9 @@ def approve(
                 os.fchown(f.fileno(), owner.st_uid, owner.st_gid)
         part.replace(path)
     except OSError as e:
-        part.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {e.strerror}", hint=_ACCOUNT) from e
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 

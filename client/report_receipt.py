@@ -45,17 +45,18 @@ def report(site: Site, request: Packet) -> Packet:
     known = folder.exists()
     if known and (folder / REPORT).read_bytes() != files[REPORT]:
         raise ProtocolError("another report of this session was signed here")
-    draft = _written(folder.with_name(f".{session.id}.part"), files)
+    draft = folder.with_name(f".{session.id}.part")
     try:
+        _write(draft, files)
         statement = _signed(site, session, draft)
+        if not known:
+            identity.write_secret(draft / SIGNATURES, canonical.dumps({site.id: statement}) + b"\n")
+            _rename(draft, folder)
     except VerificationError:
         _keep_as_evidence(draft, folder.with_name(session.id + REFUSED))
         raise
-    if known:
-        shutil.rmtree(draft)
-    else:
-        identity.write_secret(draft / SIGNATURES, canonical.dumps({site.id: statement}) + b"\n")
-        _rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return Packet({"kind": "signed", "statement": statement})
 
 
@@ -81,21 +82,18 @@ def _signed(site: Site, session: Session, draft: Path) -> dict[str, Any]:
     return sign(seen, site.key, ledger)[1]
 
 
-def _written(folder: Path, files: dict[str, bytes]) -> Path:
+def _write(folder: Path, files: dict[str, bytes]) -> None:
     """``files`` in a new folder, readable by this site alone."""
     shutil.rmtree(folder, ignore_errors=True)
     for made in (folder.parent, folder, folder / JOURNALS):
         made.mkdir(mode=0o700, exist_ok=True)
     for name, data in files.items():  # names out of a closed table
         identity.write_secret(folder / name, data)
-    return folder
 
 
 def _keep_as_evidence(draft: Path, folder: Path) -> None:
     """The first report of a session that failed, and of a few sessions only: nobody fills the disk, or hides it."""
-    if folder.exists() or sum(1 for _ in folder.parent.glob(f"*{REFUSED}")) >= MAX_REFUSED:
-        shutil.rmtree(draft)
-    else:
+    if not folder.exists() and sum(1 for _ in folder.parent.glob(f"*{REFUSED}")) < MAX_REFUSED:
         _rename(draft, folder)
 
 

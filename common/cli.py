@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.metadata import entry_points
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedveil.common.errors import FedveilError, PlanError, StoreError
+from fedveil.common.errors import FedveilError, PlanError, StoreError, trace
 
 GROUP = "fedveil.commands"
 
@@ -54,13 +56,14 @@ def _missing(command: str, library: str):
 def _run() -> None:
     """The application; a library that only a command's own imports ask for is named like one missing at the start."""
     try:
-        build()(standalone_mode=True)
+        try:
+            build()(standalone_mode=True)
+        finally:
+            _flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.exit(1)
     except OSError as e:
-        if e.filename is None:  # no file or folder that somebody named: a fault of the program
-            raise
-        raise StoreError(
-            f"{os.fsdecode(e.filename)}: {e.strerror}", hint="check the path, its permissions and free disk space"
-        ) from e
+        raise _store_error(e) from e
     except ModuleNotFoundError as e:
         library = (e.name or "?").partition(".")[0]
         if library == "fedveil":
@@ -70,8 +73,42 @@ def _run() -> None:
         ) from e
 
 
+def _flush() -> None:
+    """Write what is still buffered while an error can be told; where it cannot be written, nothing tries again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _store_error(e: OSError) -> StoreError:
+    """What the operating system refused: which file or folder, or where that is not said which line asked for it."""
+    if isinstance(e.filename, (str, bytes)):
+        return StoreError(
+            f"{os.fsdecode(e.filename)}: {e.strerror}", hint="check the path, its permissions and free disk space"
+        )
+    what = os.strerror(e.errno) if e.errno else "an input or output failed"
+    return StoreError(
+        f"{what} ({trace(e).rpartition(' > ')[2]})",
+        hint="check free disk space and quotas, the limit on open files (ulimit -n), and where the output goes",
+    )
+
+
+def _unwind(number: int, _: object) -> NoReturn:
+    """Leave as after an error, so that nothing half made stays behind; the same signal again ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
-    """Entry point: a :class:`FedveilError` becomes two lines on stderr and its documented exit code."""
+    """Entry point: a :class:`FedveilError` becomes two lines on stderr and its documented exit code.
+
+    SIGTERM and SIGHUP end a command with 128 plus their number; long-running ones have handlers of their own.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored, and stays so
+            signal.signal(number, _unwind)
     try:
         _run()
     except FedveilError as e:

@@ -1,8 +1,14 @@
-"""Files that are whole or absent after a crash."""
+"""Files that are whole or absent after a crash, and what is half made beside them."""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -12,13 +18,58 @@ def write_durably(path: Path, data: bytes) -> None:
     Both the bytes and the name are on disk when this returns. The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as f:
+    with replacing(path) as part, part.open("wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-    part.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a hidden file beside ``path``, to be written: after the block it is ``path``, or gone if that failed.
+
+    It has the ending of ``path``. What a killed process left of it is removed first.
+    """
+    part = path.with_name(f".part-{path.name}")
+    part.unlink(missing_ok=True)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A hidden folder of mode 0700 beside ``path`` for the length of the block.
+
+    What killed processes left of theirs for the same ``path`` is removed first. A living process holds a lock.
+    """
+    prefix = f".{path.name}.scratch-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        with _locked(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder,
+        _locked(Path(folder)),
+    ):
+        yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder's lock, until the end of the block."""
+    with ExitStack() as stack:
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another process has it; or this file system has no locks, and then nobody's is removed
+            held = False
+        yield held
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, IdentityError, VerificationError, WireError
+from fedveil.common.files import replacing
 from fedveil.common.identity import write_secret
 
 DOMAIN = "fedveil/lineage/1"
@@ -102,13 +102,8 @@ def private_folder(work: Path) -> Path:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write ``path`` with mode 0600, all of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    try:
+    with replacing(path) as part:
         write_secret(part, data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def site_secret(work: Path) -> bytes:

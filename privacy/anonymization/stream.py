@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, DataError, UsageError
+from fedveil.common.files import scratch
 from fedveil.privacy.anonymization.anonymizer import (
     Method,
     Outcome,
@@ -300,9 +299,8 @@ def _write(
     outcome: Outcome,
     limit: float,
 ) -> Findings:
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    draft = folder / "draft.parquet"
-    try:
+    with scratch(destination) as folder:
+        draft = folder / "draft.parquet"
         buckets = _Buckets(folder, reader)
         written = buckets.scatter(reader, classes)
         if written != outcome.rows - outcome.suppressed:
@@ -313,8 +311,6 @@ def _write(
         clock.lap("verify")
         os.chmod(draft, 0o600)
         os.replace(draft, destination)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return findings
 
 

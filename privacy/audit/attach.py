@@ -7,13 +7,13 @@ its numbers again.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from fedveil.common import canonical
 from fedveil.common.errors import UsageError, VerificationError, WireError
+from fedveil.common.files import replacing
 from fedveil.privacy import plan as plans
 from fedveil.privacy.audit.evidence import Conformance, Finding
 from fedveil.privacy.audit.one_run import Guesses, Method, OneRun
@@ -60,10 +60,9 @@ def attach(run: Path, result: Conformance | OneRun) -> Path:
 
 def write(run: Path, held: Evidence) -> Path:
     """Write ``RUN/audit.json`` anew; returns the file's path."""
-    path, partial = run / AUDIT, run / f".{AUDIT}.part"
-    partial.write_bytes(canonical.dumps(held.to_json()) + b"\n")
-    os.replace(partial, path)
-    return path
+    with replacing(run / AUDIT) as part:
+        part.write_bytes(canonical.dumps(held.to_json()) + b"\n")
+    return run / AUDIT
 
 
 def read(run: Path, plan_hash: str) -> Evidence | None:

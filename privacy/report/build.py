@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
+from fedveil.common.files import replacing
 from fedveil.privacy import plan as plans
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import software_bill as bill
@@ -49,9 +50,8 @@ def build_report(run: Path, server_key: Ed25519PrivateKey) -> dict[str, Any]:
     if (held := run / SIGNATURES).exists():
         # They are under the report that this one replaces: kept, but no longer beside it.
         os.replace(held, run / f"{SIGNATURES}.old")
-    partial = run / f".{REPORT}.part"
-    partial.write_bytes(canonical.dumps(document) + b"\n")
-    os.replace(partial, run / REPORT)
+    with replacing(run / REPORT) as part:
+        part.write_bytes(canonical.dumps(document) + b"\n")
     return document
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical
+from fedveil.common import canonical, identity
 from fedveil.common.contract import Column
 from fedveil.common.errors import FedveilError, UsageError, VerificationError, WireError
+from fedveil.common.files import replacing
 from fedveil.common.journal import GENESIS, Row, verify_rows
 from fedveil.privacy.report import fields, signatures
 from fedveil.privacy.report.bundle import CONTRACT, read_bounded
@@ -218,9 +218,6 @@ def _origin(lineage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _private(path: Path, data: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
-        f.write(data)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        identity.write_secret(part, data)
     return path

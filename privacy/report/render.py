@@ -6,7 +6,6 @@ the catalogue; the report's own sentences are said again from the report's numbe
 
 from __future__ import annotations
 
-import os
 import time
 from importlib.resources import files
 from itertools import groupby
@@ -18,6 +17,7 @@ from markupsafe import Markup
 
 from fedveil.common import canonical
 from fedveil.common.errors import MALFORMED, FedveilError, VerificationError
+from fedveil.common.files import replacing
 from fedveil.privacy.report import cards, catalogue
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.catalogue import LANGUAGES, Speaker
@@ -124,9 +124,8 @@ def _points(p: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _number(value: Any, say: Speaker, digits: int = 4) -> str:

@@ -6,13 +6,13 @@ report itself. They lie in ``signatures.json`` beside it, ``{site: signed statem
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.files import replacing
 from fedveil.common.identity import Roster
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import fields
@@ -50,9 +50,8 @@ def require(site: str, key: str, session: str, digest: str, signed: Any) -> None
 
 def keep(folder: Path, signed: Mapping[str, Any]) -> None:
     """Write statements beside the report in ``folder``, together with those that lie there already."""
-    partial = folder / f".{SIGNATURES}.part"
-    partial.write_bytes(canonical.dumps({**read(folder), **signed}) + b"\n")
-    os.replace(partial, folder / SIGNATURES)
+    with replacing(folder / SIGNATURES) as part:
+        part.write_bytes(canonical.dumps({**read(folder), **signed}) + b"\n")
 
 
 def statement(site: str, session: str, digest: str) -> dict[str, Any]:

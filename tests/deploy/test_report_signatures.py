@@ -353,7 +353,7 @@ def test_a_crash_while_a_report_is_signed_again_forgets_nothing(honest, site, tm
         document = identity.signed(honest.world.server, "fedveil/report/1", payload)
         (copy / REPORT).write_bytes(canonical.dumps(document) + b"\n")
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:  # within whatever follows the signature

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,27 @@ def test_a_full_disk_ends_the_process_with_its_reason(settings: SiteSettings, mo
     with pytest.raises(JournalError, match="could not be written") as e:
         site_process.require_ledger(site)
     assert (e.value.exit_code, e.value.hint) == (51, "free disk space")
+
+
+@pytest.mark.parametrize("role", ["client", "server"])
+def test_a_process_with_a_full_disk_says_so_and_ends_with_52(settings: SiteSettings, tmp_path: Path, role: str) -> None:
+    """The write itself fails, and such an error names no file: a site's report of its table, a server's plan."""
+    home = tmp_path / "home"
+    federation = home / "federation.toml"
+    federation.write_text(federation.read_text().replace("127.0.0.1:1", "127.0.0.1:0"))
+    assert settings.site.contract.is_file()
+    command, room = {
+        "client": (["client", "run", str(home / EAST / "site.toml")], 4096),
+        "server": (["server", "start", str(federation)], 256),
+    }[role]
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n" + (
+        "from fedveil.common.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    first, second = done.stderr.splitlines()[-2:]
+    assert (done.returncode, first.partition(" (")[0]) == (52, "StoreError: File too large"), done.stderr
+    assert "free disk space" in second
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from fedveil.common.contract.signing import VERSION, open_contract
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Revocations, Roster, new_signing_key, public_hex
 from fedveil.common.journal import Row
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.stats_spec import ColumnStats, MetricSpec, StatsSpec
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.deploy.transport import codec, grpc_site

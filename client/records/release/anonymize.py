@@ -22,6 +22,7 @@ from fedveil.client.records.release.closeness import require_closeness
 from fedveil.client.records.release.released_cells import require_cells
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import AnonymityError, DataError, UsageError
+from fedveil.common.files import replacing
 from fedveil.privacy.anonymization import codes, recheck
 from fedveil.privacy.anonymization import verify as fixed_verify
 from fedveil.privacy.anonymization.anonymizer import Anonymizer, Method, Outcome, contract_models
@@ -105,15 +106,11 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
     spec, models = specification(contract)
     engine = Anonymizer(spec, models, method=method, suppression_limit=contract.suppression_limit)
     table = engine.fit_transform(as_table(raw, contract))
-    part = out.with_name(f".part-{out.name}")
-    try:
+    with replacing(out) as part:
         _write(table, part)
         limit = contract.suppression_limit
         findings = recheck.require(part, spec, models, original_rows=raw.rows, suppression_limit=limit)
         require_cells(part, contract)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     return Released(out, engine.outcome, _stability(contract, engine), findings)
 
 

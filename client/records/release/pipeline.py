@@ -28,9 +28,10 @@ from fedveil.client.records.read import intake, sources
 from fedveil.client.records.read.sources import Dialect, RawTable, Rules, Source
 from fedveil.client.records.release import encode
 from fedveil.client.records.release.closeness import require_closeness
-from fedveil.common import canonical
+from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, UsageError, WireError
+from fedveil.common.files import replacing
 from fedveil.privacy.anonymization import fixed, verify
 
 RELEASED, LINEAGE, SIGNATURE = "released.csv", drift.LINEAGE, drift.SIGNATURE
@@ -226,15 +227,11 @@ def _shuffled(rows: int) -> NDArray[np.int64]:
 
 
 def _write_verified(table: fixed.ReleasedTable, contract: DataContract, work: Path) -> Path:
-    draft, released = work / "released.draft", work / RELEASED
-    try:
-        lineage.write_private(draft, _csv_bytes(table, contract))
+    with replacing(work / RELEASED) as draft:
+        identity.write_secret(draft, _csv_bytes(table, contract))
         verify.require(draft, contract)
         require_closeness(draft, contract)
-        os.replace(draft, released)
-    finally:
-        draft.unlink(missing_ok=True)
-    return released
+    return work / RELEASED
 
 
 def _csv_bytes(table: fixed.ReleasedTable, contract: DataContract) -> bytes:

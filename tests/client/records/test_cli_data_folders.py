@@ -164,7 +164,7 @@ def test_no_release_without_its_signed_record(tmp_path, agreed, monkeypatch, fai
     monkeypatch.setattr(f"fedveil.{fails}", full)
     refused = run("anonymize", table, *agreed, "--work", work, "--method", method)
     assert isinstance(refused.exception, OSError)
-    assert not [*work.glob("*.csv"), *work.glob("*.part"), *work.glob("lineage*")]
+    assert not [*work.glob("*.csv"), *work.glob(".part-*"), *work.glob("lineage*")]
 
 
 def test_the_evidence_of_every_method_has_one_form(tmp_path, agreed):
