@@ -19,10 +19,10 @@ from fedveil.common.contract.signing import VERSION, open_contract
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Revocations, Roster, new_signing_key, public_hex
 from fedveil.common.journal import Row
-from fedveil.common.workload.model import ModelSpec
-from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
 from fedveil.deploy.transport import codec, grpc_site
 from fedveil.privacy import plan as plans
 from fedveil.privacy.audit import attach
