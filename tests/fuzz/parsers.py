@@ -260,7 +260,11 @@ class _Session:
         site = SiteId("east")
 
         def parse(value: Any) -> None:
-            if isinstance(value, dict) and value.get("kind") == packet.kind and "signature" in value:
+            if (
+                isinstance(value, dict)
+                and value.get("kind") == packet.kind
+                and {"signature"} <= packet.header.keys() & value
+            ):
                 bare = {k: v for k, v in value.items() if k != "signature"}
                 value = keysum_common.sign_header(_KEYS[site], bare)
             take(site, _packet(value, packet.buffers))
