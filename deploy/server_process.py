@@ -261,7 +261,7 @@ def status(run: Path) -> dict[str, Any]:
     return {
         "steps": plan["steps"],
         "round": json.loads(lines[-1])["round"] if lines else 0,
-        "epsilon": json.loads(lines[-1])["epsilon"] if lines else 0.0,
+        "epsilon_opened": json.loads(lines[-1])["epsilon_opened"] if lines else 0.0,
         "status": last["body"]["status"] if ended else "RUNNING or stopped",
     }
 

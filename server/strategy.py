@@ -308,7 +308,7 @@ class SecureSumStrategy(Strategy):
         facts = dict(metrics or {})
         line = {
             "round": number,
-            "epsilon": epsilon_pld([(self.plan.event, number)], self.plan.delta),
+            "epsilon_opened": epsilon_pld([(self.plan.event, number)], self.plan.delta),
             "members": facts.pop("members", 0),
             "metrics": facts,
             "bytes_sent": sent - self._counted[0],

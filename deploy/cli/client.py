@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,9 +29,10 @@ def run(
     wait: Annotated[float, typer.Option(help="seconds to wait for a server before giving up")] = 60.0,
 ) -> None:
     """Check and recode the site's table, then take part in one run."""
+    from fedveil.common import log
     from fedveil.deploy import site_process
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log.to_stderr()
     loaded = _load(settings)
     site_process.run(loaded, status=lambda text: typer.echo(f"{loaded.site.id}: {text}"), wait=wait)
 

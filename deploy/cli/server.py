@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,12 @@ def start(
     run: Annotated[Path | None, typer.Option(help="run folder; default <runs>/<time>")] = None,
 ) -> None:
     """Start a run and serve until it has ended; leaves a run folder with a report."""
+    from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
     from fedveil.deploy.watch.display import Display
 
-    _logging()
+    log.to_stderr()
     federation = files.load(settings, files.Federation)
     folder = run or federation.federation.runs / time.strftime("%Y%m%d-%H%M%S")
     with Display(federation.federation.name, federation.privacy.steps) as display:
@@ -35,11 +35,12 @@ def start(
 @app.command()
 def resume(settings: Settings, run: Annotated[Path, typer.Argument(help="the run folder to go on with")]) -> None:
     """Go on with a run whose server was stopped; no finished round is charged again."""
+    from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
     from fedveil.deploy.watch.display import Display
 
-    _logging()
+    log.to_stderr()
     federation = files.load(settings, files.Federation)
     with Display(federation.federation.name, federation.privacy.steps) as display:
         server_process.resume(federation, run, progress=display.progress)
@@ -61,16 +62,13 @@ def monitor(
     port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0: any free one")] = 9464,
 ) -> None:
     """Show a run on loopback: a status page, /metrics for Prometheus, /healthz. Reads only; stop it with Ctrl-C."""
+    from fedveil.common import log
     from fedveil.deploy.watch.monitor_web import Monitor
 
-    _logging()
+    log.to_stderr()
     shown = Monitor(run, port)
     typer.echo(f"http://127.0.0.1:{shown.port}/ shows {run}")
     try:
         shown.serve()
     except KeyboardInterrupt:
         typer.echo("stopped")
-
-
-def _logging() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")

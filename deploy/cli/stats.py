@@ -35,13 +35,14 @@ def stats(
     run: Annotated[Path | None, typer.Option(help="run folder; default <runs>/<time>-stats")] = None,
 ) -> None:
     """Ask all sites for statistics of their rows in one secure sum; each site's owner has to allow the task 'stats'."""
-    from fedveil.common import canonical
+    from fedveil.common import canonical, log
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
     from fedveil.deploy.watch.display import Display
     from fedveil.privacy.planning import plan_of_statistics
     from fedveil.privacy.stats_document import STATISTICS
 
+    log.to_stderr()
     wanted = [w.strip() for w in what.split(",") if w.strip()]
     _check(wanted, quantile or ())
     metric, attached = _evaluated(wanted, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -40,11 +39,12 @@ def serve(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
 ) -> None:
     """Start a run at SuperLink and carry it out; leaves a run folder with a report."""
+    from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy.superlink import commands, server
     from fedveil.deploy.superlink.runtime import Link
 
-    _log()
+    log.to_stderr()
     federation = files.load(settings, files.Federation)
     home = federation.federation.identity
     secret = commands.secret(home).read_bytes()
@@ -69,6 +69,7 @@ def execute(settings: SiteFile, port: Port = 9094) -> None:
     """Check and recode the site's table, then answer what SuperNode brings, run after run, until SIGTERM."""
     from fedveil.client.app import make_app
     from fedveil.client.egress.gate import Gate
+    from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy import site_process
     from fedveil.deploy.enrol.join import due
@@ -76,7 +77,7 @@ def execute(settings: SiteFile, port: Port = 9094) -> None:
     from fedveil.deploy.superlink.runtime import Link
     from fedveil.deploy.superlink.site import SiteExecutor
 
-    _log()
+    log.to_stderr()
     loaded = files.load(settings, files.SiteSettings)
     days, soon = due(loaded.site.identity)
     if soon:
@@ -103,10 +104,6 @@ def _become(command: list[str], home: Path) -> None:
     from fedveil.deploy.superlink import commands
 
     os.execve(command[0], command, commands.environment(home))  # noqa: S606 (our own command, fixed arguments)
-
-
-def _log() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,7 @@ CONSOLE = Console(soft_wrap=True)
 
 
 class Display:
-    """A progress bar over rounds with ε spent, the public metric and bytes so far."""
+    """A progress bar over rounds with ε of the rounds opened (no site is charged more), the public metric and bytes so far."""
 
     def __init__(self, title: str, steps: int | None = None) -> None:
         self._progress = Progress(
@@ -48,11 +48,11 @@ class Display:
         elif kind == "round":
             metrics = "  ".join(f"{k} {v:.3f}" for k, v in facts["metrics"].items())
             self._bytes += facts["bytes_sent"] + facts["bytes_received"]
-            text = f"ε {facts['epsilon']:.3f}  {metrics}  {self._bytes / 1e6:.1f} MB"
+            text = f"ε ≤ {facts['epsilon_opened']:.3f}  {metrics}  {self._bytes / 1e6:.1f} MB"
             self._progress.update(self._task, completed=facts["round"], facts=text)
         elif kind == "aborted":
             self._progress.console.print(
-                f"round {facts['round']} aborted (charged): {facts['reason']}", highlight=False
+                f"round {facts['round']} aborted (charged to every site that answered): {facts['reason']}", highlight=False
             )
 
     def count(self, done: int, facts: str) -> None:

@@ -4,7 +4,7 @@ The monitor is a process of its own: it opens the run's files for reading, takes
 can neither disturb a run nor speak for one. It verifies nothing; its page says so, and names the command that does.
 
 =============  ======================================================================================================
-``/``          one page: rounds, sites, ε spent, bytes; no script, nothing from elsewhere; reloads itself every 5 s
+``/``          one page: rounds, sites, ε of the rounds opened, bytes; no script, nothing from elsewhere; reloads itself every 5 s
 ``/metrics``   the same figures as Prometheus text (exposition format 0.0.4)
 ``/healthz``   JSON; 200 while the run is waiting, running or has ended, 503 when it has stopped before its end
 =============  ======================================================================================================
@@ -108,7 +108,7 @@ class RunView:
         last_event: seconds since 1970 of the last journal row.
         rounds: the last KEPT_ROUNDS lines of ``metrics.jsonl``.
         sent, received, seconds: bytes to and from all sites, and the time that rounds took, over all lines.
-        epsilon: ε spent after the last round of ``metrics.jsonl``.
+        epsilon_opened: ε of all rounds up to the last one of ``metrics.jsonl``; this run charged no site more.
     """
 
     def __init__(self, run: Path) -> None:
@@ -132,7 +132,7 @@ class RunView:
     def _forget_metrics(self) -> None:
         self.rounds: deque[dict[str, Any]] = deque(maxlen=KEPT_ROUNDS)
         self.sent = self.received = 0
-        self.seconds = self.epsilon = 0.0
+        self.seconds = self.epsilon_opened = 0.0
 
     def refresh(self) -> None:
         """Read what was written since the last time.
@@ -185,7 +185,7 @@ class RunView:
         self.rounds.append(
             {
                 "round": int(line["round"]),
-                "epsilon": float(line["epsilon"]),
+                "epsilon_opened": float(line["epsilon_opened"]),
                 "members": int(line["members"]),
                 "metrics": {str(k): float(v) for k, v in line["metrics"].items()},
                 "sent": int(line["bytes_sent"]),
@@ -195,7 +195,7 @@ class RunView:
         )
         last = self.rounds[-1]
         self.sent, self.received = self.sent + last["sent"], self.received + last["received"]
-        self.seconds, self.epsilon = self.seconds + last["seconds"], last["epsilon"]
+        self.seconds, self.epsilon_opened = self.seconds + last["seconds"], last["epsilon_opened"]
 
     def health(self) -> Health:
         """Where the run stands; call :meth:`refresh` before."""
@@ -263,7 +263,7 @@ def metrics_text(view: RunView, health: Health) -> str:
         out.add("epsilon_planned", "gauge", "Epsilon of the whole plan.", float(p["epsilon"]))
         out.add("delta", "gauge", "Delta of both epsilons.", float(p["delta"]))
         out.add("sites_planned", "gauge", "Sites of the plan.", int(p["sites"]))
-    out.add("epsilon_spent", "gauge", "Epsilon after the last round.", view.epsilon)
+    out.add("epsilon_opened", "gauge", "Epsilon of the rounds opened so far; this run charged no site more.", view.epsilon_opened)
     out.add("rounds_total", "counter", "Rounds that are over.", view.applied, {"outcome": "applied"})
     out.add("rounds_total", "counter", "Rounds that are over.", view.aborted, {"outcome": "aborted"})
     out.add("server_resumed_total", "counter", "Times that a stopped server went on.", view.resumed)

@@ -93,15 +93,15 @@ def _charts(view: RunView) -> list[Chart]:
     lines = list(view.rounds)
     if not lines:
         return []
-    spent = [(r["round"], r["epsilon"]) for r in lines]
-    series = [Series("ε spent", spent, "a", dots=True)]
+    opened = [(r["round"], r["epsilon_opened"]) for r in lines]
+    series = [Series("ε of the rounds opened", opened, "a", dots=True)]
     if planned := view.plan.get("epsilon"):
         ends = [(lines[0]["round"], planned), (max(int(view.plan["steps"]), lines[-1]["round"]), planned)]
         series.append(Series("ε of the plan", ends, "ref"))
-    text = f"After round {lines[-1]['round']} ε is {lines[-1]['epsilon']:.4g}."
+    text = f"After round {lines[-1]['round']} this run has charged no site more than ε = {lines[-1]['epsilon_opened']:.4g}."
     out = [Chart("Privacy budget", "round", "ε", text, series, low=0, whole_x=True)]
     bars = [(r["round"], r["members"]) for r in lines]
-    title = "Sites in the sum (0: aborted, charged)"
+    title = "Sites in the sum (0: aborted)"
     out.append(Chart(title, "round", "sites", title, bars=bars, low=0, whole_x=True, whole_y=True))
     names = sorted({n for r in lines for n in r["metrics"]})[:2]
     if names:

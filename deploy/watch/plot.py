@@ -1,4 +1,4 @@
-"""The picture of a run: public metric and ε over rounds."""
+"""The picture of a run: public metric and ε of the rounds opened."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def write_curve(run: Path) -> Path:
     axis.set_ylim(0, 1)
     axis.set_ylabel("public test metric")
     other = axis.twinx()
-    other.plot(rounds, [x["epsilon"] for x in lines], color="tab:red", linestyle="--", label="ε spent")
-    other.set_ylabel("ε spent (PLD)")
+    other.plot(rounds, [x["epsilon_opened"] for x in lines], color="tab:red", linestyle="--", label="ε of the rounds opened")
+    other.set_ylabel("ε of the rounds opened (PLD)")
     other.set_ylim(bottom=0)
     handles = [h for a in (axis, other) for h in a.get_legend_handles_labels()[0]]
     axis.legend(handles=handles, loc="lower right")

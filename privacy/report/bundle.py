@@ -201,7 +201,7 @@ def _metric_row(i: int, line: bytes) -> dict[str, Any]:
         raise VerificationError(f"{where}: {e.message}") from e
     out: dict[str, Any] = {
         "round": fields.integer(row, "round", where, low=1, high=1 << 20),
-        "epsilon": fields.number(row, "epsilon", where, high=1e6),
+        "epsilon_opened": fields.number(row, "epsilon_opened", where, high=1e6),
         "metrics": fields.metrics(row.get("metrics", {}), where),
     }
     for key in ("bytes_sent", "bytes_received", "seconds"):

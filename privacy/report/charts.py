@@ -42,8 +42,11 @@ def alike(p: dict[str, Any], *, few: int = 0) -> list[tuple[list[str], Any]]:
 
 def _spending(p: dict[str, Any], say: Speaker) -> Chart:
     by, claim = p["accounting"]["by_step"], p["claim"]
-    done, last = p["steps"]["opened"], by[-1][0]
-    numbers = {"pld": f"{claim['epsilon']:.4g}", "rdp": f"{claim['epsilon_rdp']:.4g}", "last": last, "done": done}
+    last = by[-1][0]
+    numbers = {
+        "pld": f"{claim['epsilon']:.4g}", "rdp": f"{claim['epsilon_rdp']:.4g}", "last": last,
+        "opened": p["steps"]["opened"], "charged": p["accounting"]["steps_charged"],
+    }  # fmt: skip
     return Chart(
         say("chart.spending"), say("chart.step"), "ε", say("chart.spending_text", **numbers),
         [

@@ -112,10 +112,10 @@ class Audit:
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
         for name, what, check in _CLAIMS:
             yield name, what, partial(self._on, check)
-        yield "budgets", "each site's spending over all its runs, by the filter's order", self._budgets
+        yield "budgets", "each site's spending over all its runs, and the most that this run charged to one", self._budgets
         yield (
             "metrics file",
-            "rounds in order; the spent epsilon it states; its last results against the run's end",
+            "rounds in order; the epsilon of the rounds opened; its last results against the run's end",
             self._metrics,
         )
         yield "every field", "the report's fields against the same derivation from the journals", self._fields
@@ -315,13 +315,18 @@ class Audit:
         return f"{count} charges of SGM(q = {plan.event.sample_rate:g}, sigma = {plan.noise_multiplier:.6g})"
 
     def _budgets(self) -> str:
-        claimed = self._got("report signature", self._payload)["sites"]
-        for site in self._ended().ended.heads:
-            stated = fields.mapping(claimed[site], f"the report's entry of {site}")
+        payload, h, plan = self._got("report signature", self._payload), self._ended(), self._got("plan", self._plan)
+        for site in h.ended.heads:
+            stated = fields.mapping(payload["sites"][site], f"the report's entry of {site}")
             ledgers.budget(site, self._charged(site), stated)
-        return "; ".join(
+        # In a ledger that was not delivered, every round that was opened may be charged.
+        most = max([len(c.spends) for c in self._charges.values()], default=0)
+        steps = most if len(h.ended.heads) == plan.sites else len(h.rounds)
+        said = claims.charged(fields.mapping(payload.get("accounting"), "accounting"), plan, steps)
+        each = "; ".join(
             f"{s} {c.epsilon_before:.3f} to {c.epsilon_after:.3f}" for s, c in [*self._charges.items()][:8]
         )
+        return f"{each}; {said}"
 
     def _metrics(self) -> str:
         rows = self._got("files", self._bundle).metrics()

@@ -85,10 +85,30 @@ def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     return f"stated {stated:.6f}, recomputed {own:.6f}"
 
 
-def _between(stated: float, what: str, q: float, sigma: float, plan: PrivacyPlan) -> float:
-    """What the verifier's own table of orders bounds ε by; raises where ``stated`` cannot come of a finer one."""
-    low, high = recompute.rdp_range(q, sigma, plan.steps, plan.delta)
-    if not low * (1 - _CLOSE) <= stated <= high + _CLOSE * max(1.0, high) + _STEP_SLACK * plan.steps:
+def charged(accounting: dict[str, Any], plan: PrivacyPlan, steps: int) -> str:
+    """The most that this run charged to one site: ``steps`` of the plan's, by both accountants; never above the claim."""
+    if (found := accounting.get("steps_charged")) != steps:
+        raise VerificationError(f"{str(found)[:16]} steps are said to be charged to one site, the ledgers give {steps}")
+    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    stated = fields.number(accounting, "epsilon_charged_pld", "accounting", high=1e6)
+    own = recompute.by_pld(q, sigma, steps, plan.delta)
+    if abs(stated - own) > _CLOSE * max(1.0, own):
+        raise VerificationError(f"epsilon charged to one site is stated as {stated:.6f}, it is {own:.6f}")
+    if steps:
+        second = fields.number(accounting, "epsilon_charged_rdp", "accounting", high=1e9)
+        _between(second, "epsilon charged to one site", q, sigma, plan, steps)
+    return f"this run charged one site {steps} steps at most, epsilon = {own:.6f}"
+
+
+def _between(stated: float, what: str, q: float, sigma: float, plan: PrivacyPlan, steps: int = 0) -> float:
+    """What the verifier's own table of orders bounds ε by; raises where ``stated`` cannot come of a finer one.
+
+    Args:
+        steps: composed; by default all that are planned.
+    """
+    steps = steps or plan.steps
+    low, high = recompute.rdp_range(q, sigma, steps, plan.delta)
+    if not low * (1 - _CLOSE) <= stated <= high + _CLOSE * max(1.0, high) + _STEP_SLACK * steps:
         raise VerificationError(f"{what} by RDP is stated as {stated:.6f}, it is between {low:.6f} and {high:.6f}")
     return high
 

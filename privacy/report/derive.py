@@ -56,6 +56,16 @@ class Facts:
         """Sites whose ledger was not delivered, in the roster's order."""
         return [m.site for m in self.roster.sites if m.site not in self.charges]
 
+    @property
+    def most_charged(self) -> int:
+        """Steps that this run charged to the site it charged most: a site that refused a round was not charged for it.
+
+        Where a ledger was not delivered, every round that was opened may have been charged in it.
+        """
+        if self.missing:
+            return len(self.history.rounds)
+        return max((len(c.spends) for c in self.charges.values()), default=0)
+
 
 def derive(f: Facts) -> dict[str, Any]:
     """The payload without what only its builder knows (versions of its software, the time).
@@ -174,12 +184,13 @@ def _round(f: Facts, r: Round) -> dict[str, Any]:
 
 
 def _accounting(f: Facts) -> dict[str, Any]:
-    plan, opened = f.plan, len(f.history.rounds)
-    spent = [(plan.event, opened)]
+    plan, steps = f.plan, f.most_charged
+    charged = [(plan.event, steps)]
     return {
         "interval": interval(plan.event),
-        "epsilon_spent_pld": epsilon_pld(spent, plan.delta),
-        "epsilon_spent_rdp": epsilon_rdp(spent, plan.delta),
+        "steps_charged": steps,
+        "epsilon_charged_pld": epsilon_pld(charged, plan.delta),
+        "epsilon_charged_rdp": epsilon_rdp(charged, plan.delta),
         "by_step": loss.by_step(plan.event, plan.steps, plan.delta),
     }
 

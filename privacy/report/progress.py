@@ -11,11 +11,13 @@ from fedveil.privacy.report import recompute
 from fedveil.privacy.report.history import History
 
 _CLOSE, _SAME, _UNEVEN = 1e-6, 1e-4, 0.01
-_ALL = 16  # so many rounds' spent ε are all computed again; of more, some
+_ALL = 16  # so many rounds' ε are all computed again; of more, some
 
 
 def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> str:
-    """Rounds in order, spent ε that never falls and is right where it is computed again.
+    """Rounds in order; ε of the rounds opened never falls, and is right where it is computed again.
+
+    A site may have been charged less, having refused a round; it is never charged more.
 
     Its accuracies are the server's word; but those of the last applied round are those that the run ended with.
 
@@ -29,15 +31,15 @@ def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> 
     sampled = {*range(0, len(rows), every), len(rows) - 1} if rows else set()
     most = 0.0
     for i, row in enumerate(rows):
-        own = row["epsilon"]
+        own = row["epsilon_opened"]
         if i in sampled:
             own = recompute.by_pld(plan.event.sample_rate, plan.noise_multiplier, row["round"], plan.delta)
-        if abs(row["epsilon"] - own) > _CLOSE * max(1.0, own):
-            raise VerificationError(f"round {row['round']}: it states epsilon = {row['epsilon']:.6f}, not {own:.6f}")
+        if abs(row["epsilon_opened"] - own) > _CLOSE * max(1.0, own):
+            raise VerificationError(f"round {row['round']}: it states epsilon = {row['epsilon_opened']:.6f}, not {own:.6f}")
         # What is not computed again lies between two rounds that are; at a small δ a composition's rounding shows.
-        if row["epsilon"] < most * (1 - _UNEVEN) - _CLOSE:
+        if row["epsilon_opened"] < most * (1 - _UNEVEN) - _CLOSE:
             raise VerificationError(f"round {row['round']}: the epsilon that it states is less than in a round before")
-        most = max(most, row["epsilon"])
+        most = max(most, row["epsilon_opened"])
     last = history.applied[-1].number if history.applied else 0
     shown = next((r["metrics"] for r in reversed(rows) if r["round"] == last), {})
     if shown:

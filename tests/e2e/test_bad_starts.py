@@ -232,6 +232,22 @@ def test_a_spent_budget_is_a_normal_ending(spent):
     assert [spent.code(s) for s in HOSPITALS] == [0] * 4
 
 
+def test_both_sides_say_in_their_logs_what_is_no_fault(spent):
+    for site in HOSPITALS:
+        assert "fedveil.client INFO the budget carries 3 of the plan's 4 steps" in spent.log(site)
+    assert "fedveil.server INFO mode distributed, sum keysum, 4 sites, 4 steps" in spent.log("server")
+    assert "INFO 4 of 4 sites signed the report" in spent.log("server")
+
+
+def test_what_was_charged_is_told_apart_from_what_was_opened(spent):
+    payload = json.loads((spent.run / "report.json").read_text())["payload"]
+    shown = [json.loads(x) for x in (spent.run / "metrics.jsonl").read_text().splitlines()]
+    found, steps = payload["accounting"], payload["steps"]
+    assert (steps["planned"], found["steps_charged"]) == (4, 3)
+    assert found["epsilon_charged_pld"] == pytest.approx(shown[2]["epsilon_opened"])
+    assert found["epsilon_charged_pld"] < shown[steps["opened"] - 1]["epsilon_opened"] <= payload["claim"]["epsilon"]
+
+
 def test_the_last_model_and_the_report_are_kept(spent):
     end, last = spent.of_kind("run.end")[0], spent.of_kind("round.applied")[-1]
     assert (last["round"], last["model_hash"]) == (3, end["model_hash"])

@@ -135,7 +135,7 @@ class Crashed:
             job.state = job.state.step(plan, np.full(8, float(n)))
             body = {**s, "round": n, "members": [], "model_hash": job.state.hash, "checkpoint": job.checkpoint()}
             job.journal.append("round.applied", body)
-            job.metrics({"round": n, "epsilon": 0.25 * n})
+            job.metrics({"round": n, "epsilon_opened": 0.25 * n})
             self.states.append(job.state)
         job.journal.append("round.open", {**s, "round": 3, "nonce": "nonce-3", "model_hash": job.state.hash})
         self.session = job.session
@@ -234,7 +234,7 @@ class TestStatus:
     def test_of_a_stopped_and_of_an_ended_run(self, crashed):
 
         found = server_process.status(crashed.folder)
-        assert (found["steps"], found["round"], found["epsilon"]) == (4, 2, 0.5)
+        assert (found["steps"], found["round"], found["epsilon_opened"]) == (4, 2, 0.5)
         assert "stopped" in found["status"]
         crashed.append("run.end", status="COMPLETED")
         assert server_process.status(crashed.folder)["status"] == "COMPLETED"

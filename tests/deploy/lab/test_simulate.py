@@ -62,7 +62,7 @@ def test_every_mode_leaves_a_whole_run(tmp_path, mode, sum, clients):
     assert found["claim"]["unit"] == ("client" if mode == "client" else "record")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [x["round"] for x in lines] == [1, 2]
-    assert lines[-1]["epsilon"] == pytest.approx(found["claim"]["epsilon"])
+    assert lines[-1]["epsilon_opened"] == pytest.approx(found["claim"]["epsilon"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["clients"] == clients
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "model.f32").stat().st_size == 4 * done.plan.model.parameters

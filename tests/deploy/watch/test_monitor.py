@@ -40,7 +40,7 @@ def round_(number: int, members: list[str]) -> bytes:
 
 def line(number: int, members: int = 3, epsilon: float = 0.5) -> bytes:
     facts = {
-        "round": number, "epsilon": epsilon, "members": members, "metrics": {"auc": 0.75} if members else {},
+        "round": number, "epsilon_opened": epsilon, "members": members, "metrics": {"auc": 0.75} if members else {},
         "bytes_sent": 1000, "bytes_received": 2000, "seconds": 0.25,
     }  # fmt: skip
     return json.dumps(facts).encode() + b"\n"
@@ -109,7 +109,7 @@ class TestTail:
 class TestView:
     def test_figures(self, run):
         v = view_of(run)
-        assert (v.name, v.engine, v.applied, v.aborted, v.epsilon) == ("north", "grpc", 2, 0, 0.7)
+        assert (v.name, v.engine, v.applied, v.aborted, v.epsilon_opened) == ("north", "grpc", 2, 0, 0.7)
         assert (v.sent, v.received, v.seconds) == (2000, 4000, 0.5)
         assert {n: (s.rounds, s.last_round) for n, s in v.sites.items()} == {
             "a": (2, 2), "b": (1, 1), "c": (2, 2), "d": (0, 0),
@@ -136,7 +136,7 @@ class TestView:
         (run / "part").write_bytes(line(1))
         (run / "part").replace(run / "metrics.jsonl")
         v.refresh()
-        assert (v.sent, v.epsilon, len(v.rounds)) == (1000, 0.5, 1)
+        assert (v.sent, v.epsilon_opened, len(v.rounds)) == (1000, 0.5, 1)
 
     def test_old_rounds_leave_the_page_not_the_sums(self, run, monkeypatch):
         monkeypatch.setattr(monitor, "KEPT_ROUNDS", 4)
@@ -232,12 +232,12 @@ class TestMetrics:
                 found = _SAMPLE.fullmatch(text)
                 assert found, text
                 assert found[1] == family
-        assert "fedveil_epsilon_spent" in seen
+        assert "fedveil_epsilon_opened" in seen
 
     def test_values(self, run):
         text = metrics_text(view_of(run), Health("running", True))
         for wanted in (
-            "fedveil_epsilon_spent 0.7", "fedveil_epsilon_planned 2.0", 'fedveil_rounds_total{outcome="applied"} 2',
+            "fedveil_epsilon_opened 0.7", "fedveil_epsilon_planned 2.0", 'fedveil_rounds_total{outcome="applied"} 2',
             'fedveil_bytes_total{direction="from_sites"} 4000', 'fedveil_site_rounds_total{site="b"} 1',
             'fedveil_site_refusals_total{site="d",code="IdentityError"} 1', "fedveil_server_alive 1",
             'fedveil_run_status{status="running"} 1', "fedveil_last_event_timestamp_seconds 1700000000",

@@ -187,7 +187,7 @@ class World:
             results = {"accuracy": 0.9 - 0.4 / r} if now == r else results
             spent = epsilon_pld([(self.plan.event, r)], self.plan.delta)
             lines.append(
-                {"round": r, "epsilon": spent, "members": len(members), "metrics": results if now == r else {},
+                {"round": r, "epsilon_opened": spent, "members": len(members), "metrics": results if now == r else {},
                  "bytes_sent": 100 * r, "bytes_received": 200 * r, "seconds": 0.25}
             )  # fmt: skip
         heads = {}

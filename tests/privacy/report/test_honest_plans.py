@@ -133,11 +133,11 @@ def test_the_rounding_of_a_composition_is_no_lie() -> None:
     plan = plan_of(1e-3, 1000, delta=1e-11, noise_multiplier=1.0)
     rounds = range(900, 1001, 4)
     spent = [epsilon_pld([(plan.event, k)], plan.delta) for k in rounds]
-    rows = [{"round": k, "epsilon": e, "metrics": {}} for k, e in zip(rounds, spent, strict=True)]
+    rows = [{"round": k, "epsilon_opened": e, "metrics": {}} for k, e in zip(rounds, spent, strict=True)]
     history = SimpleNamespace(rounds=range(1000), applied=[])
     assert any(b < a - 1e-6 for a, b in itertools.pairwise(spent))
     assert "recomputed" in progress.metrics(rows, plan, history)  # type: ignore[arg-type]
-    rows[5]["epsilon"] *= 0.9
+    rows[5]["epsilon_opened"] *= 0.9
     with pytest.raises(VerificationError):
         progress.metrics(rows, plan, history)  # type: ignore[arg-type]
 

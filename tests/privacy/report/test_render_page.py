@@ -120,7 +120,7 @@ def test_the_charts_draw_the_payloads_numbers(document) -> None:
     p = document["payload"]
     by_title = {c.title: c for c in charts(p, Speaker("en"), "")}
     assert [y for _, y in by_title["Sites in each sum"].bars] == [4, 3, 0, 4]
-    assert by_title["Privacy spent over the steps"].series[0].points[-1] == (4, p["claim"]["epsilon"])
+    assert by_title["ε over the planned steps"].series[0].points[-1] == (4, p["claim"]["epsilon"])
     attack = by_title["Best possible membership test"].series[0].points
     assert all(y >= x for x, y in attack)
     assert [y for _, y in attack] == sorted(y for _, y in attack)

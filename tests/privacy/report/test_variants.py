@@ -98,6 +98,7 @@ def test_a_site_that_dropped_out_for_good_is_named(make) -> None:
     assert p["ledgers_missing"] == ["dorn"]
     assert p["sites"]["dorn"] is None
     assert "dorn" in p["not_covered"][0]
+    assert p["accounting"]["steps_charged"] == 4  # what its ledger may hold, not what the others' do
 
 
 def test_more_missing_ledgers_than_drop_outs_fail(make) -> None:
@@ -112,7 +113,12 @@ def test_an_exhausted_budget_is_a_normal_ending(make, honest) -> None:
     assert p["status"] == "BUDGET_EXHAUSTED"
     assert p["steps"]["applied"] < p["steps"]["planned"] == 8
     assert all(s["exhausted"] for s in p["sites"].values())
-    assert p["accounting"]["epsilon_spent_pld"] < p["claim"]["epsilon"]
+    assert p["accounting"]["epsilon_charged_pld"] < p["claim"]["epsilon"]
+    # The round that every site refused was opened, and charged to nobody.
+    charged = {s["charged"] for s in p["sites"].values()}
+    assert charged == {p["accounting"]["steps_charged"]} == {p["steps"]["opened"] - 1}
+    own = gaussian_epsilon(math.sqrt(p["steps"]["opened"] - 1) / w.plan.noise_multiplier, w.plan.delta)
+    assert p["accounting"]["epsilon_charged_pld"] == pytest.approx(own, abs=2e-3)
 
 
 def test_a_restart_in_the_middle_of_a_round(make) -> None:

@@ -142,7 +142,7 @@ def test_every_leaf_of_the_payload_is_checked(spoilt) -> None:
 def test_the_metrics_file_cannot_understate_what_was_spent(spoilt) -> None:
     path = spoilt.folder / "metrics.jsonl"
     rows = [canonical.loads(x) for x in path.read_bytes().splitlines()]
-    rows[-1]["epsilon"] = 0.5
+    rows[-1]["epsilon_opened"] = 0.5
     path.write_bytes(b"".join(canonical.dumps(r) + b"\n" for r in rows))
     build_report(spoilt.folder, spoilt.server)
     failed = verify_report(spoilt.report).failed

@@ -251,7 +251,7 @@ def test_no_round_can_state_less_than_was_spent(make, honest, steps) -> None:
     assert verify_report(w.report).ok
     for row in (1, 2, steps - 2):
         kept = (w.folder / "metrics.jsonl").read_bytes()
-        metrics(w, lambda rows, i=row: rows[i].update(epsilon=0.0))
+        metrics(w, lambda rows, i=row: rows[i].update(epsilon_opened=0.0))
         assert failed(w).name == "metrics file"
         (w.folder / "metrics.jsonl").write_bytes(kept)
 
