@@ -189,7 +189,7 @@ class LimitsSection(_Section):
         description="which charged statistics the task 'stats' may ask for; uncharged ones never leave",
     )
     modes: tuple[Literal["distributed", "local", "client"], ...] = ("distributed",)
-    sums: tuple[Literal["keysum", "sharedkey", "plain", "none"], ...] = ("keysum",)
+    sums: tuple[Literal["keysum", "sharedkey", "none"], ...] = ("keysum",)
     min_colluders: int = Field(default=1, ge=0, description="fewest colluding sites a plan must stand (t)")
     committee: bool = Field(default=False, description="let a committee open sums: only if nobody chose its seed")
     min_sites: int = Field(default=3, ge=1, description="fewest sites of a plan")

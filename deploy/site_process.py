@@ -55,8 +55,6 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
         ConfigError, IdentityError, ContractError, DataError, AnonymityError, JournalError: what stops the site.
     """
     s = settings.site
-    if "plain" in settings.limits.sums:
-        raise ConfigError("the sum 'plain' exists in the simulator only", hint="take it out of [limits] sums")
     site = site_id(s.id)
     key = identity.load_signing_key(s.identity / "signing.key")
     roster = load_roster(s.identity)

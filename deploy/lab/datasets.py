@@ -44,28 +44,38 @@ class Split:
 def load(name: str, clients: int, seed: int, *, alpha: float | None = None) -> Split:
     """Split ``name`` over ``clients`` sites: IID, or by classes with Dirichlet(``alpha``) shares.
 
-    ``digits``: scikit-learn's 8x8 digits, pixels / 16, stratified fifth held out. ``trivial``: 8 records of 4
-    features at every site, for measuring the platform itself.
+    ``digits``: scikit-learn's 8x8 digits, pixels / 16. ``diabetes``: scikit-learn's diabetes records, encoded as in the
+    demo. Of both a stratified fifth is held out. ``trivial``: 8 records of 4 features at every site, for measuring the
+    platform itself.
 
     Raises:
         UsageError: an unknown name, or more clients than records.
     """
     if name == "trivial":
         return _trivial(clients, seed)
-    if name != "digits":
-        raise UsageError(f"unknown dataset {name!r}", hint="one of digits, trivial")
-    from sklearn.datasets import load_digits
+    if name not in NAMES:
+        raise UsageError(f"unknown dataset {name!r}", hint=f"one of {', '.join(NAMES)}")
     from sklearn.model_selection import train_test_split
 
-    bunch = load_digits()
-    X = (bunch["data"] / 16.0).astype(np.float32)
-    X_train, X_test, y_train, y_test = train_test_split(
-        X, bunch["target"].astype(np.int64), test_size=0.2, random_state=seed, stratify=bunch["target"]
-    )
+    X, y = _digits() if name == "digits" else _diabetes()
+    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=seed, stratify=y)
     if not 0 < clients <= len(y_train):
         raise UsageError(f"{clients} clients cannot share {len(y_train)} records")
     index = _iid(len(y_train), clients, seed) if alpha is None else _dirichlet(y_train, clients, seed, alpha)
-    return Split([(X_train[i], y_train[i]) for i in index], X_test, y_test, 10)
+    return Split([(X_train[i], y_train[i]) for i in index], X_test, y_test, int(y.max()) + 1)
+
+
+def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return (bunch["data"] / 16.0).astype(np.float32), bunch["target"].astype(np.int64)
+
+
+def _diabetes() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    from fedveil.deploy import demo_world
+
+    return demo_world.encoded(demo_world.records())
 
 
 def _iid(records: int, clients: int, seed: int) -> list[NDArray[np.int64]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
-import tempfile
+import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -14,12 +16,26 @@ import typer
 
 from fedveil.common import canonical
 from fedveil.common.errors import BudgetExhausted, RunAborted, UsageError
+from fedveil.deploy.datasets import NAMES as DATASETS
 
 if TYPE_CHECKING:
     from fedveil.deploy.lab import virtual_sites as simulation
     from fedveil.deploy.lab.datasets import Split
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
+
+
+SUMMARY = "summary.json"
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("distributed", "local", "client"),
+    "sum": ("keysum", "sharedkey", "plain", "none"),
+    "engine": ("inprocess", "ray"),
+    "reveal_to": ("server", "sites"),
+}
+
+
+def _listed(name: str, **remarks: str) -> str:
+    return ", ".join(f"{x} ({remarks[x]})" if x in remarks else x for x in CHOICES[name])
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ _DIGITS = {
     inf: Recipe((32,), 0.2, 1.0, 1.0, 150),
 }
 _TRIVIAL = Recipe((), 0.1, 1.0, 1.0, 3)
+_DIABETES = Recipe((), 1.0, 0.5, 1.0, 20)  # the demo's
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class Outcome:
 
 def recipe(config: Config) -> Recipe:
     """The hyper-parameters for ``config``, with ``steps`` overridden if asked for."""
-    found = _TRIVIAL
+    found = _DIABETES if config.dataset == "diabetes" else _TRIVIAL
     if config.dataset == "digits":
         fitting = (r for limit, r in _DIGITS.items() if config.epsilon <= limit)
         found = next(fitting, _TRIVIAL)  # none for NaN, which no plan takes
@@ -190,8 +207,10 @@ def run_split(
 
 def _check(config: Config) -> None:
     """Raise :class:`UsageError` for what would otherwise show only after a run's folder was made, or never."""
+    for name, known in CHOICES.items():
+        if (chosen := getattr(config, name)) not in known:
+            raise UsageError(f"unknown {name} {chosen!r}", hint=f"one of {', '.join(known)}")
     for wrong, text, hint in (
-        (config.engine not in ("inprocess", "ray"), f"unknown engine {config.engine!r}", "inprocess or ray"),
         (not 0 <= config.drop_rate <= 1, f"drop rate {config.drop_rate!r} is outside 0..1", ""),
         (config.drop_rate and config.engine == "ray", "the engine 'ray' has no random drop-outs", "use inprocess"),
         (config.cap is not None and not 0 < config.cap < inf, f"cap = {config.cap!r} must be positive", ""),
@@ -246,45 +265,62 @@ def _write_report(out: Path, world: simulation.World) -> None:
 
 def simulate(
     clients: Annotated[int, typer.Option(help="number of virtual clients")] = 20,
-    dataset: Annotated[str, typer.Option(help="digits or trivial")] = "digits",
+    dataset: Annotated[str, typer.Option(help=", ".join(DATASETS))] = "digits",
     epsilon: Annotated[float, typer.Option(help="ε of the run")] = 1.0,
     delta: Annotated[float, typer.Option(help="δ of the run")] = 1e-5,
-    mode: Annotated[str, typer.Option(help="distributed, local or client")] = "distributed",
-    sum: Annotated[str, typer.Option(help="keysum, sharedkey, plain (SIMULATED) or none (mode local)")] = "keysum",
-    engine: Annotated[str, typer.Option(help="inprocess or ray")] = "inprocess",
+    mode: Annotated[str, typer.Option(help=_listed("mode"))] = "distributed",
+    sum: Annotated[str, typer.Option(help=_listed("sum", plain="SIMULATED", none="mode local"))] = "keysum",
+    engine: Annotated[str, typer.Option(help=_listed("engine"))] = "inprocess",
     alpha: Annotated[float | None, typer.Option(help="Dirichlet concentration of the classes; default IID")] = None,
     colluders: Annotated[int | None, typer.Option(help="t, sites that may work together")] = None,
     dropouts: Annotated[int | None, typer.Option(help="d, sites that may be missing")] = None,
     steps: Annotated[int | None, typer.Option(help="secure sums; default from the dataset's recipe")] = None,
     seed: Annotated[int, typer.Option(help="seed of the public split and initialisation")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="repeat over this many seeds and print the mean")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="runs, one for each seed from --seed up, and their mean")] = 1,
     cap: Annotated[
         float | None, typer.Option(help="cap of every client's ledger; default: what the plan needs")
     ] = None,
     drop_rate: Annotated[float, typer.Option(help="chance that a client misses a round")] = 0.0,
-    reveal_to: Annotated[str, typer.Option(help="who reads the sums: server, or only the sites (keysum)")] = "server",
+    reveal_to: Annotated[str, typer.Option(help="who reads: " + _listed("reveal_to", sites="keysum"))] = "server",
     committee: Annotated[int, typer.Option(help="helpers that open the sums; 0: all sites (up to 200)")] = 0,
     force: Annotated[bool, typer.Option(help="mode client below 1000 clients")] = False,
-    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<time>")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder, or that of --seeds; default runs/<time>")] = None,
 ) -> None:
     """Train over many virtual clients in one process and leave a run folder with a checkable report."""
     from fedveil.deploy.watch.display import Display, summary
 
-    if mode not in ("distributed", "local", "client") or sum not in ("keysum", "sharedkey", "plain", "none"):
-        raise UsageError(f"unknown mode {mode!r} or sum {sum!r}", hint="see 'fedveil simulate --help'")
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if (folder / SUMMARY).exists():
+        raise UsageError(f"{folder} holds the runs of several seeds already", hint="another --out")
     outcomes: list[Outcome] = []
     for s in range(seed, seed + seeds):
         config = Config(clients, dataset, epsilon, delta, mode, sum, engine, alpha, colluders, dropouts, steps, s,
                         force, cap, drop_rate, reveal_to, committee)  # fmt: skip
-        if s == seed:
-            with Display(f"simulate {dataset}", recipe(config).steps) as display:
-                outcomes.append(run(config, folder, progress=display.progress))
-        else:
-            with tempfile.TemporaryDirectory() as scratch:
-                outcomes.append(run(config, Path(scratch) / "run", report=False))
-    summary(outcomes)
+        own = folder if seeds == 1 else folder / f"seed-{s}"
+        title = f"simulate {dataset}" + (f", seed {s}" if seeds > 1 else "")
+        with Display(title, recipe(config).steps) as display:
+            outcomes.append(run(config, own, progress=display.progress))
+        if seeds > 1:  # after each: what is there stays, whatever comes of the next
+            write_summary(folder, range(seed, s + 1), outcomes)
+    summary(outcomes, folder)
     _raise_for_ending(outcomes, folder)
+
+
+def write_summary(folder: Path, seeds: Iterable[int], outcomes: list[Outcome]) -> None:
+    """Write ``summary.json``: how each seed's run ended, in which folder; every metric's mean and standard error."""
+    runs = [
+        {"seed": s, "folder": o.run.name, "status": o.status, "steps": o.steps, "metrics": o.metrics,
+         "seconds": o.seconds}
+        for s, o in zip(seeds, outcomes, strict=True)
+    ]  # fmt: skip
+    from fedveil.deploy.display import standard_error
+
+    values = {name: [o.metrics[name] for o in outcomes] for name in outcomes[0].metrics}
+    found = {
+        name: {"mean": statistics.mean(v), "standard_error": standard_error(v) if len(v) > 1 else None}
+        for name, v in values.items()
+    }
+    (folder / SUMMARY).write_text(json.dumps({"runs": runs, "metrics": found}, indent=1) + "\n")
 
 
 def _raise_for_ending(outcomes: list[Outcome], folder: Path) -> None:

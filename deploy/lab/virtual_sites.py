@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -122,8 +123,10 @@ def make_site(
     )  # fmt: skip
     limits = LimitsSection(
         max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, tasks=(plan.task,),
-        modes=(plan.mode,), sums=(plan.sum,), min_sites=1, min_honest=1, min_colluders=0, committee=True,
+        modes=(plan.mode,), min_sites=1, min_honest=1, min_colluders=0, committee=True,
     )  # fmt: skip
+    # Nobody's records are here: a fallback may be of any size. And "plain" is no sum that a site.toml can allow.
+    limits = limits.model_copy(update={"sums": (plan.sum,), "max_fallback_epsilon": math.inf})
     stores: dict[str, Store] = {}
 
     def store_for(session: str) -> Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ CONSOLE = Console(soft_wrap=True)
 
 
 class Display:
-    """A progress bar over rounds with ε of the rounds opened (no site is charged more), the public metric and bytes so far."""
+    """A progress bar over rounds: ε of those opened (no site is charged more), the public metric and bytes so far."""
 
     def __init__(self, title: str, steps: int | None = None) -> None:
         self._progress = Progress(
@@ -52,7 +53,7 @@ class Display:
             self._progress.update(self._task, completed=facts["round"], facts=text)
         elif kind == "aborted":
             self._progress.console.print(
-                f"round {facts['round']} aborted (charged to every site that answered): {facts['reason']}", highlight=False
+                f"round {facts['round']} aborted (charged where a site answered): {facts['reason']}", highlight=False
             )
 
     def count(self, done: int, facts: str) -> None:
@@ -60,13 +61,18 @@ class Display:
         self._progress.update(self._task, completed=done, facts=facts)
 
 
-def summary(outcomes: list[Outcome]) -> None:
-    """The table after ``fedveil simulate``."""
+def standard_error(values: list[float]) -> float:
+    """Of the mean of at least two values."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def summary(outcomes: list[Outcome], folder: Path) -> None:
+    """The table after ``fedveil simulate``; ``folder`` holds the run, or one run for each seed."""
     first = outcomes[0]
     plan = first.plan
     table = Table(title="SIMULATED (one process, no real institutions)", show_header=False)
-    table.add_row("ending", first.status)
-    table.add_row("steps applied", f"{first.steps} of {plan.steps}")
+    table.add_row("ending", ", ".join(sorted({o.status for o in outcomes})))
+    table.add_row("steps applied", f"{', '.join(map(str, sorted({o.steps for o in outcomes})))} of {plan.steps}")
     table.add_row(
         "mode, sum", f"{plan.mode}, {plan.sum}" + ("  (no encryption)" if plan.sum in ("plain", "none") else "")
     )
@@ -78,9 +84,8 @@ def summary(outcomes: list[Outcome]) -> None:
         values = [o.metrics[name] for o in outcomes]
         spread = ""
         if len(values) > 1:
-            error = statistics.stdev(values) / len(values) ** 0.5
-            spread = f" ± {error:.4f} (mean and standard error over {len(values)} seeds)"
+            spread = f" ± {standard_error(values):.4f} (mean and standard error over {len(values)} seeds)"
         table.add_row(f"test {name}", f"{statistics.mean(values):.4f}{spread}")
-    table.add_row("seconds", f"{first.seconds:.1f}")
-    table.add_row("run folder", str(first.run))
+    table.add_row("seconds", f"{sum(o.seconds for o in outcomes):.1f}")
+    table.add_row("run folder" if len(outcomes) == 1 else "run folders in", str(folder))
     CONSOLE.print(table)

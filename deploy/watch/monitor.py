@@ -4,7 +4,7 @@ The monitor is a process of its own: it opens the run's files for reading, takes
 can neither disturb a run nor speak for one. It verifies nothing; its page says so, and names the command that does.
 
 =============  ======================================================================================================
-``/``          one page: rounds, sites, ε of the rounds opened, bytes; no script, nothing from elsewhere; reloads itself every 5 s
+``/``          one page: rounds and their ε, sites, bytes; no script, nothing from elsewhere; reloads itself every 5 s
 ``/metrics``   the same figures as Prometheus text (exposition format 0.0.4)
 ``/healthz``   JSON; 200 while the run is waiting, running or has ended, 503 when it has stopped before its end
 =============  ======================================================================================================
@@ -263,7 +263,8 @@ def metrics_text(view: RunView, health: Health) -> str:
         out.add("epsilon_planned", "gauge", "Epsilon of the whole plan.", float(p["epsilon"]))
         out.add("delta", "gauge", "Delta of both epsilons.", float(p["delta"]))
         out.add("sites_planned", "gauge", "Sites of the plan.", int(p["sites"]))
-    out.add("epsilon_opened", "gauge", "Epsilon of the rounds opened so far; this run charged no site more.", view.epsilon_opened)
+    opened = "Epsilon of the rounds opened so far; this run charged no site more."
+    out.add("epsilon_opened", "gauge", opened, view.epsilon_opened)
     out.add("rounds_total", "counter", "Rounds that are over.", view.applied, {"outcome": "applied"})
     out.add("rounds_total", "counter", "Rounds that are over.", view.aborted, {"outcome": "aborted"})
     out.add("server_resumed_total", "counter", "Times that a stopped server went on.", view.resumed)

@@ -98,7 +98,7 @@ def _charts(view: RunView) -> list[Chart]:
     if planned := view.plan.get("epsilon"):
         ends = [(lines[0]["round"], planned), (max(int(view.plan["steps"]), lines[-1]["round"]), planned)]
         series.append(Series("ε of the plan", ends, "ref"))
-    text = f"After round {lines[-1]['round']} this run has charged no site more than ε = {lines[-1]['epsilon_opened']:.4g}."
+    text = f"After round {lines[-1]['round']} no site was charged more than ε = {lines[-1]['epsilon_opened']:.4g}."
     out = [Chart("Privacy budget", "round", "ε", text, series, low=0, whole_x=True)]
     bars = [(r["round"], r["members"]) for r in lines]
     title = "Sites in the sum (0: aborted)"

@@ -22,7 +22,8 @@ def write_curve(run: Path) -> Path:
     axis.set_ylim(0, 1)
     axis.set_ylabel("public test metric")
     other = axis.twinx()
-    other.plot(rounds, [x["epsilon_opened"] for x in lines], color="tab:red", linestyle="--", label="ε of the rounds opened")
+    opened = [x["epsilon_opened"] for x in lines]
+    other.plot(rounds, opened, color="tab:red", linestyle="--", label="ε of the rounds opened")
     other.set_ylabel("ε of the rounds opened (PLD)")
     other.set_ylim(bottom=0)
     handles = [h for a in (axis, other) for h in a.get_legend_handles_labels()[0]]

@@ -112,7 +112,7 @@ class Audit:
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
         for name, what, check in _CLAIMS:
             yield name, what, partial(self._on, check)
-        yield "budgets", "each site's spending over all its runs, and the most that this run charged to one", self._budgets
+        yield "budgets", "each site's ε over all its runs; the most that this run charged to one", self._budgets
         yield (
             "metrics file",
             "rounds in order; the epsilon of the rounds opened; its last results against the run's end",

@@ -86,7 +86,7 @@ def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
 
 
 def charged(accounting: dict[str, Any], plan: PrivacyPlan, steps: int) -> str:
-    """The most that this run charged to one site: ``steps`` of the plan's, by both accountants; never above the claim."""
+    """The most that this run charged to one site: ``steps`` of the plan's, by both accountants."""
     if (found := accounting.get("steps_charged")) != steps:
         raise VerificationError(f"{str(found)[:16]} steps are said to be charged to one site, the ledgers give {steps}")
     q, sigma = plan.event.sample_rate, plan.noise_multiplier

@@ -31,15 +31,15 @@ def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> 
     sampled = {*range(0, len(rows), every), len(rows) - 1} if rows else set()
     most = 0.0
     for i, row in enumerate(rows):
-        own = row["epsilon_opened"]
+        stated = own = row["epsilon_opened"]
         if i in sampled:
             own = recompute.by_pld(plan.event.sample_rate, plan.noise_multiplier, row["round"], plan.delta)
-        if abs(row["epsilon_opened"] - own) > _CLOSE * max(1.0, own):
-            raise VerificationError(f"round {row['round']}: it states epsilon = {row['epsilon_opened']:.6f}, not {own:.6f}")
+        if abs(stated - own) > _CLOSE * max(1.0, own):
+            raise VerificationError(f"round {row['round']}: it states epsilon = {stated:.6f}, not {own:.6f}")
         # What is not computed again lies between two rounds that are; at a small δ a composition's rounding shows.
-        if row["epsilon_opened"] < most * (1 - _UNEVEN) - _CLOSE:
+        if stated < most * (1 - _UNEVEN) - _CLOSE:
             raise VerificationError(f"round {row['round']}: the epsilon that it states is less than in a round before")
-        most = max(most, row["epsilon_opened"])
+        most = max(most, stated)
     last = history.applied[-1].number if history.applied else 0
     shown = next((r["metrics"] for r in reversed(rows) if r["round"] == last), {})
     if shown:

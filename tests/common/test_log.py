@@ -16,9 +16,13 @@ SAYS = (
 )
 
 
-@pytest.mark.parametrize("before", ["", "import logging; logging.basicConfig(); ", "import fedveil.deploy.site_process; "])
+BEFORE = ("", "import logging; logging.basicConfig(); ", "import fedveil.deploy.site_process; ")
+
+
+@pytest.mark.parametrize("before", BEFORE)
 def test_info_is_shown_once_after_any_import(before):
-    done = subprocess.run([sys.executable, "-c", SAYS.format(before=before)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", SAYS.format(before=before)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()

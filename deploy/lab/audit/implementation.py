@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -115,12 +114,9 @@ class InProcess:
 
         def make(i: int) -> Site:
             carried = cap or plan.filter_epsilon()
-            site = simulation.make_site(
+            return simulation.make_site(
                 world.roster, i, world.keys[i], plan, *parts[i], folder, cap=carried, engine=self.engine
             )
-            # Nobody's records are here: a probe under little noise may have any fallback.
-            site.limits = site.limits.model_copy(update={"max_fallback_epsilon": math.inf})
-            return site
 
         resolve, sites = simulation.keep(make)
 

@@ -76,7 +76,8 @@ def started(tmp_path, request):
     return make
 
 
-LINE = json.dumps({"round": 1, "epsilon_opened": 0.1, "metrics": {"auc": 0.5}, "bytes_sent": 1, "bytes_received": 1}) + "\n"
+FACTS = {"round": 1, "epsilon_opened": 0.1, "metrics": {"auc": 0.5}, "bytes_sent": 1, "bytes_received": 1}
+LINE = json.dumps(FACTS) + "\n"
 
 
 class TestWatching:

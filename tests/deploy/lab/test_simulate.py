@@ -141,6 +141,23 @@ def test_a_thousand_clients_need_no_force(tmp_path):
         simulate.make_plan(replace(config, clients=999), datasets.load("trivial", 999, 0))
 
 
+@pytest.mark.parametrize("mode", simulate.CHOICES["mode"])
+def test_virtual_sites_take_whatever_the_command_plans(tmp_path, mode):
+    """A fallback ε above what real sites accept is no reason to refuse."""
+    config = Config(clients=60, dataset="trivial", mode=mode, sum="plain", epsilon=599.0, steps=5, force=True)
+    if mode != "local":
+        assert simulate.make_plan(config, datasets.load("trivial", 60, 0)).fallback > 1000
+    assert simulate.run(config, tmp_path / "run").status == "COMPLETED"
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_are_hidden_whole(tmp_path):
+    words = ("--mode", "client", "--clients", "1000", "--epsilon", "8", "--sum", "plain")
+    done = CliRunner().invoke(cli.build(), ["simulate", *words, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.exception
+    assert report(tmp_path / "run")["claim"]["unit"] == "client"
+
+
 def test_a_cap_that_carries_a_part_of_the_steps_ends_normally(tmp_path):
     done = simulate.run(replace(SMALL, sum="plain", steps=10, cap=1.0, epsilon=1.0), tmp_path / "run")
     assert done.status == "BUDGET_EXHAUSTED"
@@ -226,14 +243,53 @@ class TestCommand:
         assert "SIMULATED" in done.output
         assert "no encryption" in done.output
         assert "over 2 seeds" in done.output
-        assert report(tmp_path / "run")["trust"]["sum"] == "plain"
+        assert {p.name for p in (tmp_path / "run").iterdir()} == {"seed-0", "seed-1", "summary.json"}
+        for seed in (0, 1):
+            folder = tmp_path / "run" / f"seed-{seed}"
+            assert {p.name for p in folder.iterdir()} == FILES
+            assert report(folder)["trust"]["sum"] == "plain"
+            assert json.loads((folder / "config.json").read_text())["seed"] == seed
+        found = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert [(r["seed"], r["folder"], r["status"]) for r in found["runs"]] == [
+            (0, "seed-0", "COMPLETED"), (1, "seed-1", "COMPLETED"),
+        ]  # fmt: skip
+        a, b = (report(tmp_path / "run" / r["folder"])["metrics"]["final"] for r in found["runs"])
+        for name, value in found["metrics"].items():
+            assert value["mean"] == pytest.approx((a[name] + b[name]) / 2)
+            assert value["standard_error"] == pytest.approx(abs(a[name] - b[name]) / 2)
+        again = self.invoke("--dataset", "trivial", "--seed", "5", "--out", str(tmp_path / "run"))
+        assert isinstance(again.exception, UsageError)
 
-    @pytest.mark.parametrize("arguments", [("--mode", "central"), ("--sum", "paillier"), ("--seeds", "0")])
+    @pytest.mark.parametrize(
+        "arguments",
+        [("--mode", "central"), ("--sum", "paillier"), ("--seeds", "0"), ("--reveal-to", "all"), ("--dataset", "iris")],
+    )
     def test_unknown_words(self, tmp_path, arguments):
         done = self.invoke(*arguments, "--out", str(tmp_path / "run"))
         assert done.exit_code != 0
         assert isinstance(done.exception, (UsageError, SystemExit))
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("dataset", datasets.NAMES)
+    def test_every_dataset_that_is_listed_runs(self, tmp_path, dataset):
+        assert dataset in self.invoke("--help").output
+        words = ("--dataset", dataset, "--clients", "4", "--sum", "plain", "--steps", "1")
+        done = self.invoke(*words, "--out", str(tmp_path / "run"))
+        assert done.exit_code == 0, done.exception
+        unknown = self.invoke("--dataset", "iris", "--out", str(tmp_path / "none")).exception
+        assert isinstance(unknown, UsageError)
+        assert dataset in unknown.hint
+
+    @pytest.mark.parametrize(("option", "value"), [(o, v) for o, values in simulate.CHOICES.items() for v in values])
+    def test_every_choice_that_is_listed_is_taken(self, tmp_path, option, value):
+        if value == "ray":
+            return  # slow: see below
+        asked = {"mode": "local" if value == "none" else "distributed", "sum": "keysum", option: value}
+        words = [x for o, v in asked.items() for x in (f"--{o.replace('_', '-')}", v)]
+        done = self.invoke(*words, "--clients", "4", "--dataset", "trivial", "--steps", "1", "--force",
+                           "--out", str(tmp_path / "run"))  # fmt: skip
+        assert done.exit_code == 0, done.exception
+        assert value in self.invoke("--help").output
 
     def test_a_folder_that_holds_a_run_is_left_alone(self, tmp_path):
         words = (
