@@ -114,7 +114,7 @@ def local(
     folder: Annotated[
         Path, typer.Argument(help="The site's private folder of ingestion (quality.json, lineage.json).")
     ],
-    ledger: Annotated[Path, typer.Option(help="The site's ledger (journal.jsonl).")],
+    ledger: Annotated[Path, typer.Option(help="The site's ledger (ledger.jsonl).")],
     report: Annotated[Path | None, typer.Option(help="The federation's report.json, if there is one.")] = None,
     public: Annotated[str | None, typer.Option(help="The site's public key: checks the ledger.")] = None,
 ) -> None:

@@ -19,14 +19,18 @@ from fedveil.common.errors import FedveilError, UsageError, VerificationError
 from fedveil.common.journal import GENESIS, Row, parse, verify_rows, without_torn_end
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.ledger import Ledger, Tally
+from fedveil.privacy.report import fields
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.charges import bounded
 
 app = typer.Typer(no_args_is_help=True, help="A site's privacy ledger: what was spent, what is left.")
 _LIMIT = 1 << 28
 
-File = Annotated[Path, typer.Argument(help="A site's ledger (journal.jsonl).")]
-Public = Annotated[str | None, typer.Option(help="The site's public key (64 hex digits): checks signatures, too.")]
+_ROSTER_LIMIT = 1 << 22
+
+File = Annotated[Path, typer.Argument(help="A site's ledger (ledger.jsonl).")]
+KEY = "The site's public key: 64 hex digits, or a roster.json that names it."
+Public = Annotated[str | None, typer.Option(help=f"{KEY} Checks signatures, too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -44,7 +48,7 @@ def show(file: File, public: Public = None, as_json: Json = False) -> None:
 @app.command()
 def verify(
     file: File,
-    public: Annotated[str, typer.Option(help="The site's public key, 64 hex digits.")],
+    public: Annotated[str, typer.Option(help=KEY)],
     as_json: Json = False,
 ) -> None:
     """Check numbering, chain, every signature and that the budget was never exceeded. Exit code 60 if not."""
@@ -97,10 +101,10 @@ def prove(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="The older ledger (journal.jsonl).")],
+    file: Annotated[Path, typer.Argument(help="The older ledger (ledger.jsonl).")],
     into: Annotated[Path, typer.Option(help="The ledger that shall count it from now on; must have been opened.")],
     key: Annotated[Path, typer.Option(help="The signing.key of the site that owns --into.")],
-    public: Annotated[str, typer.Option(help="The public key of the older ledger's owner, 64 hex digits.")] = "",
+    public: Annotated[str, typer.Option(help="The older ledger's public key (or a roster.json that names it).")] = "",
     old_key: Annotated[Path | None, typer.Option(help="The older ledger's signing.key, if it is not --key.")] = None,
     left_open: Annotated[
         bool, typer.Option("--left-open", help="Its key is lost, or FILE is a copy: the older ledger is not closed.")
@@ -113,7 +117,7 @@ def import_(
     """
     if left_open and (old_key is not None or not public):
         raise UsageError("--left-open needs the --public half of the older ledger's key, and not the key itself")
-    public = _key(public) if public else ""
+    public = _key(public, _bounded_rows(file)) if public else ""
     held, owner = _bounded_rows(into), identity.load_signing_key(key)
     now, old = tally_of(held), identity.load_signing_key(old_key) if old_key else owner
     if now.filter is None:
@@ -230,7 +234,6 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
         UsageError: there is no such file, or ``public`` is no key.
         VerificationError: empty, malformed, or forged; or cut off while its last row was written.
     """
-    key = None if public is None else _key(public)
     _require_file(file)
     try:
         data = read_bounded(file, _LIMIT)
@@ -238,6 +241,10 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
         rows = parse(whole)
         if not rows and whole == data:
             raise VerificationError("the ledger is empty")
+    except FedveilError as e:
+        raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
+    key = None if public is None else _key(public, rows)
+    try:
         if rows:
             rows = _chained(rows) if key is None else verify_rows(rows, key, owner=rows[0].owner)
     except FedveilError as e:
@@ -263,10 +270,23 @@ def _chained(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _key(public: str) -> str:
-    if not re.fullmatch("[0-9a-fA-F]{64}", key := public.strip()):
-        raise UsageError("--public is not 64 hexadecimal digits", hint="the site's key as the roster names it")
-    return key.lower()
+def _key(public: str, rows: list[Row]) -> str:
+    """The key that ``public`` is, or that the roster in the file ``public`` names for the owner of ``rows``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if re.fullmatch("[0-9a-fA-F]{64}", key := public.strip()):
+        return key.lower()
+    try:
+        signed = canonical.loads(read_bounded(Path(public), _ROSTER_LIMIT), limit=_ROSTER_LIMIT)
+        roster = identity.roster_from_payload(fields.mapping(signed, "the roster").get("payload"))
+        return roster.member(rows[0].owner if rows else "").signing_key
+    except (FedveilError, OSError, ValueError) as e:
+        raise UsageError(
+            "--public is neither 64 hexadecimal digits nor a roster that names this ledger's owner",
+            hint="the site's key, or the file roster.json of its identity folder or of the run",
+        ) from e
 
 
 def _require_file(file: Path) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import BudgetExhausted, UsageError, VerificationError
-from fedveil.common.units import Delta, Epsilon
+from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.deploy.cli.ledger import app
 from fedveil.privacy.dp.accounting import Filter, rdp
 from fedveil.privacy.dp.events import SampledGaussian
@@ -80,6 +80,26 @@ def test_verify_needs_the_right_key(file, key) -> None:
             assert isinstance(refused, UsageError)
             assert "64 hexadecimal digits" in refused.message
     assert call("verify", file).exit_code == 2
+
+
+def test_a_roster_names_the_key(file, key, tmp_path) -> None:
+    def roster(**keys) -> Path:
+        members = tuple(identity.Member(SiteId(s), identity.public_hex(k)) for s, k in keys.items())
+        server = identity.Member(identity.SERVER, "0" * 64)
+        path = tmp_path / "roster.json"
+        path.write_bytes(canonical.dumps(identity.sign_roster(identity.Roster("c", server, members), key)))
+        return path
+
+    other = identity.new_signing_key()
+    for command in ("verify", "show", "export"):
+        assert call(command, file, "--public", roster(alba=key, berg=other)).exit_code == 0
+        assert isinstance(call(command, file, "--public", roster(alba=other)).exception, VerificationError)
+        assert isinstance(call(command, file, "--public", roster(berg=key)).exception, UsageError)
+    for bad in (b"", b"[]", b"{}", b'{"payload": 1}', b"\xff", b"[" * 9999):
+        (tmp_path / "bad").write_bytes(bad)
+        assert isinstance(call("verify", file, "--public", tmp_path / "bad").exception, UsageError)
+    for path in (tmp_path, "/dev/zero", "x" * 5000):
+        assert isinstance(call("verify", file, "--public", path).exception, UsageError)
 
 
 @pytest.mark.parametrize("row", range(3))
