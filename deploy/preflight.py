@@ -46,7 +46,7 @@ from fedveil.deploy.cli.ledger import tally_of
 from fedveil.deploy.enrol.join import due
 from fedveil.deploy.enrol.provision import load_roster, load_tls
 from fedveil.deploy.enrol.revoked import Revoked
-from fedveil.deploy.site_process import LEDGER, ingested, subject_salt
+from fedveil.deploy.site_process import LEDGER, ingested, subject_salt, unit_of
 from fedveil.deploy.transport.handshake import trusted
 from fedveil.privacy.report.bundle import read_bounded
 
@@ -254,6 +254,11 @@ class Preflight:
             )
         if tally.lineage != self._site.lineage:
             raise JournalError("the ledger is another data set's", hint="correct [site] lineage or state")
+        if tally.unit != (unit := unit_of(limits)):
+            raise JournalError(
+                f"the ledger counts each {tally.unit[:32]!r}, [limits] modes each {unit!r}",
+                hint="a ledger of its own for each: another [site] lineage and state",
+            )
         if tally.closed:
             raise JournalError(
                 f"the ledger was closed: ledger {tally.closed[:16]}... counts it", hint="go on with that one"

@@ -31,7 +31,7 @@ from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
-from fedveil.common.settings import SiteSettings, TrainingSection
+from fedveil.common.settings import LimitsSection, SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
 from fedveil.deploy.cli.data_source import dialect_of, source_of
 from fedveil.deploy.enrol.join import due
@@ -48,19 +48,20 @@ _SALT_BYTES = 32
 _LOG = logging.getLogger("fedveil.site")
 
 
-def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Ingested]:
+def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
     """Check the identity, open (and lock) the ledger, ingest the table; nothing has touched the network yet.
 
     Raises:
         ConfigError, IdentityError, ContractError, DataError, AnonymityError, JournalError: what stops the site.
     """
-    s = settings.site
+    s, unit = settings.site, unit_of(settings.limits)
     site = site_id(s.id)
     key = identity.load_signing_key(s.identity / "signing.key")
     roster = load_roster(s.identity)
     if roster.member(site).signing_key != identity.public_hex(key):
         raise IdentityError(
-            f"{s.identity / 'signing.key'} is not the key of {site!r} on the roster", hint="check site.toml's id"
+            f"{s.identity / 'signing.key'} is not the key of {site!r} on the roster",
+            hint="correct [site] id",
         )
     consortium = (s.identity / "consortium.pub").read_text().strip()
     contract = contracts.load_signed(s.contract, consortium)
@@ -94,6 +95,22 @@ def prepare(settings: SiteSettings, *, unit: str = "record") -> tuple[Site, Inge
     )  # fmt: skip
     out.tidy()
     return out, data
+
+
+def unit_of(limits: LimitsSection) -> str:
+    """What the ledger counts: clients where the owner allows mode "client", else records.
+
+    Raises:
+        ConfigError: modes that count different things; one ledger cannot.
+    """
+    if "client" not in limits.modes:
+        return "record"
+    if set(limits.modes) != {"client"}:
+        raise ConfigError(
+            "mode 'client' stands beside others in [limits] modes: it counts clients, they count records",
+            hint="modes = ['client'] in [limits] of site.toml, with a lineage and state of its own",
+        )
+    return "client"
 
 
 def source_from(settings: SiteSettings) -> Source:

@@ -17,7 +17,7 @@ from flwr.app import Context, RecordDict
 from threadpoolctl import threadpool_info
 
 from fedveil.common import settings as files
-from fedveil.common.errors import JournalError
+from fedveil.common.errors import ConfigError, JournalError
 from fedveil.common.settings import SiteSettings
 from fedveil.deploy import preflight, site_process
 from fedveil.deploy.lab import demo_hospitals as demo_world
@@ -42,6 +42,23 @@ def ledger(settings: SiteSettings) -> Path:
 
 def checked(settings: SiteSettings) -> preflight.Finding:
     return next(f for f in preflight.Preflight(settings, offline=True).run() if f.check == "ledger")
+
+
+def test_a_site_that_allows_mode_client_counts_clients(settings: SiteSettings) -> None:
+    def allowing(*modes: str) -> SiteSettings:
+        return settings.model_copy(update={"limits": settings.limits.model_copy(update={"modes": modes})})
+
+    with pytest.raises(ConfigError, match="beside others"):
+        site_process.prepare(allowing("distributed", "client"))
+    assert not settings.site.state.exists()
+    site, _ = site_process.prepare(allowing("client"))
+    site.ledger.close()
+    assert site.ledger.tally.unit == "client"
+    assert checked(allowing("client")).ok
+    assert not checked(allowing("local")).ok
+    assert not checked(allowing("local", "client")).ok
+    with pytest.raises(JournalError, match="unit 'client'"):
+        site_process.prepare(allowing("local"))
 
 
 def test_a_row_that_was_cut_off_is_repaired_and_not_called_evidence(settings: SiteSettings, ledger: Path) -> None:
