@@ -199,7 +199,7 @@ class Site:
             # No row: whoever asks for ever new sessions must not fill the ledger with refusals either.
             raise PolicyRefusal(
                 f"{self.limits.max_unused_sessions} sessions in which nothing was charged began here within 24 hours",
-                hint="resume a run that began, or wait; the site's owner can raise max_unused_sessions",
+                hint="resume one that began, or wait; the owner can raise max_unused_sessions in [limits] of site.toml",
             )
         if self.ledger.affords(plan.event) < 1:
             self.refused(session, BudgetExhausted.__name__)

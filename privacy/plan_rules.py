@@ -47,7 +47,7 @@ def check(plan: PlanFigures) -> None:
     if plan.inflation > MAX_INFLATION:
         raise PlanError(
             f"the grid widens the sensitivity by {plan.inflation:.1%}, more than {MAX_INFLATION:.0%}",
-            hint="a finer grid or fewer parameters",
+            hint="make the plan again: its grid follows from its other numbers",
             nearest=plan.regrid(),
         )
     if plan.share_std < MIN_SHARE_STD:
@@ -130,7 +130,8 @@ def _check_trust(plan: PlanFigures) -> None:
     if plan.mode == "client" and plan.sites < MIN_CLIENTS and not plan.few_clients:
         raise PlanError(
             f"mode 'client' hides a whole client: its noise drowns the model of {plan.sites} clients",
-            hint=f"use mode 'distributed', at least {MIN_CLIENTS} clients, or insist with few_clients",
+            hint=f"use mode 'distributed' or at least {MIN_CLIENTS} clients; or insist: few_clients in [privacy] of "
+            "federation.toml, --force of 'fedveil simulate'",
             nearest={"mode": "distributed"},
         )
     if plan.mode != "client" and plan.local_steps != 1:

@@ -68,7 +68,7 @@ def _gather(exchange: Exchange) -> None:
             missing = [m.site for m in job.roster.sites if m.site not in job.joins]
             raise RunAborted(
                 f"these sites did not join in time: {', '.join(missing)}",
-                hint="each site's own log says why; start those sites, or raise run.join_timeout, and begin again",
+                hint="each site's own log says why; start them, or raise join_timeout in [run] of federation.toml",
             )
         new = [node for node in exchange.grid.get_node_ids() if node not in answered]
         if not new:

@@ -28,6 +28,7 @@ QueryOption = Annotated[str, typer.Option(help="For a database: the SELECT whose
 UrlOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with a SQLAlchemy URL, for SQL databases.")]
 FhirOption = Annotated[Path | None, typer.Option(help="For .ndjson: TOML file with resource and [paths].")]
 CorrectionsOption = Annotated[Path | None, typer.Option(help="TOML file with the site's declared corrections.")]
+_QUERY = "--query 'SELECT ... ORDER BY ...' (query in [data] of site.toml)"
 
 
 def cells(*values: object) -> list[Text]:
@@ -56,17 +57,17 @@ def source_of(table: Path, query: str, url_file: Path | None, fhir: Path | None)
 
     if url_file is not None:
         if not query:
-            raise UsageError("a database needs a query", hint="--query 'SELECT ... ORDER BY ...'")
+            raise UsageError("a database needs a query", hint=_QUERY)
         return SqlSource(_secret_line(url_file), query)
     if table.suffix.lower() in (".duckdb", ".ddb"):
         if not query:
-            raise UsageError("a DuckDB file needs a query", hint="--query 'SELECT ... ORDER BY ...'")
+            raise UsageError("a DuckDB file needs a query", hint=_QUERY)
         return DuckSource(table, query)
     if query:
-        raise UsageError("a query needs a database", hint="--url-file, or a .duckdb file")
+        raise UsageError("a query needs a database", hint="--url-file (url_file in [data] of site.toml), or .duckdb")
     if table.suffix.lower() == ".ndjson":
         if fhir is None:
-            raise UsageError("an .ndjson file needs its paths", hint="--fhir paths.toml")
+            raise UsageError("an .ndjson file needs its paths", hint="--fhir paths.toml (fhir in [data] of site.toml)")
         return _fhir_source(table, fhir)
     return table
 

@@ -61,7 +61,7 @@ def discrete_gaussian(std: float, size: int, stream: KeyStream | None = None) ->
         stream: for tests; by default a fresh :class:`KeyStream`.
     """
     if not (0.5 <= std <= MAX_STD):
-        raise PlanError(f"noise of {std!r} grid units is outside [0.5, 2^48]", hint="choose another grid width")
+        raise PlanError(f"noise of {std!r} grid units is outside [0.5, 2^48]", hint="another noise multiplier")
     stream = stream or KeyStream()
     out = np.empty(size, np.int64)
     done = 0

@@ -73,14 +73,14 @@ def choose(spec: SumSpec) -> KeysumParams:
         raise SecureSumError(f"keysum over {n} sites", hint=f"it is made for 2 to {MAX_SITES}")
     _check_helpers(spec, n)
     if spec.min_members < 2:
-        raise SecureSumError("a sum of one site would be opened", hint="min_members must be at least 2")
+        raise SecureSumError("a sum of one site would be opened", hint="allow for fewer drop-outs")
     for plain_bits in range(LOG_DELTA_T, _MIN_PLAIN_BITS - 1, -1):
         found = _with(spec, n, plain_bits)
         if found is not None:
             return found
     raise SecureSumError(
         f"a bound of {spec.bound} over {n} sites and {spec.rounds} rounds does not fit any plaintext modulus",
-        hint="use a coarser grid, a smaller range or fewer rounds",
+        hint="fewer sites, or fewer steps",
     )
 
 
@@ -88,7 +88,9 @@ def _check_helpers(spec: SumSpec, n: int) -> None:
     """Two sets of members can never both be agreed upon: 2T > m + c_m, the helpers and those of them who collude."""
     m, threshold = len(spec.all_helpers), spec.threshold
     if m > MAX_HELPERS:
-        raise SecureSumError(f"keysum with {m} helpers", hint=f"name a committee of at most {MAX_HELPERS}")
+        raise SecureSumError(
+            f"keysum with {m} helpers", hint=f"a committee of at most {MAX_HELPERS}: [privacy] committee"
+        )
     colluding = committee_colluders(n, spec.colluders, m)
     if not m + colluding < 2 * threshold <= 2 * m:
         raise SecureSumError(
@@ -124,7 +126,7 @@ def check_sharedkey(spec: SumSpec) -> None:
     if spec.bound > CKKS_MAX_BOUND:
         raise SecureSumError(
             f"a bound of {spec.bound} is too large for exact sums under CKKS",
-            hint=f"at most {CKKS_MAX_BOUND}; use keysum or a coarser grid",
+            hint=f"at most {CKKS_MAX_BOUND}; use keysum",
         )
     if spec.min_members < 2 or spec.threshold < 2:
         raise SecureSumError("a shared-key sum needs at least two members and two equal answers")

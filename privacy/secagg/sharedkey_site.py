@@ -78,7 +78,7 @@ class SharedKeySite(SiteSum):
             return held
         values = self._spec.vector(values)
         if max(int(values.max()), -int(values.min())) > CKKS_MAX_VALUE:
-            raise SecureSumError("a value too large for a sum under CKKS", hint="use keysum or a coarser grid")
+            raise SecureSumError("a value too large for a sum under CKKS", hint="use keysum")
         parts = [engine.encrypt(values[i : i + CKKS_SLOTS]) for i in range(0, values.size, CKKS_SLOTS)]
         data = b"".join(parts)
         header = messages.fields(self._spec, messages.SEALED, round, nonce=nonce, site=self._site)

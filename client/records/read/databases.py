@@ -121,7 +121,9 @@ def _require_file(url: Any) -> None:
     """SQLite makes the file it does not find: a misspelt name would read as an empty database, and leave one behind."""
     name = url.database or ""
     if url.get_backend_name() == "sqlite" and not name.startswith("file:") and not Path(name).is_file():
-        raise DataError("the SQLite database of the URL is not a file", hint="correct the path in the --url-file")
+        raise DataError(
+            "the SQLite database of the URL is not a file", hint="correct the path in the file with the URL"
+        )
 
 
 def _as_tables(rows: Iterator[list[Any]], header: list[str], contract: DataContract) -> Iterator[pa.Table]:

@@ -17,7 +17,10 @@ import re
 from fedveil.common.errors import UsageError
 
 MAX_CHARACTERS = 1 << 20
-HINT = "--query 'SELECT ... ORDER BY ...': a single one, that only reads; quote columns called after a statement"
+HINT = (
+    "--query 'SELECT ... ORDER BY ...' (query in [data] of site.toml): a single one, that only reads; "
+    "quote columns called after a statement"
+)
 _MARK = re.compile(r"'|\"|`|\[|\$|#|--|/\*")
 _ENDS = {
     "'": re.compile(r"'(?:[^']|'')*+'"),

@@ -129,7 +129,7 @@ def cleared(work: Path, source: Source) -> None:
     if isinstance(source, Path) and source.resolve() in (earlier, (work / RELEASED).resolve()):
         raise UsageError(
             f"{source} is a release that lies in its own work folder, which is cleared for the next one",
-            hint="copy it elsewhere, or name another --work folder",
+            hint="copy it elsewhere, or name another folder: --work, or [site] state of site.toml",
         )
     if earlier is not None:
         earlier.unlink(missing_ok=True)
