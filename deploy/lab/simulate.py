@@ -16,7 +16,7 @@ import typer
 
 from fedveil.common import canonical
 from fedveil.common.errors import BudgetExhausted, RunAborted, UsageError
-from fedveil.deploy.datasets import NAMES as DATASETS
+from fedveil.deploy.lab.datasets import NAMES as DATASETS
 
 if TYPE_CHECKING:
     from fedveil.deploy.lab import virtual_sites as simulation
@@ -313,7 +313,7 @@ def write_summary(folder: Path, seeds: Iterable[int], outcomes: list[Outcome]) -
          "seconds": o.seconds}
         for s, o in zip(seeds, outcomes, strict=True)
     ]  # fmt: skip
-    from fedveil.deploy.display import standard_error
+    from fedveil.deploy.watch.display import standard_error
 
     values = {name: [o.metrics[name] for o in outcomes] for name in outcomes[0].metrics}
     found = {

@@ -7,11 +7,12 @@ from typing import Any, get_args
 import pytest
 from typer.main import get_command
 
-from fedveil.client.ingest import files
-from fedveil.common import cli, errors, settings, stats_spec
+from fedveil.client.records.read import files
+from fedveil.common import cli, errors, settings
 from fedveil.common.contract import dates
-from fedveil.common.model_spec import ModelSpec
-from fedveil.common.models import build
+from fedveil.common.workload import statistics as stats_spec
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
 from fedveil.deploy import demo_world, site_process
 from fedveil.privacy import plan as plans
 from fedveil.privacy.anonymization import anonymizer, stability
