@@ -13,7 +13,8 @@ from fedveil.common.contract import dates
 from fedveil.common.workload import statistics as stats_spec
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build
-from fedveil.deploy import demo_world, site_process
+from fedveil.deploy import site_process
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.privacy import plan as plans
 from fedveil.privacy.anonymization import anonymizer, stability
 from fedveil.privacy.dp.clipping import core
@@ -88,10 +89,10 @@ def test_every_method_has_a_stability(method):
 
 @pytest.mark.parametrize("what", stats_spec.WHAT)
 def test_every_statistic_can_be_asked_for(what):
-    network = ModelSpec(name="logistic", inputs=demo_world.contract().width, classes=2)
+    network = ModelSpec(name="logistic", inputs=demo_hospitals.contract().width, classes=2)
     metric = stats_spec.MetricSpec(network=network, model_hash="a" * 64, confusion=what == "confusion")
     asked = stats_spec.request(
-        demo_world.contract(), [what], metric=metric if what in ("accuracy", "confusion") else None
+        demo_hospitals.contract(), [what], metric=metric if what in ("accuracy", "confusion") else None
     )
     assert asked.parameters >= 1
 

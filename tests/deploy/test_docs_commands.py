@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedveil.common import cli, identity
 from fedveil.common.errors import UsageError
 from fedveil.common.units import Delta, Epsilon
-from fedveil.deploy import simulate
+from fedveil.deploy.lab import simulate
 from fedveil.deploy.lab import virtual_sites as simulation
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger

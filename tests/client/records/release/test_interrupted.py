@@ -45,7 +45,11 @@ def csv(home: Path, table: Path, contract: DataContract) -> tuple[list[object], 
     (home / "contract.json").write_bytes(canonical.dumps(sign_contract(contract, key)))
     command: list[object] = ["data", "anonymize", table, "--contract", home / "contract.json"]
     command += ["--signer-public", identity.public_hex(key), "--work", home / "work", "--method", "mondrian"]
-    return [*command, "--out", home / "out" / "r.csv"], "fedveil.client.records.release.anonymize:require_cells", "r.csv"
+    return (
+        [*command, "--out", home / "out" / "r.csv"],
+        "fedveil.client.records.release.anonymize:require_cells",
+        "r.csv",
+    )
 
 
 @pytest.fixture(params=["parquet", "csv"])
