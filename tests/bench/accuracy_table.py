@@ -182,8 +182,9 @@ def heart_page(rows: list[Row]) -> str:
             out.append(f"| {label} | {pooled} | {together} | {' | '.join(alone)} |")
         out.append("")
     out += [
-        f"Always guessing the commoner class has accuracy {mean('majority accuracy'):.3f} on these rows. AUC on each "
-        "hospital's own test rows (Switzerland's hold two healthy patients, so that its figures mean little):",
+        f"Always guessing the commoner class has accuracy {mean('majority accuracy'):.3f} on these rows. The next "
+        "table is AUC on each hospital's own test rows. (Switzerland's hold two healthy patients, so its figures mean "
+        "little.)",
         "",
         f"| ε | {' | '.join(n + ' together' + ' | alone' for n in names)} |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -236,18 +237,22 @@ def page(work: Callable[[], tuple[dict[tuple[int, float], list[Row]], list[Row]]
 
 Written by `make bench-accuracy` in {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores
 ({platform.machine()}), torch {version("torch")}, dp-accounting {version("dp-accounting")}.
-Means ± standard error over seeds; a seed fixes the split and the initial weights, noise and keys are fresh.
+Figures are means ± standard error over seeds. A seed fixes the split and the initial weights. Noise and keys are
+fresh.
 
 ## Digits
 
-Scikit-learn's 8x8 digits: 1,437 records shared out evenly, 360 public test records; a network with one hidden layer of
-32, recipe of `fedveil simulate` (δ = {DELTA:g}). *Distributed* is the platform itself: server and sites in one process,
-all charges, clipping, grid, clamp and shares of noise as in a real run, the sum in the clear (the same integers that
-`keysum` opens). *Central* is DP-SGD on the pooled records by one party that all trust ({DRAWS} draws of the noise
-for every seed). With t = d = 0 the sum carries exactly the noise of central DP-SGD at the same ε. The default t and d
-(5 sites: 1 and 1; 20 sites: 3 and 3) add noise so that ε still holds when t sites collude and d are missing: beside it
-stands central DP-SGD at that same total noise, σ·sqrt(n/h). *Local* adds the whole noise at every site (what platforms
-without a secure sum offer), with a recipe of its own: logistic regression, chosen on other splits.
+The data are scikit-learn's 8x8 digits: 1,437 records shared out evenly, and 360 public test records. The network has
+one hidden layer of 32, with the recipe of `fedveil simulate` (δ = {DELTA:g}).
+
+- *Distributed* is the platform itself: server and sites in one process, with all charges, clipping, grid, clamp and
+  shares of noise as in a real run. The sum is in the clear; it is the same integers that `keysum` opens.
+- *Central* is DP-SGD on the pooled records by one party that all trust ({DRAWS} draws of the noise for every seed).
+- With t = d = 0 the sum carries exactly the noise of central DP-SGD at the same ε.
+- The default t and d (5 sites: 1 and 1; 20 sites: 3 and 3) add noise so that ε still holds when t sites collude and d
+  are missing. Beside it stands central DP-SGD at that same total noise, σ·sqrt(n/h).
+- *Local* adds the whole noise at every site, which platforms without a secure sum offer. It has a recipe of its own:
+  logistic regression, chosen on other splits.
 
 {HEAD}
 {digits_page(found)}
@@ -266,16 +271,17 @@ HEAD = f"""\
 
 
 HEART_TEXT = f"""\
-UCI Heart Disease: Cleveland 303, Hungarian 294, Switzerland 123, VA 200 patients; the target is `num > 0`. Encoded by
-the code of the sites under a data contract (`tests/bench/accuracy_heart.py`): public bounds for six numbers, one-hot
-codes for seven columns, an indicator where a value may be missing. `?` means missing, and so does a cholesterol or
-blood pressure of 0 (all of Switzerland's cholesterol). Nothing is fitted: no scaler, no imputation from the data. A
-stratified quarter of every hospital is the test set; {HEART_SEEDS} splits; logistic regression; recipes chosen on other
-splits, one for training together and one for training alone at each ε.
+The data are UCI Heart Disease: Cleveland 303, Hungarian 294, Switzerland 123, VA 200 patients. The target is
+`num > 0`. The code of the sites encodes the rows under a data contract (`tests/bench/accuracy_heart.py`): public
+bounds for six numbers, one-hot codes for seven columns, an indicator where a value may be missing. `?` means missing,
+and so does a cholesterol or blood pressure of 0 (all of Switzerland's cholesterol). Nothing is fitted: no scaler, no
+imputation from the data. A stratified quarter of every hospital is the test set. There are {HEART_SEEDS} splits. The
+model is logistic regression. Recipes were chosen on other splits, one for training together and one for training
+alone at each ε.
 
-*Federated* is `distributed` with the default t = d = 1 of four sites: h = 2, its sums hold sqrt(2) times the noise of
-the trusted party beside it at the same ε. Without noise a federated step is the same sum as a pooled one. *Alone* is
-one hospital's own DP-SGD at the same ε.
+*Federated* is `distributed` with the default t = d = 1 of four sites. So h = 2, and its sums hold sqrt(2) times the
+noise of the trusted party beside it at the same ε. Without noise a federated step is the same sum as a pooled one.
+*Alone* is one hospital's own DP-SGD at the same ε.
 
 """
 

@@ -194,25 +194,25 @@ def document(honest: list[Conformance], flagged: int, rows: list[str], seconds: 
     checks = [f"| {f.name} | {f.asks.replace('|', chr(92) + '|')} | {f.samples} | {f.detects} |" for f in last.findings]
     return "\n".join([
         "# Planted faults", "",
-        "`make bench-audit`: the conformance suite (`fedveil.privacy.audit.suite`) examines this program through its "
-        "real path (clip, sample, share, encrypt, sum, open), once as it is and once for every fault below, planted "
-        "by replacing one function.", "",
+        "Written by `make bench-audit`. The conformance suite (`fedveil.privacy.audit.suite`) examines this program "
+        "through its real path (clip, sample, share, encrypt, sum, open). It does so once for the program as it is, "
+        "and once for every fault below. Each fault is planted by replacing one function.", "",
         f"Plan: {p.sites} sites, t = {p.colluders}, d = {p.dropouts}, h = {p.honest}, sum `{p.sum}`, σ = "
         f"{p.noise_multiplier:g}, C = {p.clip:g}, q = {p.sample_rate:g}. Each check fails a correct program with "
-        f"probability at most {last.findings[0].alpha:g}; all {len(last.findings)} together below "
-        f"{len(last.findings) * last.findings[0].alpha:.1g}.", "",
+        f"probability at most {last.findings[0].alpha:g}. All {len(last.findings)} checks together do so with "
+        f"probability below {len(last.findings) * last.findings[0].alpha:.1g}.", "",
         f"**Honest program: {flagged}/{HONEST} flagged.** Measured noise multiplier between {min(ratio):.4f} and "
-        f"{max(ratio):.4f} of the claimed one; the {last.confidence:.0%} interval holds the claim in {covered} of "
+        f"{max(ratio):.4f} of the claimed one. The {last.confidence:.0%} interval holds the claim in {covered} of "
         f"{HONEST}. One of them: {last.sentence}.", "",
         "| fault | caught | by the check | others that fail | measured noise multiplier (claimed 1) |",
         "|---|---|---|---|---|", *rows, "",
-        "A missing share leaves more noise than the claim counts on (|U| = 5 shares are drawn, h = 3 are claimed): it "
-        "shows because the variance is tested against |U|/h, from both sides.", "",
+        "If a share is missing, the noise is still more than the claim counts on: |U| = 5 shares are drawn and h = 3 "
+        "are claimed. The fault shows because the variance is tested against |U|/h, from both sides.", "",
         "## What each check rests on", "",
         "The smallest fault is the one found with a probability of 99.9 %.", "",
         "| check | what it compares | numbers | smallest fault it finds |", "|---|---|---|---|", *checks, "",
-        "More sites need more rounds: with n sites one missing share is 1/n of the variance. The suite tests honest "
-        "code: a site that knows the slab and draws its noise there only would pass.", "",
+        "More sites need more rounds: with n sites, one missing share is 1/n of the variance. The suite tests honest "
+        "code. A site that knows the audit slab, and draws its noise only there, would pass.", "",
         f"{seconds:.0f} s of CPU for {HONEST + PLANTED * len(rows)} examinations.", "",
     ])  # fmt: skip
 

@@ -170,18 +170,22 @@ Written by `make bench-dp` in {time.perf_counter() - start:.0f} s: one thread of
 ({platform.machine()}), torch {version("torch")}, Opacus {version("opacus")}, Python {platform.python_version()}.
 Times are CPU seconds.
 
-Slowdown to one plain gradient (forward, backward, float32) of the same network and batch; medians of interleaved
-ratios. *Ours* lets the probe choose engine and precision (named behind the figure), as a site does whose owner wrote
-`precision = "float32"` under `[training]`; without it a site runs the column *float64 only*. Where float32 is chosen,
-the per-record gradients are still summed in float64, and the probe has checked bit for bit that no record's
-contribution depends on its neighbours or its place. That what holds for the probe's records holds for all is an
-assumption: such a site says so in its ledger, and the report names it. Opacus computes in float32 throughout.
+The figures are slowdowns: the time divided by that of one plain gradient (forward, backward, float32) of the same
+network and batch. They are medians of interleaved ratios.
+
+- *Ours* lets the probe choose engine and precision (named behind the figure). A site does so whose owner wrote
+  `precision = "float32"` under `[training]`. Without it a site runs the column *float64 only*.
+- Where float32 is chosen, the per-record gradients are still summed in float64. The probe has checked bit for bit
+  that no record's contribution depends on its neighbours or its place. It is an assumption that what holds for the
+  probe's records holds for all. Such a site says so in its ledger, and the report names it.
+- Opacus computes in float32 throughout.
 
 | network | batch | plain | {" | ".join(COLUMNS)} | targets | repetitions |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-A Poisson-sampled batch, drawn and gathered (ours from the operating system's randomness, Opacus' from torch's):
+This is the time to draw and gather a Poisson-sampled batch (ours from the operating system's randomness, Opacus' from
+torch's):
 
 | records | ours | DPDataLoader | ratio | target |
 |---|---|---|---|---|

@@ -188,16 +188,18 @@ def main() -> None:
     DOCS.write_text(
         f"""# Four hospitals: what anonymity and differential privacy cost
 
-Written by `make bench-hospitals` in {time.perf_counter() - started:.0f} s. UCI Heart Disease (Janosi, Steinbrunn,
-Pfisterer, Detrano; CC BY 4.0), 920 patients of four hospitals, ingested as they are in the file; {SEEDS} splits, three
-quarters to train on; logistic regression; accuracy (mean ± standard error) / AUC on all hospitals' raw test rows.
+Written by `make bench-hospitals` in {time.perf_counter() - started:.0f} s.
+
+The data are UCI Heart Disease (Janosi, Steinbrunn, Pfisterer, Detrano; CC BY 4.0): 920 patients of four hospitals,
+ingested as they are in the file. There are {SEEDS} splits, with three quarters to train on. The model is logistic
+regression. A cell is accuracy (mean ± standard error) / AUC on all hospitals' raw test rows.
 
 {shown}
 
 "No noise" is one model on all training rows. Each ε is a federation of the four hospitals with the default tolerance
-(t = d = 1), δ = 1e-4. ε speaks of a raw patient for the first two rows (fixed levels, no suppression: stability factor
-1). Mondrian fits its groups to the data: no factor bounds what one patient changes, so in the third row ε speaks of
-records of the released tables only.
+(t = d = 1), δ = 1e-4. For the first two rows ε speaks of a raw patient (fixed levels, no suppression: stability
+factor 1). Mondrian fits its groups to the data. No factor bounds what one patient changes, so in the third row ε
+speaks of records of the released tables only.
 """
     )
 

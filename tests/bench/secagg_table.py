@@ -294,8 +294,8 @@ def round_section(rows: list[tuple[int, dict[str, float]]], blinded: dict[str, f
             for n, r in rows
         ),
         "",
-        "k values share a coefficient; the plan's bound decides which k fits. The shares, 8.2 KB a helper, are in",
-        "B/param: for 100 helpers they are 0.78 of it, which is one reason for a committee.",
+        "k values share a coefficient. The plan's bound decides which k fits. The shares of the secrets, 8.2 KB a",
+        "helper, are in B/param. For 100 helpers they are 0.78 of it, which is one reason for a committee.",
         "",
         f"With group blinding (n = 10, k = 2) a contribution takes {blinded['encrypt']:.3f} s, the server's opening "
         f"{blinded['open']:.3f} s, and",
@@ -316,8 +316,9 @@ def model_section(net: dict[str, float], extra: dict[str, float]) -> list[str]:
             *(f"{rate:.1f}", f"{net['bytes']:.2f}"),
         ),
         "",
-        "Memory of the client while it makes that contribution (a process of its own, state on disk; its resident",
-        "set at the peak less its size before the call), in bytes per parameter:",
+        "This is the memory of the client while it makes that contribution, in bytes per parameter. The client is",
+        "a process of its own with its state on disk. The figure is its resident set at the peak, less its size",
+        "before the call:",
         "",
         *head(
             "vector handed in",
@@ -334,9 +335,9 @@ def model_section(net: dict[str, float], extra: dict[str, float]) -> list[str]:
             for kind in extra
         ),
         "",
-        "The target is 2.5x a float32 update, the vector itself included. One copy of the ciphertext (3.5 bytes per",
-        "parameter) is what the call must hold, the rest is working space; an int32 vector is widened chunk by chunk.",
-        "At k = 1 the ciphertext alone has 7 bytes per parameter.",
+        "The target is 2.5x a float32 update, the vector itself included. The call must hold one copy of the",
+        "ciphertext (3.5 bytes per parameter). The rest is working space. An int32 vector is widened chunk by",
+        "chunk. At k = 1 the ciphertext alone has 7 bytes per parameter.",
     ]
 
 
@@ -349,8 +350,8 @@ def table() -> str:
         [
             "# Bench of the secure sum",
             "",
-            "Written by `make bench-secagg` (`tests/bench/secagg_table.py`): CPU seconds of one process, medians, both",
-            "sides in one run, interleaved. Ratios travel between machines, seconds do not.",
+            "Written by `make bench-secagg` (`tests/bench/secagg_table.py`). Times are CPU seconds of one process, as",
+            "medians. Both sides are measured in one run, interleaved. Compare ratios between machines, not seconds.",
             "",
             machine(),
         ],

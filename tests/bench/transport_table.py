@@ -273,9 +273,9 @@ def table() -> str:
     lines = [
         "# Bench of the transport",
         "",
-        "Written by `make bench-transport` (`tests/bench/transport_table.py`): every party is a process on one",
-        "machine, over mTLS (TLS 1.3) on loopback; what many sites do is done by threads of two processes. Seconds are",
-        "wall-clock and count encryption at the sites where it is named.",
+        "Written by `make bench-transport` (`tests/bench/transport_table.py`). Every party is a process on one",
+        "machine, over mTLS (TLS 1.3) on loopback. What many sites do is done by threads of two processes.",
+        "Seconds are wall-clock. They count encryption at the sites where it is named.",
         "",
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; not quiet: load "
         f"{load:.1f} when it began, {os.getloadavg()[0]:.1f} when it ended.",
@@ -285,7 +285,8 @@ def table() -> str:
     lines += [f"| {what} | {value} | {target} | {verdict[ok]} |" for what, value, target, ok in rows]
     lines += [
         "",
-        "At the server a payload is the array that the app holds and sends; the one that comes back is a second.",
+        "At the server one payload is the array that the app holds and sends. The array that comes back is a",
+        "second payload.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -227,22 +227,22 @@ def write(result: Result, folder: Path) -> None:
 def _page(r: Result) -> str:
     return "\n".join([
         "# Attacks", "",
-        "`fedveil audit attacks`: what a curious server learns about records (scikit-learn's digits), from what it "
-        "sees with no defence (a site's own gradient), with a secure sum (the exact sum of five sites) and with this "
-        f"program (the opened sum, noise included; one step of a run with ε = {r.epsilon:g} in {views.STEPS} steps, "
-        f"noise multiplier {r.noise_multiplier:.2f}).", "",
+        "`fedveil audit attacks` shows what a curious server learns about records (scikit-learn's digits). It compares "
+        "three views: no defence (a site's own gradient), a secure sum (the exact sum of five sites), and this program "
+        f"(the opened sum, noise included). The last is one step of a run with ε = {r.epsilon:g} in {views.STEPS} "
+        f"steps, with noise multiplier {r.noise_multiplier:.2f}.", "",
         "![The records and what each attack makes of them](attacks.png)", "",
         r.table(), "",
-        "**Division.** A record's gradient in the first layer is the record times a number, and that number is the "
-        "bias's gradient. **Matching (iDLG).** The class follows from the last layer's signs (right for "
-        f"{r.labels_right:.0%} of the single records); then a record is searched whose gradient is the one seen. "
-        "**Imprint.** The server sends a network in which each unit answers to one narrow band of the records: a sum "
-        "over many records, and over all sites, is taken apart again. A secure sum alone does not help against it; the "
-        "noise inside does.", "",
+        "**Division.** A record's gradient in the first layer is the record times a number. That number is the bias's "
+        "gradient. **Matching (iDLG).** The class follows from the last layer's signs (right for "
+        f"{r.labels_right:.0%} of the single records). Then the attacker searches for a record whose gradient is the "
+        "one seen. **Imprint.** The server sends a network in which each unit answers to one narrow band of the "
+        "records. So a sum over many records, and over all sites, can be taken apart again. A secure sum alone does "
+        "not help against it. The noise inside does.", "",
         f"Rebuilt exactly: a mean square error per pixel below {inversion.EXACT:g}, pixels in 0..1. \"At most\": what "
         "the run's whole privacy curve allows anybody, whatever the attack (100 % without a defence). The models of "
         "the membership table train on few records, a tenth of them with a wrong label, so that there is something to "
-        "memorise: the table speaks of leaks, and its accuracies say nothing about larger data.", "",
+        "memorise. The table speaks of leaks. Its accuracies say nothing about larger data.", "",
         f"About {r.seconds:.0f} s of CPU.", "",
     ])  # fmt: skip
 
