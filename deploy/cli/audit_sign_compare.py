@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, fields, identity
 from fedveil.common.errors import UsageError, VerificationError
 from fedveil.common.journal import parse, verify_rows
 from fedveil.privacy.report import compare as comparing
-from fedveil.privacy.report import fields
 from fedveil.privacy.report import local as locals_
 from fedveil.privacy.report import pdf as printing
 from fedveil.privacy.report import row_proof as proofs

@@ -14,12 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, fields, identity
 from fedveil.common.errors import FedveilError, UsageError, VerificationError
 from fedveil.common.journal import GENESIS, Row, parse, verify_rows, without_torn_end
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.ledger import Ledger, Tally
-from fedveil.privacy.report import fields
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.charges import bounded
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from fedveil.common import canonical
+from fedveil.common import canonical, fields
 from fedveil.common.errors import UsageError, VerificationError, WireError
 from fedveil.common.files import replacing
 from fedveil.privacy import plan as plans
 from fedveil.privacy.audit.evidence import Conformance, Finding
 from fedveil.privacy.audit.one_run import Guesses, Method, OneRun
-from fedveil.privacy.report import fields
 
 AUDIT, PLAN = "audit.json", "plan.json"
 LIMIT = 1 << 20

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical, identity, merkle
+from fedveil.common import canonical, fields, identity, merkle
 from fedveil.common.errors import IdentityError, JournalError, VerificationError, WireError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Row, parse, verify_rows
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import fields, results
+from fedveil.privacy.report import results
 
 PLAN, ROSTER, JOINS, CONTRACT = "plan.json", "roster.json", "joins.json", "contract.json"
 PIN, JOURNAL, JOURNALS, METRICS, REPORT = "consortium.pub", "journal.jsonl", "journals", "metrics.jsonl", "report.json"

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fedveil.common import fields
 from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.journal import Row
 from fedveil.privacy.dp.accounting import ORDERS
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 from fedveil.privacy.ledger import Tally
-from fedveil.privacy.report import fields
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
 Precision = Literal["float64", "float32"]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, fields, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import Roster
@@ -20,7 +20,7 @@ from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import claims, fields, ledgers, progress, recompute, schema, signatures, tables
+from fedveil.privacy.report import claims, ledgers, progress, recompute, schema, signatures, tables
 from fedveil.privacy.report import software_bill as bill
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name

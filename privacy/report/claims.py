@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical
+from fedveil.common import canonical, fields
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.events import MAX_LOSS, SampledGaussian
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import fields, recompute
+from fedveil.privacy.report import recompute
 from fedveil.privacy.report.history import History
 from fedveil.privacy.stats_document import STATISTICS, document
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical
+from fedveil.common import canonical, fields
 from fedveil.common.errors import FedveilError, UsageError, VerificationError, WireError
 from fedveil.common.journal import GENESIS, Row, parse, verify_rows
 from fedveil.privacy.joining import heads_of
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import claims, fields
+from fedveil.privacy.report import claims
 from fedveil.privacy.report.bundle import JOURNAL, JOURNALS, REPORT
 
 SAME, CONTINUES, UNKNOWN = "same", "continues", "not comparable"

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedveil.common import fields
 from fedveil.common.errors import VerificationError
 from fedveil.common.journal import Row
-from fedveil.privacy.report import fields
 
 COMPLETED, EXHAUSTED, ABORTED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED"
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedveil.common import fields
 from fedveil.common.errors import FedveilError, VerificationError
 from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy.joining import Copy, heads_of
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import fields, recompute
+from fedveil.privacy.report import recompute
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import COMPLETED, History
 

@@ -15,12 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, fields, identity
 from fedveil.common.contract import Column
 from fedveil.common.errors import FedveilError, UsageError, VerificationError, WireError
 from fedveil.common.files import replacing
 from fedveil.common.journal import GENESIS, Row, verify_rows
-from fedveil.privacy.report import fields, signatures
+from fedveil.privacy.report import signatures
 from fedveil.privacy.report.bundle import CONTRACT, read_bounded
 from fedveil.privacy.report.catalogue import LANGUAGES, Speaker
 from fedveil.privacy.report.charges import compose

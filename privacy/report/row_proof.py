@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical, identity, merkle
+from fedveil.common import canonical, fields, identity, merkle
 from fedveil.common.errors import FedveilError, IdentityError, VerificationError
 from fedveil.common.journal import DOMAIN, Row, parse
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import fields
 from fedveil.privacy.report.build import DOMAIN as REPORT_DOMAIN
 from fedveil.privacy.report.bundle import PIN, ROSTER
 

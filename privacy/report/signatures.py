@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, fields, identity
 from fedveil.common.errors import FedveilError, VerificationError
 from fedveil.common.files import replacing
 from fedveil.common.identity import Roster
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import fields
 
 SIGNATURES = "signatures.json"
 DOMAIN = "fedveil/report-seen/1"
