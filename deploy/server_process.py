@@ -44,7 +44,8 @@ from fedveil.server.strategy import SecureSumStrategy
 
 DRAIN_S = 30.0
 STOPPED = 128 + signal.SIGTERM
-_UNDER_WAY = ("round.open", "round.set", "run.end")  # after the last, the report is written and the sites sign it
+# The last row of a journal while the server waits for its sites: nothing is half done.
+_WAITING = ("run.open", "run.resumed", "join.refused")
 _LOG = logging.getLogger("fedveil.server")
 Refusals = queue.SimpleQueue[tuple[SiteId, str]]
 Carry = Callable[[Job, ServerApp, SecureSumStrategy, Refusals], None]
@@ -223,7 +224,8 @@ def _watched(job: Job, refusals: Refusals) -> Iterator[None]:
             raise SystemExit(STOPPED)
 
     def stop(number: int, _: object) -> None:
-        if number == signal.SIGALRM or not (job.journal.rows and job.journal.rows[-1].kind in _UNDER_WAY):
+        # A row is on disk before it is in ``rows``, so the signal may come between: what is not surely waiting is waited for.
+        if number == signal.SIGALRM or not job.journal.rows or job.journal.rows[-1].kind in _WAITING:
             raise SystemExit(STOPPED)
         _LOG.warning("stopping when this round, or the report, is over; in %g seconds at most", DRAIN_S)
         stopping.set()
