@@ -28,7 +28,7 @@ def terminated_after(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-# "round.applied": the next round's first row may be on disk already. "site.refused": it may stand in the middle of a round.
+# After "round.applied" the next round's first row may be on disk already. "site.refused" may stand in mid-round.
 @pytest.mark.parametrize("kind", ["run.end", "round.applied", "site.refused", "run.joined"])
 def test_what_is_under_way_is_not_cut_off(kind: str):
     before = signal.getsignal(signal.SIGTERM)
