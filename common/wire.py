@@ -14,7 +14,6 @@ from typing import Any
 from fedveil.common import canonical
 from fedveil.common.errors import WireError
 
-VERSION = 1
 MAX_BUFFERS = 64
 MAX_NAME = 64
 _NAME = re.compile(f"[a-z0-9_]{{1,{MAX_NAME}}}")

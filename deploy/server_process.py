@@ -224,7 +224,7 @@ def _watched(job: Job, refusals: Refusals) -> Iterator[None]:
             raise SystemExit(STOPPED)
 
     def stop(number: int, _: object) -> None:
-        # A row is on disk before it is in ``rows``, and the signal may come between: only what surely waits ends at once.
+        # A row is on disk before it is in ``rows``, a signal may come between: only what surely waits ends at once.
         if number == signal.SIGALRM or not job.journal.rows or job.journal.rows[-1].kind in _WAITING:
             raise SystemExit(STOPPED)
         _LOG.warning("stopping when this round, or the report, is over; in %g seconds at most", DRAIN_S)

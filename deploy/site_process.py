@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 import signal
 import threading
@@ -45,7 +44,6 @@ from fedveil.privacy.secagg.store import DirectoryStore
 
 LEDGER, REQUESTS, SALT, REPORTS = "ledger.jsonl", "requests", "subject.salt", "reports"
 _SALT_BYTES = 32
-_LOG = logging.getLogger("fedveil.site")
 
 
 def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:

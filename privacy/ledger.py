@@ -151,10 +151,6 @@ class Tally:
         """How many steps of ``event`` the cap in force still carries; none before opening and after closing."""
         return self.filter.affords(event, self.spent) if self.filter and not self.closed else 0
 
-    def session_events(self, session: str) -> list[SampledGaussian]:
-        """The events charged to one session."""
-        return [e for (s, _), e in self.by_round.items() if s == session]
-
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float):

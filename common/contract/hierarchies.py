@@ -49,19 +49,19 @@ def read_rows(path: Path) -> Rows:
     return tuple(tuple(r) for r in rows)
 
 
-def mask_rows(leaves: Sequence[str], fill: str = "*") -> Rows:
+def mask_rows(leaves: Sequence[str]) -> Rows:
     """The hierarchy that masks one more character from the right per level: ``941**``, ``94***``, ``9****``, ``*****``.
 
     The leaf "other" stays what it is until the last level.
     """
     masked = [v for v in leaves if v != OTHER]
     width = max(map(len, masked), default=1)
-    kept = max((len(v.rstrip(fill)) for v in masked), default=1)
+    kept = max((len(v.rstrip("*")) for v in masked), default=1)
 
     def label(leaf: str, level: int) -> str:
         if leaf == OTHER and level < kept:
             return OTHER
-        return leaf if level == 0 else leaf[: kept - level] + fill * (width - kept + level)
+        return leaf if level == 0 else leaf[: kept - level] + "*" * (width - kept + level)
 
     return tuple(tuple(label(leaf, level) for level in range(kept + 1)) for leaf in leaves)
 

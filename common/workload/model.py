@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 MAX_PARAMETERS = 1 << 31
-MAX_VOCABULARY = 1 << 24  # every smaller token id is exact in float32
 Name = Literal["logistic", "mlp", "cnn", "resnet", "transformer", "lstm", "lora-mlp", "lora-transformer"]
 
 

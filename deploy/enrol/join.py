@@ -33,7 +33,7 @@ from fedveil.common.identity import Roster
 from fedveil.common.units import site_id
 from fedveil.deploy.enrol.provision import MAX_ROSTER_BYTES, load_roster
 
-REQUEST, REPLY = "request.json", "reply.json"
+REQUEST = "request.json"
 ASKED, ANSWERED = "fedveil/enrol/1", "fedveil/enrolled/1"
 MAX_REQUEST_BYTES = 1 << 16
 RENEW_WITHIN = 1 / 3  # of a certificate's life: what is left when it should be renewed

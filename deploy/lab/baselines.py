@@ -31,9 +31,7 @@ class Table:
     y: NDArray[np.int64]
 
 
-def dp_sgd(
-    plan: PrivacyPlan, table: Table, *, records: float, noise: float, engine: str = "closed"
-) -> NDArray[np.float64]:
+def dp_sgd(plan: PrivacyPlan, table: Table, *, records: float, noise: float) -> NDArray[np.float64]:
     """``(D,)`` weights after the plan's steps on one table, by one party.
 
     Args:
@@ -41,7 +39,7 @@ def dp_sgd(
         noise: total noise multiplier on the sum; 0 trains without privacy, though still clipped.
     """
     weights, velocity = _start(plan.network)
-    steps = clipper(plan.network, engine, "cpu")
+    steps = clipper(plan.network, "closed", "cpu")
     for _ in range(plan.steps):
         unflatten(steps.model, weights.astype(np.float32))
         mask = poisson_sample(len(table.y), plan.sample_rate)

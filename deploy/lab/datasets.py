@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import UsageError
 
-NAMES = ("digits", "diabetes", "trivial")
-
 
 @dataclass(frozen=True)
 class Split:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import zipfile
 
-NAME = "fedveil/pinned"
 _PROJECT = """\
 [project]
 name = "pinned"

@@ -68,11 +68,6 @@ def encode(message: Message) -> list[bytes]:
     return [_PREFIX.pack(MAGIC, len(raw)) + raw, *buffers]
 
 
-def chunks(message: Message, size: int = CHUNK) -> Iterator[bytes]:
-    """The stream in chunks of exactly ``size`` bytes (the last one: 1 to ``size``)."""
-    return cut(encode(message), size)
-
-
 def cut(pieces: Iterable[bytes], size: int = CHUNK, *, skip: int = 0) -> Iterator[bytes]:
     """The pieces of a stream, less the first ``skip`` bytes, as chunks of exactly ``size`` bytes but for the last.
 
@@ -92,14 +87,6 @@ def cut(pieces: Iterable[bytes], size: int = CHUNK, *, skip: int = 0) -> Iterato
             room -= len(view)
     if parts:
         yield b"".join(parts)
-
-
-def decode(stream: Iterable[bytes], limits: Limits) -> Message:
-    """The message in a complete stream; :class:`WireError` when it is malformed, too large or cut."""
-    decoder = Decoder(limits)
-    for chunk in stream:
-        decoder.feed(chunk)
-    return decoder.result()
 
 
 class Decoder:

@@ -24,7 +24,7 @@ from fedveil.privacy.anonymization.domains import Domain
 from fedveil.privacy.anonymization.lattice import MAX_NODES, Lattice, nodes_of
 from fedveil.privacy.anonymization.mondrian import CUTS, mondrian
 from fedveil.privacy.anonymization.peel import peel
-from fedveil.privacy.anonymization.prepare import Frame, Prepared, bind, prepare
+from fedveil.privacy.anonymization.prepare import Prepared, bind, prepare
 from fedveil.privacy.anonymization.recoding import Recoding
 from fedveil.privacy.anonymization.stability import Stability, stability
 from fedveil.privacy.anonymization.tuples import Constraints, Tuples, distinct_tuples
@@ -139,12 +139,6 @@ class Anonymizer:
     def stability(self) -> Stability:
         """How many released rows one record can change, see :mod:`.stability`; for row-wise steps before it."""
         return stability(self.method, self.models, suppression_limit=self.suppression_limit)
-
-    @property
-    def fitted(self) -> tuple[Frame, Tuples, Recoding]:
-        """Domains, tuples and recoding, for measures and tests."""
-        prepared, found = self._state()
-        return prepared.frame, prepared.tuples, found
 
     def _given(self) -> tuple[int, ...] | None:
         levels = [q.fixed_level for q in self.spec.quasi]

@@ -94,7 +94,7 @@ class Hierarchy:
         return cls(tuple(levels), name)
 
     @classmethod
-    def from_csv(cls, path: Path, *, delimiter: str = ";", name: str = "") -> Hierarchy:
+    def from_csv(cls, path: Path, *, name: str = "") -> Hierarchy:
         """From a file of such rows without a header: the format of ARX.
 
         Raises:
@@ -102,35 +102,10 @@ class Hierarchy:
         """
         try:
             with path.open(newline="", encoding="utf-8-sig") as f:
-                rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
+                rows = [row for row in csv.reader(f, delimiter=";", strict=True) if row]
         except (OSError, ValueError, csv.Error) as e:  # no UTF-8, a name with a zero byte
             raise ContractError(f"the hierarchy {path} cannot be read", hint="a UTF-8 file: value;group;...;*") from e
         return cls.from_rows(rows, name=name or path.stem)
-
-    @classmethod
-    def intervals(cls, low: int, high: int, widths: Sequence[int], *, name: str = "") -> Hierarchy:
-        """Whole numbers low..high, then intervals of the growing ``widths``, each a multiple of the one before it."""
-        if low > high or high - low >= MAX_LEAVES:
-            raise ContractError(f"the hierarchy of {name!r} covers no or too many whole numbers")
-        if any(w < 2 for w in widths) or any(b % a or b == a for a, b in itertools.pairwise(widths)):
-            raise ContractError(f"the interval widths of {name!r} are not growing multiples", hint="for instance 5, 10")
-        levels = [tuple(str(v) for v in range(low, high + 1))]
-        for w in widths:
-            starts = [v - (v - low) % w for v in range(low, high + 1)]
-            levels.append(tuple(f"[{s},{min(s + w - 1, high)}]" if s < high else str(s) for s in starts))
-        if len(set(levels[-1])) != 1:
-            levels.append((TOP,) * len(levels[0]))
-        return cls(tuple(levels), name)
-
-    @classmethod
-    def masks(cls, values: Iterable[str], *, name: str = "") -> Hierarchy:
-        """Values of equal length, masked from the right: 13053, 1305*, 130**, ... (postal codes)."""
-        leaves = sorted(set(values))
-        if len({len(v) for v in leaves}) != 1:
-            raise ContractError(f"masking needs values of equal length in {name!r}")
-        width = len(leaves[0])
-        rows = [[v[: width - i] + TOP * i for i in range(width + 1)] for v in leaves]
-        return cls.from_rows(rows, name=name)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ Let n rows be given, at most L of them suppressed, and C a class of a node. At t
 R that are released fall into classes that each lie inside one C or outside it, so the rows of C that are released,
 C ∩ R, are empty or a union of released classes D. What every D meets carries over to the union as follows:
 
-- k-anonymity and k-map: a class of fewer than k rows (records of the population) contains no D at all, and C ∩ R is
-  empty or holds at least k rows.
+- k-anonymity: a class of fewer than k rows contains no D at all, and C ∩ R is empty or holds at least k rows.
 - distinct l-diversity: D has at most the values of C, so a C with fewer than l contains no D.
 - a bound on the share of an event, q_D(A) ≤ b for every D: as the share of a union is an average of its parts' shares,
   q(A) ≤ b for C ∩ R. With x of the s rows of C left out, at least s·q_C(A) - x of those that stay lie in A, so
@@ -28,7 +27,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.privacy.anonymization.criteria import AlphaK, BetaLikeness, Criterion, DistinctL, KMap, TCloseness
+from fedveil.privacy.anonymization.criteria import AlphaK, BetaLikeness, Criterion, DistinctL, TCloseness
 from fedveil.privacy.anonymization.distances import Counts, Figures, Reference, distinct, emd
 
 MARGIN = 1e-11  # on thresholds: above what the criteria forgive, and the rounding of sums of shares
@@ -47,8 +46,6 @@ def rows_lost(m: Criterion, sizes: Counts, counts: Counts, whole: Reference | No
     """
     if isinstance(m, DistinctL):
         return np.where(distinct(counts) < m.l, sizes, 0.0)
-    if isinstance(m, KMap):
-        return np.where(counts.sum(axis=1) < m.k, sizes, 0.0)
     if isinstance(m, AlphaK):
         return _excess(sizes, counts.max(axis=1, initial=0) / np.maximum(sizes, 1), m.alpha)
     if whole is None or not isinstance(m, (TCloseness, BetaLikeness)):

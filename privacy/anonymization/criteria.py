@@ -7,15 +7,15 @@ its bound. Without suppression, each can be met only if the whole table as a sin
 Sources: k-anonymity: Sweeney, IJUFKS 10(5) 2002. Distinct, entropy and recursive (c,l)-diversity: Machanavajjhala,
 Gehrke, Kifer, Venkitasubramaniam, TKDD 1(1) 2007, Definitions 4.1 to 4.3. t-closeness: Li, Li, Venkatasubramanian,
 ICDE 2007, section 4. (α,k)-anonymity: Wong, Li, Fu, Wang, KDD 2006. β-likeness: Cao, Karras, PVLDB 5(11) 2012.
-δ-disclosure: Brickell, Shmatikov, KDD 2008. k-map: Sweeney, 2002. What they do not give: none composes over releases,
-and none is differential privacy.
+δ-disclosure: Brickell, Shmatikov, KDD 2008. What they do not give: none composes over releases, and none is
+differential privacy.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,36 +87,6 @@ class KAnonymity:
     def holds(self, sizes: Counts, counts: Counts, whole: Reference | None = None) -> PerClass:
         """See :class:`Criterion`."""
         return sizes >= self.k
-
-
-@dataclass(frozen=True)
-class KMap:
-    """Every class matches at least ``k`` records of ``population``, a public register; ``counts`` holds these numbers.
-
-    Args:
-        population: a ``pyarrow.Table`` with the quasi-identifiers; every row of the released table is one of its rows.
-    """
-
-    k: int
-    population: Any = field(compare=False, repr=False)
-    column: str = field(default="", init=False)
-    name = "k-map"
-
-    def __post_init__(self) -> None:
-        _whole_number("k", self.k, 2)
-
-    @property
-    def required(self) -> str:
-        """See :class:`Criterion`."""
-        return f"k = {self.k} in the population"
-
-    def measure(self, sizes: Counts, counts: Counts, whole: Reference | None = None) -> Figures:
-        """Population records of every class."""
-        return counts.sum(axis=1).astype(np.float64)
-
-    def holds(self, sizes: Counts, counts: Counts, whole: Reference | None = None) -> PerClass:
-        """See :class:`Criterion`."""
-        return counts.sum(axis=1) >= self.k
 
 
 @dataclass(frozen=True)

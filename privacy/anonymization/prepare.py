@@ -22,7 +22,6 @@ from fedveil.privacy.anonymization.criteria import (
     DistinctL,
     EntropyL,
     KAnonymity,
-    KMap,
     RecursiveCL,
     Reference,
     TCloseness,
@@ -98,7 +97,7 @@ def _is_criterion(m: object) -> bool:
 
 
 def _bound(m: Criterion, spec: TableSpec) -> Criterion:
-    if isinstance(m, (KAnonymity, KMap)):
+    if isinstance(m, KAnonymity):
         return m
     if not m.column and len(spec.sensitive) != 1:
         raise ContractError(
@@ -214,32 +213,15 @@ def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame
     """
     check_schema(table.schema, spec)
     check_rows(table.num_rows, models)
-    population = population_of(models, spec)
     if frame is None:
         names = [*(q.name for q in spec.quasi), *sensitive_names(models)]
         table = _dictionaries(table, names)
         cells = {n: occurring(table[n]) for n in names}
-        if population is not None:
-            for q in spec.quasi:
-                cells[q.name] |= occurring(population[q.name])
         frame = frame_of(spec, models, cells)
     columns = [encode(table[d.name], d) for d in frame.domains]
     columns += [sensitive_codes(table[a.name], a) for a in frame.attributes]
-    people = population_codes(population, frame) if population is not None else None
-    if people is not None:
-        absent = np.full(people.shape[1], ABSENT, np.int32)
-        extended = [*people, *[absent] * len(frame.attributes)]
-        columns = [np.r_[c, e] for c, e in zip(columns, extended, strict=True)]
     combos, weights, inverse = distinct_tuples(columns, len(columns[0]))
-    tuples = tuples_of(frame, combos, weights)
-    if people is not None:
-        n = table.num_rows
-        counted = np.bincount(inverse[n:], minlength=tuples.count)
-        tuples = dataclasses.replace(tuples, weights=weights - counted, population=counted)
-        _check_population(tuples)
-        tuples = dataclasses.replace(tuples, references=tuples_of(frame, combos, tuples.weights).references)
-        inverse = inverse[:n]
-    return Prepared(frame, tuples, inverse)
+    return Prepared(frame, tuples_of(frame, combos, weights), inverse)
 
 
 def _dictionaries(table: pa.Table, names: Sequence[str]) -> pa.Table:
@@ -261,34 +243,6 @@ def tuples_of(frame: Frame, combos: NDArray[np.int32], weights: NDArray[np.int64
         counts = np.bincount(sensitive[a.name][present], weights[present], len(a.values)).astype(np.int64)
         references[a.name] = Reference(counts, a.tree, a.declared)
     return Tuples(np.ascontiguousarray(combos[:q]), weights, sensitive, references)
-
-
-def population_of(models: Sequence[Criterion], spec: TableSpec) -> pa.Table | None:
-    """The register of k-map, if asked for.
-
-    Raises:
-        DataError: it is not a table with all quasi-identifiers.
-    """
-    found = next((m.population for m in models if isinstance(m, KMap)), None)
-    if found is None:
-        return None
-    if not isinstance(found, pa.Table) or not {q.name for q in spec.quasi} <= set(found.column_names):
-        raise DataError("the population of k-map is not a pyarrow.Table with all quasi-identifiers")
-    return found
-
-
-def population_codes(population: pa.Table, frame: Frame) -> NDArray[np.int32]:
-    """(q, N) leaf codes of the population."""
-    return np.stack([encode(population[d.name], d) for d in frame.domains])
-
-
-def _check_population(tuples: Tuples) -> None:
-    _, _, own = distinct_tuples(list(tuples.codes), tuples.count)
-    known = np.bincount(own, tuples.population)
-    if missing := int(tuples.weights[known[own] == 0].sum()):
-        raise DataError(
-            f"{missing} rows have no match in the population of k-map", hint="the population contains the table"
-        )
 
 
 def _check_order(models: Sequence[Criterion], name: str, values: list[Any], declared: tuple[str, ...]) -> None:

@@ -26,7 +26,7 @@ from fedveil.privacy.anonymization import criteria as cr
 from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, Sensitive, TableSpec, bins
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recheck_definitions import judge
-from fedveil.privacy.anonymization.recheck_labels import covers_of, number_of, sets_of
+from fedveil.privacy.anonymization.recheck_labels import number_of, sets_of
 
 pc: Any = pyarrow.compute
 BATCH = 1 << 20
@@ -266,8 +266,6 @@ def _judge(
         for h in histograms.values():
             whole.update(h)
         own = iter([histograms.get(key, Counter()) for key in _keys(spec, classes)])
-    elif isinstance(m, cr.KMap):
-        own = iter(_population(m, spec, _keys(spec, classes), labels))
     failing, worst = 0, -math.inf
     for size, histogram in zip(sizes, own, strict=False):
         ok, badness = judge(m, size, histogram, whole, column)
@@ -291,27 +289,3 @@ def _histograms(
         if value >= 0:
             own[words[value]] += count
     return out
-
-
-def _population(
-    m: cr.KMap, spec: TableSpec, keys: Sequence[tuple[int, ...]], labels: Mapping[str, Mapping[str, int]]
-) -> list[Histogram]:
-    """How many population records every class's labels cover."""
-    names = [q.name for q in spec.quasi]
-    people = Counter(zip(*([_cell(v) for v in m.population[n].to_pylist()] for n in names), strict=True))
-    words = [{i: w for w, i in labels[n].items()} for n in names]
-    covers: dict[tuple[int, str], Callable[[str], bool]] = {}
-    for j, q in enumerate(spec.quasi):
-        cover = covers_of(q)
-        for label in labels[q.name]:
-            covers[j, label] = cover(label)
-    out = []
-    for key in keys:
-        own = [covers[j, words[j][i]] for j, i in enumerate(key)]
-        count = sum(c for person, c in people.items() if all(f(v) for f, v in zip(own, person, strict=True)))
-        out.append(Counter({"people": count}))
-    return out
-
-
-def _cell(value: Any) -> str:
-    return MISSING if value is None else _word(value)

@@ -23,8 +23,6 @@ def judge(m: cr.Criterion, size: int, own: Histogram, whole: Histogram, column: 
     """
     if isinstance(m, cr.KAnonymity):
         return size >= m.k, -float(size)
-    if isinstance(m, cr.KMap):
-        return own["people"] >= m.k, -float(own["people"])
     if not +own:
         return _without_values(m, size)
     if isinstance(m, cr.DistinctL):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fedveil.common.contract import MISSING
-from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier
+from fedveil.privacy.anonymization.attributes import QuasiIdentifier
 
 PIECE = re.compile(r"(?:\\.|[^|\\])*")
 
@@ -85,26 +85,3 @@ def number_of(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def covers_of(q: QuasiIdentifier) -> Callable[[str], Callable[[str], bool]]:
-    """For a label, which values it stands for."""
-    named: dict[str, set[str]] = {}
-    if q.hierarchy is not None:
-        for level in q.hierarchy.levels:
-            for leaf, name in zip(q.hierarchy.leaves, level, strict=True):
-                named.setdefault(name, set()).add(leaf)
-    number = _reader(q)
-    return lambda label: _cover(label, named.get(label, set()), number)
-
-
-def _cover(label: str, named: set[str], number: Callable[[str], float | None]) -> Callable[[str], bool]:
-    if label == TOP:
-        return lambda value: True
-    values = {*_members(label), *named}
-    ends = next((e for v in _members(label) if (e := _ends(v, number)) is not None), None)
-    if ends is None:
-        days = {x for v in values if number is not number_of and (x := number(v)) is not None}
-        return lambda value: value in values or (bool(days) and number_of(value) in days)
-    low, high = ends
-    return lambda value: value in values or ((x := number_of(value)) is not None and low <= x <= high)

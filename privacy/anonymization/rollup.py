@@ -42,10 +42,9 @@ class Entries:
         owner = place[self.owner]
         inverse, first = combinations([owner, *(v + 1 for v in t.sensitive.values())], [classes, *widths])
         size = len(first)
-        people = None if t.population is None else np.bincount(inverse, t.population, size).astype(np.int64)
         weights = np.bincount(inverse, t.weights, size).astype(np.int64)
         sensitive = {name: v[first] for name, v in t.sensitive.items()}
-        return Entries(owner[first], Tuples(np.empty((0, size), np.int32), weights, sensitive, t.references, people))
+        return Entries(owner[first], Tuples(np.empty((0, size), np.int32), weights, sensitive, t.references))
 
 
 class Part:

@@ -41,7 +41,7 @@ from fedveil.privacy.anonymization.anonymizer import (
     search,
 )
 from fedveil.privacy.anonymization.attributes import TableSpec
-from fedveil.privacy.anonymization.criteria import Criterion, KMap
+from fedveil.privacy.anonymization.criteria import Criterion
 from fedveil.privacy.anonymization.domains import encode, occurring
 from fedveil.privacy.anonymization.mondrian import CUTS
 from fedveil.privacy.anonymization.prepare import (
@@ -94,15 +94,13 @@ def anonymize_parquet(
 
     Raises:
         DataError, AnonymityError, ContractError, UsageError: as there; also a file that cannot be read or written, a
-            destination that is the source, k-map (its population lives in memory), or more combinations than 64 bits.
+            destination that is the source, or more combinations than 64 bits.
     """
     if isinstance(spec, DataContract):
         models = models or contract_models(spec)
         spec = TableSpec.from_contract(spec)
     check_limit(suppression_limit)
     bound = bind(models, spec)
-    if any(isinstance(m, KMap) for m in bound):
-        raise UsageError("k-map needs its population in memory", hint="use Anonymizer on a table")
     if source.resolve() == destination.resolve():
         raise UsageError("the released file would overwrite its source", hint="name another destination")
     clock = _Clock()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import AnonymityError
 from fedveil.privacy.anonymization import codes as grouping
 from fedveil.privacy.anonymization.bounds import rows_lost
-from fedveil.privacy.anonymization.criteria import AlphaK, Criterion, KAnonymity, KMap, Reference
+from fedveil.privacy.anonymization.criteria import AlphaK, Criterion, KAnonymity, Reference
 
 SPARSE = 16  # places of a table for each tuple, up to which it is filled and read faster than tuples are sorted
 
@@ -31,18 +31,15 @@ class Tuples:
 
     Attributes:
         codes: (q, u) int32 leaf codes.
-        weights: (u,) int64 rows that carry each; 0 for combinations of the population alone.
+        weights: (u,) int64 rows that carry each.
         sensitive: by column, (u,) int32 codes, -1 for "no value"; empty if no criterion needs them.
         references: by column, the counts of its values in the whole table, and its hierarchy.
-        population: (u,) int64 records of the public population; None without k-map. Where the same combination stands
-            in several tuples, one of them carries the whole number.
     """
 
     codes: Codes
     weights: NDArray[np.int64]
     sensitive: Mapping[str, Codes] = field(default_factory=dict)
     references: Mapping[str, Reference] = field(default_factory=dict)
-    population: NDArray[np.int64] | None = None
 
     @property
     def count(self) -> int:
@@ -159,26 +156,21 @@ class Constraints:
     def channel(self, m: Criterion, members: Index) -> tuple[Codes, NDArray[np.int64], int]:
         """What a criterion counts: for each member its value and weight; and the number of values, at least 1."""
         t = self.tuples
-        if isinstance(m, KMap):
-            if t.population is None:
-                raise AnonymityError("k-map without a population")
-            return np.zeros(len(members), np.int32), t.population[members], 1
         # A column that is not declared and has no value has no domain: one value that nobody carries stands for it.
         return t.sensitive[m.column][members], t.weights[members], max(len(t.references[m.column].counts), 1)
 
-    def surviving(self, classes: Index, groups: int, members: Index | None = None) -> NDArray[np.bool_]:
+    def surviving(self, classes: Index, groups: int) -> NDArray[np.bool_]:
         """(groups,) which classes can be released once the failing ones are suppressed.
 
         Suppression changes the released table, and with it the distribution that t-closeness, β-likeness and
         δ-disclosure compare with: classes are suppressed until those left meet everything against each other.
         """
-        ok = self.holds(classes, groups, members)
+        ok = self.holds(classes, groups)
         if not self.tuples.references or ok.all():
             return ok
-        chosen = np.arange(self.tuples.count) if members is None else members
         while ok.any():
             kept = np.flatnonzero(ok[classes])
-            again = ok & self.holds(classes, groups, members, self.references_of(chosen[kept]))
+            again = ok & self.holds(classes, groups, references=self.references_of(kept))
             if (again == ok).all():
                 break
             ok = again

@@ -22,8 +22,3 @@ def to_grid(values: NDArray[np.float64], clamp: float, width: float) -> NDArray[
     if not np.isfinite(values).all():
         raise DataError("the clipped sum holds a NaN or an infinity", hint="this is a fault of the program: report it")
     return np.rint(np.clip(values, -clamp, clamp) / width).astype(np.int64)
-
-
-def from_grid(values: NDArray[np.int64], width: float) -> NDArray[np.float64]:
-    """``(D,)`` numbers back from the grid."""
-    return values.astype(np.float64) * width

@@ -17,7 +17,6 @@ from math import comb
 from fedveil.common.errors import SecureSumError
 from fedveil.common.units import SiteId
 
-RECOMMENDED_ABOVE = 50
 FAILURE_BITS = 40
 
 

@@ -29,7 +29,6 @@ class SharedKeyServer(ServerSum):
     def __init__(self, spec: SumSpec) -> None:
         check_sharedkey(spec)
         self._spec, self._ckks = spec, _seal.Ckks(None)
-        self._slots = messages.slots(spec)
         self._joins: Joins | None = None
         self._round: tuple[int, str] | None = None
         self._forget()

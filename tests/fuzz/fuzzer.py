@@ -52,7 +52,10 @@ def loads(data: bytes) -> None:
 def decode(data: bytes) -> None:
     """A stream in any chunks is a message or a WireError, and an accepted message can be looked at and sent on."""
     step = 1 + len(data) % 97
-    message = codec.decode((data[i : i + step] for i in range(0, len(data), step)), LIMITS)
+    decoder = codec.Decoder(LIMITS)
+    for i in range(0, len(data), step):
+        decoder.feed(data[i : i + step])
+    message = decoder.result()
     if message.has_error():
         flwr_adapter.reply_error(message)
         return

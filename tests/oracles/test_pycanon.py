@@ -24,9 +24,8 @@ from fedveil.privacy.anonymization.recheck import recheck
 
 PYTHON = os.environ.get("PYCANON_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="PYCANON_PYTHON names no interpreter with pycanon")
-SPEC = TableSpec(
-    (QuasiIdentifier("age", Hierarchy.intervals(0, 63, (4, 16))), QuasiIdentifier("city")), (Sensitive("ill"),)
-)
+AGES = [(str(v), f"[{v // 4 * 4},{v // 4 * 4 + 3}]", f"[{v // 16 * 16},{v // 16 * 16 + 15}]", "*") for v in range(64)]
+SPEC = TableSpec((QuasiIdentifier("age", Hierarchy.from_rows(AGES)), QuasiIdentifier("city")), (Sensitive("ill"),))
 MODELS = [KAnonymity(2), DistinctL(1), EntropyL(1), TCloseness(1), AlphaK(1, 2), BetaLikeness(99, enhanced=False)]
 
 

@@ -329,7 +329,7 @@ def test_the_bundle_is_pinned_and_holds_no_code() -> None:
     with zipfile.ZipFile(BytesIO(bundle.BUNDLE)) as archive:
         assert archive.namelist() == ["pyproject.toml"]
     config = get_fab_config(bundle.BUNDLE)  # SuperLink and SuperNode read it with this
-    assert f"{config['tool']['flwr']['app']['publisher']}/{config['project']['name']}" == bundle.NAME
+    assert f"{config['tool']['flwr']['app']['publisher']}/{config['project']['name']}" == "fedveil/pinned"
 
 
 def test_flowers_commands_start_nothing_and_listen_on_loopback(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedveil.common import canonical
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.errors import WireError
 from fedveil.common.wire import Limits
-from fedveil.deploy.transport.codec import CHUNK, MAGIC, MAX_HEADER, Decoder, chunks, decode, encode
+from fedveil.deploy.transport.codec import CHUNK, MAGIC, MAX_HEADER, Decoder, cut, encode
 
 LIMITS = Limits(header=10_000, buffers=10_000)
 KEYS = st.text("abcö/_", max_size=5)
@@ -43,6 +43,13 @@ RECORDS = st.one_of(
     st.dictionaries(KEYS, ARRAYS, max_size=4).map(ArrayRecord),
 )
 CONTENTS = st.dictionaries(KEYS, RECORDS, max_size=4).map(RecordDict)  # type: ignore[arg-type]
+
+
+def decode(stream, limits):
+    decoder = Decoder(limits)
+    for chunk in stream:
+        decoder.feed(chunk)
+    return decoder.result()
 
 
 def message(content: RecordDict) -> Message:
@@ -75,7 +82,7 @@ def test_any_chunking_gives_the_same_message(content: RecordDict, cuts: list[int
 @given(CONTENTS, st.integers(1, 300))
 def test_chunks_are_the_stream_in_equal_steps(content: RecordDict, size: int) -> None:
     m = message(content)
-    out = list(chunks(m, size))
+    out = list(cut(encode(m), size))
     assert b"".join(out) == raw(m)
     assert all(len(c) == size for c in out[:-1])
     assert 0 < len(out[-1]) <= size
@@ -222,7 +229,7 @@ def test_a_large_array_is_held_about_once() -> None:
     decoder = Decoder(Limits())
     tracemalloc.start()
     try:
-        for chunk in chunks(m):
+        for chunk in cut(encode(m)):
             assert len(chunk) <= CHUNK
             decoder.feed(chunk)
         peak = tracemalloc.get_traced_memory()[1]

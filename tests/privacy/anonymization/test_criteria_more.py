@@ -83,11 +83,6 @@ def test_delta_disclosure():
     assert cr.DeltaDisclosure(99).measure(table.sum(axis=1), table, whole)[2] == math.inf
 
 
-def test_k_map():
-    model = cr.KMap(3, pa.table({"q": [1]}))
-    assert model.holds(np.array([1, 9]), np.array([[3], [2]])).tolist() == [True, False]
-
-
 MODELS = st.sampled_from(
     [
         cr.KAnonymity(3), cr.DistinctL(2, "s"), cr.EntropyL(1.7, "s"), cr.RecursiveCL(1.5, 2, "s"),
@@ -118,7 +113,6 @@ def test_the_verifiers_definitions_agree_with_the_engines(classes, model):
         lambda: cr.AlphaK(0.5, 1),
         lambda: cr.BetaLikeness(0),
         lambda: cr.DeltaDisclosure(math.inf),
-        lambda: cr.KMap(1, None),
         lambda: cr.KAnonymity(2.5),  # type: ignore[arg-type]
         lambda: cr.KAnonymity(True),
         lambda: cr.TCloseness(20),
