@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import UsageError
 
+NAMES = ("digits", "diabetes", "trivial")
+
 
 @dataclass(frozen=True)
 class Split:
