@@ -1,60 +1,160 @@
-"""The command ``fedveil``: finds the rooms' sub-commands and turns errors into words and exit codes."""
+"""The command ``fedveil``: loads a sub-command when it is called, and turns errors into words and exit codes."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from importlib.metadata import entry_points
-from typing import NoReturn
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
 
+import click
 import typer
-from rich.console import Console
-from rich.markup import escape
+from typer import core
+from typer.utils import get_params_from_function
 
 from fedveil.common.errors import FedveilError, PlanError, StoreError, trace
 
-GROUP = "fedveil.commands"
+# Every command with the line that "fedveil --help" shows for it. The module deploy/cli/NAME.py holds it, under the
+# name "app" (a group) or NAME (a function). No module is imported for this list.
+COMMANDS = {
+    "audit": "Check a privacy report from its journals alone, or write it again.",
+    "client": "Run a site: its own data, its own limits, outbound connections only.",
+    "data": "The data contract and a site's own table.",
+    "demo": "Four hospitals, one model, ε = 1: real processes over mTLS, the secure sum, and a report to check.",
+    "ledger": "A site's privacy ledger: what was spent, what is left.",
+    "plan": "Show the privacy plan of federation.toml: noise, steps, ε, fallback ε, what a budget affords. Runs "
+    "nothing.",
+    "provision": "Keys, certificates and rosters of a consortium; and who is no member.",
+    "server": "Coordinate a run: admit sites, add ciphertexts, open only sums.",
+    "simulate": "Train over many virtual clients in one process and leave a run folder with a checkable report.",
+    "stats": "Ask all sites for statistics of their rows in one secure sum; each site's owner has to allow the task "
+    "'stats'.",
+    "superlink": "The same apps under Flower's SuperLink, with executors that run no bundle.",
+}
+# The smallest extra with which a command works; the entry with the most words counts.
+EXTRAS = {
+    "audit": "audit",
+    "audit attacks": "sim",
+    "audit conformance": "client",
+    "audit one-run": "client",
+    "client": "client",
+    "data": "anon",
+    "demo": "sim",
+    "ledger": "audit",
+    "plan": "audit",
+    "server": "server",
+    "server monitor": "audit",
+    "simulate": "sim",
+    "stats": "server",
+    "superlink": "server",
+    "superlink site": "client",
+}
+_WORDS = "fedveil.words"
+# Help and complaints as click writes them: typer's frames take rich's Markdown and tracebacks with them, which cost
+# more than all the rest of a start. Crashes are still shown by rich.
+core.HAS_RICH = False
+
+
+class Group(core.TyperGroup):
+    """A group of commands whose help shows their first paragraphs in full, and their arguments' help."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command ``cmd_name``; None if there is none."""
+        return with_argument_help(super().get_command(ctx, cmd_name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The names, each with a paragraph; none of the commands is loaded for it."""
+        shown = {n: c.short_help or c.help or "" for n, c in self.commands.items() if not c.hidden}
+        with formatter.section("Commands"):
+            formatter.write_dl([(n, " ".join(text.partition("\n\n")[0].split())) for n, text in shown.items()])
+
+
+def with_argument_help(command: click.Command | None) -> click.Command | None:
+    """``command`` with the help of its arguments, which typer 0.20 writes and click 8.5 then takes away."""
+    function = getattr(command.callback, "__wrapped__", None) if command is not None else None
+    if command is not None and function is not None:
+        given = get_params_from_function(function)
+        for p in command.params:
+            if isinstance(p, core.TyperArgument) and p.name in given:
+                p.help = given[p.name].default.help
+        command.format_arguments = lambda ctx, formatter: None  # click's own list, beside the one by typer
+    return command
+
+
+class _Commands(Group):
+    """The sub-commands: listed from the table, imported one at a time."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself; its module is imported now."""
+        return load(cmd_name) if cmd_name in self.commands else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Keep the words for :meth:`invoke`: the context of a sub-command is gone when its error arrives."""
+        ctx.meta[_WORDS] = list(args)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the sub-command. A library that it does not find becomes the extra that brings it.
+
+        Raises:
+            FedveilError: a library is not installed.
+        """
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as e:
+            library = (e.name or "?").partition(".")[0]
+            if library == "fedveil":
+                raise
+            command, extra = needed(ctx.meta.get(_WORDS, ()))
+            raise FedveilError(
+                f"'fedveil {command}' needs the library {library}", hint=f"pip install 'fedveil[{extra}]'"
+            ) from e
+
+
+def needed(words: Sequence[str]) -> tuple[str, str]:
+    """The command that ``words`` call, as far as :data:`EXTRAS` knows it, and its extra."""
+    for n in range(len(words), 0, -1):
+        command = " ".join(words[:n])
+        if command in EXTRAS:
+            return command, EXTRAS[command]
+    return " ".join(words[:1]), "sim"
+
+
+def load(name: str) -> click.Command:
+    """The sub-command ``name``: one of :data:`COMMANDS`."""
+    module = import_module(f"fedveil.deploy.cli.{name}")
+    holder = typer.Typer(add_completion=False, suggest_commands=False)
+    if isinstance(found := getattr(module, "app", None), typer.Typer):
+        holder.add_typer(found, name=name)
+    else:
+        holder.command(name)(getattr(module, name))
+    command = typer.main.get_group(holder).commands[name]
+    with_argument_help(command)
+    return command
 
 
 def build() -> typer.Typer:
-    """The application with every sub-command whose extra is installed.
-
-    A sub-command that lacks a library stays visible and says which extra to install.
-    """
+    """The application with every sub-command, none of which is imported yet."""
     # Locals of a crash can be record values: they are never printed.
     app = typer.Typer(
+        cls=_Commands,
+        suggest_commands=False,
         pretty_exceptions_show_locals=False,
         no_args_is_help=True,
         add_completion=False,
         help="Federated learning with a checkable privacy claim.",
     )
-    for ep in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            command = ep.load()
-        except ModuleNotFoundError as e:
-            if (e.name or "").partition(".")[0] == "fedveil":
-                raise
-            app.command(ep.name, help=f"(needs the library {e.name})")(_missing(ep.name, e.name or "?"))
-            continue
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=ep.name)
-        else:
-            app.command(ep.name)(command)
+    for name, line in COMMANDS.items():
+        app.command(name, help=line)(lambda: None)
     return app
 
 
-def _missing(command: str, library: str):
-    def run() -> None:
-        raise FedveilError(
-            f"'fedveil {command}' needs {library}", hint="pip install 'fedveil[sim]' installs every part"
-        )
-
-    return run
-
-
 def _run() -> None:
-    """The application; a library that only a command's own imports ask for is named like one missing at the start."""
+    """The application; a path that cannot be used is named."""
     try:
         try:
             build()(standalone_mode=True)
@@ -64,13 +164,6 @@ def _run() -> None:
         sys.exit(1)
     except OSError as e:
         raise _store_error(e) from e
-    except ModuleNotFoundError as e:
-        library = (e.name or "?").partition(".")[0]
-        if library == "fedveil":
-            raise
-        raise FedveilError(
-            f"this command needs {library}", hint="pip install 'fedveil[sim]' installs every part"
-        ) from e
 
 
 def _flush() -> None:
@@ -112,6 +205,9 @@ def main() -> None:
     try:
         _run()
     except FedveilError as e:
+        from rich.console import Console
+        from rich.markup import escape
+
         console = Console(stderr=True)
         console.print(f"[bold red]{e.code}[/]: {escape(e.message)}", highlight=False, soft_wrap=True)
         if e.hint:

@@ -42,10 +42,10 @@ from fedveil.common.identity import Roster
 from fedveil.common.journal import Row, parse, verify_rows, without_torn_end
 from fedveil.common.settings import SiteSettings, endpoint
 from fedveil.common.units import site_id
-from fedveil.deploy.cli.ledger import tally_of
 from fedveil.deploy.enrol.join import due
 from fedveil.deploy.enrol.provision import load_roster, load_tls
 from fedveil.deploy.enrol.revoked import Revoked
+from fedveil.deploy.ledger_file import tally_of
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt, unit_of
 from fedveil.deploy.transport.handshake import trusted
 from fedveil.privacy.report.bundle import read_bounded

@@ -22,6 +22,7 @@ from fedveil.client.egress.gate import Gate
 from fedveil.client.peers import PeerHeads
 from fedveil.client.records import lineage
 from fedveil.client.records.read import corrections
+from fedveil.client.records.read.source_options import dialect_of, source_of
 from fedveil.client.records.read.sources import Rules, Source
 from fedveil.client.records.release.pipeline import Ingested, ingest
 from fedveil.client.session import Site
@@ -32,7 +33,6 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.common.settings import LimitsSection, SiteSettings, TrainingSection
 from fedveil.common.units import Delta, Epsilon, site_id
-from fedveil.deploy.cli.data_source import dialect_of, source_of
 from fedveil.deploy.enrol.join import due
 from fedveil.deploy.enrol.provision import load_roster, load_tls
 from fedveil.deploy.enrol.revoked import Revoked

@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from fedveil.common import canonical, fields, identity
+from fedveil.common import canonical
 from fedveil.common.errors import UsageError, VerificationError
-from fedveil.common.journal import parse, verify_rows
-from fedveil.privacy.report import compare as comparing
-from fedveil.privacy.report import local as locals_
-from fedveil.privacy.report import pdf as printing
-from fedveil.privacy.report import row_proof as proofs
-from fedveil.privacy.report.bundle import REPORT, read_bounded
-from fedveil.privacy.report.countersign import countersign
-from fedveil.privacy.report.schema import schema as published
-from fedveil.privacy.report.verify import verify_report
 
 Report = Annotated[Path, typer.Argument(help="report.json, or the run's folder.")]
 _KEY_FILE = 257
@@ -38,10 +27,11 @@ def pdf(
     consortium_key: Pin = None,
 ) -> None:
     """Print the page of a report as PDF (A4), by an installed headless Chromium. Exit code 60 if a check fails."""
-    key = pinned(consortium_key)
-    rendering()
+    from fedveil.privacy.report import pdf as printing
     from fedveil.privacy.report.render import load, page_path, render_html
+    from fedveil.privacy.report.verify import verify_report
 
+    key = pinned(consortium_key)
     path = file_of(report)
     found = verify_report(path, consortium_key=key)
     target = out or page_path(path, lang).with_suffix(".pdf")
@@ -64,6 +54,10 @@ def sign(
     ] = None,
 ) -> None:
     """Verify a report and add this site's signature under it, in signatures.json beside it."""
+    from fedveil.common import identity
+    from fedveil.privacy.report.bundle import read_bounded
+    from fedveil.privacy.report.countersign import countersign
+
     own = None if ledger is None else read_bounded(ledger, 1 << 28)
     site = countersign(file_of(report), identity.load_signing_key(key), pinned(consortium_key), own)
     _say(f"signed by {site}")
@@ -75,6 +69,8 @@ def row(
     consortium_key: Pin = None,
 ) -> None:
     """Check that one row stands in the journal that a report names, without the rest of that journal."""
+    from fedveil.privacy.report import row_proof as proofs
+
     found = proofs.check(proof, file_of(report), pinned(consortium_key))
     _say(f"row {found.n} of {found.owner} holds: {found.kind} {canonical.dumps(found.body).decode()}")
 
@@ -88,10 +84,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Find a fork, a rewritten row or a cut tail between two copies. Exit code 0 if there is none, 60 if there is."""
+    from fedveil.privacy.report import compare as comparing
+
     found = comparing.compare(held, shown, pinned(public, "--public"))
     if as_json:
         sys.stdout.write(canonical.dumps(comparing.to_json(found)).decode() + "\n")
     else:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table("journal", "verdict", "row", "found", header_style="bold")
         for f in found:
             colour = "bold red" if f.bad else "green"
@@ -118,6 +119,10 @@ def local(
     public: Annotated[str | None, typer.Option(help="The site's public key: checks the ledger.")] = None,
 ) -> None:
     """Write the site's own report (quality, loss, risk, counts). It stays at the site: mode 0600."""
+    from fedveil.common.journal import parse, verify_rows
+    from fedveil.privacy.report import local as locals_
+    from fedveil.privacy.report.bundle import read_bounded
+
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder", hint="the site's folder of ingestion, with quality.json in it")
     rows = parse(read_bounded(ledger, 1 << 28))
@@ -133,20 +138,15 @@ def local(
 
 def schema() -> None:
     """Print the JSON schema of report.json."""
+    from fedveil.privacy.report.schema import schema as published
+
     sys.stdout.write(canonical.dumps(published()).decode() + "\n")
-
-
-def rendering():
-    """The renderer; an auditor without jinja2 is told what to install."""
-    try:
-        from fedveil.privacy.report.render import page_path, render_report
-    except ModuleNotFoundError as e:
-        raise UsageError(f"rendering needs {e.name}", hint="pip install 'fedveil[server]'") from e
-    return render_report, page_path
 
 
 def file_of(report: Path) -> Path:
     """The report's file, given it or its folder."""
+    from fedveil.privacy.report.bundle import REPORT
+
     return report / REPORT if report.is_dir() else report
 
 
@@ -156,6 +156,8 @@ def pinned(value: str | None, option: str = "--consortium-key") -> str | None:
     Raises:
         UsageError: it is neither. A file without a key in it is not "no key": who names one wants it used.
     """
+    from fedveil.common import fields
+
     if value is None:
         return None
     try:
@@ -175,4 +177,6 @@ def plain(text: str) -> str:
 
 
 def _say(text: str) -> None:
+    from rich.console import Console
+
     Console().print("".join(c if c.isprintable() else " " for c in text), markup=False, highlight=False, soft_wrap=True)

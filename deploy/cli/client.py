@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedveil.common.cli import Group
+
 if TYPE_CHECKING:
     from fedveil.common.settings import SiteSettings
 
-app = typer.Typer(no_args_is_help=True, help="Run a site: its own data, its own limits, outbound connections only.")
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Run a site: its own data, its own limits, outbound connections only."
+)
 Settings = Annotated[Path, typer.Argument(help="site.toml")]
 SettingsOption = Annotated[Path, typer.Option("--settings", help="site.toml")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedveil.common.cli import Group
 from fedveil.deploy.cli import data_contract as cli_contract
 from fedveil.deploy.cli.data_source import (
     ContractOption,
@@ -23,15 +24,13 @@ from fedveil.deploy.cli.data_source import (
     UrlOption,
     WorkOption,
     cells,
-    dialect_of,
     progress_of,
-    source_of,
 )
 
 if TYPE_CHECKING:
     from fedveil.client.records.release.pipeline import Ingested
 
-app = typer.Typer(help="The data contract and a site's own table.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="The data contract and a site's own table.", no_args_is_help=True)
 app.add_typer(cli_contract.app, name="contract")
 app.command("contract-sign", hidden=True)(cli_contract.sign)
 
@@ -48,6 +47,7 @@ def profile(
     from rich.table import Table
 
     from fedveil.client.records.judge.profile import profile as profiled
+    from fedveil.client.records.read.source_options import dialect_of
     from fedveil.common.identity import write_secret
 
     with progress_of(table) as progress:
@@ -85,6 +85,7 @@ def check(
     from rich.console import Console
 
     from fedveil.client.records.judge import drift
+    from fedveil.client.records.read.source_options import dialect_of, source_of
 
     dialect = dialect_of(encoding, delimiter, decimal, thousands)
     before = drift.earlier(against, against_public) if against else None
@@ -161,6 +162,8 @@ def anonymize(
 ) -> None:
     """Check a table, recode it until the contract's k, l and t hold, write it, and verify what was written."""
     from rich.console import Console
+
+    from fedveil.client.records.read.source_options import dialect_of, source_of
 
     dialect = dialect_of(encoding, delimiter, decimal, thousands)
     source = source_of(table, query, url_file, fhir)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fedveil.deploy.cli.data_source import DelimiterOption, EncodingOption, cells, dialect_of
+from fedveil.common.cli import Group
+from fedveil.deploy.cli.data_source import DelimiterOption, EncodingOption, cells
 
-app = typer.Typer(help="The data contract: draft it from a sample, sign it, check it.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="The data contract: draft it from a sample, sign it, check it.", no_args_is_help=True)
 
 
 @app.command("init")
@@ -25,6 +26,7 @@ def init(
     from rich.console import Console
 
     from fedveil.client.records.judge import draft, profile
+    from fedveil.client.records.read.source_options import dialect_of
     from fedveil.common.errors import UsageError
 
     found = profile.profile(sample, dialect_of(encoding, delimiter, ".", ""))

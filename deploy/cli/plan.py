@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from fedveil.common import canonical, identity
-from fedveil.common import contract as contracts
-from fedveil.common import settings as tomls
-from fedveil.common.contract import DataContract
+from fedveil.common import canonical
 from fedveil.common.errors import ConfigError, FedveilError, UsageError
-from fedveil.common.settings import Federation
-from fedveil.deploy.cli.ledger import read_rows, tally_of
-from fedveil.privacy.planning import Forecast, forecast, plan_from_settings
+
+if TYPE_CHECKING:
+    from fedveil.common.contract import DataContract
+    from fedveil.common.settings import Federation
+    from fedveil.privacy.planning import Forecast
 
 _ROSTER_LIMIT = 1 << 22
 
@@ -39,9 +36,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and the forecast as JSON.")] = False,
 ) -> None:
     """Show the privacy plan of federation.toml: noise, steps, ε, fallback ε, what a budget affords. Runs nothing."""
+    from fedveil.common import settings as tomls
+    from fedveil.deploy.ledger_file import read_rows, tally_of
+    from fedveil.privacy.planning import forecast, plan_from_settings
+
     if cap is not None and not 0 < cap <= 1000:
         raise UsageError(f"--cap {cap!r} is not in (0, 1000]")
-    settings = tomls.load(federation, Federation)
+    settings = tomls.load(federation, tomls.Federation)
     contract, signed = _contract(settings)
     made = plan_from_settings(settings, contract, sites or _roster_size(settings), noise_multiplier=noise_multiplier)
     result = forecast(made, cap=cap, ledger=tally_of(read_rows(ledger, None)) if ledger else None)
@@ -62,13 +63,17 @@ def _pin(settings: Federation) -> str:
 
 def _contract(settings: Federation) -> tuple[DataContract, bool]:
     """The contract, and whether it is signed. A ``.toml`` is a draft: enough to plan with, not to run with."""
+    from fedveil.common.contract import DataContract, load_signed
+
     path = settings.federation.contract
     if path.suffix == ".toml":
         return DataContract.load(path), False
-    return contracts.load_signed(path, _pin(settings)), True
+    return load_signed(path, _pin(settings)), True
 
 
 def _roster_size(settings: Federation) -> int:
+    from fedveil.common import identity
+
     path = settings.federation.identity / "roster.json"
     try:
         with path.open("rb") as f:
@@ -81,6 +86,9 @@ def _roster_size(settings: Federation) -> int:
 
 
 def _show(f: Forecast, settings: Federation, signed: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     p, console = f.plan, Console(highlight=False)
     table = Table(
         title=f"Privacy plan of {settings.federation.name!r}", title_justify="left", show_header=False, box=None

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Coordinate a run: admit sites, add ciphertexts, open only sums.")
+from fedveil.common.cli import Group
+
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Coordinate a run: admit sites, add ciphertexts, open only sums."
+)
 
 Settings = Annotated[Path, typer.Argument(help="federation.toml")]
 

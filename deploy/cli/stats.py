@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedveil.common.errors import FedveilError, RunAborted, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from fedveil.common.contract import DataContract
     from fedveil.common.workload.statistics import MetricSpec, StatsSpec
 
@@ -110,6 +110,9 @@ def _evaluated(wanted: list[str], folder: Path | None) -> tuple[MetricSpec | Non
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
     """Print the estimates of ``statistics.json`` with their standard errors (of the noise alone)."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = console or Console(highlight=False)
     title = f"ε = {found['epsilon']:.4f} at δ = {found['delta']:g} for one {found['unit']}, {found['sites']} sites"
     table = Table(title=title, title_justify="left")
@@ -148,6 +151,8 @@ def _metrics(table: Table, metrics: dict[str, Any]) -> None:
 
 
 def _row(table: Table, column: str, name: str, value: dict[str, Any] | None) -> None:
+    from rich.text import Text
+
     if value is None or value["estimate"] is None:
         table.add_row(Text(column), Text(name), "lost in the noise", "")
         return

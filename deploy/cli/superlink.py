@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
+from fedveil.common.cli import Group
+
 # Every fedveil command reads this file: what it needs of torch and flwr comes with the command.
 app = typer.Typer(
-    no_args_is_help=True, help="The same apps under Flower's SuperLink, with executors that run no bundle."
+    cls=Group, no_args_is_help=True, help="The same apps under Flower's SuperLink, with executors that run no bundle."
 )
 FederationFile = Annotated[Path, typer.Argument(help="federation.toml")]
 SiteFile = Annotated[Path, typer.Argument(help="site.toml")]

@@ -26,9 +26,9 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import MALFORMED, ConfigError, IdentityError
 from fedveil.common.files import write_durably
 from fedveil.common.identity import Member, Revocations, Roster
-from fedveil.common.units import site_id
+from fedveil.common.units import MAX_DAYS, site_id
 from fedveil.deploy.enrol.join import ANSWERED, ASKED, MAX_REQUEST_BYTES, fingerprint, read_document
-from fedveil.deploy.enrol.provision import MAX_DAYS, Authority
+from fedveil.deploy.enrol.provision import Authority
 
 _MEMBERS = "members.json"
 

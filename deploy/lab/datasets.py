@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import UsageError
-
-NAMES = ("digits", "diabetes", "trivial")
+from fedveil.deploy.lab.choices import CHOICES
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def load(name: str, clients: int, seed: int, *, alpha: float | None = None) -> S
     """
     if name == "trivial":
         return _trivial(clients, seed)
-    if name not in NAMES:
-        raise UsageError(f"unknown dataset {name!r}", hint=f"one of {', '.join(NAMES)}")
+    if name not in CHOICES["dataset"]:
+        raise UsageError(f"unknown dataset {name!r}", hint=f"one of {', '.join(CHOICES['dataset'])}")
     from sklearn.model_selection import train_test_split
 
     X, y = _digits() if name == "digits" else _diabetes()

@@ -12,9 +12,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.table import Table as RichTable
 
 from fedveil.common.errors import DataError, RunAborted, UsageError
@@ -48,12 +47,18 @@ class _Processes:
                 p.kill()
 
 
-def demo(
-    folder: Annotated[Path | None, typer.Option(help="where to lay everything out; default runs/demo-<time>")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the split into hospitals")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="repetitions of the comparison")] = 20,
-) -> None:
-    """Four hospitals, one model, ε = 1: real processes over mTLS, the secure sum, and a report to check."""
+def demo(folder: Path | None, seed: int, seeds: int) -> None:
+    """Lay everything out, run it, compare, and check the report.
+
+    Args:
+        folder: where to lay everything out; it must not exist. None: ``runs/demo-<time>``.
+        seed: of the split into hospitals.
+        seeds: repetitions of the comparison, 1 or more.
+
+    Raises:
+        UsageError: the folder cannot be made.
+        RunAborted, DataError, VerificationError: a part of the run did not end as it must.
+    """
     from fedveil.deploy.lab import demo_hospitals as demo_world
 
     started = time.monotonic()

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-import statistics
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from fedveil.common import canonical
-from fedveil.common.errors import BudgetExhausted, RunAborted, UsageError
-from fedveil.deploy.lab.datasets import NAMES as DATASETS
+from fedveil.common.errors import UsageError
+from fedveil.deploy.lab.choices import CHOICES
+from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
 
 if TYPE_CHECKING:
     from fedveil.deploy.lab import virtual_sites as simulation
     from fedveil.deploy.lab.datasets import Split
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
-
-
-SUMMARY = "summary.json"
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("distributed", "local", "client"),
-    "sum": ("keysum", "sharedkey", "plain", "none"),
-    "engine": ("inprocess", "ray"),
-    "reveal_to": ("server", "sites"),
-}
-
-
-def _listed(name: str, **remarks: str) -> str:
-    return ", ".join(f"{x} ({remarks[x]})" if x in remarks else x for x in CHOICES[name])
 
 
 @dataclass(frozen=True)
@@ -80,18 +63,6 @@ class Config:
     drop_rate: float = 0.0
     reveal_to: str = "server"
     committee: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a simulation gave: the ending, public test metrics, steps applied, seconds."""
-
-    status: str
-    metrics: dict[str, float]
-    steps: int
-    seconds: float
-    plan: PrivacyPlan
-    run: Path
 
 
 def recipe(config: Config) -> Recipe:
@@ -263,79 +234,31 @@ def _write_report(out: Path, world: simulation.World) -> None:
     write_curve(out)
 
 
-def simulate(
-    clients: Annotated[int, typer.Option(help="number of virtual clients")] = 20,
-    dataset: Annotated[str, typer.Option(help=", ".join(DATASETS))] = "digits",
-    epsilon: Annotated[float, typer.Option(help="ε of the run")] = 1.0,
-    delta: Annotated[float, typer.Option(help="δ of the run")] = 1e-5,
-    mode: Annotated[str, typer.Option(help=_listed("mode"))] = "distributed",
-    sum: Annotated[str, typer.Option(help=_listed("sum", plain="SIMULATED", none="mode local"))] = "keysum",
-    engine: Annotated[str, typer.Option(help=_listed("engine"))] = "inprocess",
-    alpha: Annotated[float | None, typer.Option(help="Dirichlet concentration of the classes; default IID")] = None,
-    colluders: Annotated[int | None, typer.Option(help="t, sites that may work together")] = None,
-    dropouts: Annotated[int | None, typer.Option(help="d, sites that may be missing")] = None,
-    steps: Annotated[int | None, typer.Option(help="secure sums; default from the dataset's recipe")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the public split and initialisation")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="runs, one for each seed from --seed up, and their mean")] = 1,
-    cap: Annotated[
-        float | None, typer.Option(help="cap of every client's ledger; default: what the plan needs")
-    ] = None,
-    drop_rate: Annotated[float, typer.Option(help="chance that a client misses a round")] = 0.0,
-    reveal_to: Annotated[str, typer.Option(help="who reads: " + _listed("reveal_to", sites="keysum"))] = "server",
-    committee: Annotated[int, typer.Option(help="helpers that open the sums; 0: all sites (up to 200)")] = 0,
-    force: Annotated[bool, typer.Option(help="mode client below 1000 clients")] = False,
-    out: Annotated[Path | None, typer.Option(help="run folder, or that of --seeds; default runs/<time>")] = None,
-) -> None:
-    """Train over many virtual clients in one process and leave a run folder with a checkable report."""
-    from fedveil.deploy.watch.display import Display, summary
+def command(config: Config, seeds: int, out: Path | None) -> None:
+    """Run ``config`` over ``seeds`` seeds from its own on, and show the outcomes.
+
+    Args:
+        out: the run's folder, or the folder of all seeds' runs; None: ``runs/<time>``.
+
+    Raises:
+        RunAborted, BudgetExhausted: one of the runs ended so; the folders are written.
+        FedveilError: the plan is refused, or a run could not begin.
+    """
+    from fedveil.deploy.watch.display import Display
 
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if (folder / SUMMARY).exists():
         raise UsageError(f"{folder} holds the runs of several seeds already", hint="another --out")
     outcomes: list[Outcome] = []
-    for s in range(seed, seed + seeds):
-        config = Config(clients, dataset, epsilon, delta, mode, sum, engine, alpha, colluders, dropouts, steps, s,
-                        force, cap, drop_rate, reveal_to, committee)  # fmt: skip
-        own = folder if seeds == 1 else folder / f"seed-{s}"
-        title = f"simulate {dataset}" + (f", seed {s}" if seeds > 1 else "")
+    for seed in range(config.seed, config.seed + seeds):
+        own = folder if seeds == 1 else folder / f"seed-{seed}"
+        title = f"simulate {config.dataset}" + (f", seed {seed}" if seeds > 1 else "")
         with Display(title, recipe(config).steps) as display:
-            outcomes.append(run(config, own, progress=display.progress))
+            outcomes.append(run(replace(config, seed=seed), own, progress=display.progress))
         if seeds > 1:  # after each: what is there stays, whatever comes of the next
-            write_summary(folder, range(seed, s + 1), outcomes)
-    summary(outcomes, folder)
-    _raise_for_ending(outcomes, folder)
+            write_summary(folder, range(config.seed, seed + 1), outcomes)
+    show(outcomes, folder)
+    raise_for_ending(outcomes, folder)
 
 
-def write_summary(folder: Path, seeds: Iterable[int], outcomes: list[Outcome]) -> None:
-    """Write ``summary.json``: how each seed's run ended, in which folder; every metric's mean and standard error."""
-    runs = [
-        {"seed": s, "folder": o.run.name, "status": o.status, "steps": o.steps, "metrics": o.metrics,
-         "seconds": o.seconds}
-        for s, o in zip(seeds, outcomes, strict=True)
-    ]  # fmt: skip
-    from fedveil.deploy.watch.display import standard_error
-
-    values = {name: [o.metrics[name] for o in outcomes] for name in outcomes[0].metrics}
-    found = {
-        name: {"mean": statistics.mean(v), "standard_error": standard_error(v) if len(v) > 1 else None}
-        for name, v in values.items()
-    }
-    (folder / SUMMARY).write_text(json.dumps({"runs": runs, "metrics": found}, indent=1) + "\n")
-
-
-def _raise_for_ending(outcomes: list[Outcome], folder: Path) -> None:
-    """A run that did not carry out its plan has the exit code that ``fedveil server start`` has; its report is written.
-
-    Raises:
-        RunAborted, BudgetExhausted: one of the runs ended so.
-    """
-    from fedveil.server.job import ABORTED, EXHAUSTED
-
-    endings = {o.status for o in outcomes}
-    if ABORTED in endings:
-        raise RunAborted(f"the run in {folder} was aborted", hint="the last model and the report are in its folder")
-    if EXHAUSTED in endings:
-        raise BudgetExhausted(f"the budget is spent; the last model is in {folder}", hint="a normal ending")
-
-
-__all__ = ["Config", "Outcome", "make_plan", "run", "run_split", "simulate"]
+__all__ = ["Config", "Outcome", "command", "make_plan", "run", "run_split"]

@@ -80,7 +80,7 @@ def write(folder: Path, report: dict[str, Any]) -> list[Path]:
     try:
         from jinja2 import Environment, StrictUndefined  # an auditor needs no jinja2
     except ModuleNotFoundError as e:
-        raise UsageError(f"rendering needs {e.name}", hint="pip install 'fedveil[server]'") from e
+        raise UsageError(f"rendering needs {e.name}", hint="pip install 'fedveil[audit]'") from e
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = files("fedveil.privacy.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     written = [_private(folder / LOCAL_JSON, canonical.dumps(report) + b"\n")]

@@ -73,17 +73,3 @@ def test_a_forbidden_import_would_be_seen(importer: str, imported: str, tmp_path
     )  # fmt: skip
     assert done.returncode != 0
     assert "BROKEN" in done.stdout
-
-
-def test_no_command_makes_another_one_wait() -> None:
-    """Every command's module is read before any of them runs, an auditor's without torch and flwr too."""
-    code = (
-        "import sys\n"
-        "from importlib.metadata import entry_points\n"
-        "names = [e.load() and e.name for e in entry_points(group='fedveil.commands')]\n"
-        "print(len(names), *({'torch', 'flwr', 'grpc', 'tenseal', 'pyarrow'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    count, *heavy = done.stdout.split()
-    assert int(count) >= 10
-    assert heavy == []

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
+from fedveil.deploy.cli.provision import app as provision
 from fedveil.deploy.enrol import consortium as enrol_consortium
 from fedveil.deploy.enrol import join as enrol
-from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium, provision
+from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium
 
 NAMES = ("server", "east", "west")
 

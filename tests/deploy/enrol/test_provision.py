@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from fedveil.common import identity
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
-from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium, provision
+from fedveil.deploy.cli.provision import app as provision
+from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium
 
 MEMBER_FILES = {"signing.key", "tls.key", "tls.pem", "ca.pem", "roster.json", "consortium.pub"}
 

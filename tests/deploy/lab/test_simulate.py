@@ -16,6 +16,7 @@ from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted, UsageE
 from fedveil.common.journal import parse
 from fedveil.deploy.lab import baselines, datasets, simulate
 from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab.choices import CHOICES
 from fedveil.deploy.lab.simulate import Config
 from fedveil.privacy.report.bundle import SIMULATED_KEY
 from fedveil.privacy.report.verify import verify_report
@@ -141,7 +142,7 @@ def test_a_thousand_clients_need_no_force(tmp_path):
         simulate.make_plan(replace(config, clients=999), datasets.load("trivial", 999, 0))
 
 
-@pytest.mark.parametrize("mode", simulate.CHOICES["mode"])
+@pytest.mark.parametrize("mode", CHOICES["mode"])
 def test_virtual_sites_take_whatever_the_command_plans(tmp_path, mode):
     """A fallback ε above what real sites accept is no reason to refuse."""
     config = Config(clients=60, dataset="trivial", mode=mode, sum="plain", epsilon=599.0, steps=5, force=True)
@@ -270,7 +271,7 @@ class TestCommand:
         assert isinstance(done.exception, (UsageError, SystemExit))
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("dataset", datasets.NAMES)
+    @pytest.mark.parametrize("dataset", CHOICES["dataset"])
     def test_every_dataset_that_is_listed_runs(self, tmp_path, dataset):
         assert dataset in self.invoke("--help").output
         words = ("--dataset", dataset, "--clients", "4", "--sum", "plain", "--steps", "1")
@@ -280,7 +281,7 @@ class TestCommand:
         assert isinstance(unknown, UsageError)
         assert dataset in unknown.hint
 
-    @pytest.mark.parametrize(("option", "value"), [(o, v) for o, values in simulate.CHOICES.items() for v in values])
+    @pytest.mark.parametrize(("option", "value"), [(o, v) for o, values in CHOICES.items() for v in values])
     def test_every_choice_that_is_listed_is_taken(self, tmp_path, option, value):
         if value == "ray":
             return  # slow: see below

@@ -1,0 +1,14 @@
+"""What ``fedveil simulate`` offers, as data: its help lists it without importing what carries it out."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dataset": ("digits", "diabetes", "trivial"),
+    "mode": ("distributed", "local", "client"),
+    "sum": ("keysum", "sharedkey", "plain", "none"),
+    "engine": ("inprocess", "ray"),
+    "reveal_to": ("server", "sites"),
+}
+
+
+def listed(name: str, **remarks: str) -> str:
+    """The choices of the option ``name`` in one line, each with its remark."""
+    return ", ".join(f"{x} ({remarks[x]})" if x in remarks else x for x in CHOICES[name])
