@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedveil.client import report_receipt as seen
+from fedveil.client import report_receipt
 from fedveil.client import round as line
 from fedveil.client.egress.gate import Cleared, Gate
 from fedveil.client.session import Site
@@ -35,7 +35,7 @@ def make_app(resolve: Resolve, gate: Gate | None = None) -> ClientApp:
         (app.train, "open", line.open_sum),
         (app.query, "apply", line.apply),
         (app.query, "finish", line.finish),
-        (app.query, "report", seen.report),
+        (app.query, "report", report_receipt.report),
     ):
         register(action)(_answering(resolve, action, handler, gate))
     return app

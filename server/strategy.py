@@ -25,9 +25,7 @@ from fedveil.privacy.report.history import End
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.round_outcomes import Conduct
 from fedveil.privacy.secagg.server import server_sum
-from fedveil.server import admission, statistics
-from fedveil.server import ledger_handover as delivered
-from fedveil.server import report_signatures as offered
+from fedveil.server import admission, ledger_handover, report_signatures, statistics
 from fedveil.server.blinded import BlindedSums, blinded_sums
 from fedveil.server.exchange import Exchange
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job
@@ -266,7 +264,7 @@ class SecureSumStrategy(Strategy):
         }
         replies = link.packets(link.ask(dict.fromkeys(link.nodes, Packet(header)), "query.finish"))
         end = End(self.status, done, self._name, {}, {})
-        heads = delivered.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()}, end)
+        heads = ledger_handover.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()}, end)
         metrics = self._metrics()
         if self._blinded is None:
             write_durably(job.run / "model.f32", job.state.sent())
@@ -283,7 +281,7 @@ class SecureSumStrategy(Strategy):
         job.journal.close()
         job.progress("end", {"status": self.status, "steps": done, "metrics": metrics})
         if job.countersigned:
-            offered.offer(job, link, [SiteId(site) for site in heads])
+            report_signatures.offer(job, link, [SiteId(site) for site in heads])
 
     def _arrays(self) -> ArrayRecord:
         data = self.job.state.sent()

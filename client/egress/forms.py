@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedveil.client import report_receipt as seen
+from fedveil.client import report_receipt
 from fedveil.client.egress.ledger_rows import check_rows, exactly, hexadecimal
 from fedveil.client.session import Session, Site
 from fedveil.common import canonical, identity
@@ -114,7 +114,7 @@ class Forms:
         exactly("the signature", statement, {"payload": lambda _: True, "signer": own, "signature": _SIGNATURE})
         payload = identity.opened(statement, signatures.DOMAIN, own, what="this site's signature under the report")
         exactly("the signature", payload, {
-            "v": 1, "site": site.id, "session": session.id, "report": seen.digest(site, session),
+            "v": 1, "site": site.id, "session": session.id, "report": report_receipt.digest(site, session),
         })  # fmt: skip
 
     # --- a round --------------------------------------------------------------------------------------------

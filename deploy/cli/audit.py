@@ -12,7 +12,7 @@ from fedveil.common import canonical
 from fedveil.common.cli import Group
 from fedveil.common.errors import UsageError
 from fedveil.deploy.cli import audit_evidence as measured
-from fedveil.deploy.cli import audit_sign_compare as evidence
+from fedveil.deploy.cli import audit_sign_compare
 from fedveil.deploy.cli.audit_sign_compare import plain
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ _SHOWN = 24
 @app.command()
 def verify(
     report: Annotated[Path, typer.Argument(help="report.json, beside the files of its run; or that folder.")],
-    consortium_key: evidence.Pin = None,
+    consortium_key: audit_sign_compare.Pin = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Recompute everything the report claims. Exit code 0 if every check passed, 60 if not."""
     from fedveil.privacy.report.verify import verify_report
 
-    path = evidence.file_of(report)
-    result = verify_report(path, consortium_key=evidence.pinned(consortium_key))
+    path = audit_sign_compare.file_of(report)
+    result = verify_report(path, consortium_key=audit_sign_compare.pinned(consortium_key))
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
     else:
@@ -76,7 +76,7 @@ def report(
 def render(
     report: Annotated[Path, typer.Argument(help="report.json, or the run's folder.")],
     lang: Annotated[str, typer.Option(help="en, zh or all")] = "all",
-    consortium_key: evidence.Pin = None,
+    consortium_key: audit_sign_compare.Pin = None,
 ) -> None:
     """Write report.html (English), report.zh.html (Chinese) and the cards. Exit code 60 if a check fails."""
     from rich.console import Console
@@ -85,8 +85,8 @@ def render(
     from fedveil.privacy.report.render import page_path, render_report
     from fedveil.privacy.report.verify import verify_report
 
-    path, langs = evidence.file_of(report), LANGUAGES if lang == "all" else (lang,)
-    found = verify_report(path, consortium_key=evidence.pinned(consortium_key))
+    path, langs = audit_sign_compare.file_of(report), LANGUAGES if lang == "all" else (lang,)
+    found = verify_report(path, consortium_key=audit_sign_compare.pinned(consortium_key))
     render_report(path, langs, verification=found)
     for x in langs:
         Console().print(f"{page_path(path, x)}", markup=False, highlight=False, soft_wrap=True)
@@ -131,7 +131,14 @@ def _show(result: Verification) -> None:
         )
 
 
-for _command in (evidence.pdf, evidence.sign, evidence.row, evidence.compare, evidence.local, evidence.schema):
+for _command in (
+    audit_sign_compare.pdf,
+    audit_sign_compare.sign,
+    audit_sign_compare.row,
+    audit_sign_compare.compare,
+    audit_sign_compare.local,
+    audit_sign_compare.schema,
+):
     app.command()(_command)
 for _command in (measured.attacks, measured.conformance, measured.one_run):
     app.command()(_command)

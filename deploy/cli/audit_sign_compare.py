@@ -69,9 +69,9 @@ def row(
     consortium_key: Pin = None,
 ) -> None:
     """Check that one row stands in the journal that a report names, without the rest of that journal."""
-    from fedveil.privacy.report import row_proof as proofs
+    from fedveil.privacy.report import row_proof
 
-    found = proofs.check(proof, file_of(report), pinned(consortium_key))
+    found = row_proof.check(proof, file_of(report), pinned(consortium_key))
     _say(f"row {found.n} of {found.owner} holds: {found.kind} {canonical.dumps(found.body).decode()}")
 
 

@@ -59,7 +59,7 @@ def demo(folder: Path | None, seed: int, seeds: int) -> None:
         UsageError: the folder cannot be made.
         RunAborted, DataError, VerificationError: a part of the run did not end as it must.
     """
-    from fedveil.deploy.lab import demo_hospitals as demo_world
+    from fedveil.deploy.lab import demo_hospitals
 
     started = time.monotonic()
     home = folder or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
@@ -68,9 +68,9 @@ def demo(folder: Path | None, seed: int, seeds: int) -> None:
     except OSError as e:
         raise UsageError(f"{home} cannot be made: {e.strerror}", hint="name a new folder") from e
     port = _free_port()
-    demo_world.lay_out(home, port, seed)
+    demo_hospitals.lay_out(home, port, seed)
     CONSOLE.print(
-        f"[bold]{len(demo_world.HOSPITALS)} hospitals[/] with their own tables, keys and limits below {home}\n"
+        f"[bold]{len(demo_hospitals.HOSPITALS)} hospitals[/] with their own tables, keys and limits below {home}\n"
         "keys, certificates and roster: fedveil provision; contract: signed by the consortium", highlight=False,
     )  # fmt: skip
     run = home / "run"
@@ -162,18 +162,16 @@ def _say_data_checks(home: Path) -> None:
 
 def _compare(seeds: int) -> tuple[dict[str, list[Metrics]], PrivacyPlan]:
     """The federated model and its alternatives over ``seeds`` fresh splits, in this process."""
-    from fedveil.deploy.lab import baselines
-    from fedveil.deploy.lab import demo_hospitals as demo_world
-    from fedveil.deploy.lab import virtual_sites as simulation
+    from fedveil.deploy.lab import baselines, demo_hospitals, virtual_sites
     from fedveil.server.evaluate import Evaluator
 
-    X, y = demo_world.encoded(demo_world.records())
+    X, y = demo_hospitals.encoded(demo_hospitals.records())
     out: dict[str, list[Metrics]] = {}
     plans = {name: _plan(r) for name, r in _recipes().items()}
-    simulation.fit_threads(plans["federated"].model.parameters)
+    virtual_sites.fit_threads(plans["federated"].model.parameters)
     with Display("comparison", seeds) as display:
         for seed in range(seeds):
-            s = demo_world.split(seed)
+            s = demo_hospitals.split(seed)
             parts = [baselines.Table(X[i], y[i]) for i in s.hospitals]
             test = baselines.Table(X[s.public], y[s.public])
             score = Evaluator(plans["federated"].network, test.X, test.y)
@@ -200,13 +198,13 @@ def _recipes():
 
 def _plan(recipe) -> PrivacyPlan:
     from fedveil.common.workload.model import ModelSpec
-    from fedveil.deploy.lab import demo_hospitals as demo_world
+    from fedveil.deploy.lab import demo_hospitals
     from fedveil.privacy.plan import Optimizer, make_plan
 
-    agreed = demo_world.contract()
+    agreed = demo_hospitals.contract()
     return make_plan(
-        sum="plain", sites=len(demo_world.HOSPITALS), records=331, epsilon=demo_world.EPSILON,
-        delta=demo_world.DELTA, steps=recipe.steps, clip=recipe.clip,
+        sum="plain", sites=len(demo_hospitals.HOSPITALS), records=331, epsilon=demo_hospitals.EPSILON,
+        delta=demo_hospitals.DELTA, steps=recipe.steps, clip=recipe.clip,
         model=ModelSpec(name="logistic", inputs=agreed.width, classes=agreed.classes),
         optimizer=Optimizer(learning_rate=recipe.learning_rate, momentum=recipe.momentum), contract_hash=agreed.hash,
     )  # fmt: skip

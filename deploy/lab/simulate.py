@@ -15,7 +15,7 @@ from fedveil.deploy.lab.choices import CHOICES
 from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
 
 if TYPE_CHECKING:
-    from fedveil.deploy.lab import virtual_sites as simulation
+    from fedveil.deploy.lab import virtual_sites
     from fedveil.deploy.lab.datasets import Split
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
@@ -125,7 +125,7 @@ def run_split(
     """
     from fedveil.client.app import make_app as client_app
     from fedveil.common import flwr_adapter
-    from fedveil.deploy.lab import virtual_sites as simulation
+    from fedveil.deploy.lab import virtual_sites
     from fedveil.privacy.planning import warnings
     from fedveil.server import job as jobs
     from fedveil.server.app import make_app as server_app
@@ -136,9 +136,9 @@ def run_split(
     flwr_adapter.quiet_flower()
     if progress:
         progress("plan", {"warnings": warnings(plan)})
-    simulation.fit_threads(plan.model.parameters)
+    virtual_sites.fit_threads(plan.model.parameters)
     started = time.perf_counter()
-    world = simulation.World.make(config.clients)
+    world = virtual_sites.World.make(config.clients)
     cap = config.cap or plan.filter_epsilon()
     options: dict[str, Any] = {"progress": progress} if progress else {}
     job = jobs.create(
@@ -151,12 +151,12 @@ def run_split(
     if config.engine == "inprocess":
         from fedveil.deploy.transport.inprocess import run_inprocess
 
-        resolve, sites = simulation.keep(
-            lambda i: simulation.make_site(
+        resolve, sites = virtual_sites.keep(
+            lambda i: virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *split.parts[i], out, cap=cap, engine=engine
             )
         )
-        with simulation.rare_collections():
+        with virtual_sites.rare_collections():
             run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=_drops(config.drop_rate))
         if plan.reveal_to == "sites" and job.evaluate is not None:
             # Only the simulation can look into a site: its own model on the public table.
@@ -216,7 +216,7 @@ def _drops(rate: float):
     return drop
 
 
-def _write_report(out: Path, world: simulation.World) -> None:
+def _write_report(out: Path, world: virtual_sites.World) -> None:
     """The report, signed by every virtual site whose ledger it was made from; and the server's key, for later audits.
 
     The key speaks for nobody: it was made for this run, whose report says SIMULATED.

@@ -14,7 +14,7 @@ from fedveil.common.errors import VerificationError
 from fedveil.common.files import replacing
 from fedveil.privacy import plan as plans
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import software_bill as bill
+from fedveil.privacy.report import software_bill
 from fedveil.privacy.report.bundle import PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import compose
 from fedveil.privacy.report.derive import Facts, derive
@@ -45,7 +45,7 @@ def build_report(run: Path, server_key: Ed25519PrivateKey) -> dict[str, Any]:
         raise VerificationError(
             "the key is not the one that the roster names for the server", hint="use the server's signing.key"
         )
-    payload = {**derive(facts), "software": bill.software(), "written_at": int(time.time())}
+    payload = {**derive(facts), "software": software_bill.software(), "written_at": int(time.time())}
     document = identity.signed(server_key, DOMAIN, payload)
     if (held := run / SIGNATURES).exists():
         # They are under the report that this one replaces: kept, but no longer beside it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedveil.privacy.report import privacy_loss as loss
+from fedveil.privacy.report import privacy_loss
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.plots import Chart, Series
 
@@ -162,7 +162,7 @@ def _attack(p: dict[str, Any], say: Speaker, sentence: str) -> Chart:
     return Chart(
         say("chart.attack"), say("chart.alarms"), say("chart.found"), sentence,
         [
-            Series(say("chart.limit"), [(x, loss.attack_rate(points, x)) for x in _GRID]),
+            Series(say("chart.limit"), [(x, privacy_loss.attack_rate(points, x)) for x in _GRID]),
             Series(say("chart.guessing"), [(0, 0), (1, 1)], "ref"),
         ],
         low=0, high=1,

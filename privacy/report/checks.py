@@ -20,8 +20,7 @@ from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import claims, ledgers, progress, recompute, schema, signatures, tables
-from fedveil.privacy.report import software_bill as bill
+from fedveil.privacy.report import claims, ledgers, progress, recompute, schema, signatures, software_bill, tables
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import Charges, compose
@@ -334,7 +333,7 @@ class Audit:
 
     def _fields(self) -> str:
         payload = dict(self._got("report signature", self._payload))
-        software = bill.checked(payload.get("software"))
+        software = software_bill.checked(payload.get("software"))
         fields.integer(payload, "written_at", REPORT)
         for key in _OWN:
             payload.pop(key)

@@ -10,8 +10,7 @@ from fedveil.common.identity import Roster
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp, interval
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import privacy_loss as loss
-from fedveil.privacy.report import wording
+from fedveil.privacy.report import privacy_loss, wording
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round
@@ -102,10 +101,10 @@ def derive(f: Facts) -> dict[str, Any]:
 
 
 def _claim(plan: PrivacyPlan) -> dict[str, Any]:
-    points = loss.curve(plan.event, plan.steps, plan.delta, plan.claim)
-    rates = [(fpr, loss.attack_rate(points, fpr)) for fpr in loss.FALSE_ALARMS]
-    weakest, accountant = loss.fallback(plan)
-    replaced, by = loss.replace_one(plan)
+    points = privacy_loss.curve(plan.event, plan.steps, plan.delta, plan.claim)
+    rates = [(fpr, privacy_loss.attack_rate(points, fpr)) for fpr in privacy_loss.FALSE_ALARMS]
+    weakest, accountant = privacy_loss.fallback(plan)
+    replaced, by = privacy_loss.replace_one(plan)
     return {
         "unit": plan.unit,
         "adjacency": plan.adjacency,
@@ -191,7 +190,7 @@ def _accounting(f: Facts) -> dict[str, Any]:
         "steps_charged": steps,
         "epsilon_charged_pld": epsilon_pld(charged, plan.delta),
         "epsilon_charged_rdp": epsilon_rdp(charged, plan.delta),
-        "by_step": loss.by_step(plan.event, plan.steps, plan.delta),
+        "by_step": privacy_loss.by_step(plan.event, plan.steps, plan.delta),
     }
 
 
@@ -247,7 +246,7 @@ def _anonymisation(plan: PrivacyPlan, c: Charges) -> dict[str, Any] | None:
         "all_met": all(x["met"] for x in r.criteria.values()),
         "stability_factor": factor,
         "unit": r.unit,
-        "epsilon_of_original_record": None if factor is None else loss.group_epsilon(plan, factor),
+        "epsilon_of_original_record": None if factor is None else privacy_loss.group_epsilon(plan, factor),
     }
 
 

@@ -2,11 +2,12 @@
 
 ``python tests/arch/reach.py`` prints them and ends with 1 if one has no reason in reach.toml, or a reason is stale.
 
-Roots are what a user starts: the entry points of pyproject.toml, ``python -m fedveil``, and modules that scripts and
-unit files of ``deploy/`` name. Reach goes on through what reached code names. A name that only its own definition, or
-only unreached code, speaks of is not reached. Doubt counts as reach: a method is reached with its class if reached
-code anywhere says its name as an attribute or a string, if a template says it, if a base class from elsewhere may call
-it, or if a decorator may have registered it. Tests and benches are not read.
+Roots are what a user starts: the entry points of pyproject.toml, the table of sub-commands in common/cli.py,
+``python -m fedveil``, and modules that scripts and unit files of ``deploy/`` name. Reach goes on through what reached
+code names. A name that only its own definition, or only unreached code, speaks of is not reached. Doubt counts as
+reach: a method is reached with its class if reached code anywhere says its name as an attribute or a string, if a
+template says it, if a base class from elsewhere may call it, or if a decorator may have registered it. Tests and
+benches are not read.
 """
 
 from __future__ import annotations
@@ -273,7 +274,17 @@ class Source:
         for path in (self.root / "deploy").rglob("*"):
             if path.is_file() and path.suffix not in (".py", ".pyc", ".j2"):
                 found |= set(DOTTED.findall(path.read_text(encoding="utf-8")))
+        for name in self.commands():
+            found |= {f"{PACKAGE}.deploy.cli.{name}.{held}" for held in ("app", name)}
         return {PACKAGE, f"{PACKAGE}.__main__", *found}
+
+    def commands(self) -> list[str]:
+        """The names in the table of sub-commands, whose modules are imported by name."""
+        path = self.root / "common" / "cli.py"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else ():
+            if isinstance(node, ast.Assign) and "COMMANDS" in {getattr(t, "id", "") for t in node.targets}:
+                return list(ast.literal_eval(node.value))
+        return []
 
     def said(self) -> set[str]:
         """Words inside the expressions of templates."""

@@ -15,8 +15,7 @@ from fedveil.common.errors import FedveilError, HelperRefusal, JournalError, Pro
 from fedveil.common.journal import Head
 from fedveil.common.units import SiteId
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import datasets
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import datasets, virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.joining import MAX_LEDGERS, Copy, heads_in, heads_of
 from fedveil.privacy.plan import Optimizer, make_plan
@@ -39,7 +38,7 @@ PLAN = planned(2)
 
 def make(world, index, state, peers, plan=PLAN):
     X, y = SPLIT.parts[index]
-    site = simulation.make_site(world.roster, index, world.keys[index], plan, X, y, state, cap=20.0, durable=True)
+    site = virtual_sites.make_site(world.roster, index, world.keys[index], plan, X, y, state, cap=20.0, durable=True)
     site.peers = peers
     return site
 
@@ -58,7 +57,7 @@ def run(world, folder, sites, plan=PLAN, drop=None):
 
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after a run on their other data sets"])
 def test_a_restored_site_refuses_and_the_others_go_on(tmp_path, between):
-    world, state = simulation.World.make(4), tmp_path / "state"
+    world, state = virtual_sites.World.make(4), tmp_path / "state"
     peers = [PeerHeads(tmp_path / f"peers-{i}.json") for i in range(4)]
     sites = [make(world, i, state, peers[i]) for i in range(4)]
     ledger = state / "ledgers" / f"{world.sites[0]}.jsonl"
@@ -89,7 +88,7 @@ def journal_of(world, state):
 
 @pytest.mark.parametrize("restored", [True, False], ids=["restored", "only restarted"])
 def test_a_site_restored_within_a_run_is_seen_in_the_next_round(tmp_path, restored):
-    world, state = simulation.World.make(4), tmp_path / "state"
+    world, state = virtual_sites.World.make(4), tmp_path / "state"
     plan = planned(4)
     sites = [make(world, i, state, PeerHeads(), plan) for i in range(4)]
     first = flower.node_id(world.sites[0])

@@ -18,7 +18,7 @@ from fedveil.common.errors import AnonymityError, BudgetExhausted, FedveilError,
 from fedveil.common.settings import WEEK, LimitsSection
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpec
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 
 
 def limits(**more) -> LimitsSection:
@@ -140,7 +140,7 @@ class TestFloors:
         ("own", "said"), [({"min_k": 6}, "k = 5"), ({"min_l": 3}, "l = 2"), ({"max_t": 0.5}, "t = None")]
     )
     def test_a_contract_that_asks_for_less(self, own, said):
-        contract = demo_world.contract()
+        contract = demo_hospitals.contract()
         policy.check_contract(contract, limits())
         with pytest.raises(AnonymityError, match=said):
             policy.check_contract(contract, limits(**own))

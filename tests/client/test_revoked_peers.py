@@ -13,8 +13,7 @@ from fedveil.common.errors import FedveilError, IdentityError
 from fedveil.common.identity import Revocations, Roster
 from fedveil.common.wire import Packet
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import datasets
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import datasets, virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.secagg import keysum_common as messages
@@ -107,9 +106,9 @@ def test_a_server_that_goes_on_with_or_is_revoked_gets_no_further_sum(tmp_path, 
         sites=4, records=split.records, epsilon=2.0, steps=6, clip=1.0, contract_hash="0" * 64, sum=sum_,
         model=ModelSpec(name="logistic", inputs=split.inputs, classes=2), optimizer=Optimizer(learning_rate=0.5),
     )  # fmt: skip
-    w = simulation.World.make(4)
+    w = virtual_sites.World.make(4)
     sites = [
-        simulation.make_site(w.roster, i, w.keys[i], plan, *split.parts[i], tmp_path / "state", cap=20.0)
+        virtual_sites.make_site(w.roster, i, w.keys[i], plan, *split.parts[i], tmp_path / "state", cap=20.0)
         for i in range(4)
     ]
     job = jobs.create(tmp_path / "run", plan, w.roster, w.server, documents=w.documents(), durable=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedveil.common import identity
-from fedveil.deploy.enrol import consortium as enrol_consortium
+from fedveil.deploy.enrol import consortium
 from fedveil.deploy.enrol import join as enrol
 
 NAMES = ("server", "east", "west")
@@ -18,7 +18,7 @@ class Members:
 
     def __init__(self, home: Path) -> None:
         self.home, self.consortium = home, home / "consortium"
-        self.pin = enrol_consortium.found(self.consortium, "hearts")
+        self.pin = consortium.found(self.consortium, "hearts")
         self.count = 0
 
     def host(self, name: str) -> str:
@@ -30,14 +30,14 @@ class Members:
     def sign(self, name: str, heard: str = "", days: int = 30) -> Path:
         self.count += 1
         out = self.home / f"reply-{self.count}.json"
-        enrol_consortium.sign_request(self.consortium, self.home / name / "request.json", out, heard=heard, days=days)
+        consortium.sign_request(self.consortium, self.home / name / "request.json", out, heard=heard, days=days)
         return out
 
     def admit(self, name: str) -> None:
         enrol.install(self.home / name, self.sign(name, self.ask(name)), consortium_key=self.pin)
 
     def publish(self) -> identity.Roster:
-        made = enrol_consortium.publish(self.consortium)
+        made = consortium.publish(self.consortium)
         for name in NAMES:
             if (self.home / name / "consortium.pub").exists():
                 enrol.take_roster(self.home / name, self.consortium / "roster.json")

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from fedveil.common import cli, identity
 from fedveil.common.errors import UsageError
 from fedveil.common.units import Delta, Epsilon
-from fedveil.deploy.lab import simulate
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import simulate, virtual_sites
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report import pdf
@@ -44,11 +43,11 @@ def test_the_commands_are_found():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tuple[Path, simulation.World]:
+def world(tmp_path_factory) -> tuple[Path, virtual_sites.World]:
     """A simulated run, and beside it what its members keep: keys, ledgers, a site's folder, a proof."""
-    home, worlds, make = tmp_path_factory.mktemp("docs"), [], simulation.World.make
+    home, worlds, make = tmp_path_factory.mktemp("docs"), [], virtual_sites.World.make
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulation.World, "make", lambda n: worlds.append(make(n)) or worlds[-1])
+        patch.setattr(virtual_sites.World, "make", lambda n: worlds.append(make(n)) or worlds[-1])
         simulate.run(simulate.Config(clients=4, dataset="trivial", sum="plain", steps=4), home / "RUN")
     (made,) = worlds
     for folder, key in (("SERVER", made.server), ("SITE", made.keys[0]), ("old", identity.new_signing_key())):
@@ -71,7 +70,7 @@ def invoke(words):
     return CliRunner().invoke(cli.build(), [str(w) for w in words], env={"COLUMNS": "200"})
 
 
-def filled(command: str, made: simulation.World) -> list[str]:
+def filled(command: str, made: virtual_sites.World) -> list[str]:
     """The words of a command with this world's things for what the document leaves to the reader."""
     pin = identity.public_hex(made.consortium)
     values = {
@@ -84,7 +83,7 @@ def filled(command: str, made: simulation.World) -> list[str]:
     return [values.get(w, w) for w in shlex.split(plain)[1:]]
 
 
-def older_ledger(made: simulation.World, key: str) -> None:
+def older_ledger(made: virtual_sites.World, key: str) -> None:
     old = Ledger.open(Path("OLD"), made.sites[0], identity.load_signing_key(Path(key)), lineage="older",
                       cap=Epsilon(9.0), delta=Delta(1e-5))  # fmt: skip
     old.reserve("e" * 64, 1, "a" * 64, SampledGaussian(1.0, 20.0))

@@ -25,7 +25,7 @@ from fedveil.common.units import Delta, Epsilon
 from fedveil.deploy import preflight, site_process
 from fedveil.deploy.cli.client import app
 from fedveil.deploy.enrol.provision import make_consortium
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.preflight import Finding, Preflight
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger
@@ -37,7 +37,7 @@ EAST = "hospital-east"
 def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("world") / "home"
     home.mkdir()
-    demo_world.lay_out(home, 1, seed=0)
+    demo_hospitals.lay_out(home, 1, seed=0)
     return home
 
 
@@ -415,7 +415,7 @@ def test_a_run_by_noise_multiplier(home, world_plan):
     path = home / "federation.toml"
     text = path.read_text()
     path.write_text(text.replace("epsilon = 1.0", "noise_multiplier = 40.0"))
-    plan = plan_from_settings(files.load(path, files.Federation), demo_world.contract(), 4)
+    plan = plan_from_settings(files.load(path, files.Federation), demo_hospitals.contract(), 4)
     assert plan.noise_multiplier == 40.0
     assert plan.epsilon < world_plan.epsilon
     path.write_text(text.replace("epsilon = 1.0", "epsilon = 1.0\nnoise_multiplier = 40.0"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.client import report_receipt as seen
+from fedveil.client import report_receipt
 from fedveil.client.app import make_app as client_app
 from fedveil.client.egress.forms import Forms
 from fedveil.client.session import Site
@@ -20,8 +20,7 @@ from fedveil.common.errors import PolicyRefusal, ProtocolError, VerificationErro
 from fedveil.common.journal import Journal
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.deploy.lab import datasets, simulate
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import datasets, simulate, virtual_sites
 from fedveil.deploy.lab.simulate import Config
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.report import handover, signatures
@@ -38,7 +37,7 @@ class Run:
     """Four virtual sites that keep reports, and the run they took part in."""
 
     folder: Path
-    world: simulation.World
+    world: virtual_sites.World
     sites: list[Site]
     session: str = ""
 
@@ -62,16 +61,16 @@ def finished(folder: Path) -> Run:
     config = Config(clients=4, dataset="trivial", sum="plain", steps=2)
     split = datasets.load("trivial", 4, 0)
     plan = simulate.make_plan(config, split)
-    world = simulation.World.make(4)
+    world = virtual_sites.World.make(4)
     run = Run(folder / "run", world, [])
 
     def make(i: int) -> Site:
-        site = simulation.make_site(world.roster, i, world.keys[i], plan, *split.parts[i], folder, cap=8.0)
+        site = virtual_sites.make_site(world.roster, i, world.keys[i], plan, *split.parts[i], folder, cap=8.0)
         site.reports, site.consortium = folder / "kept" / site.id, run.consortium
         site.reports.mkdir(parents=True)
         return site
 
-    resolve, run.sites = simulation.keep(make)
+    resolve, run.sites = virtual_sites.keep(make)
     job = jobs.create(
         run.folder, plan, world.roster, world.server, documents=world.documents(), durable=False, engine="inprocess",
         countersigned=True,
@@ -112,7 +111,7 @@ def test_every_site_verifies_and_signs_and_keeps_what_it_signed(honest):
 
 
 def test_the_same_report_again_is_signed_again_and_another_is_not(honest, site, tmp_path):
-    first, again = (seen.report(site, honest.packet()) for _ in range(2))
+    first, again = (report_receipt.report(site, honest.packet()) for _ in range(2))
     assert first == again
 
     def rewrite(copy: Path) -> None:
@@ -123,7 +122,7 @@ def test_the_same_report_again_is_signed_again_and_another_is_not(honest, site, 
     other = honest.rebuilt(tmp_path, rewrite)
     assert verify_report(other / REPORT, consortium_key=honest.consortium).ok, "only that it is a second one is wrong"
     with pytest.raises(ProtocolError, match="another report"):
-        seen.report(site, honest.packet(other))
+        report_receipt.report(site, honest.packet(other))
 
 
 def payload_changed(**changes: Any):
@@ -163,10 +162,10 @@ LIES = {
 def test_nothing_that_fails_a_check_is_signed_and_what_came_is_kept(honest, site, tmp_path, lie):
     copy = honest.rebuilt(tmp_path, lambda c: LIES[lie](honest, c))
     with pytest.raises(VerificationError):
-        seen.report(site, honest.packet(copy))
+        report_receipt.report(site, honest.packet(copy))
     assert {p.name for p in site.reports.iterdir()} == {f"{honest.session}.refused"}
     with pytest.raises(ProtocolError, match="kept no report"):
-        seen.digest(site, site.session(honest.session))
+        report_receipt.digest(site, site.session(honest.session))
 
 
 def test_a_consistent_story_about_another_ledger_of_this_site_is_not_signed(honest, site):
@@ -175,28 +174,28 @@ def test_a_consistent_story_about_another_ledger_of_this_site_is_not_signed(hone
     row = site.ledger.journal.rows.pop()
     try:
         with pytest.raises(VerificationError, match="is not this site's"):
-            seen.report(site, honest.packet())
+            report_receipt.report(site, honest.packet())
     finally:
         site.ledger.journal.rows.append(row)
-    assert seen.report(site, honest.packet()).kind == "signed"
+    assert report_receipt.report(site, honest.packet()).kind == "signed"
 
 
 def test_another_consortiums_story_is_not_signed(honest, site, monkeypatch):
     monkeypatch.setattr(site, "consortium", identity.public_hex(identity.new_signing_key()))
     with pytest.raises(VerificationError, match="roster"):
-        seen.report(site, honest.packet())
+        report_receipt.report(site, honest.packet())
 
 
 def test_no_report_before_the_end_and_none_without_a_folder(honest, site, monkeypatch):
     session = site.session(honest.session)
     monkeypatch.setattr(session, "ended", False)
     with pytest.raises(ProtocolError, match="not ended"):
-        seen.report(site, honest.packet())
+        report_receipt.report(site, honest.packet())
     monkeypatch.setattr(site, "reports", None)
     with pytest.raises(ProtocolError, match="keeps no reports"):
-        seen.report(site, honest.packet())
+        report_receipt.report(site, honest.packet())
     with pytest.raises(ProtocolError):
-        seen.report(site, Packet({**honest.packet().header, "session": "f" * 64}, honest.packet().buffers))
+        report_receipt.report(site, Packet({**honest.packet().header, "session": "f" * 64}, honest.packet().buffers))
 
 
 LISTINGS = {
@@ -220,10 +219,10 @@ def test_other_files_than_a_runs_are_not_written(honest, site, listing):
     packet = honest.packet()
     files = LISTINGS[listing](packet.header["files"])
     with pytest.raises(WireError):
-        seen.report(site, Packet({**packet.header, "files": files}, packet.buffers))
+        report_receipt.report(site, Packet({**packet.header, "files": files}, packet.buffers))
     assert not site.reports.exists()
     with pytest.raises(WireError, match="one buffer"):
-        seen.report(site, Packet(packet.header, {**packet.buffers, "more": b""}))
+        report_receipt.report(site, Packet(packet.header, {**packet.buffers, "more": b""}))
 
 
 def test_what_is_too_large_is_not_sent(honest, monkeypatch):
@@ -238,7 +237,7 @@ class TestTheGate:
         Forms().check(packet, "report", run.packet(), site)
 
     def test_the_signature_leaves_and_nothing_beside_it(self, honest, site):
-        answer = seen.report(site, honest.packet())
+        answer = report_receipt.report(site, honest.packet())
         self.check(honest, site, answer)
         with pytest.raises(PolicyRefusal):
             self.check(honest, site, Packet({**answer.header, "rows": 41}))
@@ -248,7 +247,7 @@ class TestTheGate:
     @pytest.mark.parametrize("change", [{"report": "0" * 64}, {"rows": 41}, {"session": "f" * 64}, {"site": "other"}])
     def test_a_statement_about_anything_else_does_not(self, honest, site, change):
         document = canonical.loads((honest.folder / REPORT).read_bytes())
-        seen.report(site, honest.packet())
+        report_receipt.report(site, honest.packet())
         body = {**signatures.statement(site.id, honest.session, canonical.digest(document)), **change}
         statement = identity.signed(site.key, signatures.DOMAIN, body)
         with pytest.raises(PolicyRefusal):
@@ -257,7 +256,7 @@ class TestTheGate:
 
 def test_a_site_that_signs_wrongly_does_not_spoil_the_report(tmp_path, monkeypatch, caplog):
     """One sends rubbish, one signs another report, one fails: the others' signatures are kept and the report holds."""
-    real = seen.report
+    real = report_receipt.report
 
     def signing(site: Site, request: Packet) -> Packet:
         answer = real(site, request)
@@ -270,7 +269,7 @@ def test_a_site_that_signs_wrongly_does_not_spoil_the_report(tmp_path, monkeypat
             raise ValueError("no")
         return answer
 
-    monkeypatch.setattr(seen, "report", signing)
+    monkeypatch.setattr(report_receipt, "report", signing)
     monkeypatch.setattr(Forms, "check", lambda *_: None)
     run = finished(tmp_path)
     for site in run.sites:
@@ -313,9 +312,9 @@ def test_a_report_that_leaves_out_a_round_is_not_signed(honest, site, tmp_path):
     assert failed is not None
     assert "tail was cut" in failed.detail  # whoever verifies sees it, not only the site whose ledger it is
     with pytest.raises(VerificationError, match="tail was cut"):
-        seen.report(site, honest.packet(copy))
+        report_receipt.report(site, honest.packet(copy))
     assert not (site.reports / honest.session).exists()
-    assert seen.report(site, honest.packet()).kind == "signed"  # the whole one is
+    assert report_receipt.report(site, honest.packet()).kind == "signed"  # the whole one is
 
 
 def junk(run: Run) -> Packet:
@@ -327,26 +326,26 @@ def junk(run: Run) -> Packet:
 def test_the_first_report_that_failed_stays_as_evidence(honest, site, tmp_path):
     copy = honest.rebuilt(tmp_path, lambda folder: cut(honest, folder))
     with pytest.raises(VerificationError):
-        seen.report(site, honest.packet(copy))
-    kept = site.reports / (honest.session + seen.REFUSED) / REPORT
+        report_receipt.report(site, honest.packet(copy))
+    kept = site.reports / (honest.session + report_receipt.REFUSED) / REPORT
     evidence = kept.read_bytes()
     with pytest.raises(VerificationError):
-        seen.report(site, junk(honest))
+        report_receipt.report(site, junk(honest))
     assert kept.read_bytes() == evidence == (copy / REPORT).read_bytes()
-    assert sorted(p.name for p in site.reports.iterdir()) == [honest.session + seen.REFUSED]
+    assert sorted(p.name for p in site.reports.iterdir()) == [honest.session + report_receipt.REFUSED]
 
 
 def test_evidence_of_many_sessions_does_not_fill_the_disk(honest, site):
     site.reports.mkdir()
-    for n in range(seen.MAX_REFUSED):
-        (site.reports / f"{n:064x}{seen.REFUSED}").mkdir()
+    for n in range(report_receipt.MAX_REFUSED):
+        (site.reports / f"{n:064x}{report_receipt.REFUSED}").mkdir()
     with pytest.raises(VerificationError):
-        seen.report(site, junk(honest))
-    assert len(list(site.reports.iterdir())) == seen.MAX_REFUSED
+        report_receipt.report(site, junk(honest))
+    assert len(list(site.reports.iterdir())) == report_receipt.MAX_REFUSED
 
 
 def test_a_crash_while_a_report_is_signed_again_forgets_nothing(honest, site, tmp_path, monkeypatch):
-    first, real = seen.report(site, honest.packet()), seen._signed
+    first, real = report_receipt.report(site, honest.packet()), report_receipt._signed
 
     def rewrite(copy: Path) -> None:
         payload = build_report(copy, honest.world.server)["payload"] | {"written_at": 1}
@@ -358,9 +357,11 @@ def test_a_crash_while_a_report_is_signed_again_forgets_nothing(honest, site, tm
 
     with monkeypatch.context() as m:  # within whatever follows the signature
         m.setattr(os, "replace", killed)
-        m.setattr(seen, "_signed", lambda *a: (real(*a), m.setattr(seen.shutil, "rmtree", killed))[0])
+        m.setattr(
+            report_receipt, "_signed", lambda *a: (real(*a), m.setattr(report_receipt.shutil, "rmtree", killed))[0]
+        )
         with pytest.raises(KeyboardInterrupt):
-            seen.report(site, honest.packet())
+            report_receipt.report(site, honest.packet())
     with pytest.raises(ProtocolError, match="another report"):
-        seen.report(site, honest.packet(honest.rebuilt(tmp_path, rewrite)))
-    assert seen.report(site, honest.packet()) == first
+        report_receipt.report(site, honest.packet(honest.rebuilt(tmp_path, rewrite)))
+    assert report_receipt.report(site, honest.packet()) == first

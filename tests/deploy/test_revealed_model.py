@@ -15,8 +15,7 @@ from fedveil.common.errors import FedveilError, PlanError, ProtocolError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import datasets, simulate
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import datasets, simulate, virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.plan import Optimizer, Sum, make_plan
 from fedveil.privacy.report.verify import verify_report
@@ -35,11 +34,11 @@ def plan_of(split, reveal_to: Literal["server", "sites"] = "sites", sum_: Sum = 
 def run(folder: Path, reveal_to: Literal["server", "sites"] = "sites", drop=None):
     split = datasets.load("trivial", 4, 0)
     plan = plan_of(split, reveal_to)
-    world = simulation.World.make(4)
+    world = virtual_sites.World.make(4)
     job = jobs.create(folder, plan, world.roster, world.server, documents=world.documents(), durable=False)
     server, _ = server_app(job)
-    resolve, sites = simulation.keep(
-        lambda i: simulation.make_site(world.roster, i, world.keys[i], plan, *split.parts[i], folder, cap=9.0)
+    resolve, sites = virtual_sites.keep(
+        lambda i: virtual_sites.make_site(world.roster, i, world.keys[i], plan, *split.parts[i], folder, cap=9.0)
     )
     run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=drop)
     return job, sites

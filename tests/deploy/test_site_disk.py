@@ -20,7 +20,7 @@ from fedveil.common import settings as files
 from fedveil.common.errors import ConfigError, JournalError
 from fedveil.common.settings import SiteSettings
 from fedveil.deploy import preflight, site_process
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 
 EAST = "hospital-east"
 
@@ -29,7 +29,7 @@ EAST = "hospital-east"
 def settings(tmp_path: Path) -> SiteSettings:
     home = tmp_path / "home"
     home.mkdir()
-    demo_world.lay_out(home, 1, seed=0)
+    demo_hospitals.lay_out(home, 1, seed=0)
     return files.load(home / EAST / "site.toml", SiteSettings)
 
 

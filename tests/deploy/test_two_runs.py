@@ -19,8 +19,7 @@ from fedveil.common import cli
 from fedveil.common.errors import BudgetExhausted
 from fedveil.common.journal import parse
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import datasets
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import datasets, virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.build import build_report
@@ -49,7 +48,7 @@ class Consortium:
     """Three sites whose state outlives a run; one of them has a cap that counts."""
 
     state: Path
-    world: simulation.World
+    world: virtual_sites.World
 
     def run(self, plan: PrivacyPlan, name: str) -> dict[str, object]:
         """Server and sites from the start, on the ledgers that lie there; the payload of the run's report."""
@@ -59,8 +58,8 @@ class Consortium:
             engine="inprocess", evaluate=Evaluator(plan.network, SPLIT.X_test, SPLIT.y_test),
         )  # fmt: skip
         server, _ = server_app(job)
-        resolve, sites = simulation.keep(
-            lambda i: simulation.make_site(
+        resolve, sites = virtual_sites.keep(
+            lambda i: virtual_sites.make_site(
                 self.world.roster, i, self.world.keys[i], plan, *SPLIT.parts[i], self.state,
                 cap=CAP if self.world.sites[i] == CAPPED else PLENTY, engine="closed",
             )
@@ -88,7 +87,7 @@ def epsilon(order: float, *composed: tuple[PrivacyPlan, int]) -> float:
 
 @pytest.fixture(scope="module")
 def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
-    return Consortium(tmp_path_factory.mktemp("state"), simulation.World.make(3))
+    return Consortium(tmp_path_factory.mktemp("state"), virtual_sites.World.make(3))
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from rich.console import Console
 from fedveil.common import settings as files
 from fedveil.common.workload.statistics import request
 from fedveil.deploy import server_process
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.watch import display
 from fedveil.privacy.planning import plan_from_settings, plan_of_statistics
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    demo_world.lay_out(tmp_path / "home", 1, seed=0)
+    demo_hospitals.lay_out(tmp_path / "home", 1, seed=0)
     return tmp_path / "home"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fedveil.common.journal import Row, parse
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 PATIENCE = 90.0
@@ -345,7 +345,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys, contract, settings and tables; copied for every consortium."""
     folder = tmp_path_factory.mktemp("template") / "home"
     folder.mkdir()
-    demo_world.lay_out(folder, 1, seed=0)
+    demo_hospitals.lay_out(folder, 1, seed=0)
     return folder
 
 

@@ -14,7 +14,7 @@ from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.units import Delta, Epsilon
 from fedveil.deploy.enrol.provision import make_consortium
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import from_json
@@ -54,7 +54,7 @@ def unknown_column(home):
 
 
 def unsigned(home):
-    draft = demo_world.contract()
+    draft = demo_hospitals.contract()
     (home / "contract.json").write_text(json.dumps(draft.model_dump(mode="json")))
 
 
@@ -184,7 +184,7 @@ def test_a_certificate_that_the_server_refuses(consortium):
 def test_a_site_with_another_contract_is_not_summed(consortium):
     c = consortium("contracts", steps=4)
     key = identity.load_signing_key(c.home / "pki" / "consortium" / "consortium.key")
-    other = demo_world.contract().model_copy(update={"version": "2"})
+    other = demo_hospitals.contract().model_copy(update={"version": "2"})
     (c.home / WEST / "contract.json").write_text(json.dumps(contracts.sign_contract(other, key)))
     c.replace(c.home / WEST / "site.toml", ('"../contract.json"', '"contract.json"'))
     c.server()
@@ -209,13 +209,13 @@ def spent(consortium):
     from fedveil.privacy.planning import plan_from_settings
 
     federation = settings.load(c.home / "federation.toml", settings.Federation)
-    event = plan_from_settings(federation, demo_world.contract(), 4).event
+    event = plan_from_settings(federation, demo_hospitals.contract(), 4).event
     for site in HOSPITALS:
         key = identity.load_signing_key(c.home / "pki" / "sites" / site / "signing.key")
         (c.home / site / "state").mkdir(mode=0o700)
         ledger = Ledger.open(
             c.home / site / "state" / "ledger.jsonl", site, key, lineage=f"diabetes-{site}",
-            cap=Epsilon(demo_world.CAP), delta=Delta(demo_world.DELTA),
+            cap=Epsilon(demo_hospitals.CAP), delta=Delta(demo_hospitals.DELTA),
         )  # fmt: skip
         for n in range(1, ledger.affords(event) - 2):
             ledger.reserve("e" * 64, n, "a" * 64, event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 CONSENT = ("[limits]", '[limits]\ntasks = ["train", "stats"]')
@@ -36,7 +36,7 @@ def test_asked_for_refused_and_granted(consortium: Any) -> None:
         assert c.charged(site) == [1]
     assert "quantile 0.5" in c.log("server")
     found = json.loads((c.run / "statistics.json").read_text())
-    records = sum(map(len, demo_world.split(0).hospitals))
+    records = sum(map(len, demo_hospitals.split(0).hospitals))
     for name in ("bmi", "age"):
         h = found["columns"][name]["histogram"]
         assert abs(sum(h["noisy"]) - records) < 6 * h["standard_error"] * len(h["noisy"]) ** 0.5

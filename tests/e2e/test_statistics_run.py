@@ -22,7 +22,7 @@ from fedveil.common.journal import parse
 from fedveil.common.wire import Packet, sha256
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import EVALUATED, MetricSpec, StatsSpec, request
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.anonymization import fixed
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
@@ -77,12 +77,12 @@ class Consortium:
 
     def __init__(self, home: Path, rows: Rows) -> None:
         self.home, self.rows = home, rows
-        self.world = simulation.World.make(SITES)
+        self.world = virtual_sites.World.make(SITES)
         self.runs = 0
 
     def site(self, index: int, plan: PrivacyPlan, cap: float) -> Site:
         r, part = self.rows, self.rows.parts[index]
-        made = simulation.make_site(
+        made = virtual_sites.make_site(
             self.world.roster, index, self.world.keys[index], plan, r.X[part], r.y[part], self.home, cap=cap
         )
         made.contract = CONTRACT
@@ -100,7 +100,7 @@ class Consortium:
             engine="inprocess", **options,
         )  # fmt: skip
         server, _ = server_app(job)
-        resolve, sites = simulation.keep(lambda i: self.site(i, plan, cap))
+        resolve, sites = virtual_sites.keep(lambda i: self.site(i, plan, cap))
         try:
             run_inprocess(server, client_app(resolve), self.world.sites, lambda _: {})
         finally:
@@ -260,14 +260,14 @@ class TestRefusals:
         site.ledger.close()
 
     def test_a_run_ends_before_it_begins(self, consortium: Consortium, monkeypatch: pytest.MonkeyPatch) -> None:
-        make = simulation.make_site
+        make = virtual_sites.make_site
 
         def unwilling(*a: Any, **k: Any) -> Site:
             site = make(*a, **k)
             site.limits = site.limits.model_copy(update={"tasks": ("train",)})
             return site
 
-        monkeypatch.setattr(simulation, "make_site", unwilling)
+        monkeypatch.setattr(virtual_sites, "make_site", unwilling)
         with pytest.raises(RunAborted, match="'stats'"):
             consortium.run(plan_for(everything(), sum="plain"), cap=2.0)
         assert consortium.charges(0) == []

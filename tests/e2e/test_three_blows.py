@@ -15,7 +15,7 @@ from fedveil.common import contract as contracts
 from fedveil.common import identity
 from fedveil.common.wire import sha256
 from fedveil.deploy.enrol.provision import make_consortium
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 EAST, NORTH, SOUTH, WEST = HOSPITALS
@@ -28,7 +28,7 @@ def reachable(c, line) -> None:
     shutil.rmtree(c.home / "pki")
     make_consortium(c.home / "pki", HOSPITALS, consortium="diabetes-demo", host=line.host)
     key = identity.load_signing_key(c.home / "pki" / "consortium" / "consortium.key")
-    (c.home / "contract.json").write_text(json.dumps(contracts.sign_contract(demo_world.contract(), key)))
+    (c.home / "contract.json").write_text(json.dumps(contracts.sign_contract(demo_hospitals.contract(), key)))
     here = f'127.0.0.1:{c.port}"'
     for path in (c.home / "federation.toml", *(c.home / s / "site.toml" for s in (EAST, NORTH, WEST))):
         c.replace(path, (here, f'{line.host}:{c.port}"'))

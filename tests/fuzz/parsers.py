@@ -205,7 +205,9 @@ def _messages() -> dict[str, Parser]:
 
     def decoded(value: Any, rest: bytes = rest) -> None:
         raw = canonical.dumps(value)
-        got = codec.decode([b"FVM1" + len(raw).to_bytes(4, "big") + raw + rest], _LIMITS)
+        decoder = codec.Decoder(_LIMITS)
+        decoder.feed(b"FVM1" + len(raw).to_bytes(4, "big") + raw + rest)
+        got = decoder.result()
         if not got.has_error():
             flwr_adapter.from_record(got.content, _LIMITS)
 

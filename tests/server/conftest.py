@@ -18,7 +18,7 @@ from fedveil.client.session import Site
 from fedveil.common import flwr_adapter as flower
 from fedveil.common.wire import Limits, Packet
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import Drop, InprocessGrid
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.server import job as jobs
@@ -56,7 +56,7 @@ class Run:
     strategy: SecureSumStrategy = field(init=False)
 
     def __post_init__(self) -> None:
-        self.world = simulation.World.make(self.plan.sites)
+        self.world = virtual_sites.World.make(self.plan.sites)
         self.job = jobs.create(
             self.folder, self.plan, self.world.roster, self.world.server, documents=self.world.documents(),
             durable=self.durable, engine="inprocess", **self.options,
@@ -67,7 +67,7 @@ class Run:
         if index not in self.sites:
             rng = np.random.default_rng(index)
             X, y = rng.standard_normal((10, 3)).astype(np.float32), rng.integers(0, 2, 10)
-            self.sites[index] = simulation.make_site(
+            self.sites[index] = virtual_sites.make_site(
                 self.world.roster, index, self.world.keys[index], self.plan, X, y, self.folder, cap=self.cap,
                 engine="closed",
             )  # fmt: skip

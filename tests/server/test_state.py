@@ -17,7 +17,7 @@ from fedveil.common.files import write_durably
 from fedveil.common.journal import Journal
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy import server_process
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import virtual_sites
 from fedveil.privacy.optimiser import ModelState
 from fedveil.server import checkpoints
 from fedveil.server import job as jobs
@@ -123,7 +123,7 @@ class Crashed:
 
     def __init__(self, folder, plan):
         self.folder, self.plan = folder, plan
-        self.world = simulation.World.make(4)
+        self.world = virtual_sites.World.make(4)
         job = jobs.create(folder, plan, self.world.roster, self.world.server, documents=self.world.documents())
         job.joins = {"any": 1}
         write_durably(folder / "joins.json", canonical.dumps(job.joins))
@@ -212,7 +212,7 @@ class TestResume:
 
     def test_another_roster_is_refused(self, crashed):
         with pytest.raises(JournalError, match="another roster"):
-            crashed.resume(simulation.World.make(4).roster)
+            crashed.resume(virtual_sites.World.make(4).roster)
         self.is_unlocked(crashed)
 
     def test_another_servers_key_is_refused(self, crashed):

@@ -19,7 +19,7 @@ from scipy import stats
 from fedveil.client import round as line
 from fedveil.client.app import make_app as client_app
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.plan import Optimizer, make_plan
@@ -53,11 +53,11 @@ def opened(tmp_path, monkeypatch):
             return values
 
         monkeypatch.setattr(Round, "result", kept)
-        world = simulation.World.make(SITES)
+        world = virtual_sites.World.make(SITES)
         job = jobs.create(tmp_path / "run", plan, world.roster, world.server, documents={}, durable=False)
         none = np.zeros((0, INPUTS), np.float32), np.zeros(0, np.int64)
-        resolve, _ = simulation.keep(
-            lambda i: simulation.make_site(
+        resolve, _ = virtual_sites.keep(
+            lambda i: virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *none, tmp_path, cap=99.0, engine="closed"
             )
         )

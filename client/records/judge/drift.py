@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.client.records import lineage
-from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge import hidden_counts
 from fedveil.common import canonical, identity
 from fedveil.common.errors import DataError, VerificationError, WireError
 
@@ -118,7 +118,7 @@ def _is_report(report: Mapping[str, Any]) -> bool:
         return False
     by_name = {c["column"]: c for c in columns}
     for name, drawn in bars.items():
-        if not isinstance(drawn, list) or len(drawn) > counts.MAX_BARS or not all(map(_is_bar, drawn)):
+        if not isinstance(drawn, list) or len(drawn) > hidden_counts.MAX_BARS or not all(map(_is_bar, drawn)):
             return False
         if drawn and not all(_is_count(by_name.get(name, {}).get(part)) for part in ("missing", "invalid")):
             return False
@@ -165,7 +165,11 @@ def _width(bars: Sequence[Sequence[Any]], labels: Sequence[str]) -> int | None:
     """How many of the finest bins each bar holds; None where the bars are not of these bins."""
     drawn = [bar[0] for bar in bars]
     return next(
-        (w for w in counts.WIDTHS if [counts.joined(labels[i : i + w]) for i in range(0, len(labels), w)] == drawn),
+        (
+            w
+            for w in hidden_counts.WIDTHS
+            if [hidden_counts.joined(labels[i : i + w]) for i in range(0, len(labels), w)] == drawn
+        ),
         None,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge import hidden_counts
 from fedveil.client.records.judge.hidden_counts import HIDDEN, Figure, shown, total
 from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 
@@ -31,7 +31,7 @@ class ColumnFigures:
 def of_column(c: ColumnQuality, rows: int, k: int) -> ColumnFigures:
     """Missing and invalid cells are parts of the rows, whose rest is what the bars and the validity speak of."""
     kinds = c.kinds or (c.unreadable,)
-    missing, *figures = counts.split((c.missing, *kinds, c.out_of_bounds, c.unseen), rows, k)
+    missing, *figures = hidden_counts.split((c.missing, *kinds, c.out_of_bounds, c.unseen), rows, k)
     unreadable, present = total(figures[:-2]), HIDDEN
     if isinstance(missing, int) and isinstance(unreadable, int):
         present = shown(rows - missing - unreadable, k)
@@ -60,7 +60,7 @@ def consistency(report: QualityReport, c: ColumnQuality, k: int) -> float | str:
         return HIDDEN
     if not c.conflicting:
         return 1.0 if report.rows >= k else HIDDEN
-    return counts.rate(c.conflicting, report.rows - report.unkeyed, k)
+    return hidden_counts.rate(c.conflicting, report.rows - report.unkeyed, k)
 
 
 def of_problem(p: Problem, columns: dict[str, ColumnFigures], k: int) -> Figure:
@@ -78,7 +78,7 @@ def of_problem(p: Problem, columns: dict[str, ColumnFigures], k: int) -> Figure:
 
 def duplicates(report: QualityReport, k: int) -> Figure:
     """Exact duplicates, as the stage that counts them shows them."""
-    return counts.chain(report.rows, [(report.duplicates, False)], k)[0][0]
+    return hidden_counts.chain(report.rows, [(report.duplicates, False)], k)[0][0]
 
 
 def stages(report: QualityReport, columns: Sequence[ColumnFigures], k: int) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def stages(report: QualityReport, columns: Sequence[ColumnFigures], k: int) -> l
 
 def _dropping(report: QualityReport, k: int) -> dict[str, tuple[Figure, Figure]]:
     some = [s for s in report.stages if s.name in ("exact duplicates", "near duplicates", "outliers")]
-    figures = counts.chain(report.rows, [(s.cells, s.rows_out < s.rows_in) for s in some], k)
+    figures = hidden_counts.chain(report.rows, [(s.cells, s.rows_out < s.rows_in) for s in some], k)
     return dict(zip((s.name for s in some), figures, strict=True))
 
 
@@ -118,7 +118,9 @@ def _sums(report: QualityReport, columns: Sequence[ColumnFigures], k: int) -> di
         # Codes, and values moved to "no value", are parts of the missing cells; the others had no text.
         parts = (c.coded, c.emptied)
         figures = (
-            counts.split(parts, c.missing, k) if isinstance(f.missing, int) else [HIDDEN if p else 0 for p in parts]
+            hidden_counts.split(parts, c.missing, k)
+            if isinstance(f.missing, int)
+            else [HIDDEN if p else 0 for p in parts]
         )
         coded.append(figures[0])
         moved += [figures[1], shown(c.clamped, k)]

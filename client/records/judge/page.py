@@ -10,8 +10,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from fedveil.client.records.judge import figures
-from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge import figures, hidden_counts
 from fedveil.client.records.judge.hidden_counts import HIDDEN, bars, rate, shown
 from fedveil.client.records.judge.quality_report import QualityReport
 
@@ -27,7 +26,7 @@ _STYLE = (
 
 def to_json(report: QualityReport) -> dict[str, Any]:
     """For the site's own records; small counts hidden."""
-    k = counts.least(report.k)
+    k = hidden_counts.least(report.k)
     columns = [figures.of_column(c, report.rows, k) for c in report.columns]
     by_name = {c.name: f for c, f in zip(report.columns, columns, strict=True)}
     return {

@@ -14,8 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from fedveil.client.records.judge import hipaa
-from fedveil.client.records.read import files, pii
-from fedveil.client.records.read import values as cells
+from fedveil.client.records.read import files, pii, values
 from fedveil.client.records.read.files import Dialect
 from fedveil.common.errors import DataError
 
@@ -83,12 +82,12 @@ class ColumnProfile:
 
     def add(self, text: pa.Array) -> None:
         """Count one batch."""
-        pc = cells.pc
+        pc = values.pc
         self.rows += len(text)
-        self.empty += cells.count(pc.equal(text, ""))
-        self.numbers += cells.count(pc.match_substring_regex(text, _NUMBER))
-        self.commas += cells.count(pc.match_substring_regex(text, r"^[+-]?\d+,\d+$"))
-        self.dates += cells.count(pc.match_substring_regex(text, _DATE))
+        self.empty += values.count(pc.equal(text, ""))
+        self.numbers += values.count(pc.match_substring_regex(text, _NUMBER))
+        self.commas += values.count(pc.match_substring_regex(text, r"^[+-]?\d+,\d+$"))
+        self.dates += values.count(pc.match_substring_regex(text, _DATE))
         distinct = pc.unique(text)
         self.codes |= set(pc.filter(distinct, pc.is_in(distinct, value_set=pa.array(CODES))).to_pylist())
         if len(self._seen) < MAX_DISTINCT:
@@ -135,7 +134,7 @@ def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int,
     for table in batches:
         rows += table.num_rows
         for i, column in enumerate(columns):
-            text = cells.text_of(table.column(i))
+            text = values.text_of(table.column(i))
             if text is None:
                 raise DataError(f"the column at position {i + 1} holds neither numbers nor texts", hint="convert it")
             column.add(text)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.client.records.judge import drift, hipaa, page
-from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge import drift, hidden_counts, hipaa, page
 from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 from fedveil.client.records.judge.stages import Stability, Stage
 from fedveil.client.records.read import pii, sources
@@ -46,12 +45,12 @@ def assess(
         notes += _notes(raw, c, quality)
     used = [c.name for c in contract.loaded]
     persons = 0 if raw.persons is None else int(np.bincount(raw.persons).max())
-    least = counts.least(contract.k)
+    least = hidden_counts.least(contract.k)
     if raw.tally.unkeyed:
-        told = counts.shown(raw.tally.unkeyed, least) if raw.rows >= contract.k else "some"
+        told = hidden_counts.shown(raw.tally.unkeyed, least) if raw.rows >= contract.k else "some"
         notes.append(f"{told} rows lack a value of the near key: they are not compared with others")
     if raw.tally.breaks:
-        told = counts.shown(raw.tally.breaks, least) if raw.rows >= contract.k else "some"
+        told = hidden_counts.shown(raw.tally.breaks, least) if raw.rows >= contract.k else "some"
         notes.append(
             f"{told} line ends are inside quoted cells of columns that are not loaded: compare the rows read with the "
             "source's; a quote that was opened by mistake swallows rows"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from fedveil.client.records.read import values as cells
+from fedveil.client.records.read import values
 from fedveil.common.contract import DataContract
 from fedveil.common.contract.dates import EPOCH
 
@@ -46,7 +46,7 @@ def usable_rows(
     if contract.retention is not None:
         name = contract.retention.column
         column = next(c for c in contract.columns if c.name == name)
-        days = cells.numbers(texts[name], column, cells.Decimals(), cells.Reading())
+        days = values.numbers(texts[name], column, values.Decimals(), values.Reading())
         mask = np.ones(len(days), bool) if mask is None else mask
         undated = mask & np.isnan(days)
         old = mask & (days < (today - EPOCH).days - contract.retention.days)

@@ -19,7 +19,7 @@ from fedveil.client.app import make_app as client_app
 from fedveil.client.session import Site
 from fedveil.common import flwr_adapter
 from fedveil.common.units import SiteId
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.audit.evidence import Charge, Part, Release, Run
 from fedveil.privacy.optimiser import ModelState
@@ -84,7 +84,7 @@ class InProcess:
             weights: where the server lets training start, for an attack by a server; None: the plan's public start.
         """
         flwr_adapter.quiet_flower()
-        simulation.fit_threads(plan.model.parameters)
+        virtual_sites.fit_threads(plan.model.parameters)
         with _errors_only(), tempfile.TemporaryDirectory(prefix="fedveil-audit-") as folder:
             return self._run(plan, parts, absent, cap, weights, Path(folder))
 
@@ -97,7 +97,7 @@ class InProcess:
         weights: NDArray[np.float32] | None,
         folder: Path,
     ) -> Run:
-        world = simulation.World.make(plan.sites)
+        world = virtual_sites.World.make(plan.sites)
         job = jobs.create(
             folder / "run", plan, world.roster, world.server, documents={}, durable=False, engine="inprocess"
         )
@@ -114,11 +114,11 @@ class InProcess:
 
         def make(i: int) -> Site:
             carried = cap or plan.filter_epsilon()
-            return simulation.make_site(
+            return virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *parts[i], folder, cap=carried, engine=self.engine
             )
 
-        resolve, sites = simulation.keep(make)
+        resolve, sites = virtual_sites.keep(make)
 
         def drop(site: SiteId, message: Any) -> bool:
             m = message.metadata

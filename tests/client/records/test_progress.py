@@ -11,7 +11,7 @@ import pytest
 from fedveil.client.records.judge.profile import profile
 from fedveil.client.records.read import files
 from fedveil.client.records.read.sources import Rules, read
-from fedveil.deploy.cli import data_source as cli_source
+from fedveil.deploy.cli import data_source
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -57,15 +57,15 @@ def test_parquet_counts_rows(contract, tmp_path, rows):
     seen = []
     read(path, contract, rules=Rules(progress=lambda *now: seen.append(now)))
     assert seen[-1] == (len(rows), 0)
-    assert cli_source.total_of(path) == (len(rows), False)
+    assert data_source.total_of(path) == (len(rows), False)
 
 
 def test_totals(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     (tmp_path / "t.parquet").write_text("no parquet")
-    assert cli_source.total_of(tmp_path / "t.csv") == (8, True)
+    assert data_source.total_of(tmp_path / "t.csv") == (8, True)
     for unknown in (tmp_path / "t.parquet", tmp_path / "absent.csv", tmp_path / "t.ndjson", "a query"):
-        assert cli_source.total_of(unknown) == (None, False)
+        assert data_source.total_of(unknown) == (None, False)
 
 
 def test_the_bar_shows_the_share_of_the_file(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_the_bar_shows_the_share_of_the_file(tmp_path, monkeypatch):
         rich.console, "Console", lambda **_: real(file=screen, force_terminal=True, width=100, color_system=None)
     )
     (tmp_path / "t.csv").write_bytes(b"x" * 1000)
-    with cli_source.progress_of(tmp_path / "t.csv") as progress:
+    with data_source.progress_of(tmp_path / "t.csv") as progress:
         progress(1234, 250)
         time.sleep(0.3)  # the bar is drawn ten times a second
     shown = screen.getvalue()

@@ -13,15 +13,14 @@ from fedveil.common.errors import UsageError
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.deploy import server_process
 from fedveil.deploy.cli import stats as cli_stats
-from fedveil.deploy.lab import demo_hospitals as demo_world
-from fedveil.deploy.lab import simulate
+from fedveil.deploy.lab import demo_hospitals, simulate
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stats") / "home"
     folder.mkdir()
-    demo_world.lay_out(folder, 1, seed=0)
+    demo_hospitals.lay_out(folder, 1, seed=0)
     return folder
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from fedveil.common import canonical, identity
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.deploy.cli.provision import app as provision
-from fedveil.deploy.enrol import consortium as enrol_consortium
+from fedveil.deploy.enrol import consortium
 from fedveil.deploy.enrol import join as enrol
 from fedveil.deploy.enrol.provision import load_roster, load_tls, make_consortium
 
@@ -81,7 +81,7 @@ class TestAdmission:
     def test_a_name_in_use_is_not_given_twice(self, members, tmp_path):
         heard = enrol.request(tmp_path / "again", "east")
         with pytest.raises(IdentityError, match="not signed with the identity"):
-            enrol_consortium.sign_request(
+            consortium.sign_request(
                 members.consortium, tmp_path / "again" / "request.json", tmp_path / "r", heard=heard
             )
 
@@ -92,7 +92,7 @@ class TestAdmission:
             (folder / key).write_bytes((members.home / "east" / key).read_bytes())
             heard = enrol._write_request(folder, "twin", "tls.key", "")
             with pytest.raises(IdentityError, match="uses a key of 'east'"):
-                enrol_consortium.sign_request(members.consortium, folder / "request.json", tmp_path / "r", heard=heard)
+                consortium.sign_request(members.consortium, folder / "request.json", tmp_path / "r", heard=heard)
 
     @pytest.mark.parametrize(
         "change", ["name", "signature", "rsa", "curve", "unknown curve", "extra", "junk", "signer", "version"]
@@ -168,16 +168,16 @@ class TestAdmission:
             members.ask("east")
         assert (members.home / "east" / "signing.key").read_bytes() == before
         with pytest.raises(IdentityError, match="not empty"):
-            enrol_consortium.found(members.consortium, "again")
+            consortium.found(members.consortium, "again")
         with pytest.raises(IdentityError, match="not empty"):
-            enrol_consortium.found(members.home / "east" / "tls.pem", "a file")
+            consortium.found(members.home / "east" / "tls.pem", "a file")
 
     def test_the_server_is_not_shut_out_for_good(self, members):
         with pytest.raises(IdentityError, match="under its name") as e:
-            enrol_consortium.revoke(members.consortium, "server")
+            consortium.revoke(members.consortium, "server")
         assert "--key-only" in e.value.hint
         assert not (members.consortium / "revoked.json").exists()
-        assert enrol_consortium.revoke(members.consortium, "server", key_only=True).number == 1
+        assert consortium.revoke(members.consortium, "server", key_only=True).number == 1
 
     @pytest.mark.parametrize(
         "bad", [{"v": 1}, [], {"v": 1, "consortium": "c", "version": 0, "members": {"east": {"signing_key": "a"}}}]
@@ -185,7 +185,7 @@ class TestAdmission:
     def test_a_list_of_members_that_is_none(self, members, bad):
         (members.consortium / "members.json").write_bytes(canonical.dumps(bad))
         with pytest.raises(IdentityError, match="not a list of members"):
-            enrol_consortium.publish(members.consortium)
+            consortium.publish(members.consortium)
 
 
 class TestAnswers:
@@ -260,7 +260,7 @@ class TestRenewal:
     def test_no_certificate_outlives_the_authority(self, tmp_path, new_members):
         m = new_members(tmp_path / "m")
         short = tmp_path / "short"
-        enrol_consortium.found(short, "short", days=3)
+        consortium.found(short, "short", days=3)
         m.consortium = short
         m.pin = (short / "consortium.pub").read_text().strip()
         enrol.install(tmp_path / "m" / "east", m.sign("east", m.ask("east"), days=365), consortium_key=m.pin)
@@ -313,11 +313,11 @@ def test_a_consortium_made_at_once_renews_and_revokes_too(tmp_path: Path) -> Non
     make_consortium(tmp_path, ["a", "b", "c"], consortium="c")
     folder, a = tmp_path / "consortium", tmp_path / "sites" / "a"
     enrol.renew(a)
-    enrol_consortium.sign_request(folder, a / "request.json", tmp_path / "reply.json")
+    consortium.sign_request(folder, a / "request.json", tmp_path / "reply.json")
     enrol.install(a, tmp_path / "reply.json")
     load_tls(a)
-    enrol_consortium.revoke(folder, "b")
-    assert enrol_consortium.publish(folder).version == 2
+    consortium.revoke(folder, "b")
+    assert consortium.publish(folder).version == 2
     assert [m.site for m in enrol.take_roster(a, folder / "roster.json").sites] == ["a", "c"]
 
 

@@ -15,7 +15,7 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import IdentityError
 from fedveil.common.identity import Revocations
 from fedveil.deploy.cli.client import app as site_commands
-from fedveil.deploy.enrol import consortium as enrol_consortium
+from fedveil.deploy.enrol import consortium
 from fedveil.deploy.enrol import join as enrol
 from fedveil.deploy.enrol.gate import Doorkeeper
 from fedveil.deploy.enrol.revoked import Revoked, take_revoked
@@ -29,17 +29,17 @@ def certificate(folder: Path) -> x509.Certificate:
 
 class TestRevocation:
     def test_a_revoked_member_is_gone_for_good(self, members):
-        made = enrol_consortium.revoke(members.consortium, "east")
+        made = consortium.revoke(members.consortium, "east")
         assert (made.number, made.sites) == (1, {"east"})
         enrol.renew(members.home / "east")
         with pytest.raises(IdentityError, match="revoked"):
             members.sign("east")
-        assert [m.site for m in enrol_consortium.publish(members.consortium).sites] == ["west"]
+        assert [m.site for m in consortium.publish(members.consortium).sites] == ["west"]
         with pytest.raises(IdentityError, match="not a member"):
-            enrol_consortium.revoke(members.consortium, "east")
+            consortium.revoke(members.consortium, "east")
 
     def test_a_key_alone(self, members):
-        made = enrol_consortium.revoke(members.consortium, "east", key_only=True)
+        made = consortium.revoke(members.consortium, "east", key_only=True)
         assert made.sites == frozenset()
         east = members.home / "east"
         enrol.renew(east)
@@ -54,7 +54,7 @@ class TestRevocation:
         made = members.publish()
         assert made.version == 2
         assert made.member("east").tls_key == identity.spki_sha256((east / "tls.pem").read_bytes())
-        assert enrol_consortium.revoke(members.consortium, "west").number == 2
+        assert consortium.revoke(members.consortium, "west").number == 2
 
     def test_the_doorkeeper_reads_the_list_while_it_works(self, members, caplog):
         server, pems = members.home / "server", {}
@@ -63,14 +63,14 @@ class TestRevocation:
         keeper = Doorkeeper(server)
         for name, pem in pems.items():
             keeper(name, pem)  # type: ignore[arg-type]
-        enrol_consortium.revoke(members.consortium, "east")
+        consortium.revoke(members.consortium, "east")
         (server / "revoked.json").write_bytes((members.consortium / "revoked.json").read_bytes())
         with pytest.raises(IdentityError, match="'east' was revoked"):
             keeper("east", pems["east"])  # type: ignore[arg-type]
         keeper("west", pems["west"])  # type: ignore[arg-type]
         # a list that does not hold, an older one, or none at all changes nothing
         first = (server / "revoked.json").read_bytes()
-        enrol_consortium.revoke(members.consortium, "west")
+        consortium.revoke(members.consortium, "west")
         (server / "revoked.json").write_bytes((members.consortium / "revoked.json").read_bytes())
         with pytest.raises(IdentityError):
             keeper("west", pems["west"])  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ class TestRevocation:
         kept = tmp_path / "runs" if elsewhere else None
         for name in ("east", "west"):
             pems[name] = (members.home / name / "tls.pem").read_bytes()
-            enrol_consortium.revoke(members.consortium, name)
+            consortium.revoke(members.consortium, name)
             shutil.copy(members.consortium / "revoked.json", tmp_path / f"{name}.json")
         shutil.copy(tmp_path / "west.json", server / "revoked.json")  # list 2: both of them
         assert Doorkeeper(server, kept=kept).number == 2
@@ -107,7 +107,7 @@ class TestRevocation:
     def test_a_list_taken_while_the_server_worked_is_kept_too(self, members, tmp_path):
         server = members.home / "server"
         keeper = Doorkeeper(server)
-        enrol_consortium.revoke(members.consortium, "east")
+        consortium.revoke(members.consortium, "east")
         shutil.copy(members.consortium / "revoked.json", server)
         assert keeper.number == 1
         (server / "revoked.json").unlink()
@@ -124,7 +124,7 @@ class TestRevocation:
             return open_(path, *arguments, **more)
 
         look, open_ = Revoked(server), Path.open
-        enrol_consortium.revoke(members.consortium, "east")
+        consortium.revoke(members.consortium, "east")
         shutil.copy(members.consortium / "revoked.json", server)
         with monkeypatch.context() as m:
             m.setattr(Path, "open", opened)
@@ -149,7 +149,7 @@ class TestRevocation:
         server, nowhere = members.home / "server", tmp_path / "file"
         nowhere.touch()
         keeper = Doorkeeper(server, kept=nowhere)
-        enrol_consortium.revoke(members.consortium, "east")
+        consortium.revoke(members.consortium, "east")
         shutil.copy(members.consortium / "revoked.json", server)
         assert keeper.number == 1  # in force all the same, and said
         assert "cannot be kept" in caplog.text
@@ -159,7 +159,7 @@ class TestRevocation:
     @pytest.mark.parametrize("text", [b"", b"{}", b"[]"])
     def test_a_kept_list_that_was_spoilt_stops_the_server(self, members, text):
         server = members.home / "server"
-        enrol_consortium.revoke(members.consortium, "east")
+        consortium.revoke(members.consortium, "east")
         shutil.copy(members.consortium / "revoked.json", server)
         Doorkeeper(server)
         [kept] = server.glob("revoked.seen.*")
@@ -172,7 +172,7 @@ class TestRevocation:
         for m in (members, others):
             for name in () if m is members else NAMES:
                 m.admit(name)
-            enrol_consortium.revoke(m.consortium, "east")
+            consortium.revoke(m.consortium, "east")
             shutil.copy(m.consortium / "revoked.json", m.home / "server")
         for m in (members, others, members):
             assert Doorkeeper(m.home / "server", kept=tmp_path / "runs").number == 1
@@ -180,7 +180,7 @@ class TestRevocation:
     def test_a_site_takes_lists_forward_only(self, members, tmp_path):
         east, lists = members.home / "east", []
         for name in ("west", "east"):
-            enrol_consortium.revoke(members.consortium, name)
+            consortium.revoke(members.consortium, name)
             lists.append(tmp_path / f"{name}.json")
             shutil.copy(members.consortium / "revoked.json", lists[-1])
         look = Revoked(east, tmp_path / "state", keeps=False)

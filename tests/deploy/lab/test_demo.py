@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from fedveil.common.errors import DataError, RunAborted, UsageError
-from fedveil.deploy.lab import demo
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo, demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 from fedveil.privacy.report.verify import verify_report
 
@@ -20,18 +19,18 @@ from fedveil.privacy.report.verify import verify_report
 class TestWorld:
     def test_the_public_quarter_belongs_to_no_hospital_and_nobody_is_lost(self):
         for seed in range(3):
-            s = demo_world.split(seed)
+            s = demo_hospitals.split(seed)
             rows = np.concatenate([s.public, *s.hospitals])
             assert sorted(rows) == list(range(442))
             assert len(s.public) == 111
             assert {len(h) for h in s.hospitals} <= {82, 83}
 
     def test_the_contract_holds_for_every_split_without_suppression(self):
-        values, agreed = demo_world.records(), demo_world.contract()
+        values, agreed = demo_hospitals.records(), demo_hospitals.contract()
         assert agreed.k == 5
         assert agreed.l == 2
         for seed in range(20):
-            for rows in demo_world.split(seed).hospitals:
+            for rows in demo_hospitals.split(seed).hospitals:
                 part = values[rows]
                 for old, sex in ((False, 1), (False, 2), (True, 1), (True, 2)):
                     members = part[((part[:, 0] >= 50) == old) & (part[:, 1] == sex)]
@@ -39,15 +38,15 @@ class TestWorld:
                     assert len(set(members[:, -1] > 140.5)) == 2
 
     def test_the_bounds_are_wide_enough_and_the_features_scaled(self):
-        X, y = demo_world.encoded(demo_world.records())
-        assert X.shape == (442, demo_world.contract().width)
+        X, y = demo_hospitals.encoded(demo_hospitals.records())
+        assert X.shape == (442, demo_hospitals.contract().width)
         assert np.abs(X).max() <= 1
         assert abs(y.mean() - 0.5) < 0.02
 
     def test_lay_out_is_repeatable_up_to_its_keys(self, tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            demo_world.lay_out(tmp_path / name, 5000, seed=4)
+            demo_hospitals.lay_out(tmp_path / name, 5000, seed=4)
         for path in ("public.csv", "hospital-east/patients.csv", "federation.toml", "hospital-west/site.toml"):
             assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
         key = "pki/sites/hospital-east/signing.key"
@@ -136,7 +135,7 @@ def test_the_comparison_names_every_alternative():
     assert len(means) == 6
     assert means["majority class"] == 0.5
     assert means["pooled, no privacy"] > 0.75
-    assert plan.claim <= demo_world.EPSILON
+    assert plan.claim <= demo_hospitals.EPSILON
 
 
 @pytest.mark.slow

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from fedveil.common import cli
 from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted, UsageError
 from fedveil.common.journal import parse
-from fedveil.deploy.lab import baselines, datasets, simulate
-from fedveil.deploy.lab import virtual_sites as simulation
+from fedveil.deploy.lab import baselines, datasets, simulate, virtual_sites
 from fedveil.deploy.lab.choices import CHOICES
 from fedveil.deploy.lab.simulate import Config
 from fedveil.privacy.report.bundle import SIMULATED_KEY
@@ -118,11 +117,11 @@ def test_an_audit_is_attached_afterwards_with_the_runs_own_key(tmp_path):
 
 
 def test_a_virtual_site_does_not_sign_what_is_not_its_ledger(tmp_path, monkeypatch, caplog):
-    make = simulation.World.make
+    make = virtual_sites.World.make
     worlds = []
-    monkeypatch.setattr(simulation.World, "make", lambda n: worlds.append(make(n)) or worlds[-1])
+    monkeypatch.setattr(virtual_sites.World, "make", lambda n: worlds.append(make(n)) or worlds[-1])
     simulate.run(replace(SMALL, sum="plain"), tmp_path / "run")
-    ledgers, held = tmp_path / "run" / simulation.LEDGERS, tmp_path / "run" / "signatures.json"
+    ledgers, held = tmp_path / "run" / virtual_sites.LEDGERS, tmp_path / "run" / "signatures.json"
     held.unlink()
     lines = (ledgers / "site-0002.jsonl").read_bytes().splitlines(keepends=True)
     (ledgers / "site-0002.jsonl").write_bytes(b"".join(lines[:-1]))

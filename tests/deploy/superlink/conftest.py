@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_files
 
-from fedveil.deploy.lab import demo_hospitals as demo_world
+from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.superlink import commands
 
 BIN = Path(sys.executable).parent
@@ -155,7 +155,7 @@ def world(tmp_path: Path) -> Iterator[Processes]:
     home = tmp_path / "home"
     home.mkdir()
     processes = Processes(home)
-    demo_world.lay_out(home, processes.port, 0)
+    demo_hospitals.lay_out(home, processes.port, 0)
     yield processes
     processes.stop()
 

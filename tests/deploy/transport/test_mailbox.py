@@ -10,7 +10,7 @@ from fedveil.common import flwr_adapter as flower
 from fedveil.common.errors import TransportError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
-from fedveil.deploy.transport.codec import decode
+from fedveil.deploy.transport.codec import Decoder
 from fedveil.deploy.transport.mailbox import Mailbox, Parcel, Session
 
 A, B = SiteId("a"), SiteId("b")
@@ -23,7 +23,10 @@ def message(n: int = 0, ttl: float = 60) -> Message:
 def given(box: Mailbox, site: SiteId, session: Session) -> Message:
     parcel = box.next_parcel(site, session)
     assert isinstance(parcel, Parcel)
-    return decode(parcel.pieces, Limits())
+    decoder = Decoder(Limits())
+    for piece in parcel.pieces:
+        decoder.feed(piece)
+    return decoder.result()
 
 
 def answer(box: Mailbox, site: SiteId, m: Message) -> bool:

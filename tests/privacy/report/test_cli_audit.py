@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from fedveil.common import canonical, identity
 from fedveil.common.errors import UsageError, VerificationError
 from fedveil.deploy.cli.audit import app
-from fedveil.privacy.report import row_proof as rows
+from fedveil.privacy.report import row_proof
 from fedveil.privacy.report.countersign import see
 from fedveil.privacy.report.verify import verify_report
 
@@ -42,7 +42,7 @@ def test_a_key_file_without_a_key_is_no_pinned_key(spoilt, tmp_path, held, comma
     pin, key, proof = tmp_path / "empty.pub", tmp_path / "signing.key", tmp_path / "proof.json"
     pin.write_text(held, encoding="utf-8")
     identity.save_signing_key(key, spoilt.sites["alba"])
-    proof.write_bytes(canonical.dumps(rows.prove(spoilt.folder / "journals" / "alba.jsonl", 1)))
+    proof.write_bytes(canonical.dumps(row_proof.prove(spoilt.folder / "journals" / "alba.jsonl", 1)))
     more = {"sign": ["--key", key], "row": ["--report", spoilt.report]}
     target = proof if command == "row" else spoilt.report
     for given in (pin, held):
@@ -61,9 +61,9 @@ def test_pinned_is_what_the_roster_was_checked_under(honest, tmp_path, key) -> N
     with pytest.raises(VerificationError):
         see(honest.report, key)
     proof = tmp_path / "proof.json"
-    proof.write_bytes(canonical.dumps(rows.prove(honest.folder / "journal.jsonl", 1)))
+    proof.write_bytes(canonical.dumps(row_proof.prove(honest.folder / "journal.jsonl", 1)))
     with pytest.raises(VerificationError, match="that was given"):
-        rows.check(proof, honest.report, key)
+        row_proof.check(proof, honest.report, key)
     assert verify_report(honest.report, consortium_key=f" {honest.public.upper()}\n").pinned
     ledger = honest.folder / "journals" / "alba.jsonl"
     for refused in (

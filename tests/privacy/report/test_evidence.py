@@ -17,8 +17,7 @@ from fedveil.common.units import SiteId
 from fedveil.deploy.cli.audit import app
 from fedveil.deploy.cli.ledger import app as ledger_app
 from fedveil.privacy.joining import Copy
-from fedveil.privacy.report import compare, local, pdf
-from fedveil.privacy.report import row_proof as rows
+from fedveil.privacy.report import compare, local, pdf, row_proof
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.countersign import countersign, see, sign
 from fedveil.privacy.report.signatures import require
@@ -54,15 +53,15 @@ def test_a_row_is_shown_without_its_ledger(honest, proof, tmp_path) -> None:
     assert "row 5 of berg holds" in result.stdout
     assert len(canonical.loads(proof.read_bytes())["path"]) <= 5
     with pytest.raises(VerificationError, match="missing"):
-        rows.check(proof, alone / "report.json", None)
+        row_proof.check(proof, alone / "report.json", None)
 
 
 def test_every_row_of_every_journal_can_be_proved(honest, tmp_path) -> None:
     path = tmp_path / "p.json"
     for name in ("journal.jsonl", "journals/alba.jsonl"):
         for i, row in enumerate(parse((honest.folder / name).read_bytes())):
-            path.write_bytes(canonical.dumps(rows.prove(honest.folder / name, i)))
-            assert rows.check(path, honest.report, honest.public).hash == row.hash
+            path.write_bytes(canonical.dumps(row_proof.prove(honest.folder / name, i)))
+            assert row_proof.check(path, honest.report, honest.public).hash == row.hash
 
 
 FORGERIES = {
@@ -88,7 +87,7 @@ def test_a_forged_proof_is_refused(honest, proof, forgery) -> None:
     change(value)
     proof.write_bytes(canonical.dumps(value))
     with pytest.raises(VerificationError, match=reason):
-        rows.check(proof, honest.report, honest.public)
+        row_proof.check(proof, honest.report, honest.public)
 
 
 def test_a_root_that_the_server_did_not_sign_proves_nothing(spoilt, proof) -> None:
@@ -96,13 +95,13 @@ def test_a_root_that_the_server_did_not_sign_proves_nothing(spoilt, proof) -> No
     document["payload"]["hashes"]["roots"]["berg"] = "0" * 64
     spoilt.report.write_bytes(canonical.dumps(document))
     with pytest.raises(VerificationError, match="signature"):
-        rows.check(proof, spoilt.report, spoilt.public)
+        row_proof.check(proof, spoilt.report, spoilt.public)
 
 
 def test_there_is_no_proof_of_a_row_that_is_not_there(honest, tmp_path) -> None:
     for row, size in ((99, None), (-1, None), (5, 5), (0, 999)):
         with pytest.raises(VerificationError, match="no row"):
-            rows.prove(journal(honest), row, size)
+            row_proof.prove(journal(honest), row, size)
 
 
 # -- two parties' copies ----------------------------------------------------------------------------------------------

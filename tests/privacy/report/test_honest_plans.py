@@ -16,8 +16,7 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER, SampledGaussian
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.report import claims, derive, progress, recompute
-from fedveil.privacy.report import privacy_loss as loss
+from fedveil.privacy.report import claims, derive, privacy_loss, progress, recompute
 
 GIVEN: dict[str, Any] = {
     "sum": "plain", "records": 50, "clip": 1.0, "model": ModelSpec(name="logistic", inputs=3, classes=2),
@@ -145,7 +144,7 @@ def test_the_rounding_of_a_composition_is_no_lie() -> None:
 @pytest.mark.parametrize("epsilon", [300.0, 400.0, 900.0])
 def test_an_attack_on_a_claim_that_protects_nothing_is_no_crash(epsilon) -> None:
     points = [(0.0, 0.9999), (epsilon, 1e-5), (2 * epsilon, 0.0)]
-    assert loss.attack_rate(points, 0.01) == pytest.approx(1.0, abs=1e-4)
+    assert privacy_loss.attack_rate(points, 0.01) == pytest.approx(1.0, abs=1e-4)
     assert recompute.detection(points, 0.01) == pytest.approx(1.0, abs=1e-4)
 
 

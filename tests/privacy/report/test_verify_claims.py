@@ -13,8 +13,7 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import Optimizer, make_plan
-from fedveil.privacy.report import claims, recompute
-from fedveil.privacy.report import privacy_loss as loss
+from fedveil.privacy.report import claims, privacy_loss, recompute
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
 
@@ -179,8 +178,8 @@ def test_the_attack_rate_bounds_the_best_test_and_is_not_far_from_it(mu: float, 
 
     n, claim = NormalDist(), epsilon_pld([(SampledGaussian(1.0, 1 / mu), 1)], 1e-5)
     best = n.cdf(n.inv_cdf(false_alarms) + mu)
-    points = loss.curve(SampledGaussian(1.0, 1 / mu), 1, 1e-5, claim)
-    got = loss.attack_rate(points, false_alarms)
+    points = privacy_loss.curve(SampledGaussian(1.0, 1 / mu), 1, 1e-5, claim)
+    got = privacy_loss.attack_rate(points, false_alarms)
     assert best - 1e-9 <= got <= best + 0.03
     assert recompute.detection(points, false_alarms) == pytest.approx(got, abs=1e-12)
 
@@ -188,8 +187,8 @@ def test_the_attack_rate_bounds_the_best_test_and_is_not_far_from_it(mu: float, 
 def test_a_group_of_records_is_accounted_as_a_group(honest) -> None:
     plan = honest.plan
     exact = gaussian_epsilon(5 * math.sqrt(plan.steps) / plan.noise_multiplier, plan.delta)
-    assert loss.group_epsilon(plan, 1) == plan.claim
-    assert loss.group_epsilon(plan, 5) == pytest.approx(exact, rel=2e-3)
+    assert privacy_loss.group_epsilon(plan, 1) == plan.claim
+    assert privacy_loss.group_epsilon(plan, 5) == pytest.approx(exact, rel=2e-3)
     assert exact > 5 * plan.claim
 
 
@@ -205,7 +204,7 @@ def test_the_fallback_of_many_sites_is_named_by_an_accountant_that_can_compute_i
         model=ModelSpec(name="logistic", inputs=1000, classes=2), optimizer=Optimizer(learning_rate=0.1),
         contract_hash=honest.plan.contract_hash,
     )  # fmt: skip
-    value, accountant = loss.fallback(plan)
+    value, accountant = privacy_loss.fallback(plan)
     assert value >= plan.claim
     stated = {"fallback_epsilon": value, "fallback_accountant": accountant}
     assert "recomputed" in claims.fallback(stated, plan)

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil.client.records import lineage
-from fedveil.client.records.judge import drift, page
-from fedveil.client.records.judge import hidden_counts as counts
+from fedveil.client.records.judge import drift, hidden_counts, page
 from fedveil.client.records.judge.quality import assess
 from fedveil.client.records.read.sources import Rules, read
 from fedveil.client.records.release.pipeline import ingest
@@ -22,9 +21,9 @@ BINS = {"x": [f"b{i}" for i in range(10)]}
 
 def report(numbers, missing=0, invalid=0, k=5):
     bins = list(zip(BINS["x"], numbers, strict=True))
-    shown = [counts.shown(n, k) for n in (missing, invalid)]
+    shown = [hidden_counts.shown(n, k) for n in (missing, invalid)]
     return {
-        "bars": {"x": counts.bars(bins, (missing, invalid), k)},
+        "bars": {"x": hidden_counts.bars(bins, (missing, invalid), k)},
         "columns": [{"column": "x", "missing": shown[0], "invalid": shown[1]}],
     }
 

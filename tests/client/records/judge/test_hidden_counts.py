@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from fedveil.client.records.judge import hidden_counts as counts
-from fedveil.client.records.judge import page, stages
+from fedveil.client.records.judge import hidden_counts, page, stages
 from fedveil.client.records.judge.quality import assess
 from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 from fedveil.client.records.judge.stages import Stage
@@ -150,7 +149,7 @@ def test_contradicting_rows_do_not_bound_duplicates():
                     Stage("near duplicates", rows - d, rows - d, x, {}),
                 )
                 report = QualityReport(rows, d, (q,), (), K, stages=done, unkeyed=unkeyed)
-                note = None if not unkeyed else counts.shown(unkeyed, K)
+                note = None if not unkeyed else hidden_counts.shown(unkeyed, K)
                 yield {"d": d, "x": x, "y": y, "unkeyed": unkeyed}, [page.to_json(report), note, y > 0]
 
     ambiguous(tables())

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.records.judge import hidden_counts as shows
-from fedveil.client.records.judge import page, stages
+from fedveil.client.records.judge import hidden_counts, page, stages
 from fedveil.client.records.judge.quality import assess
 from fedveil.client.records.read.sources import read
 
@@ -57,7 +56,7 @@ def test_page_has_plots_and_needs_nothing(contract, rows, table):
 @given(st.lists(st.integers(0, 30), max_size=14), st.lists(st.integers(0, 9), max_size=3), st.integers(2, 8))
 def test_bars_hold_no_hidden_count(counts, others, k):
     bins = [(f"b{i}", n) for i, n in enumerate(counts)]
-    drawn = shows.bars(bins, others, k)
+    drawn = hidden_counts.bars(bins, others, k)
     if any(0 < n < k for n in others):
         assert drawn == []
     assert all(n == 0 or n >= k for _, n in drawn)
@@ -70,9 +69,9 @@ def test_bars_hold_no_hidden_count(counts, others, k):
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.lists(st.integers(1, 7), max_size=6), st.integers(3, 8))
 def test_sums_are_made_of_what_is_shown(parts, others, k):
     """Other hidden parts give the same sum; and what is said of it is true."""
-    told = shows.total([shows.shown(p, k) for p in parts])
+    told = hidden_counts.total([hidden_counts.shown(p, k) for p in parts])
     changed = [others[i] if 0 < p < k and i < len(others) and others[i] < k else p for i, p in enumerate(parts)]
-    assert shows.total([shows.shown(p, k) for p in changed]) == told
+    assert hidden_counts.total([hidden_counts.shown(p, k) for p in changed]) == told
     if isinstance(told, int):
         assert told == sum(parts)
     else:
@@ -80,16 +79,16 @@ def test_sums_are_made_of_what_is_shown(parts, others, k):
 
 
 def test_rates_are_bounds_where_a_count_is_hidden():
-    assert [shows.rate(b, 100, 5) for b in (0, 1, 4, 5)] == [1.0, ">0.9500", ">0.9500", 0.95]
-    assert shows.rate(1, 4, 5) == "hidden"
-    assert [shows.rate(b, 100, 5) for b in ("<5", ">10", "hidden")] == [">0.9500", "hidden", "hidden"]
-    assert shows.rate(10, "hidden", 5) == "hidden"
-    assert shows.total([12, "<5"]) == ">12"  # not 15, from which the 3 would follow
-    assert shows.split([10, 3], 100, 5) == [10, "<5"]
-    assert shows.split([95, 0], 98, 5) == ["hidden", 0]  # the rest is 3
-    assert shows.chain(83, [(3, True), (6, True), (0, False)], 5) == [("<5", "<83"), (6, "<77"), (0, "<77")]
-    assert shows.chain(83, [(80, True), (0, True)], 5) == [("hidden", "hidden"), ("hidden", "hidden")]
-    assert shows.chain(83, [(80, False), (7, True)], 5) == [("hidden", 83), (7, 76)]
+    assert [hidden_counts.rate(b, 100, 5) for b in (0, 1, 4, 5)] == [1.0, ">0.9500", ">0.9500", 0.95]
+    assert hidden_counts.rate(1, 4, 5) == "hidden"
+    assert [hidden_counts.rate(b, 100, 5) for b in ("<5", ">10", "hidden")] == [">0.9500", "hidden", "hidden"]
+    assert hidden_counts.rate(10, "hidden", 5) == "hidden"
+    assert hidden_counts.total([12, "<5"]) == ">12"  # not 15, from which the 3 would follow
+    assert hidden_counts.split([10, 3], 100, 5) == [10, "<5"]
+    assert hidden_counts.split([95, 0], 98, 5) == ["hidden", 0]  # the rest is 3
+    assert hidden_counts.chain(83, [(3, True), (6, True), (0, False)], 5) == [("<5", "<83"), (6, "<77"), (0, "<77")]
+    assert hidden_counts.chain(83, [(80, True), (0, True)], 5) == [("hidden", "hidden"), ("hidden", "hidden")]
+    assert hidden_counts.chain(83, [(80, False), (7, True)], 5) == [("hidden", 83), (7, 76)]
 
 
 def test_problems_stand_in_the_page_without_values(contract, rows, table):

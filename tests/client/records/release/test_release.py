@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedveil.client.records.read.sources import read
-from fedveil.client.records.release import anonymize as release
-from fedveil.client.records.release import sets
+from fedveil.client.records.release import anonymize, sets
 from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, UsageError
@@ -54,7 +53,7 @@ def checked(table):
 @pytest.mark.parametrize("method", ["fixed", "mondrian", "optimal", "peel", "auto"])
 def test_every_method_is_verified_and_encodes_alike(tmp_path, checked, method):
     contract, out = agreed(), tmp_path / "r.parquet"
-    done = release.anonymise(checked, contract, method, out)
+    done = anonymize.anonymise(checked, contract, method, out)
     assert done.findings.met
     assert [f.name for f in done.findings.findings] == ["k-anonymity", "distinct l-diversity", "t-closeness"]
     assert done.stability.factor is None  # suppression for l, or a method that looks at the data
@@ -68,11 +67,11 @@ def test_every_method_is_verified_and_encodes_alike(tmp_path, checked, method):
     place = {v: contract.feature_names.index(f"job={v}") for v in ("nurse", "medic", "clerk")}
     for row, x in zip(encoded.X, released["x"].to_pylist(), strict=True):
         assert row[place[exact[f"{x:.3f}"]]] > 0
-    assert release.verify(out, contract).rows == released.num_rows
+    assert anonymize.verify(out, contract).rows == released.num_rows
     # Dates read as dates in every label, whatever made it: 9131 says nothing to a reader.
     born = set(released["born"].to_pylist()) - {"*"}
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d|\[\d{4}-\d\d-\d\d,\d{4}-\d\d-\d\d[\])]", b) for b in born), born
-    risk = release.risk(out, contract)
+    risk = anonymize.risk(out, contract)
     assert risk.prosecutor <= 1 / 5
     assert risk.unique == 0
     assert risk.marketer == risk.classes / risk.rows
@@ -80,7 +79,7 @@ def test_every_method_is_verified_and_encodes_alike(tmp_path, checked, method):
 
 def test_a_tampered_release_is_refused(tmp_path, checked):
     contract, out = agreed(), tmp_path / "r.parquet"
-    release.anonymise(checked, contract, "mondrian", out)
+    anonymize.anonymise(checked, contract, "mondrian", out)
     released = pq.read_table(out)
     lonely = released.slice(0, 1).set_column(0, "born", pa.array(["[1969-09-23,1969-09-24]"]))
     plain = released.cast(
@@ -88,20 +87,20 @@ def test_a_tampered_release_is_refused(tmp_path, checked):
     )
     pq.write_table(pa.concat_tables([plain, lonely.cast(plain.schema)]), tmp_path / "bad.parquet")
     with pytest.raises(AnonymityError):
-        release.verify(tmp_path / "bad.parquet", contract)
-    assert release.risk(tmp_path / "bad.parquet", contract).prosecutor == 1
+        anonymize.verify(tmp_path / "bad.parquet", contract)
+    assert anonymize.risk(tmp_path / "bad.parquet", contract).prosecutor == 1
 
 
 def test_what_cannot_be_met_leaves_no_file(tmp_path, checked):
     with pytest.raises(AnonymityError):
-        release.anonymise(checked, agreed(k=401), "mondrian", tmp_path / "r.csv")
+        anonymize.anonymise(checked, agreed(k=401), "mondrian", tmp_path / "r.csv")
     assert not list(tmp_path.glob("*r.csv*"))
     (tmp_path / "there.csv").write_text("")
     for name in ("there.csv", "r.xlsx"):
         with pytest.raises(UsageError, match="cannot be the release"):
-            release.anonymise(checked, agreed(), "mondrian", tmp_path / name)
+            anonymize.anonymise(checked, agreed(), "mondrian", tmp_path / name)
     with pytest.raises(AnonymityError, match="not a readable release"):
-        release.risk(tmp_path / "there.csv", agreed())
+        anonymize.risk(tmp_path / "there.csv", agreed())
 
 
 ILL = ("flu", "cold", "gout")
@@ -131,19 +130,19 @@ def with_missing(table):
 def test_missing_sensitive_values_verify_in_both_forms(tmp_path, with_missing, method, ending, distance):
     """It went wrong once: a CSV file's empty cell was one more sensitive value, so that its own release was refused."""
     contract, out = with_illness(t_distance=distance), tmp_path / f"r{ending}"
-    done = release.anonymise(with_missing, contract, method, out)
-    assert release.verify(out, contract) == done.findings
+    done = anonymize.anonymise(with_missing, contract, method, out)
+    assert anonymize.verify(out, contract) == done.findings
 
 
 def test_forged_diversity_by_empty_cells(tmp_path, with_missing):
     contract, out = with_illness(t=None), tmp_path / "r.csv"
-    release.anonymise(with_missing, contract, "mondrian", out)
+    anonymize.anonymise(with_missing, contract, "mondrian", out)
     rows = read_rows(out)
     first = rows[0]
     forged = [{**first, "ill": v} for v in ("flu", "", "flu")]
     write_rows(tmp_path / "f.csv", [*(r for r in rows if not same(r, first)), *forged])
     with pytest.raises(AnonymityError, match="distinct l-diversity"):
-        release.verify(tmp_path / "f.csv", contract)
+        anonymize.verify(tmp_path / "f.csv", contract)
 
 
 def read_rows(path):
@@ -176,7 +175,7 @@ TAMPERED = {
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_cells_that_the_contract_forbids_do_not_verify(tmp_path, with_missing, how, ending):
     contract, out = with_illness(k=2, l=1, t=None), tmp_path / "r.csv"
-    release.anonymise(with_missing, contract, "mondrian", out)
+    anonymize.anonymise(with_missing, contract, "mondrian", out)
     name, cell = TAMPERED[how]
     rows = read_rows(out)
     spoilt = [{**r, name: cell} if r == rows[0] or (name in ("job", "age") and same(r, rows[0])) else r for r in rows]
@@ -186,9 +185,9 @@ def test_cells_that_the_contract_forbids_do_not_verify(tmp_path, with_missing, h
         path, good = (as_parquet(p, contract) for p in (path, good))
         if path is None:
             return  # a Parquet column of numbers cannot hold this text
-    assert release.verify(good, contract).met
+    assert anonymize.verify(good, contract).met
     with pytest.raises(AnonymityError) as refused:
-        release.verify(path, contract)
+        anonymize.verify(path, contract)
     assert repr(name) in str(refused.value)
     assert refused.value.hint
     assert "Smith" not in str(refused.value)
@@ -216,10 +215,10 @@ def as_parquet(path, contract):
 def test_a_fixed_release_shows_its_distance(tmp_path, with_missing, distance, monkeypatch, secret):
     """Two verifiers that share no code agree on every figure that is shown, the distance among them."""
     contract = with_illness(t_distance=distance, suppression_limit=0.0, l=1, t=1.0, k=2)
-    done = release.anonymise(with_missing, contract, "fixed", tmp_path / "r.csv")
+    done = anonymize.anonymise(with_missing, contract, "fixed", tmp_path / "r.csv")
     released = ingest(tmp_path / "t.csv", contract, tmp_path / "w", secret=secret).released
-    monkeypatch.delattr(release.recheck, "require")
-    shown = release.verify(released, contract)
+    monkeypatch.delattr(anonymize.recheck, "require")
+    shown = anonymize.verify(released, contract)
     assert [f.name for f in shown.findings] == [f.name for f in done.findings.findings]
     for ours, theirs in zip(shown.findings, done.findings.findings, strict=True):
         assert ours.worst == pytest.approx(theirs.worst)
@@ -228,13 +227,13 @@ def test_a_fixed_release_shows_its_distance(tmp_path, with_missing, distance, mo
 
 def test_every_refusal_of_a_release_says_what_to_do(tmp_path, with_missing):
     contract, out = with_illness(), tmp_path / "r.csv"
-    release.anonymise(with_missing, contract, "mondrian", out)
+    anonymize.anonymise(with_missing, contract, "mondrian", out)
     head, *lines = out.read_text().splitlines()
     (tmp_path / "short.csv").write_text("\n".join([head, *lines[:5], ""]))
     (tmp_path / "empty.csv").write_text(head + "\n")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for name in ("none.csv", "none.parquet", "short.csv", "empty.csv", "other.csv"):
-        for judge in (release.verify, release.risk) if name != "short.csv" else (release.verify,):
+        for judge in (anonymize.verify, anonymize.risk) if name != "short.csv" else (anonymize.verify,):
             with pytest.raises(AnonymityError) as refused:
                 judge(tmp_path / name, contract)
             assert refused.value.hint, name
@@ -244,23 +243,23 @@ def test_every_refusal_of_a_release_says_what_to_do(tmp_path, with_missing):
                                    "[1991-01-01,1990-01-01]", "1880-01-01", "01.01.1990"])  # fmt: skip
 def test_dates_outside_the_bounds_do_not_verify(tmp_path, with_missing, label):
     contract = with_illness(k=2, l=1, t=None)
-    release.anonymise(with_missing, contract, "mondrian", tmp_path / "r.csv")
+    anonymize.anonymise(with_missing, contract, "mondrian", tmp_path / "r.csv")
     rows = read_rows(tmp_path / "r.csv")
     path = write_rows(tmp_path / "bad.csv", [{**r, "born": label} if same(r, rows[0]) else r for r in rows])
     with pytest.raises(AnonymityError, match="'born'"):
-        release.verify(path, contract)
+        anonymize.verify(path, contract)
 
 
 @pytest.mark.parametrize("cell", [" 0.5", "0.5 ", "0_1", "\u0661", "+", "1e", "nan", "inf", "0x1"])
 def test_fixed_levels_and_other_methods_read_numbers_alike(tmp_path, with_missing, cell):
     """It went wrong once: ``" 0.5"`` passed a file of fixed levels, and no other."""
     contract, out = with_illness(k=2, l=1, t=None), tmp_path / "r.csv"
-    release.anonymise(with_missing, contract, "fixed", out)
+    anonymize.anonymise(with_missing, contract, "fixed", out)
     rows = read_rows(out)
-    assert release.verify(write_rows(tmp_path / "good.csv", [{**rows[0], "x": "+5E-1"}, *rows[1:]]), contract).met
+    assert anonymize.verify(write_rows(tmp_path / "good.csv", [{**rows[0], "x": "+5E-1"}, *rows[1:]]), contract).met
     for kind in (contract, with_illness(k=2, l=1, t=0.9)):
         with pytest.raises(AnonymityError):
-            release.verify(write_rows(tmp_path / "bad.csv", [{**rows[0], "x": cell}, *rows[1:]]), kind)
+            anonymize.verify(write_rows(tmp_path / "bad.csv", [{**rows[0], "x": cell}, *rows[1:]]), kind)
 
 
 def test_codes_are_the_same_as_texts_and_as_whole_numbers(tmp_path):
@@ -277,7 +276,7 @@ def test_codes_are_the_same_as_texts_and_as_whole_numbers(tmp_path):
         for i, table in enumerate((texts, numbers)):
             pq.write_table(table, tmp_path / f"{i}.parquet")
             if good:
-                assert release.verify(tmp_path / f"{i}.parquet", contract).met
+                assert anonymize.verify(tmp_path / f"{i}.parquet", contract).met
             else:
                 with pytest.raises(AnonymityError, match="'g': 3 cells"):
-                    release.verify(tmp_path / f"{i}.parquet", contract)
+                    anonymize.verify(tmp_path / f"{i}.parquet", contract)
