@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
 import fedveil
 from fedveil.common import cli
@@ -127,7 +126,7 @@ def test_no_hint_tells_to_change_what_follows_from_the_rest():
 
 @pytest.fixture(scope="module")
 def options() -> set[str]:
-    found, todo = set(), [get_command(cli.build())]
+    found, todo = set(), [cli.load(name) for name in cli.COMMANDS]
     while todo:
         command = todo.pop()
         todo += list(getattr(command, "commands", {}).values())
