@@ -6,30 +6,30 @@ released = anonymizer.fit(table).transform(table)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
 from fedveil.privacy.anonymization import recoding as rc
 from fedveil.privacy.anonymization.attributes import TableSpec
+from fedveil.privacy.anonymization.buckets import released
+from fedveil.privacy.anonymization.counting import UNKNOWN, ClassOf, Prepared, prepare
 from fedveil.privacy.anonymization.criteria import Criterion, DistinctL, KAnonymity, TCloseness
 from fedveil.privacy.anonymization.domains import Domain
 from fedveil.privacy.anonymization.lattice import MAX_NODES, Lattice, nodes_of
 from fedveil.privacy.anonymization.mondrian import CUTS, mondrian
 from fedveil.privacy.anonymization.peel import peel
-from fedveil.privacy.anonymization.prepare import Prepared, bind, prepare
+from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recoding import Recoding
+from fedveil.privacy.anonymization.rows import Rows, TableRows
 from fedveil.privacy.anonymization.stability import Stability, stability
-from fedveil.privacy.anonymization.tuples import Constraints, Tuples, distinct_tuples
+from fedveil.privacy.anonymization.tuples import Constraints, Tuples
 
-Index = NDArray[np.int64]
 Method = Literal["auto", "fixed", "mondrian", "optimal", "peel"]
 
 
@@ -51,6 +51,20 @@ class Outcome:
     classes: int
     ncp: float
     node: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A recoding, what it was found on, and the class of every row."""
+
+    prepared: Prepared
+    found: Recoding
+    classes: ClassOf
+
+    @property
+    def outcome(self) -> Outcome:
+        """Figures of the recoding."""
+        return outcome_of(self.found, self.prepared.tuples)
 
 
 class Anonymizer:
@@ -92,8 +106,9 @@ class Anonymizer:
         self.spec, self.models = spec, bind(models, spec)
         self.method: Method = method
         self.suppression_limit, self.cuts = suppression_limit, cuts
-        self._fitted: tuple[Prepared, Recoding] | None = None
+        self._fitted: Fitted | None = None
         self._table: pa.Table | None = None
+        self._rows: TableRows | None = None
 
     def fit(self, table: pa.Table) -> Anonymizer:
         """Find the recoding of ``table``.
@@ -105,11 +120,19 @@ class Anonymizer:
         """
         if not isinstance(table, pa.Table):
             raise UsageError(f"a pyarrow.Table is needed, not {type(table).__name__}")
-        prepared = prepare(table, self.spec, self.models)
-        found = search(self.method, prepared.tuples, prepared.frame.domains, self.models,
-                       limit=self.suppression_limit, cuts=self.cuts, given=self._given())  # fmt: skip
-        self._fitted, self._table = (prepared, found), table
+        rows = TableRows(table)
+        self._fitted, self._table, self._rows = self.recoded(rows), table, rows
         return self
+
+    def recoded(self, rows: Rows, lap: Callable[[str], None] = lambda name: None) -> Fitted:
+        """The recoding of rows from anywhere; ``lap`` is told when a phase ends. Raises what :meth:`fit` does."""
+        prepared = prepare(rows, self.spec, self.models, lap=lap)
+        levels = [q.fixed_level for q in self.spec.quasi]
+        given = None if None in levels else tuple(level for level in levels if level is not None)
+        found = search(self.method, prepared.tuples, prepared.frame.domains, self.models,
+                       limit=self.suppression_limit, cuts=self.cuts, given=given)  # fmt: skip
+        lap("search")
+        return Fitted(prepared, found, ClassOf(prepared, found))
 
     def transform(self, table: pa.Table) -> pa.Table:
         """The released rows of ``table``: recoded, without identifiers, in random order.
@@ -119,11 +142,11 @@ class Anonymizer:
             DataError: values or combinations that the fitted table did not have.
             AnonymityError: these rows do not meet the criteria under the fitted recoding.
         """
-        prepared, found = self._state()
-        classes = self._classes(table, prepared, found)
-        kept = np.flatnonzero(classes >= 0)
-        kept = kept[random_order(len(kept))]
-        return release(table, self.spec, found, classes[kept], kept)
+        fitted, rows = self._state(), self._rows
+        if table is not self._table or rows is None:
+            rows = TableRows(table)
+            self._require_met(rows, fitted)
+        return pa.concat_tables(released(rows, self.spec, fitted.classes, fitted.found))
 
     def fit_transform(self, table: pa.Table) -> pa.Table:
         """:meth:`fit`, then :meth:`transform` of the same table."""
@@ -132,40 +155,28 @@ class Anonymizer:
     @property
     def outcome(self) -> Outcome:
         """What the fit found."""
-        prepared, found = self._state()
-        return outcome_of(found, prepared.tuples)
+        return self._state().outcome
 
     @property
     def stability(self) -> Stability:
         """How many released rows one record can change, see :mod:`.stability`; for row-wise steps before it."""
         return stability(self.method, self.models, suppression_limit=self.suppression_limit)
 
-    def _given(self) -> tuple[int, ...] | None:
-        levels = [q.fixed_level for q in self.spec.quasi]
-        return None if any(level is None for level in levels) else tuple(level for level in levels if level is not None)
-
-    def _state(self) -> tuple[Prepared, Recoding]:
+    def _state(self) -> Fitted:
         if self._fitted is None:
             raise UsageError("nothing has been fitted", hint="call fit(table) first")
         return self._fitted
 
-    def _classes(self, table: pa.Table, prepared: Prepared, found: Recoding) -> Index:
-        """(n,) the class of every row, -1 for suppressed ones."""
-        if table is self._table:
-            return found.classes[prepared.inverse]
-        other = prepare(table, self.spec, self.models, prepared.frame)
-        own, theirs = prepared.tuples, other.tuples
-        joined = np.concatenate([own.codes, theirs.codes], axis=1)
-        combos, _, number = distinct_tuples(list(joined), joined.shape[1])
-        class_of = np.full(combos.shape[1], -2, np.int64)
-        class_of[number[: own.count]] = found.classes
-        classes = class_of[number[own.count :]]
-        if unknown := int(theirs.weights[classes == -2].sum()):
+    def _require_met(self, rows: Rows, fitted: Fitted) -> None:
+        """Refuse rows of another table that the fitted recoding does not make anonymous among themselves."""
+        theirs = prepare(rows, self.spec, self.models, fitted.prepared.frame).tuples
+        classes = fitted.classes.of_tuples(theirs)
+        if unknown := int(theirs.weights[classes == UNKNOWN].sum()):
             raise DataError(
                 f"{unknown} rows combine quasi-identifiers as no row of the fitted table did",
                 hint="fit on the table that is to be released",
             )
-        present = np.flatnonzero((classes >= 0) & (theirs.weights > 0))
+        present = np.flatnonzero(classes >= 0)
         used, inner = np.unique(classes[present], return_inverse=True)
         constraints = Constraints(self.models, theirs)
         references = constraints.references_of(present)
@@ -174,7 +185,6 @@ class Anonymizer:
                 "these rows do not meet the criteria under the fitted recoding",
                 hint="fit on the table that is to be released",
             )
-        return classes[other.inverse]
 
 
 def contract_models(contract: DataContract) -> tuple[Criterion, ...]:
@@ -281,29 +291,3 @@ def outcome_of(found: Recoding, tuples: Tuples) -> Outcome:
     if found.nodes is not None and found.method in ("optimal", "fixed") and len(found.nodes):
         node = tuple(int(x) for x in found.nodes[0])
     return Outcome(found.method, tuples.rows, suppressed, found.count, (loss / q + suppressed) / tuples.rows, node)
-
-
-def random_order(n: int) -> Index:
-    """A permutation from the operating system's randomness (sorted 64-bit keys)."""
-    return np.argsort(np.frombuffer(os.urandom(8 * n), np.uint64))
-
-
-def release(table: pa.Table, spec: TableSpec, found: Recoding, classes: Index, rows: Index) -> pa.Table:
-    """The released columns: labels of ``classes`` (m,), and the other columns at ``rows`` (m,).
-
-    Dictionaries hold only what the released rows say: a dictionary carried along would list suppressed rows' values.
-    """
-    columns: list[Any] = [labelled(cell.of_class[classes], cell.labels) for cell in found.cells]
-    index = pa.array(rows)
-    for name in spec.released[len(spec.quasi) :]:
-        column = table[name].take(index)
-        columns.append(column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column)
-    return pa.table(columns, names=list(spec.released))
-
-
-def labelled(index: NDArray[np.int32], labels: Sequence[str]) -> Any:
-    """A dictionary array of the labels that occur."""
-    used = np.bincount(index, minlength=len(labels)) > 0
-    place = (np.cumsum(used) - 1).astype(np.int32)
-    words = [label for label, u in zip(labels, used.tolist(), strict=True) if u]
-    return pa.DictionaryArray.from_arrays(pa.array(place[index]), pa.array(words, pa.string()))

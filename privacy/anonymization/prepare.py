@@ -1,7 +1,4 @@
-"""A table and its specification, checked and turned into domains and weighted tuples.
-
-Everything a search needs is here; from here on the number of rows does not matter.
-"""
+"""A table's columns and values against its specification, and what the codes of its values mean."""
 
 from __future__ import annotations
 
@@ -26,10 +23,9 @@ from fedveil.privacy.anonymization.criteria import (
     Reference,
     TCloseness,
 )
-from fedveil.privacy.anonymization.domains import Domain, domain_of, encode, lookup, occurring, order_sensitive
-from fedveil.privacy.anonymization.tuples import Tuples, distinct_tuples
+from fedveil.privacy.anonymization.domains import Domain, domain_of, lookup, order_sensitive
+from fedveil.privacy.anonymization.tuples import Tuples
 
-Index = NDArray[np.int64]
 ABSENT, UNKNOWN = -1, -2
 _SIMPLE = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
@@ -56,19 +52,6 @@ class Frame:
 
     domains: tuple[Domain, ...]
     attributes: tuple[Attribute, ...]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Attributes:
-    frame: what the codes mean.
-    tuples: the weighted distinct combinations.
-    inverse: (n,) the tuple of every row.
-    """
-
-    frame: Frame
-    tuples: Tuples
-    inverse: Index
 
 
 def bind(models: Sequence[Criterion], spec: TableSpec) -> tuple[Criterion, ...]:
@@ -203,34 +186,6 @@ def sensitive_codes(column: Any, attribute: Attribute) -> NDArray[np.int32]:
             f"column {attribute.name!r}: {unknown} cells hold unknown values", hint="fit on the table to be released"
         )
     return np.where(out == UNKNOWN, np.int32(ABSENT), out)
-
-
-def prepare(table: pa.Table, spec: TableSpec, models: Sequence[Criterion], frame: Frame | None = None) -> Prepared:
-    """Check and encode a table held in memory; with ``frame``, by domains that were fitted before.
-
-    Raises:
-        DataError, AnonymityError: see :func:`check_schema`, :func:`check_rows`, :func:`frame_of`.
-    """
-    check_schema(table.schema, spec)
-    check_rows(table.num_rows, models)
-    if frame is None:
-        names = [*(q.name for q in spec.quasi), *sensitive_names(models)]
-        table = _dictionaries(table, names)
-        cells = {n: occurring(table[n]) for n in names}
-        frame = frame_of(spec, models, cells)
-    columns = [encode(table[d.name], d) for d in frame.domains]
-    columns += [sensitive_codes(table[a.name], a) for a in frame.attributes]
-    combos, weights, inverse = distinct_tuples(columns, len(columns[0]))
-    return Prepared(frame, tuples_of(frame, combos, weights), inverse)
-
-
-def _dictionaries(table: pa.Table, names: Sequence[str]) -> pa.Table:
-    """The same table with texts looked up once: finding the values and coding the cells both need it."""
-    for n in names:
-        if pa.types.is_string(table[n].type):
-            column = table[n].combine_chunks().dictionary_encode()
-            table = table.set_column(table.column_names.index(n), n, column)
-    return table
 
 
 def tuples_of(frame: Frame, combos: NDArray[np.int32], weights: NDArray[np.int64]) -> Tuples:

@@ -236,12 +236,6 @@ def tabulate(classes: Index, values: Codes, weights: NDArray[np.int64], groups: 
     return np.bincount(flat, weights, groups * domain).astype(np.int64).reshape(groups, domain)
 
 
-def distinct_tuples(columns: Sequence[Codes], rows: int) -> tuple[Codes, NDArray[np.int64], Index]:
-    """Distinct combinations (c, u), their weights (u,), and the combination of every row (rows,)."""
-    groups = grouping.group(columns, rows)
-    return np.ascontiguousarray(groups.tuples.T), groups.sizes, groups.inverse
-
-
 class Keys:
     """Exact 64-bit keys of label combinations at any node of the lattice of levels.
 

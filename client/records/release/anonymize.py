@@ -6,7 +6,6 @@ sets: Mondrian, optimal and local recoding look at the data, so differential pri
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +21,15 @@ from fedveil.client.records.release.closeness import require_closeness
 from fedveil.client.records.release.released_cells import require_cells
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import AnonymityError, DataError, UsageError
-from fedveil.common.files import replacing
 from fedveil.privacy.anonymization import codes, recheck
 from fedveil.privacy.anonymization import verify as fixed_verify
 from fedveil.privacy.anonymization.anonymizer import Anonymizer, Method, Outcome, contract_models
 from fedveil.privacy.anonymization.attributes import Sensitive, TableSpec
 from fedveil.privacy.anonymization.criteria import Criterion, TCloseness
 from fedveil.privacy.anonymization.recheck import Finding, Findings
-from fedveil.privacy.anonymization.stability import Stability, Step
+from fedveil.privacy.anonymization.rows import TableRows
+from fedveil.privacy.anonymization.stability import Stability, Step, stability
+from fedveil.privacy.anonymization.stream import write_release
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,8 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
     require_new(out)
     spec, models = specification(contract)
     engine = Anonymizer(spec, models, method=method, suppression_limit=contract.suppression_limit)
-    table = engine.fit_transform(as_table(raw, contract))
-    with replacing(out) as part:
-        _write(table, part)
-        limit = contract.suppression_limit
-        findings = recheck.require(part, spec, models, original_rows=raw.rows, suppression_limit=limit)
-        require_cells(part, contract)
-    return Released(out, engine.outcome, _stability(contract, engine), findings)
+    done = write_release(engine, TableRows(as_table(raw, contract)), out, lambda draft: require_cells(draft, contract))
+    return Released(out, done.outcome, _stability(contract, engine, done.outcome), done.findings)
 
 
 def require_new(out: Path, endings: Sequence[str] = (".csv", ".parquet")) -> None:
@@ -126,19 +121,8 @@ def require_new(out: Path, endings: Sequence[str] = (".csv", ".parquet")) -> Non
         raise UsageError(f"{out} cannot be the release: its folder does not exist", hint="correct the path")
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-        return
-    plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in table.columns]
-    pacsv.write_csv(pa.table(plain, names=table.column_names), path)
-
-
-def _stability(contract: DataContract, engine: Anonymizer) -> Stability:
+def _stability(contract: DataContract, engine: Anonymizer, outcome: Outcome) -> Stability:
     """Of the whole pipeline: the engine's own method, and what the contract does to duplicates and outliers."""
-    from fedveil.privacy.anonymization.stability import stability
-
     q = contract.quality
     steps: list[Step] = ["row-wise"]
     if q.duplicates == "drop":
@@ -147,7 +131,7 @@ def _stability(contract: DataContract, engine: Anonymizer) -> Stability:
         steps.append("near duplicates removed")
     if q.fitted_outliers == "drop":
         steps.append("data-fitted")
-    method = engine.outcome.method if engine.method == "auto" else engine.method
+    method = outcome.method if engine.method == "auto" else engine.method
     return stability(method, engine.models, suppression_limit=engine.suppression_limit, steps=steps)
 
 

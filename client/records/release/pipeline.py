@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, UsageError, WireError
 from fedveil.common.files import replacing
 from fedveil.privacy.anonymization import fixed, verify
+from fedveil.privacy.anonymization.buckets import random_order
 
 RELEASED, LINEAGE, SIGNATURE = "released.csv", drift.LINEAGE, drift.SIGNATURE
 QUALITY_JSON, QUALITY_HTML = drift.QUALITY, "quality.html"
@@ -90,7 +90,7 @@ def ingest(
     raw, report = assessed(source, contract, work, dialect=dialect, rules=rules, before=before)
     committed = sources.commitment(secret, source, contract)
     recoded = fixed.recode(raw.columns, raw.rows, contract)
-    table = recoded.table.take(_shuffled(recoded.table.rows))
+    table = recoded.table.take(random_order(recoded.table.rows))
     released = _write_verified(table, contract, work)
     with unless_signed(released):
         X, y = encode.encode(table, contract)
@@ -215,15 +215,6 @@ def _source_hash(source: Source) -> str | None:
     """Plain hash of a file, for the local record; a query has none."""
     path = source if isinstance(source, Path) else getattr(source, "path", None)
     return lineage.file_hash(path) if isinstance(path, Path) else None
-
-
-def _shuffled(rows: int) -> NDArray[np.int64]:
-    """A permutation from the operating system's randomness: released rows must not be in the source's order.
-
-    Sorting 64-bit random keys; two equal keys among 10^6 rows have probability below 3e-8, and would then keep the
-    order of that one pair.
-    """
-    return np.argsort(np.frombuffer(os.urandom(8 * rows), np.uint64), kind="stable")
 
 
 def _write_verified(table: fixed.ReleasedTable, contract: DataContract, work: Path) -> Path:

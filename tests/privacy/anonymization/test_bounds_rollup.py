@@ -17,6 +17,7 @@ from fedveil.common.errors import AnonymityError
 from fedveil.privacy.anonymization import rollup as rollup_module
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.bounds import rows_lost
+from fedveil.privacy.anonymization.counting import prepare
 from fedveil.privacy.anonymization.criteria import (
     AlphaK,
     BetaLikeness,
@@ -29,8 +30,9 @@ from fedveil.privacy.anonymization.criteria import (
 )
 from fedveil.privacy.anonymization.distances import Reference
 from fedveil.privacy.anonymization.lattice import Lattice
-from fedveil.privacy.anonymization.prepare import bind, prepare
+from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.rollup import Rollup
+from fedveil.privacy.anonymization.rows import TableRows
 from fedveil.privacy.anonymization.tuples import Constraints
 
 TREE = np.array([[0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 0, 0]], np.int32)
@@ -152,7 +154,7 @@ SEARCHED = [
 def prepared(rows, models):
     table = pa.table({n: [r[i] for r in rows] for i, n in enumerate(NAMES)})
     bound = bind(models, SPEC)
-    return prepare(table, SPEC, bound), bound
+    return prepare(TableRows(table), SPEC, bound), bound
 
 
 def searched(found, bound, limit):
@@ -241,7 +243,7 @@ def test_closeness_prunes_adult():
     table = pacsv.read_csv(DATA / "adult_arx_30162.csv", parse_options=pacsv.ParseOptions(delimiter=";"))
     spec = TableSpec(tuple(quasi), (Sensitive("occupation"),), (), ("salary-class",))
     bound = bind([K(5), T(0.2)], spec)
-    found = prepare(table, spec, bound)
+    found = prepare(TableRows(table), spec, bound)
     lattice = searched(found, bound, 0.05)
     best = lattice.search()
     assert best.levels == (4, 2, 3, 1, 1, 1, 1)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedveil.common.errors import AnonymityError, DataError, UsageError
-from fedveil.privacy.anonymization import stream
+from fedveil.privacy.anonymization import buckets, counting, rows
 from fedveil.privacy.anonymization.anonymizer import Anonymizer
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.criteria import DistinctL, KAnonymity, TCloseness
@@ -43,7 +43,7 @@ def rows_of(t):
     return Counter(tuple(r.values()) for r in t.to_pylist())
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["table of combinations", "sorted keys"])
+@pytest.mark.parametrize("keys", ["table of combinations", "sorted numbers", "sorted bytes"])
 @pytest.mark.parametrize(
     ("models", "method", "limit"),
     [
@@ -52,19 +52,20 @@ def rows_of(t):
         ([KAnonymity(5), TCloseness(0.5)], "optimal", 0.3),
     ],
 )
-def test_streaming_equals_memory(tmp_path, monkeypatch, models, method, limit, dense):
-    monkeypatch.setattr(stream, "BATCH_ROWS", 256)
-    monkeypatch.setattr(stream, "BUCKET_ROWS", 500)
-    monkeypatch.setattr(stream, "PENDING_KEYS", 700)
-    if not dense:
-        monkeypatch.setattr(stream, "DENSE_CELLS", 0)
-    t = table()
+def test_streaming_equals_memory(tmp_path, monkeypatch, models, method, limit, keys):
+    monkeypatch.setattr(rows, "BATCH_ROWS", 256)
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 500)
+    monkeypatch.setattr(counting, "PENDING_KEYS", 700)
+    t, a = table(), Anonymizer(SPEC, models, method=method, suppression_limit=limit)
+    expected = a.fit_transform(t)
+    if keys != "table of combinations":
+        monkeypatch.setattr(counting, "DENSE_CELLS", 0)
+    if keys == "sorted bytes":
+        monkeypatch.setattr(counting, "EXACT", 1)
     pq.write_table(t, tmp_path / "in.parquet", row_group_size=700)
     done = anonymize_parquet(
         tmp_path / "in.parquet", tmp_path / "out.parquet", SPEC, models, method=method, suppression_limit=limit
     )
-    a = Anonymizer(SPEC, models, method=method, suppression_limit=limit)
-    expected = a.fit_transform(t)
     assert done.outcome == a.outcome
     assert done.findings.met
     out = pq.read_table(tmp_path / "out.parquet")
@@ -80,8 +81,8 @@ def test_streaming_equals_memory(tmp_path, monkeypatch, models, method, limit, d
 
 def test_every_position_is_equally_likely(tmp_path, monkeypatch):
     """Where the first source row ends up, over many runs: a uniform position (chi-square on eighths)."""
-    monkeypatch.setattr(stream, "BATCH_ROWS", 16)
-    monkeypatch.setattr(stream, "BUCKET_ROWS", 16)
+    monkeypatch.setattr(rows, "BATCH_ROWS", 16)
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 16)
     spec = TableSpec((QuasiIdentifier("q"),), (), (), ("row",))
     pq.write_table(pa.table({"q": [1] * 64, "row": range(64)}), tmp_path / "in.parquet")
     seen = np.zeros(8)
@@ -109,12 +110,31 @@ def test_failures_leave_no_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.parquet"]
 
 
-def test_too_many_combinations_for_a_key_are_refused(tmp_path):
+def test_combinations_beyond_64_bits(tmp_path):
+    """It was refused once where memory was bounded, and worked on a table in memory."""
     names = [f"q{i}" for i in range(8)]
-    pq.write_table(pa.table({n: range(300) for n in names}), tmp_path / "in.parquet")
+    t = pa.table({n: range(300) for n in names})
+    pq.write_table(t, tmp_path / "in.parquet")
     spec = TableSpec(tuple(QuasiIdentifier(n) for n in names))
-    with pytest.raises(UsageError, match="64 bits"):
-        anonymize_parquet(tmp_path / "in.parquet", tmp_path / "out.parquet", spec, [KAnonymity(2)])
-    # In memory the same table works.
-    out = Anonymizer(spec, [KAnonymity(30)], method="mondrian").fit_transform(pq.read_table(tmp_path / "in.parquet"))
-    assert out.num_rows == 300
+    expected = Anonymizer(spec, [KAnonymity(30)], method="mondrian").fit_transform(t)
+    anonymize_parquet(tmp_path / "in.parquet", tmp_path / "out.parquet", spec, [KAnonymity(30)], method="mondrian")
+    assert rows_of(pq.read_table(tmp_path / "out.parquet")) == rows_of(expected)
+    assert len(rows_of(expected)) >= 8
+
+
+def test_a_kept_column_of_numbered_values_stays_what_it_is(tmp_path):
+    """It could not be read once: its values were taken for texts."""
+    t = pa.table({"q": [1] * 6, "n": pa.array([7, 8, None, 7, 8, 9]).dictionary_encode()})
+    pq.write_table(t, tmp_path / "in.parquet")
+    spec = TableSpec((QuasiIdentifier("q"),), keep=("n",))
+    anonymize_parquet(tmp_path / "in.parquet", tmp_path / "out.parquet", spec, [KAnonymity(2)])
+    out = pq.read_table(tmp_path / "out.parquet")["n"].to_pylist()
+    assert Counter(out) == Counter(t["n"].to_pylist())
+
+
+def test_text_files_are_written_too(tmp_path):
+    t = table(600)
+    pq.write_table(t, tmp_path / "in.parquet")
+    done = anonymize_parquet(tmp_path / "in.parquet", tmp_path / "out.csv", SPEC, [KAnonymity(5)])
+    assert done.findings.rows == 600
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 601

@@ -32,15 +32,15 @@ SPEC = "[[quasi]]\nname = 'age'\n[[criterion]]\nis = 'k-anonymity'\nk = 2\n"
 
 
 def parquet(home: Path) -> tuple[list[object], str, str]:
-    """Without a contract; a folder of buckets lies beside the target."""
+    """Without a contract; a folder with the draft lies beside the target."""
     pq.write_table(pa.table({"age": [1, 1, 2, 2] * 10}), home / "in.parquet")
     (home / "spec.toml").write_text(SPEC)
     command: list[object] = ["data", "anonymize-parquet", home / "in.parquet", home / "out" / "r.parquet", "--spec"]
-    return [*command, home / "spec.toml"], "fedveil.privacy.anonymization.stream:_Buckets.gather", "r.parquet"
+    return [*command, home / "spec.toml"], "fedveil.privacy.anonymization.stream:require", "r.parquet"
 
 
 def csv(home: Path, table: Path, contract: DataContract) -> tuple[list[object], str, str]:
-    """Under a contract; a file lies beside the target."""
+    """Under a contract; so does one here."""
     key = identity.new_signing_key()
     (home / "contract.json").write_bytes(canonical.dumps(sign_contract(contract, key)))
     command: list[object] = ["data", "anonymize", table, "--contract", home / "contract.json"]
