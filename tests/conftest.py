@@ -1,4 +1,4 @@
-"""Which examples the property tests try.
+"""Which examples the property tests try, where public data lies, and which ports are free.
 
 The default suite must give one answer for one commit: its examples are derived from each test's own source. ``make
 test-deep`` looks for what they miss: random examples, ``FEDVEIL_EXAMPLES`` times as many.
@@ -7,20 +7,28 @@ test-deep`` looks for what they miss: random examples, ``FEDVEIL_EXAMPLES`` time
 from __future__ import annotations
 
 import os
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
+DATA = Path(os.environ.get("FEDVEIL_DATA") or Path(__file__).parents[2] / "shared" / "data")
 FACTOR = int(os.environ.get("FEDVEIL_EXAMPLES", "0"))
 
 # Loaded before any test module is: the settings written there take over what they do not name.
-settings.register_profile("same", derandomize=True, print_blob=True)
+settings.register_profile("same", derandomize=True, print_blob=True, deadline=None)
 settings.register_profile("deep", derandomize=False, print_blob=True, deadline=None)
 settings.load_profile("deep" if FACTOR else "same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Multiply the examples of every property test by ``FACTOR``."""
+    """Skip what lacks its data, by name; multiply the examples of every property test by ``FACTOR``."""
+    for item in items:
+        for name in (n for mark in item.iter_markers("data") for n in mark.args if not (DATA / n).exists()):
+            item.add_marker(pytest.mark.skip(reason=f"needs ../shared/data/{name} (or FEDVEIL_DATA)"))
     if not FACTOR:
         return
     for function in {getattr(i, "function", None) for i in items}:
@@ -28,3 +36,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         here = function._hypothesis_internal_use_settings
         function._hypothesis_internal_use_settings = settings(here, max_examples=here.max_examples * FACTOR)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Where public data lies; a test that uses it names its files with the mark ``data``."""
+    return DATA
+
+
+def _free_port() -> int:
+    """A TCP port of 127.0.0.1 below those that the system gives away, so that no connection takes it meanwhile."""
+    while True:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port := 12_000 + secrets.randbelow(20_000)))
+            except OSError:
+                continue
+            return port
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Finds free ports."""
+    return _free_port

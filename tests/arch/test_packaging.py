@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, tree, symlinks=True, ignore=keep)
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "out"), str(tree)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out"
@@ -109,7 +109,7 @@ def python(folder: Path, code: str, absent: tuple[str, ...] = ()) -> subprocess.
     guard = _GUARD.format(hidden=str(ROOT), absent=absent, folder=str(folder))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-c", guard + code], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", guard + code], cwd=folder, env=environment, capture_output=True, text=True
     )
 
 

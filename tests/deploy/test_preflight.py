@@ -74,7 +74,7 @@ class Serving:
             except TimeoutError:
                 continue
             with raw:
-                raw.settimeout(2)
+                raw.settimeout(60)
                 try:
                     self.context.wrap_socket(raw, server_side=True).close()
                 except OSError:
@@ -178,7 +178,6 @@ class TestTheServer:
                 for _ in range(2):
                     connection, _ = plain.accept()
                     with connection:
-                        connection.settimeout(2)
                         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
                         connection.close()
 

@@ -21,7 +21,7 @@ from fedveil.common.journal import Row, parse
 from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
-PATIENCE = 90.0
+PATIENCE = 600.0
 _ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
 
 
@@ -46,7 +46,7 @@ class Forks:
 
     def close(self) -> None:
         """End it, and with it whatever it started."""
-        self._server.communicate(timeout=20)
+        self._server.communicate()
 
 
 class Forked:
@@ -83,12 +83,12 @@ class Consortium:
     """
 
     def __init__(
-        self, home: Path, template: Path, forks: Forks | None, *, steps: int, round_timeout: int = 30, grace: int = 3,
-        join_timeout: int = 60,
+        self, home: Path, template: Path, forks: Forks | None, port: int, *, steps: int, round_timeout: int = 300,
+        grace: int = 3, join_timeout: int = 300,
     ) -> None:  # fmt: skip
         self.home, self.run, self.forks = home, home / "run", forks
         shutil.copytree(template, home)
-        self.port = free_port()
+        self.port = port
         here = ('127.0.0.1:1"', f'127.0.0.1:{self.port}"')
         self.replace(
             home / "federation.toml", here, ("steps = 20", f"steps = {steps}"),
@@ -152,7 +152,7 @@ class Consortium:
         for name in names:
             self.processes[name].send_signal(signal.SIGKILL)
         for name in names:
-            assert self.processes[name].wait(10) == -signal.SIGKILL
+            assert self.processes[name].wait(PATIENCE) == -signal.SIGKILL
 
     def code(self, name: str, timeout: float = PATIENCE) -> int:
         """The exit code of a process, once it has ended."""
@@ -206,7 +206,7 @@ class Consortium:
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
-                process.wait(10)
+                process.wait(PATIENCE)
 
 
 class Line:
@@ -253,7 +253,7 @@ class Namespace(Line):
 
     @staticmethod
     def _ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
     def route(self, port: int) -> int:
         return port
@@ -265,7 +265,7 @@ class Namespace(Line):
         self._ip("-n", self.name, "link", "set", self._far, "up")
 
     def close(self) -> None:
-        subprocess.run(["ip", "netns", "del", self.name], capture_output=True, timeout=20)
+        subprocess.run(["ip", "netns", "del", self.name], capture_output=True)
 
 
 class Relay(Line):
@@ -333,13 +333,6 @@ def line() -> Iterator[Line]:
     made.close()
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys, contract, settings and tables; copied for every consortium."""
@@ -359,14 +352,17 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="module")
 def consortium(
-    template: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    template: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    free_port: Callable[[], int],
 ) -> Iterator[Callable[..., Consortium]]:
     """A maker of consortia."""
     made: list[Consortium] = []
 
     def make(name: str, *, forked: bool = True, **options: Any) -> Consortium:
-        forks = request.getfixturevalue("forks") if forked else None
-        made.append(Consortium(tmp_path_factory.mktemp(name) / "home", template, forks, **options))
+        forks, port = request.getfixturevalue("forks") if forked else None, free_port()
+        made.append(Consortium(tmp_path_factory.mktemp(name) / "home", template, forks, port, **options))
         return made[-1]
 
     yield make

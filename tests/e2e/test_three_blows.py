@@ -20,7 +20,7 @@ from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 EAST, NORTH, SOUTH, WEST = HOSPITALS
 STEPS, CUT_S = 20, 60.0
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 def reachable(c, line) -> None:
@@ -37,7 +37,7 @@ def reachable(c, line) -> None:
 
 def command(c, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "fedveil", *arguments], capture_output=True, text=True, timeout=120, cwd=c.home,
+        [sys.executable, "-m", "fedveil", *arguments], capture_output=True, text=True, cwd=c.home,
         env={**os.environ, "COLUMNS": "300"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -31,7 +31,7 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.deploy.enrol.provision import load_tls, make_consortium
 from fedveil.deploy.transport import TlsFiles
-from fedveil.deploy.transport.codec import Decoder
+from fedveil.deploy.transport.codec import Decoder, cut, encode
 from fedveil.deploy.transport.grpc_grid import OPTIONS, read_tls
 from fedveil.deploy.transport.grpc_service import INSTANCE, SERVICE
 from fedveil.deploy.transport.grpc_site import run_site
@@ -123,7 +123,7 @@ def new_world() -> type[World]:
 class Victim:
     """The server process and one honest site, ``north``."""
 
-    def __init__(self, pki: Path, *, burst: int = 10**9, stall: float = 2.0) -> None:
+    def __init__(self, pki: Path, *, burst: int = 10**9, stall: float = 5.0) -> None:
         self.pki = pki
         script = Path(__file__).with_name("transport_server.py")
         env = {**os.environ, "GRPC_VERBOSITY": "NONE", "MALLOC_ARENA_MAX": "2"}
@@ -166,7 +166,7 @@ class Victim:
         )  # fmt: skip
 
     @staticmethod
-    def until(condition: Callable[[], bool], timeout: float = 20) -> None:
+    def until(condition: Callable[[], bool], timeout: float = 600) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, "the condition did not come true"
@@ -176,6 +176,11 @@ class Victim:
     def rss(self) -> int:
         """The server's resident memory after its latest round, bytes."""
         return next(f["rss"] for f in reversed(self.facts) if "rss" in f)
+
+    def next_rounds(self, count: int) -> None:
+        """Wait until as many more rounds are over."""
+        seen = sum("rounds" in f for f in list(self.facts))
+        self.until(lambda: sum("rounds" in f for f in list(self.facts)) >= seen + count)
 
     def answered(self, site: str) -> int:
         """Rounds that ``site`` has answered so far."""
@@ -192,7 +197,7 @@ class Victim:
         context.load_cert_chain(files.certificate, files.key)
         context.set_alpn_protocols(["h2"])
         context.minimum_version = context.maximum_version = version
-        raw = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        raw = socket.create_connection(("127.0.0.1", self.port), timeout=600)
         return context.wrap_socket(raw, server_hostname="127.0.0.1")
 
     def check(self) -> None:
@@ -209,10 +214,10 @@ class Victim:
         """Let the run end in order: also a check."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        code = self.process.wait(30)
+        code = self.process.wait(600)
         self.stop.set()
         for t in self._threads:
-            t.join(15)
+            t.join(600)
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()
@@ -233,10 +238,20 @@ class Rogue:
         self.work: Any = None
 
     def dial(self) -> Rogue:
-        """Open a session; raises what the server says to it."""
-        self.work = self.channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=self.metadata, timeout=120)
+        """Open a session, as soon as the server has seen that the one of an earlier test is gone."""
+        while True:
+            try:
+                self._open()
+            except grpc.RpcError as e:
+                if not (isinstance(e, grpc.Call) and e.code() is Code.ALREADY_EXISTS):
+                    raise
+                time.sleep(0.05)
+            else:
+                return self
+
+    def _open(self) -> None:
+        self.work = self.channel.unary_stream(f"/{SERVICE}/Work")(b"", metadata=self.metadata, timeout=600)
         assert canonical.loads(next(self.work))["t"] == "welcome"
-        return self
 
     def message(self) -> Message:
         """The next message."""
@@ -252,17 +267,26 @@ class Rogue:
         """An answer of ``size`` bytes as the protocol wants it."""
         return flower.reply(Packet({"kind": "x"}, {"a": bytes(size)}), message)
 
-    def reply(self, chunks: Any, *more: tuple[str, str], timeout: float = 20) -> bytes | grpc.StatusCode:
+    def reply(self, chunks: Any, *more: tuple[str, str], timeout: float = 600) -> bytes | grpc.StatusCode:
         """Send ``chunks`` as one reply; what the server says, or the status with which it refuses."""
         send = self.channel.stream_unary(f"/{SERVICE}/Reply")
         call = send.future(iter(chunks), metadata=(*self.metadata, *more), timeout=timeout)
         code = call.code()
         return call.result() if code is Code.OK else code
 
+    def in_time(self, make: Callable[[Message], Message]) -> Message:
+        """An answer that the server took; a question that was over before it came is followed by the next."""
+        for _ in range(200):
+            made = make(self.message())
+            if (outcome := self.reply(cut(encode(made)))) == b"ok":
+                return made
+            assert outcome == b"stale"
+        raise AssertionError("no question was answered in time")
+
     def refused(self) -> grpc.StatusCode:
         """The status with which a session is refused."""
         with pytest.raises(grpc.RpcError) as e:
-            self.dial()
+            self._open()
         assert isinstance(e.value, grpc.Call)
         return e.value.code()
 
@@ -295,9 +319,6 @@ def rogue(victim: Victim) -> Iterator[Callable[..., Rogue]]:
     yield make
     for r in made:
         r.close()
-    # The server must have seen that they are gone, or the next test's dial is a second session.
-    victim.until(lambda: not victim.reports() or True)
-    time.sleep(0.2)
 
 
 @pytest.fixture

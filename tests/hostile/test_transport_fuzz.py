@@ -42,14 +42,15 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.slow
 def test_a_minute_of_malformed_frames(victim: Any, new_rogue: Any) -> None:
     rng = random.Random(0)
-    end = time.monotonic() + FUZZ_S
+    over = threading.Event()
+    threading.Timer(FUZZ_S, over.set).start()
     counts = {"replies": 0, "connections": 0}
     outcomes: dict[Any, int] = {}
 
     def raw() -> None:
         """HTTP/2 frames under real TLS: the preface and SETTINGS, then noise with plausible frame heads."""
         mine = random.Random(1)
-        while time.monotonic() < end:
+        while not over.is_set():
             try:
                 with victim.tls_socket(ssl.TLSVersion.TLSv1_3) as s:
                     s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
@@ -65,7 +66,7 @@ def test_a_minute_of_malformed_frames(victim: Any, new_rogue: Any) -> None:
     noise = threading.Thread(target=raw)
     noise.start()
     west = new_rogue(victim).dial()
-    while time.monotonic() < end:
+    while not over.is_set():
         try:
             pieces = encode(west.answer(west.message(), rng.randrange(3000)))
         except grpc.RpcError:
@@ -92,6 +93,6 @@ def test_a_minute_of_malformed_frames(victim: Any, new_rogue: Any) -> None:
     west.close()
     victim.check()
     print({**counts, "outcomes": {str(k): v for k, v in outcomes.items()}, "rss": [victim.before, victim.rss]})
-    assert min(counts.values()) > 10 * FUZZ_S / 6
+    assert min(counts.values()) > 10
     assert set(outcomes) <= {b"ok", b"stale", Code.INVALID_ARGUMENT, Code.ABORTED, Code.FAILED_PRECONDITION,
                              Code.UNAVAILABLE, Code.CANCELLED}, outcomes  # fmt: skip

@@ -59,7 +59,7 @@ class Server:
             while not (nodes := list(grid.get_node_ids())) and not self.over.wait(0.02):
                 pass
             asked = [flower.request(Packet({"kind": "secrets"}), to=n, action="train.echo", round=1) for n in nodes]
-            self.answers += grid.send_and_receive(asked, timeout=5.0)
+            self.answers += grid.send_and_receive(asked, timeout=600)
 
         def work() -> None:
             roster = load_roster(pki / "server")
@@ -67,11 +67,11 @@ class Server:
 
         self._thread = threading.Thread(target=work)
         self._thread.start()
-        self.port = ports.get(timeout=10)
+        self.port = ports.get(timeout=600)
 
     def close(self) -> None:
         self.over.set()
-        self._thread.join(20)
+        self._thread.join(600)
         assert not self._thread.is_alive()
 
 
@@ -88,7 +88,7 @@ def server(pki: Path) -> Iterator[Callable[[str], Server]]:
         s.close()
 
 
-def visit(pki: Path, port: int, *, pinned: bool = True, wait: float = 1.5) -> FedveilError | None:
+def visit(pki: Path, port: int, *, pinned: bool = True, wait: float = 600.0) -> FedveilError | None:
     """What ends a site that dials ``port``; None if its run went to its end."""
     app = ClientApp()
 
@@ -188,56 +188,78 @@ def test_a_relay_that_holds_every_connection_for_a_while_is_passed(pki: Path, se
 
     relay = Relay(held)
     try:
-        assert visit(pki, relay.port, wait=20.0) is None
+        assert visit(pki, relay.port) is None
     finally:
         relay.close()
     assert relay.count >= 2
 
 
+class Silent:
+    """A port that takes connections, and then says nothing for ever; ``stop`` is set once the first one was taken."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._taken: list[socket.socket] = []
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                self._taken.append(self._listener.accept()[0])
+                self.stop.set()
+
+    def close(self) -> None:
+        for s in (self._listener, *self._taken):
+            s.close()
+
+
 @pytest.fixture
-def silent() -> Iterator[int]:
-    """A port that takes connections, and then says nothing for ever."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    yield int(listener.getsockname()[1])
-    listener.close()
+def silent() -> Iterator[Silent]:
+    made = Silent()
+    yield made
+    made.close()
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handshake without limits of its own: what does not end it lets the test hang."""
+    for name in ("_CONNECT_S", "_TIMEOUT_S", "_WHOLE_S"):
+        monkeypatch.setattr(handshake, name, 1e6)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("probe", [False, True], ids=["before it dials", "after it failed to"])
-def test_a_handshake_that_waits_is_broken_off(pki: Path, silent: int, probe: bool) -> None:
-    address, tls, stop = f"127.0.0.1:{silent}", load_tls(pki / "sites" / "north"), threading.Event()
-    threading.Timer(0.3, stop.set).start()
-    since = time.monotonic()
+def test_a_handshake_that_waits_is_broken_off(pki: Path, silent: Silent, probe: bool) -> None:
+    address, tls, stop = f"127.0.0.1:{silent.port}", load_tls(pki / "sites" / "north"), silent.stop
     if probe:
         assert handshake.handshake_problem(address, tls, stop) is None
     else:
         with pytest.raises(OSError, match="broken off"):
             handshake.trusted(address, tls, "0" * 64, stop)
     assert stop.is_set()
-    assert time.monotonic() - since < 12.0
 
 
-def test_a_site_stops_while_a_handshake_waits(pki: Path, silent: int) -> None:
-    stop, said = threading.Event(), list[str]()
-    threading.Timer(0.5, stop.set).start()
-    since = time.monotonic()
+@pytest.mark.usefixtures("patient")
+def test_a_site_stops_while_a_handshake_waits(pki: Path, silent: Silent) -> None:
+    said = list[str]()
     run_site(
-        ClientApp(), address=f"127.0.0.1:{silent}", tls=load_tls(pki / "sites" / "north"), site=SiteId("north"),
-        node_config={}, stop=stop, wait=60.0, server_key="0" * 64, on_status=said.append,
+        ClientApp(), address=f"127.0.0.1:{silent.port}", tls=load_tls(pki / "sites" / "north"), site=SiteId("north"),
+        node_config={}, stop=silent.stop, wait=600.0, server_key="0" * 64, on_status=said.append,
     )  # fmt: skip
     assert said[-1] == "stopped"
-    assert 0.4 < time.monotonic() - since < 12.0
 
 
-def test_a_handshake_ends_by_itself(pki: Path, silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("patient")
+def test_a_handshake_ends_by_itself(pki: Path, silent: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where every single step is quick enough: the whole has a limit too."""
     tls = load_tls(pki / "sites" / "north")
     for name in ("_TIMEOUT_S", "_WHOLE_S"):
         with monkeypatch.context() as m:
             m.setattr(handshake, name, 0.5)
-            since = time.monotonic()
             with pytest.raises(TimeoutError):
-                handshake.trusted(f"127.0.0.1:{silent}", tls, "0" * 64)
-            assert 0.4 < time.monotonic() - since < 12.0
+                handshake.trusted(f"127.0.0.1:{silent.port}", tls, "0" * 64)
 
 
 @pytest.mark.parametrize(("exempt", "tunnels"), [("", True), ("127.0.0.0/8", False), ("0.1,x.example", False)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -138,10 +137,8 @@ class TestJoining:
 
     def test_a_site_that_never_answers_is_named_when_the_time_is_over(self, run):
         r = run(drop=lost("query.join", {2}), options={"join_timeout": 0.3})
-        started = time.monotonic()
         with pytest.raises(RunAborted, match="did not join in time: site-0003"):
             r.go()
-        assert time.monotonic() - started < 30
 
 
 class TestRounds:

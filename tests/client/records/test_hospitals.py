@@ -1,8 +1,6 @@
 """The four hospitals of the UCI heart disease data go in as they are and come out checked, anonymous and alike."""
 
 import csv
-import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,11 +14,7 @@ from fedveil.common.contract import DataContract
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization.verify import verify
 
-DATA = Path(os.environ.get("FEDVEIL_DATA", Path(__file__).parents[4] / "shared" / "data")) / "heart_4hospitals.csv"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not DATA.exists(), reason="heart_4hospitals.csv is not in ../shared/data (set FEDVEIL_DATA)"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.data("heart_4hospitals.csv")]
 NUMBERS = {
     "trestbps": (50, 250, "mmHg"),
     "chol": (50, 700, "mg/dl"),
@@ -51,10 +45,10 @@ def heart(encoding="labels"):
 
 
 @pytest.fixture(scope="module")
-def hospitals(tmp_path_factory):
+def hospitals(tmp_path_factory, data_folder):
     """One CSV file per hospital, its rows as they are in the public file."""
     folder = tmp_path_factory.mktemp("heart")
-    with DATA.open(newline="") as f:
+    with (data_folder / "heart_4hospitals.csv").open(newline="") as f:
         header, *rows = list(csv.reader(f))
     out = {}
     for name in sorted({r[0] for r in rows}):

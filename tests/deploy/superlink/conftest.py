@@ -18,7 +18,7 @@ from fedveil.deploy.lab import demo_hospitals
 from fedveil.deploy.superlink import commands
 
 BIN = Path(sys.executable).parent
-PATIENCE = 180.0
+PATIENCE = 600.0
 # A bundle such as anybody could submit: its import writes a file, its ServerApp sends every node a message.
 _PROJECT = b"""\
 [project]
@@ -55,12 +55,12 @@ def query(message, context):
 
 @server.main()
 def main(grid, context):
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while len(nodes := list(grid.get_node_ids())) < 2 and time.monotonic() < end:
         time.sleep(0.5)
     messages = [Message(RecordDict({"q": ConfigRecord({"n": 1})}), n, "query") for n in nodes]
     out = {}
-    for reply in grid.send_and_receive(messages, timeout=90):
+    for reply in grid.send_and_receive(messages, timeout=PATIENCE):
         said = reply.error.reason if reply.has_error() else reply.content["answer"]["code"]
         out[str(reply.metadata.src_node_id)] = said
     path = Path(os.environ["CANARY"] + ".replies")
@@ -75,9 +75,8 @@ class Processes:
     Every process finds in ``CANARY`` a file that a stranger's code writes when it is imported there.
     """
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.port = _free_port()
+    def __init__(self, home: Path, port: int) -> None:
+        self.home, self.port = home, port
         self.started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -128,17 +127,10 @@ class Processes:
                 process.terminate()
         for process in self.started.values():
             try:
-                process.wait(15)
+                process.wait(600)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
-
-
-def _free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+                process.wait(600)
 
 
 def listening(port: int) -> bool:
@@ -150,20 +142,14 @@ def listening(port: int) -> bool:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[Processes]:
+def world(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Processes]:
     """The demo's consortium (keys, contract, four hospitals' tables), nothing started."""
     home = tmp_path / "home"
     home.mkdir()
-    processes = Processes(home)
+    processes = Processes(home, free_port())
     demo_hospitals.lay_out(home, processes.port, 0)
     yield processes
     processes.stop()
-
-
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    """Finds free ports."""
-    return _free_port
 
 
 @pytest.fixture

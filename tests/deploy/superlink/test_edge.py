@@ -78,7 +78,7 @@ def edge(tmp_path: Path, free_port) -> Iterator[tuple[int, Path, list[str]]]:
         yield port, server, handler.seen
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(600)
         behind.shutdown()
         behind.server_close()
 

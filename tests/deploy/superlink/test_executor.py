@@ -124,10 +124,10 @@ def _served(node: LyingNode, *, fails: bool = False, stall: float = 60.0) -> tup
     thread = threading.Thread(target=executor.serve, args=(stop,))
     thread.start()
     try:
-        assert node.done.wait(20), node.asked
+        assert node.done.wait(600), node.asked
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(600)
         link.close()
     assert not thread.is_alive()
     return executor, called

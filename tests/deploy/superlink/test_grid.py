@@ -22,7 +22,7 @@ from fedveil.deploy.superlink.grid import SuperlinkGrid
 from fedveil.deploy.superlink.runtime import Inflow
 
 SITES = [SiteId(s) for s in ("east", "north", "west")]
-PATIENCE = 10.0
+PATIENCE = 600.0
 
 
 def _key() -> bytes:

@@ -45,7 +45,7 @@ class Task(threading.Thread):
         except BaseException as e:
             self.error = e
 
-    def ended(self, timeout: float = 20) -> BaseException | None:
+    def ended(self, timeout: float = 600) -> BaseException | None:
         """Wait for the end; returns the exception, if any."""
         self.join(timeout)
         assert not self.is_alive(), "the thread did not end"
@@ -86,7 +86,7 @@ class Wire:
 
     def reply(self, chunks: Any) -> bytes:
         """Send ``chunks`` as one reply, whatever they are."""
-        return self.channel.stream_unary(f"/{SERVICE}/Reply")(iter(chunks), metadata=self.metadata, timeout=10)
+        return self.channel.stream_unary(f"/{SERVICE}/Reply")(iter(chunks), metadata=self.metadata, timeout=600)
 
     def close(self) -> None:
         """Hang up."""
@@ -122,7 +122,7 @@ class World:
 
         task = Task(work)
         self.tasks.append(task)
-        self.port = ports.get(timeout=10)
+        self.port = ports.get(timeout=600)
         return task
 
     def site(
@@ -132,7 +132,7 @@ class World:
         address = options.pop("address", f"127.0.0.1:{self.port}")
         tls = load_tls(folder or self.pki / "sites" / name)
         seen = self.statuses.setdefault(name, [])
-        arguments: dict[str, Any] = {"wait": 10, "takeover": 0.3, "node_config": {"site": name}, **options}
+        arguments: dict[str, Any] = {"wait": 600, "takeover": 0.3, "node_config": {"site": name}, **options}
         task = Task(
             lambda: run_site(
                 app or echo_app(),
@@ -159,7 +159,7 @@ class World:
 
     @classmethod
     def ask(
-        cls, grid: GrpcGrid, packet: Packet = PING, sites: list[str] | None = None, timeout: float | None = 20
+        cls, grid: GrpcGrid, packet: Packet = PING, sites: list[str] | None = None, timeout: float | None = 600
     ) -> dict[str, Message]:
         """Replies by site."""
         out = grid.send_and_receive(cls.requests(grid, packet, sites), timeout=timeout)
@@ -173,7 +173,7 @@ class World:
     @staticmethod
     def waiting(grid: GrpcGrid, done: threading.Event) -> list[SiteId]:
         """A server app that does nothing until ``done``; gives the sites that were connected then."""
-        assert done.wait(20)
+        assert done.wait(600)
         return grid.mailbox.connected()
 
     @staticmethod
@@ -186,7 +186,7 @@ class World:
         return e.value.details() or ""
 
     @staticmethod
-    def until(condition: Callable[[], bool], timeout: float = 10) -> None:
+    def until(condition: Callable[[], bool], timeout: float = 600) -> None:
         """Wait for a condition."""
         end = time.monotonic() + timeout
         while not condition():
@@ -197,7 +197,7 @@ class World:
         """End what still runs."""
         self.stop.set()
         for task in self.tasks:
-            task.join(15)
+            task.join(600)
         assert not [t for t in self.tasks if t.is_alive()]
 
 

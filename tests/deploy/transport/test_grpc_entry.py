@@ -115,14 +115,14 @@ def test_a_restarted_process_takes_over_at_once(world: World) -> None:
     stop, met, go = threading.Event(), threading.Event(), threading.Event()
 
     def main(grid: GrpcGrid) -> int:
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         met.set()
-        go.wait(10)
+        go.wait(600)
         return len(world.ask(grid, sites=["north"]))
 
     server = world.server(main)
     first = world.site("north", stop=stop)
-    assert met.wait(10)
+    assert met.wait(600)
     stop.set()
     assert first.ended() is None
     assert world.statuses["north"][-1] == "stopped"
@@ -141,7 +141,7 @@ def test_without_a_certificate_nobody_is_heard(world: World) -> None:
         channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
         with channel:
             call = channel.unary_unary(f"/{SERVICE}/Work")
-            world.refused(lambda call=call: call(b"", timeout=5), grpc.StatusCode.UNAVAILABLE)
+            world.refused(lambda call=call: call(b"", timeout=600), grpc.StatusCode.UNAVAILABLE)
     done.set()
     assert server.ended() is None
 

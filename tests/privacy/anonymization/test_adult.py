@@ -1,8 +1,5 @@
 """The values that independent tools agree on for Adult, and the losses promised. Needs the data folder."""
 
-import os
-from pathlib import Path
-
 import pyarrow.csv as pacsv
 import pytest
 
@@ -10,20 +7,17 @@ from fedveil.privacy.anonymization.anonymizer import Anonymizer
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.criteria import KAnonymity
 
-DATA = Path(os.environ.get("FEDVEIL_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 QUASI = ("age", "workclass", "education", "marital-status", "race", "sex", "native-country")
-pytestmark = pytest.mark.skipif(
-    not (DATA / "adult_arx_30162.csv").exists(), reason="Adult is not in ../shared/data (FEDVEIL_DATA)"
-)
+pytestmark = pytest.mark.data("adult_arx_30162.csv", "adult_hierarchies")
 
 
 @pytest.fixture(scope="module")
-def adult():
+def adult(data_folder):
     quasi = [
-        QuasiIdentifier(q, Hierarchy.from_csv(DATA / "adult_hierarchies" / f"adult_hierarchy_{q}.csv", name=q))
+        QuasiIdentifier(q, Hierarchy.from_csv(data_folder / "adult_hierarchies" / f"adult_hierarchy_{q}.csv", name=q))
         for q in QUASI
     ]
-    table = pacsv.read_csv(DATA / "adult_arx_30162.csv", parse_options=pacsv.ParseOptions(delimiter=";"))
+    table = pacsv.read_csv(data_folder / "adult_arx_30162.csv", parse_options=pacsv.ParseOptions(delimiter=";"))
     return table, TableSpec(tuple(quasi), (Sensitive("occupation"),), (), ("salary-class",))
 
 

@@ -2,9 +2,7 @@
 looking at every node."""
 
 import itertools
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -231,16 +229,13 @@ def test_rolled_up_classes_are_the_counted_ones(rows, data, block):
     assert {(names[c], a, b): w for c, a, b, w in got} == dict(joint)
 
 
-DATA = Path(os.environ.get("FEDVEIL_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
-
-
-@pytest.mark.skipif(not (DATA / "adult_arx_30162.csv").exists(), reason="Adult is not in ../shared/data (FEDVEIL_DATA)")
-def test_closeness_prunes_adult():
+@pytest.mark.data("adult_arx_30162.csv", "adult_hierarchies")
+def test_closeness_prunes_adult(data_folder):
     """Without a bound 1,779 of the 2,160 nodes had to be looked at; the node is the one that found."""
     names = ("age", "workclass", "education", "marital-status", "race", "sex", "native-country")
-    folder = DATA / "adult_hierarchies"
+    folder = data_folder / "adult_hierarchies"
     quasi = [QuasiIdentifier(q, Hierarchy.from_csv(folder / f"adult_hierarchy_{q}.csv", name=q)) for q in names]
-    table = pacsv.read_csv(DATA / "adult_arx_30162.csv", parse_options=pacsv.ParseOptions(delimiter=";"))
+    table = pacsv.read_csv(data_folder / "adult_arx_30162.csv", parse_options=pacsv.ParseOptions(delimiter=";"))
     spec = TableSpec(tuple(quasi), (Sensitive("occupation"),), (), ("salary-class",))
     bound = bind([K(5), T(0.2)], spec)
     found = prepare(TableRows(table), spec, bound)

@@ -104,7 +104,7 @@ def test_no_noise_is_added_for_the_grids_sake() -> None:
 def test_what_arithmetic_loses_is_taken_off_delta(steps, mu) -> None:
     """Nearly every record in every step: the library convolves, and the closed form is the truth.
 
-    As it comes from the library, ε is too small at a tiny δ: there the rounding of the transforms is what it reads.
+    As it comes from the library, ε may be too small at a tiny δ: there the rounding of the transforms is what it reads.
     """
     event = SampledGaussian(1 - 1e-9, math.sqrt(steps) / mu)
     for delta in (1e-5, 1e-9, 1e-11, 1e-12, 1e-13):
@@ -114,8 +114,9 @@ def test_what_arithmetic_loses_is_taken_off_delta(steps, mu) -> None:
         assert own <= exact * 1.1 + 0.01
         if delta > 2e-16 * steps:
             assert recompute.by_pld(event.sample_rate, event.noise_multiplier, steps, delta) == own
-    bare = on_a_grid(event.sample_rate, event.noise_multiplier, steps, interval(event), 1e-11)
-    assert mu == 1.0 or bare < gaussian_epsilon(mu, 1e-11) * (1 - 1e-5), "a control: without it the bound is none"
+    # A control. How much is lost is the machine's business; half of what is taken off would make the bound none.
+    lossy = on_a_grid(event.sample_rate, event.noise_multiplier, steps, interval(event), 1e-12 + 1e-16 * steps)
+    assert lossy < gaussian_epsilon(mu, 1e-12) * (1 - 5e-4)
 
 
 def test_nothing_is_left_of_a_delta_that_drowns() -> None:

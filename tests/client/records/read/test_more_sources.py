@@ -220,7 +220,7 @@ def postgres():
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
     if as_user:
         os.chown(folder, as_user["user"], as_user["group"])
-    run = {"check": True, "capture_output": True, "timeout": 60, "cwd": folder, **as_user}
+    run = {"check": True, "capture_output": True, "cwd": folder, **as_user}
     try:
         made = [binaries / "initdb", "-D", folder / "d", "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync"]
         subprocess.run(made, **run)
@@ -228,7 +228,7 @@ def postgres():
         started = [binaries / "pg_ctl", "-D", folder / "d", "-w", "-l", folder / "log", "-o", options, "start"]
         # The server keeps the pipes of whoever started it: none are given to it.
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run(started, check=True, timeout=60, cwd=folder, **silent, **as_user)
+        subprocess.run(started, check=True, cwd=folder, **silent, **as_user)
         yield f"postgresql+psycopg://tester@/postgres?host={folder}"
         subprocess.run([binaries / "pg_ctl", "-D", folder / "d", "-m", "immediate", "stop"], **run)
     finally:
@@ -420,7 +420,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
                 f.write("".join(f"{i * n + j},{note},no\n" for j in range(n)))
         limit = 100
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path), "stream"], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", MEMORY, str(path), "stream"], capture_output=True, text=True, check=True
     )
     grown = float(done.stdout)
     whole = (50 if kind == "parquet" else 20) * n * 200 / 1e6
