@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
+# Small computations in many processes: threads that spin while they wait for each other cost most of a busy machine.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 DATA = Path(os.environ.get("FEDVEIL_DATA") or Path(__file__).parents[2] / "shared" / "data")
 FACTOR = int(os.environ.get("FEDVEIL_EXAMPLES", "0"))
 

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fedveil.client.ingest import pii, statements
+from fedveil.client.records.read import pii, statements
 from fedveil.common.errors import PlanError, UsageError
-from fedveil.common.model_spec import ModelSpec
+from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp import accounting
 from fedveil.privacy.plan import Optimizer, from_json, make_plan
 

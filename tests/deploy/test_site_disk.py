@@ -163,7 +163,10 @@ def test_threads_are_capped_in_every_library() -> None:
         return max(x["num_threads"] for x in threadpool_info())
 
     before = torch.get_num_threads(), most()
+    torch.set_num_threads(2)
+    site_process.threadpool_limits(2)
     try:
+        assert (torch.get_num_threads(), most()) == (2, 2)
         site_process.cap_resources(files.TrainingSection(threads=1), "cpu")
         assert (torch.get_num_threads(), most()) == (1, 1)
     finally:

