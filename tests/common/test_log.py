@@ -22,7 +22,7 @@ BEFORE = ("", "import logging; logging.basicConfig(); ", "import fedveil.deploy.
 @pytest.mark.parametrize("before", BEFORE)
 def test_info_is_shown_once_after_any_import(before):
     command = [sys.executable, "-c", SAYS.format(before=before)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()

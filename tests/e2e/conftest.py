@@ -147,6 +147,18 @@ class Consortium:
         for site in HOSPITALS:
             self.site(site)
 
+    def at_round(self, name: str, number: int, do: str) -> None:
+        """What the server, or a hospital, does to itself before it opens, or contributes to, round ``number``."""
+        target = {"target": "fedveil.common.journal:Journal.append", "kind": "round.open"}
+        if name != "server":
+            target = {"target": "fedveil.client.round:contribute"}
+        self.faults[name] = {**target, "when": "before", "nth": number, "do": do}
+
+    def until_stopped(self, name: str) -> None:
+        """Wait until a process stands still."""
+        stat = Path(f"/proc/{self.processes[name].pid}/stat")
+        self.until(f"{name} stands still", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
     def kill(self, *names: str) -> None:
         """kill -9, all of them before any is waited for."""
         for name in names:

@@ -6,8 +6,8 @@ by ``{"pid"}``, ``{"poll": pid}`` by ``{"code"}`` (null while the process runs, 
 
 ``"start"`` may hold a ``"fault"``: ``{"target": "module:name", "when": "before" or "after", "nth", "kind", "do"}``. The
 process does that to itself at the n-th call of the function (that has ``kind`` among its arguments, unless that is
-empty). ``do`` is ``kill`` (SIGKILL), ``full`` (from now on there is room for half a journal row: the disk is full) or
-``clock`` (the wall clock jumps a day ahead).
+empty). ``do`` is ``kill`` (SIGKILL), ``stop`` (SIGSTOP: it stands still until SIGCONT), ``full`` (from now on there is
+room for half a journal row: the disk is full) or ``clock`` (the wall clock jumps a day ahead).
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def clock() -> None:
     time.time = lambda: real() + 86_400
 
 
-FAULTS = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "full": full, "clock": clock}
+FAULTS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "full": full,
+    "clock": clock,
+}
 
 
 def child(argv: list[str], cwd: str, log: str, fault: dict[str, Any] | None = None) -> NoReturn:

@@ -103,10 +103,10 @@ def test_private_state_is_private(honest):
 
 @pytest.fixture(scope="module")
 def one_dies(consortium):
-    c = consortium("dies", steps=20)
+    c = consortium("dies", steps=10)
+    c.at_round(WEST, 4, "kill")
     c.everybody()
-    c.until_round(3)
-    c.kill(WEST)
+    assert c.code(WEST) == -signal.SIGKILL
     codes = {name: c.code(name) for name in c.processes if name != WEST}
     assert set(codes.values()) == {0}, codes
     return c
@@ -116,7 +116,7 @@ def test_the_run_completes_without_it(one_dies):
     assert one_dies.of_kind("run.end")[0]["status"] == "COMPLETED"
     assert set(one_dies.of_kind("round.applied")[-1]["members"]) == {EAST, NORTH, SOUTH}
     for site in (EAST, NORTH, SOUTH):
-        assert one_dies.charged(site) == list(range(1, 21))
+        assert one_dies.charged(site) == list(range(1, 11))
 
 
 def test_a_dead_site_costs_one_wait_not_one_for_every_message(one_dies):
@@ -133,11 +133,11 @@ def test_its_ledger_is_named_as_not_handed_over_and_all_else_is_checked(one_dies
 
 @pytest.fixture(scope="module")
 def one_returns(consortium):
-    c = consortium("returns", steps=12)
-    c.everybody()
-    c.until_round(3)
+    c = consortium("returns", steps=8)
     # The server stands still while the hospital dies and is started again, so that the run cannot be over first.
-    c.processes["server"].send_signal(signal.SIGSTOP)
+    c.at_round("server", 4, "stop")
+    c.everybody()
+    c.until_stopped("server")
     c.kill(WEST)
     before = c.log(WEST)
     c.site(WEST)
@@ -155,16 +155,16 @@ def test_it_takes_part_again(one_returns):
 
 def test_nothing_was_charged_twice_and_everything_verifies(one_returns):
     for site in HOSPITALS:
-        assert one_returns.charged(site) == list(range(1, 13))
+        assert one_returns.charged(site) == list(range(1, 9))
     assert check(verified(one_returns), "ledgers delivered") == "all 4"
 
 
 @pytest.fixture(scope="module")
 def resumed(consortium):
-    c = consortium("resumed", steps=20)
+    c = consortium("resumed", steps=10)
+    c.at_round("server", 5, "kill")
     c.everybody()
-    c.until_round(4)
-    c.kill("server")
+    assert c.code("server") == -signal.SIGKILL
     c.cut = len(c.metrics())
     c.server("resume")
     codes = {name: c.code(name) for name in c.processes}
@@ -173,24 +173,28 @@ def resumed(consortium):
 
 
 def test_it_goes_on_where_it_stopped(resumed):
-    assert resumed.cut < 20
+    assert resumed.cut == 4
     assert len(resumed.of_kind("run.resumed")) == 1
-    assert resumed.of_kind("run.end")[0] | {"steps_done": 20, "status": "COMPLETED"} == resumed.of_kind("run.end")[0]
-    assert [r["round"] for r in resumed.of_kind("round.open")] == list(range(1, 21))
+    assert resumed.of_kind("run.end")[0] | {"steps_done": 10, "status": "COMPLETED"} == resumed.of_kind("run.end")[0]
+    assert [r["round"] for r in resumed.of_kind("round.open")] == list(range(1, 11))
 
 
 def test_no_round_was_charged_twice(resumed):
     for site in HOSPITALS:
-        assert Counter(resumed.charged(site)) == Counter(range(1, 21))
+        assert Counter(resumed.charged(site)) == Counter(range(1, 11))
     verified(resumed)
 
 
 @pytest.fixture(scope="module")
 def two_die(consortium):
-    c = consortium("aborted", steps=20, join_timeout=20)
-    c.everybody()
-    c.until_round(3)
-    c.kill(SOUTH, WEST)
+    c = consortium("aborted", steps=10, join_timeout=20)
+    c.at_round(SOUTH, 4, "kill")
+    c.at_round(WEST, 4, "kill")
+    for site in HOSPITALS:  # before the server, so that all of its time is for joining
+        c.site(site)
+    for site in HOSPITALS:
+        c.until(f"{site} dials", lambda site=site: "connecting" in c.log(site))
+    c.server()
     assert c.code("server") == 90, c.log("server")
     return c
 
