@@ -151,7 +151,7 @@ def run(code: str, extra: str, folder: Path) -> dict[str, list[str] | str]:
     """What ``code`` prints, as JSON, where only ``fedveil[extra]`` is installed."""
     done = subprocess.run(
         [sys.executable, "-c", HOOK.format(absent=set(absent(extra))) + code],
-        cwd=folder, capture_output=True, text=True, timeout=250,
+        cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -211,7 +211,7 @@ def test_the_words_on_the_terminal(tmp_path: Path) -> None:
         "sys.argv = ['fedveil', 'audit', 'verify', 'report.json', '--json']\n"
         "from fedveil.common.cli import main\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
         "FedveilError: 'fedveil audit' needs the library dp_accounting\n  what to do: pip install 'fedveil[audit]'\n"
