@@ -72,9 +72,9 @@ def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _diabetes() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    from fedveil.deploy import demo_world
+    from fedveil.deploy.lab import demo_hospitals
 
-    return demo_world.encoded(demo_world.records())
+    return demo_hospitals.encoded(demo_hospitals.records())
 
 
 def _iid(records: int, clients: int, seed: int) -> list[NDArray[np.int64]]:

@@ -38,8 +38,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# Its function's own imports would do with less: what it calls reads public digits (sklearn) and draws (matplotlib).
-DEEPER = {"audit attacks"}
+# Their own imports would do with less: what they call reads public data (sklearn) and draws (matplotlib).
+DEEPER = {"audit attacks", "simulate"}
 
 
 @cache

@@ -75,7 +75,7 @@ def filled(command: str, made: virtual_sites.World) -> list[str]:
     pin = identity.public_hex(made.consortium)
     values = {
         "KEY": pin, "HEX": pin, "...": "SERVER/signing.key", "ROSTER": "RUN/roster.json",
-        "report.json": "RUN/report.json",
+        "report.json": "RUN/report.json", "runs/first/report.json": "RUN/report.json",
         "ROW": "1", "N": str(len(Path("LEDGER").read_bytes().splitlines())),
         "/etc/fedveil/identity/roster.json": "RUN/roster.json", "/var/lib/fedveil/ledger.jsonl": "lib/ledger.jsonl",
     }  # fmt: skip
