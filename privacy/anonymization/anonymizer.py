@@ -1,7 +1,7 @@
 """The whole engine as one object: criteria, a method, a table in, a table out. Works without any federation.
 
 anonymizer = Anonymizer(spec, models=[KAnonymity(5), DistinctL(3, "diagnosis")], suppression_limit=0.05)
-released = anonymizer.fit(table).transform(table)
+released = anonymizer.fit_transform(table)
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from fedveil.common.contract import DataContract
-from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
+from fedveil.common.errors import AnonymityError, ContractError, UsageError
 from fedveil.privacy.anonymization import recoding as rc
 from fedveil.privacy.anonymization.attributes import TableSpec
 from fedveil.privacy.anonymization.buckets import released
-from fedveil.privacy.anonymization.counting import UNKNOWN, ClassOf, Prepared, prepare
+from fedveil.privacy.anonymization.counting import ClassOf, Prepared, prepare
 from fedveil.privacy.anonymization.criteria import Criterion, DistinctL, KAnonymity, TCloseness
 from fedveil.privacy.anonymization.domains import Domain
 from fedveil.privacy.anonymization.lattice import MAX_NODES, Lattice, nodes_of
@@ -35,7 +35,7 @@ Method = Literal["auto", "fixed", "mondrian", "optimal", "peel"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a fit found. Counts and losses are local knowledge of whoever holds the table.
+    """What a search found. Counts and losses are local knowledge of whoever holds the table.
 
     Attributes:
         method: the search that was used.
@@ -107,11 +107,9 @@ class Anonymizer:
         self.method: Method = method
         self.suppression_limit, self.cuts = suppression_limit, cuts
         self._fitted: Fitted | None = None
-        self._table: pa.Table | None = None
-        self._rows: TableRows | None = None
 
-    def fit(self, table: pa.Table) -> Anonymizer:
-        """Find the recoding of ``table``.
+    def fit_transform(self, table: pa.Table) -> pa.Table:
+        """The released rows of ``table``: recoded, without identifiers, in random order.
 
         Raises:
             DataError: columns, values or rows that do not fit the specification.
@@ -121,11 +119,11 @@ class Anonymizer:
         if not isinstance(table, pa.Table):
             raise UsageError(f"a pyarrow.Table is needed, not {type(table).__name__}")
         rows = TableRows(table)
-        self._fitted, self._table, self._rows = self.recoded(rows), table, rows
-        return self
+        self._fitted = fitted = self.recoded(rows)
+        return pa.concat_tables(released(rows, self.spec, fitted.classes, fitted.found))
 
     def recoded(self, rows: Rows, lap: Callable[[str], None] = lambda name: None) -> Fitted:
-        """The recoding of rows from anywhere; ``lap`` is told when a phase ends. Raises what :meth:`fit` does."""
+        """The recoding of rows from anywhere; ``lap`` is told when a phase ends. Raises as :meth:`fit_transform`."""
         prepared = prepare(rows, self.spec, self.models, lap=lap)
         levels = [q.fixed_level for q in self.spec.quasi]
         given = None if None in levels else tuple(level for level in levels if level is not None)
@@ -134,57 +132,21 @@ class Anonymizer:
         lap("search")
         return Fitted(prepared, found, ClassOf(prepared, found))
 
-    def transform(self, table: pa.Table) -> pa.Table:
-        """The released rows of ``table``: recoded, without identifiers, in random order.
-
-        Raises:
-            UsageError: not fitted.
-            DataError: values or combinations that the fitted table did not have.
-            AnonymityError: these rows do not meet the criteria under the fitted recoding.
-        """
-        fitted, rows = self._state(), self._rows
-        if table is not self._table or rows is None:
-            rows = TableRows(table)
-            self._require_met(rows, fitted)
-        return pa.concat_tables(released(rows, self.spec, fitted.classes, fitted.found))
-
-    def fit_transform(self, table: pa.Table) -> pa.Table:
-        """:meth:`fit`, then :meth:`transform` of the same table."""
-        return self.fit(table).transform(table)
-
     @property
     def outcome(self) -> Outcome:
-        """What the fit found."""
-        return self._state().outcome
+        """Figures of the newest release.
+
+        Raises:
+            UsageError: there was none.
+        """
+        if self._fitted is None:
+            raise UsageError("nothing was released yet", hint="call fit_transform(table) first")
+        return self._fitted.outcome
 
     @property
     def stability(self) -> Stability:
         """How many released rows one record can change, see :mod:`.stability`; for row-wise steps before it."""
         return stability(self.method, self.models, suppression_limit=self.suppression_limit)
-
-    def _state(self) -> Fitted:
-        if self._fitted is None:
-            raise UsageError("nothing has been fitted", hint="call fit(table) first")
-        return self._fitted
-
-    def _require_met(self, rows: Rows, fitted: Fitted) -> None:
-        """Refuse rows of another table that the fitted recoding does not make anonymous among themselves."""
-        theirs = prepare(rows, self.spec, self.models, fitted.prepared.frame).tuples
-        classes = fitted.classes.of_tuples(theirs)
-        if unknown := int(theirs.weights[classes == UNKNOWN].sum()):
-            raise DataError(
-                f"{unknown} rows combine quasi-identifiers as no row of the fitted table did",
-                hint="fit on the table that is to be released",
-            )
-        present = np.flatnonzero(classes >= 0)
-        used, inner = np.unique(classes[present], return_inverse=True)
-        constraints = Constraints(self.models, theirs)
-        references = constraints.references_of(present)
-        if not constraints.holds(inner.reshape(-1), len(used), present, references).all():
-            raise AnonymityError(
-                "these rows do not meet the criteria under the fitted recoding",
-                hint="fit on the table that is to be released",
-            )
 
 
 def contract_models(contract: DataContract) -> tuple[Criterion, ...]:

@@ -54,19 +54,17 @@ def prepare(
     rows: Rows,
     spec: TableSpec,
     models: Sequence[Criterion],
-    frame: Frame | None = None,
     lap: Callable[[str], None] = lambda name: None,
 ) -> Prepared:
-    """Check and count rows; with ``frame``, by domains that were fitted before. ``lap`` is told when a pass ends.
+    """Check and count rows. ``lap`` is told when a pass ends.
 
     Raises:
         DataError, AnonymityError: see :func:`.check_schema`, :func:`.check_rows`, :func:`.frame_of`.
     """
     check_schema(rows.schema, spec)
     check_rows(rows.count, models)
-    if frame is None:
-        frame = _scanned(rows, spec, models)
-        lap("scan")
+    frame = _scanned(rows, spec, models)
+    lap("scan")
     keyed = Keyed(frame)
     keys, weights = keyed.count(rows)
     tuples = tuples_of(frame, keyed.codes(keys), weights)
@@ -196,10 +194,6 @@ class ClassOf:
         if (out == UNKNOWN).any():
             raise DataError("the source changed between the two passes", hint="leave the file alone meanwhile")
         return out
-
-    def of_tuples(self, tuples: Tuples) -> NDArray[np.int32]:
-        """(u,) class of every tuple of the same frame, ``UNKNOWN`` for combinations that were not there."""
-        return self._at(self._keyed.key(list(tuples.codes)))
 
     def _at(self, key: Keys) -> NDArray[np.int32]:
         if self._table is not None:

@@ -63,7 +63,7 @@ def ours(table: pa.Table, spec: TableSpec, models: list[Criterion], method: Meth
     for _ in range(REPEATS):
         start = time.process_time()
         engine = Anonymizer(spec, models, method=method, suppression_limit=LIMIT)
-        released = engine.fit(table).transform(table)
+        released = engine.fit_transform(table)
         seconds.append(time.process_time() - start)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "released.parquet"

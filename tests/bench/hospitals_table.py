@@ -23,12 +23,12 @@ from typing import Any, Literal
 import accuracy_heart as heart
 import numpy as np
 import pyarrow.parquet as pq
+import released_inputs
 import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from fedveil.client.records.read.sources import read
-from fedveil.client.records.release import sets
 from fedveil.client.records.release.anonymize import anonymise, as_table
 from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
@@ -95,7 +95,7 @@ def treated(path: Path, treatment: Treatment, scratch: Path) -> Table:
         done = anonymise(read(path, agreed), agreed, "mondrian", scratch / f"{path.stem}.parquet")
         if not done.findings.met:
             raise SystemExit(f"{path.stem}: the released table is not {K}-anonymous")
-        encoded = sets.encode_released(pq.read_table(done.path), agreed)
+        encoded = released_inputs.encode_released(pq.read_table(done.path), agreed)
         return Table(encoded.X, encoded.y)
     out = ingest(path, agreed, scratch / f"{path.stem}-{treatment}", secret=bytes(32))
     if treatment == "fixed" and not verify(out.released, agreed).k_met:
@@ -107,7 +107,7 @@ def untouched(path: Path, treatment: Treatment, scratch: Path) -> Table:
     """The test rows, as the treatment's model reads a raw record."""
     agreed = contract(treatment)
     if treatment == "mondrian":  # a raw value is a set of one
-        encoded = sets.encode_released(as_table(read(path, agreed), agreed), agreed)
+        encoded = released_inputs.encode_released(as_table(read(path, agreed), agreed), agreed)
         return Table(encoded.X, encoded.y)
     out = ingest(path, agreed, scratch / f"{path.stem}-{treatment}", secret=bytes(32))
     return Table(out.X, out.y)

@@ -1,7 +1,11 @@
 """A small contract and tables that meet it, to be spoilt one cell at a time."""
 
 import csv
+import importlib.util
 import secrets
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -66,3 +70,15 @@ def table(tmp_path):
 @pytest.fixture
 def secret():
     return secrets.token_bytes(32)
+
+
+@pytest.fixture(scope="session")
+def released_inputs() -> ModuleType:
+    """Inputs of a network out of a released table's labels, as the benches make them."""
+    path = Path(__file__).parents[2] / "bench" / "released_inputs.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

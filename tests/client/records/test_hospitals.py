@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedveil.client.records.read.sources import read
-from fedveil.client.records.release import sets
 from fedveil.client.records.release.anonymize import anonymise, as_table
 from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
@@ -93,7 +92,7 @@ def test_undeclared_zeros_are_refused(hospitals, tmp_path, secret):
         ingest(path, strict, tmp_path / "w", secret=secret)
 
 
-def test_mondrian_gives_the_same_inputs(hospitals, tmp_path):
+def test_mondrian_gives_the_same_inputs(hospitals, tmp_path, released_inputs):
     contract = heart("sets")
     widths = set()
     for name, path in hospitals.items():
@@ -101,7 +100,7 @@ def test_mondrian_gives_the_same_inputs(hospitals, tmp_path):
         done = anonymise(raw, contract, "mondrian", tmp_path / f"{name}.parquet")
         assert done.findings.met
         assert done.stability.factor is None
-        encoded = sets.encode_released(pq.read_table(done.path), contract)
+        encoded = released_inputs.encode_released(pq.read_table(done.path), contract)
         assert as_table(raw, contract).num_rows == len(encoded.X)
         widths.add(encoded.X.shape[1])
     assert widths == {contract.width}

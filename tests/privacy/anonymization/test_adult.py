@@ -23,7 +23,8 @@ def adult(data_folder):
 
 def test_optimal_node_of_arx(adult):
     table, spec = adult
-    a = Anonymizer(spec, [KAnonymity(5)], method="optimal", suppression_limit=0.05).fit(table)
+    a = Anonymizer(spec, [KAnonymity(5)], method="optimal", suppression_limit=0.05)
+    a.fit_transform(table)
     assert a.outcome.node == (3, 1, 1, 0, 0, 0, 1)
     assert a.outcome.suppressed == 1458  # 4.83 %
     assert a.outcome.classes == 399
@@ -31,7 +32,9 @@ def test_optimal_node_of_arx(adult):
 
 def test_losses(adult):
     table, spec = adult
-    peel = Anonymizer(spec, [KAnonymity(5)], method="peel", suppression_limit=0.05).fit(table)
+    peel = Anonymizer(spec, [KAnonymity(5)], method="peel", suppression_limit=0.05)
+    peel.fit_transform(table)
     assert peel.outcome.ncp <= 0.0300
-    sets = Anonymizer(spec, [KAnonymity(5)], method="mondrian").fit(table)
+    sets = Anonymizer(spec, [KAnonymity(5)], method="mondrian")
+    sets.fit_transform(table)
     assert sets.outcome.ncp <= 0.0172

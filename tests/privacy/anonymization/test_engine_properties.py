@@ -91,7 +91,7 @@ def test_release_keeps_its_promises(tmp_path_factory, rows, models, method, limi
     before = table.to_pylist()
     a = Anonymizer(SPEC, models, method=method, suppression_limit=limit)
     try:
-        out = a.fit(table).transform(table)
+        out = a.fit_transform(table)
     except AnonymityError:
         assume(False)
         return
@@ -168,7 +168,8 @@ def test_optimal_is_the_brute_force_optimum(rows, models, limit):
     expected = brute_force(rows, models, limit)
     a = Anonymizer(SPEC, models, method="optimal", suppression_limit=limit)
     try:
-        got = a.fit(table_of(rows)).outcome.ncp
+        a.fit_transform(table_of(rows))
+        got = a.outcome.ncp
     except AnonymityError:
         return  # the whole table as one class fails: refused before any search
     assert expected is not None

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedveil.client.records.read.sources import read
-from fedveil.client.records.release import anonymize, sets
+from fedveil.client.records.release import anonymize
 from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, UsageError
@@ -51,14 +51,14 @@ def checked(table):
 
 
 @pytest.mark.parametrize("method", ["fixed", "mondrian", "optimal", "peel", "auto"])
-def test_every_method_is_verified_and_encodes_alike(tmp_path, checked, method):
+def test_every_method_is_verified_and_encodes_alike(tmp_path, checked, method, released_inputs):
     contract, out = agreed(), tmp_path / "r.parquet"
     done = anonymize.anonymise(checked, contract, method, out)
     assert done.findings.met
     assert [f.name for f in done.findings.findings] == ["k-anonymity", "distinct l-diversity", "t-closeness"]
     assert done.stability.factor is None  # suppression for l, or a method that looks at the data
     released = pq.read_table(out)
-    encoded = sets.encode_released(released, contract)
+    encoded = released_inputs.encode_released(released, contract)
     assert encoded.X.shape == (released.num_rows, contract.width)
     job = [n.startswith("job=") for n in contract.feature_names]
     assert abs(encoded.X[:, job].sum(axis=1) - 1).max() < 1e-6

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.records.release import sets
 from fedveil.client.records.release.encode import encode
-from fedveil.client.records.release.sets import Cells, Full, Interval, Leaves, Nothing, encode_released, fill, parse
+from fedveil.client.records.release.sets import Cells, Full, Interval, Leaves, Nothing, fill
 from fedveil.common.contract import Column, DataContract
 from fedveil.common.errors import DataError
 from fedveil.privacy.anonymization import fixed
@@ -92,28 +91,28 @@ def test_unused_sets_do_not_count():
     assert fill(block, Cells((Leaves(("new",)), Leaves(("a",))), np.array([1, 1])), c) == 0
 
 
-def test_labels_of_every_method_are_understood():
+def test_labels_of_every_method_are_understood(released_inputs):
     job, age, born = (Column.model_validate(x) for x in (JOB, AGE, BORN))
-    assert parse("a", job) == Leaves(("a",))
-    assert parse("x", job) == Leaves(("a", "b"))
-    assert parse("a|c", job) == Leaves(("a", "c"))
-    assert parse("*", job) == Full()
-    assert parse("", job) == parse("missing", job) == Nothing()
-    assert parse("[20,60)", age) == Interval(20, 60)
-    assert parse("[3,7]|missing", age) == Interval(3, 7, True)
-    assert parse("42", age) == Interval(42, 42)
-    assert parse("[1950-01-01,1960-01-01)", born) == Interval(-7305, -3653)
-    assert parse("0", born) == Interval(0, 0)
+    assert released_inputs.parse("a", job) == Leaves(("a",))
+    assert released_inputs.parse("x", job) == Leaves(("a", "b"))
+    assert released_inputs.parse("a|c", job) == Leaves(("a", "c"))
+    assert released_inputs.parse("*", job) == Full()
+    assert released_inputs.parse("", job) == released_inputs.parse("missing", job) == Nothing()
+    assert released_inputs.parse("[20,60)", age) == Interval(20, 60)
+    assert released_inputs.parse("[3,7]|missing", age) == Interval(3, 7, True)
+    assert released_inputs.parse("42", age) == Interval(42, 42)
+    assert released_inputs.parse("[1950-01-01,1960-01-01)", born) == Interval(-7305, -3653)
+    assert released_inputs.parse("0", born) == Interval(0, 0)
     for label in ("twenty", "[1,2", "[1;2]", "a|b"):
         with pytest.raises(DataError, match="'age'"):
-            parse(label, age)
+            released_inputs.parse(label, age)
 
 
 def raw(job, age, y):
     return {"job": np.array(job, object), "age": np.array(age, float), "y": np.array(y, object)}
 
 
-def test_fixed_levels_encode_alike_by_either_way():
+def test_fixed_levels_encode_alike_by_either_way(released_inputs):
     c = contract()
     table = fixed.recode(raw(["a", "b", "c", "c"], [5, 20, 60, 100], ["no", "yes", "no", "yes"]), 4, c).table
     X, y = encode(table, c)
@@ -122,51 +121,55 @@ def test_fixed_levels_encode_alike_by_either_way():
         n: pa.array([next(x for x in c.columns if x.name == n).labels[i] for i in table.coded[n]])
         for n in ("job", "age", "y")
     }
-    other = encode_released(pa.table(labels), c)
+    other = released_inputs.encode_released(pa.table(labels), c)
     np.testing.assert_allclose(X, other.X, atol=1e-6)
     assert y.tolist() == other.y.tolist() == [0, 1, 0, 1]
     np.testing.assert_allclose(X[0], [0.5, 0.5, 0, 0, -0.8, 0.2], atol=1e-6)
 
 
-def test_raw_records_are_sets_of_one():
+def test_raw_records_are_sets_of_one(released_inputs):
     c = contract()
-    raw_cells = encode_released(pa.table({"job": ["a", "c"], "age": [50.0, 100.0], "y": ["no", "yes"]}), c)
+    raw_cells = released_inputs.encode_released(
+        pa.table({"job": ["a", "c"], "age": [50.0, 100.0], "y": ["no", "yes"]}), c
+    )
     np.testing.assert_allclose(raw_cells.X, [[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0]], atol=1e-6)
 
 
-def test_width_is_the_contracts_whatever_the_rows_say():
+def test_width_is_the_contracts_whatever_the_rows_say(released_inputs):
     c = contract()
-    few = encode_released(pa.table({"job": ["*"], "age": ["*"], "y": ["no"]}), c)
-    many = encode_released(pa.table({"job": ["a", "b|c"], "age": ["[1,2]", "9"], "y": ["no", "yes"]}), c)
+    few = released_inputs.encode_released(pa.table({"job": ["*"], "age": ["*"], "y": ["no"]}), c)
+    many = released_inputs.encode_released(
+        pa.table({"job": ["a", "b|c"], "age": ["[1,2]", "9"], "y": ["no", "yes"]}), c
+    )
     assert few.X.shape[1] == many.X.shape[1] == c.width
 
 
-def test_other_is_counted_and_limited():
+def test_other_is_counted_and_limited(released_inputs):
     c = contract()
     jobs = ["a"] * 7 + ["new"]
     table = pa.table({"job": jobs, "age": [1] * 8, "y": ["no"] * 8})
-    assert encode_released(table, c).other == {"job": 1}
+    assert released_inputs.encode_released(table, c).other == {"job": 1}
     with pytest.raises(DataError, match="3 cells hold values"):
-        encode_released(pa.table({"job": ["new"] * 3 + ["a"] * 5, "age": [1] * 8, "y": ["no"] * 8}), c)
+        released_inputs.encode_released(pa.table({"job": ["new"] * 3 + ["a"] * 5, "age": [1] * 8, "y": ["no"] * 8}), c)
 
 
-def test_columns_by_labels_take_the_contracts_labels_only():
+def test_columns_by_labels_take_the_contracts_labels_only(released_inputs):
     c = contract({**JOB, "encoding": "labels"}, {**AGE, "encoding": "labels"})
-    good = encode_released(pa.table({"job": ["x"], "age": ["[20,60)"], "y": ["yes"]}), c)
+    good = released_inputs.encode_released(pa.table({"job": ["x"], "age": ["[20,60)"], "y": ["yes"]}), c)
     assert good.X.tolist() == [[1, 0, 0, 1, 0]]
     for job, age in (("a", "[20,60)"), ("x", "[20,50)"), ("x", "30")):
         with pytest.raises(DataError, match="agree on encoding = 'sets'"):
-            encode_released(pa.table({"job": [job], "age": [age], "y": ["yes"]}), c)
+            released_inputs.encode_released(pa.table({"job": [job], "age": [age], "y": ["yes"]}), c)
     with pytest.raises(DataError, match="without a class"):
-        encode_released(pa.table({"job": ["x"], "age": ["[20,60)"], "y": ["perhaps"]}), c)
+        released_inputs.encode_released(pa.table({"job": ["x"], "age": ["[20,60)"], "y": ["perhaps"]}), c)
     with pytest.raises(DataError, match="lacks columns: 'age'"):
-        encode_released(pa.table({"job": ["x"], "y": ["yes"]}), c)
+        released_inputs.encode_released(pa.table({"job": ["x"], "y": ["yes"]}), c)
 
 
-def test_the_parser_is_the_engines():
+def test_the_parser_is_the_engines(released_inputs):
     """Escaped bars of the engine's labels come back as one leaf."""
     column = Column.model_validate(
         {**JOB, "values": ["a|b", "c"], "unseen": "error", "hierarchy": [], "level": None, "levels": [["a|b"], ["c"]]}
     )
-    assert sets.parse("a\\|b|c", column) == Leaves(("a|b", "c"))
-    assert sets.parse("a|b", column) == Leaves(("a|b",))
+    assert released_inputs.parse("a\\|b|c", column) == Leaves(("a|b", "c"))
+    assert released_inputs.parse("a|b", column) == Leaves(("a|b",))
