@@ -184,7 +184,7 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
     try:
         run_site(
             make_app(found_as(site, stop), Gate(settings.egress.slot)), address=settings.site.server, tls=tls,
-            site=site.id, node_config={}, stop=stop, on_status=status, wait=wait, server_key=site.roster.server.tls_key,
+            site=site.id, stop=stop, on_status=status, wait=wait, server_key=site.roster.server.tls_key,
         )  # fmt: skip
         require_ledger(site)
     finally:

@@ -2,10 +2,6 @@
 
 The plan is made once (:func:`make_plan`), hashed, signed by every participant before the first round, and its
 hash travels in every message. A site never takes a number from a message: it takes the plan it signed.
-
-Symbols (DESIGN: privacy modes): n sites, t colluders, d drop-outs, h = n - t - d honest shares, T the number of
-answers that open a sum, q sample rate, S steps, C clip, σ noise multiplier, γ grid width, R clamp, D parameters,
-N the declared number of records (a public constant: never the length of a data set).
 """
 
 from __future__ import annotations

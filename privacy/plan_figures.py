@@ -2,7 +2,7 @@
 
 Symbols: n sites, t colluders, d drop-outs, h = n - t - d honest shares, T the number of answers that open a sum,
 q sample rate, S steps, C clip, σ noise multiplier, γ grid width, R clamp, D parameters, N the declared
-number of records.
+number of records (a public constant: never the length of a data set).
 """
 
 from __future__ import annotations

@@ -259,6 +259,3 @@ def command(config: Config, seeds: int, out: Path | None) -> None:
             write_summary(folder, range(config.seed, seed + 1), outcomes)
     show(outcomes, folder)
     raise_for_ending(outcomes, folder)
-
-
-__all__ = ["Config", "Outcome", "command", "make_plan", "run", "run_split"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -137,8 +137,6 @@ def serve(
     address: str,
     tls: TlsFiles,
     roster: Roster,
-    run_config: Mapping[str, Any] | None = None,
-    node_config: Mapping[str, Any] | None = None,
     ready: Callable[[int], None] | None = None,
     limits: Limits | None = None,
     grace: float = 10.0,
@@ -150,7 +148,6 @@ def serve(
 
     Args:
         address: ``host:port`` to listen on; port 0 chooses a free one.
-        run_config: the app's ``context.run_config``; ``node_config`` likewise.
         ready: called with the port once connections are accepted, before the app begins.
         limits, grace, bounds: see :class:`GrpcGrid`.
         gate: called with a site and its certificate (PEM) at every call, and every second for every open session;
@@ -184,9 +181,7 @@ def serve(
         watch.start()
         if ready is not None:
             ready(port)
-        config = dict(node_config or {})
-        context = Context(grid.run.run_id, flower.SERVER_NODE, config, RecordDict(), dict(run_config or {}))
-        server_app(grid, context)
+        server_app(grid, Context(grid.run.run_id, flower.SERVER_NODE, {}, RecordDict(), {}))
         status = "finished"
     except Exception:
         status = "aborted"

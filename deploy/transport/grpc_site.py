@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -42,8 +42,6 @@ def run_site(
     address: str,
     tls: TlsFiles,
     site: SiteId,
-    node_config: Mapping[str, Any],
-    run_config: Mapping[str, Any] | None = None,
     stop: threading.Event,
     on_status: Callable[[str], None] | None = None,
     wait: float = 60.0,
@@ -55,8 +53,6 @@ def run_site(
 
     Args:
         address: ``host:port`` of the server; its certificate must name the host.
-        node_config: the app's ``context.node_config``; ``run_config`` likewise. The context's ``state`` lives as
-            long as this call and is in memory only.
         stop: a message being worked on is still answered after it is set.
         on_status: told ``connecting``, ``connected``, ``working``, ``waiting``, ``lost``, ``finished``, ``aborted``
             and ``stopped``, from this thread.
@@ -78,7 +74,7 @@ def run_site(
     warn_of_old_tls()
     worker = _Site(client_app, address, tls, site, stop, on_status or (lambda _: None), limits or Limits())
     worker.server_key = server_key
-    worker.context = Context(0, flower.node_id(site), dict(node_config), RecordDict(), dict(run_config or {}))
+    worker.context = Context(0, flower.node_id(site), {"site": site}, RecordDict(), {})
     watcher = threading.Thread(target=worker.watch, name=f"fedveil-stop-{site}", daemon=True)
     watcher.start()
     try:

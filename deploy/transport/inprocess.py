@@ -6,7 +6,7 @@ shared, so that no site can alter what another one sees and no array is duplicat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -29,7 +29,6 @@ class InprocessGrid(flower.BaseGrid):
         sites: the virtual sites' names, each once.
         node_config: from a site's position to its ``node_config``; ``partition-id`` and ``num-partitions`` are
             added, as in Flower's simulation.
-        run_config: what every site finds in ``context.run_config``.
         drop: called with the site and every message to or from it (a reply's ``reply_to_message_id`` is not
             empty); True loses the message: a dropped request never reaches the app, a dropped reply is lost
             after the app has done its work.
@@ -43,14 +42,12 @@ class InprocessGrid(flower.BaseGrid):
         client_app: ClientApp,
         sites: Sequence[SiteId],
         node_config: Callable[[int], dict[str, Any]],
-        run_config: Mapping[str, Any] | None = None,
         *,
         drop: Drop | None = None,
     ) -> None:
         super().__init__()
         self.drop = drop
         self._app, self._node_config = client_app, node_config
-        self._run_config = dict(run_config or {})
         self._sites = {flower.node_id(s): (i, s) for i, s in enumerate(sites)}
         if len(self._sites) != len(sites):
             raise ConfigError("two simulated sites have the same name", hint="give every site its own name")
@@ -112,7 +109,7 @@ class InprocessGrid(flower.BaseGrid):
         if node not in self._contexts:
             index, _ = self._site(node)
             config = {"partition-id": index, "num-partitions": len(self._sites), **self._node_config(index)}
-            self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), dict(self._run_config))
+            self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), {})
         return self._contexts[node]
 
 
@@ -121,15 +118,14 @@ def run_inprocess(
     client_app: ClientApp,
     sites: Sequence[SiteId],
     node_config: Callable[[int], dict[str, Any]],
-    run_config: Mapping[str, Any] | None = None,
     *,
     drop: Drop | None = None,
 ) -> InprocessGrid:
     """Run ``server_app`` to its end over simulated sites; returns the grid (for its ``traffic``).
 
-    Both apps find ``run_config`` in their context. Exceptions of the server app are the caller's.
+    Exceptions of the server app are the caller's.
     """
-    grid = InprocessGrid(client_app, sites, node_config, run_config, drop=drop)
-    context = Context(grid.run.run_id, flower.SERVER_NODE, {}, RecordDict(), dict(run_config or {}))
+    grid = InprocessGrid(client_app, sites, node_config, drop=drop)
+    context = Context(grid.run.run_id, flower.SERVER_NODE, {}, RecordDict(), {})
     server_app(grid, context)
     return grid

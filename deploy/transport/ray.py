@@ -1,10 +1,10 @@
 """Simulation over many processes or machines: the same apps on Flower's own engine, which runs on Ray.
 
-Flower numbers the virtual sites itself and tells an app only its ``partition-id``. Each site's ``node_config`` and
-the ``run_config`` therefore travel inside the wrapped client app and are laid over Flower's context before our app
-sees it: ``partition-id`` ``i`` is ``sites[i]``, and ``node_config["site"]`` names it. The server app finds
-``run_config`` in its context likewise. Flower's node numbers are random here: a server learns who is who from
-the sites' signed answers, as everywhere. To use a cluster set ``RAY_ADDRESS``; fedveil must be installed there.
+Flower numbers the virtual sites itself and tells an app only its ``partition-id``. Each site's ``node_config``
+therefore travels inside the wrapped client app and is laid over Flower's context before our app sees it:
+``partition-id`` ``i`` is ``sites[i]``, and ``node_config["site"]`` names it. Flower's node numbers are random here: a
+server learns who is who from the sites' signed answers, as everywhere. To use a cluster set ``RAY_ADDRESS``; fedveil
+must be installed there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flwr.app import Context, Message
@@ -35,7 +35,6 @@ def run_ray(
     *,
     sites: Sequence[SiteId],
     node_config: Callable[[int], dict[str, Any]],
-    run_config: Mapping[str, Any] | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
 ) -> None:
@@ -58,7 +57,6 @@ def run_ray(
         raise FedveilError("the engine 'ray' needs the library ray", hint="pip install 'fedveil[sim]'")
     flower.quiet_flower()
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
-    shared = dict(run_config or {})
     configs = [{**node_config(i), "site": site} for i, site in enumerate(sites)]
     level = logging.getLogger("flwr").level
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower warns that its Python API will move to a command
@@ -66,8 +64,8 @@ def run_ray(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray and Flower raise deprecation warnings about each other's API
             importlib.import_module("flwr.simulation").run_simulation(
-                _configured_server(server_app, shared, len(sites)),
-                ConfiguredClient(client_app, configs, shared),
+                _waiting_server(server_app, len(sites)),
+                ConfiguredClient(client_app, configs),
                 num_supernodes=len(sites),
                 backend_config={
                     "client_resources": {"num_cpus": cpus, "num_gpus": gpus},
@@ -81,26 +79,25 @@ def run_ray(
 class ConfiguredClient(ClientApp):
     """``app`` with every site's configuration; what Ray carries to its processes."""
 
-    def __init__(self, app: ClientApp, node_configs: list[dict[str, Any]], run_config: dict[str, Any]) -> None:
+    def __init__(self, app: ClientApp, node_configs: list[dict[str, Any]]) -> None:
         super().__init__()
-        self._app, self._node_configs, self._run_config = app, node_configs, run_config
+        self._app, self._node_configs = app, node_configs
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer with the configuration laid over a copy of Flower's context, whose own must stay as it is."""
         own = self._node_configs[int(context.node_config["partition-id"])]
-        node_config, run_config = {**context.node_config, **own}, {**context.run_config, **self._run_config}
-        inner = Context(context.run_id, context.node_id, node_config, context.state, run_config)
+        node_config = {**context.node_config, **own}
+        inner = Context(context.run_id, context.node_id, node_config, context.state, context.run_config)
         out = flower.answer(self._app, message, inner)
         context.state = inner.state
         return out
 
 
-def _configured_server(app: ServerApp, run_config: dict[str, Any], sites: int) -> ServerApp:
+def _waiting_server(app: ServerApp, sites: int) -> ServerApp:
     wrapped = ServerApp()
 
     @wrapped.main()
     def main(grid: Grid, context: Context) -> None:
-        context.run_config.update(run_config)
         _wait_for_nodes(grid, sites)
         app(grid, context)
 

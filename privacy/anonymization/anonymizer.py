@@ -22,7 +22,7 @@ from fedveil.privacy.anonymization.counting import ClassOf, Prepared, prepare
 from fedveil.privacy.anonymization.criteria import Criterion, DistinctL, KAnonymity, TCloseness
 from fedveil.privacy.anonymization.domains import Domain
 from fedveil.privacy.anonymization.lattice import MAX_NODES, Lattice, nodes_of
-from fedveil.privacy.anonymization.mondrian import CUTS, mondrian
+from fedveil.privacy.anonymization.mondrian import mondrian
 from fedveil.privacy.anonymization.peel import peel
 from fedveil.privacy.anonymization.prepare import bind
 from fedveil.privacy.anonymization.recoding import Recoding
@@ -71,13 +71,12 @@ class Anonymizer:
     """Recode a table so that every class of equal quasi-identifiers meets every criterion.
 
     Args:
-        spec: roles and hierarchies, or a data contract.
-        models: the criteria; by default a contract's k, l and t.
+        spec: roles and hierarchies.
+        models: the criteria.
         method: ``fixed`` (declared levels), ``optimal`` (one level per column, the best of all), ``peel`` (levels by
             region, labels of the hierarchies), ``mondrian`` (sets of values, least loss), or ``auto``: peel where
             every column of more than 5 values has a hierarchy and the lattice is not too large, else mondrian.
         suppression_limit: share of rows in [0, 1] that may be left out (``mondrian`` leaves none out).
-        cuts: Mondrian's cuts tried per column and partition.
 
     Guarantees: released rows meet every criterion among themselves; their order is uniformly random and they carry no
     index; the input is never changed; the recoding depends on the multiset of rows alone.
@@ -88,24 +87,18 @@ class Anonymizer:
 
     def __init__(
         self,
-        spec: TableSpec | DataContract,
+        spec: TableSpec,
         models: Sequence[Criterion] = (),
         *,
         method: Method = "auto",
         suppression_limit: float = 0.0,
-        cuts: int = CUTS,
     ) -> None:
-        if isinstance(spec, DataContract):
-            models = models or contract_models(spec)
-            spec = TableSpec.from_contract(spec)
         if method not in get_args(Method):
             raise UsageError(f"method {method!r} is unknown", hint=f"one of {', '.join(get_args(Method))}")
         check_limit(suppression_limit)
-        if isinstance(cuts, bool) or not isinstance(cuts, int) or cuts < 1:
-            raise UsageError("Mondrian needs at least one cut to try", hint=f"cuts={CUTS}")
         self.spec, self.models = spec, bind(models, spec)
         self.method: Method = method
-        self.suppression_limit, self.cuts = suppression_limit, cuts
+        self.suppression_limit = suppression_limit
         self._fitted: Fitted | None = None
 
     def fit_transform(self, table: pa.Table) -> pa.Table:
@@ -128,7 +121,7 @@ class Anonymizer:
         levels = [q.fixed_level for q in self.spec.quasi]
         given = None if None in levels else tuple(level for level in levels if level is not None)
         found = search(self.method, prepared.tuples, prepared.frame.domains, self.models,
-                       limit=self.suppression_limit, cuts=self.cuts, given=given)  # fmt: skip
+                       limit=self.suppression_limit, given=given)  # fmt: skip
         lap("search")
         return Fitted(prepared, found, ClassOf(prepared, found))
 
@@ -180,7 +173,6 @@ def search(
     models: Sequence[Criterion],
     *,
     limit: float,
-    cuts: int = CUTS,
     given: tuple[int, ...] | None = None,
 ) -> Recoding:
     """Find a recoding of weighted tuples.
@@ -195,7 +187,7 @@ def search(
     constraints.require_satisfiable()
     if method == "auto":
         method = "peel" if _labelled(domains) else "mondrian"
-    return _METHODS[method](tuples, domains, constraints, {"limit": limit, "cuts": cuts, "given": given})
+    return _METHODS[method](tuples, domains, constraints, {"limit": limit, "given": given})
 
 
 def _labelled(domains: Sequence[Domain]) -> bool:
@@ -205,7 +197,7 @@ def _labelled(domains: Sequence[Domain]) -> bool:
 
 
 def _mondrian(t: Tuples, domains: Sequence[Domain], constraints: Constraints, options: Mapping[str, Any]) -> Recoding:
-    classes, count = mondrian(t, domains, constraints, cuts=options["cuts"])
+    classes, count = mondrian(t, domains, constraints)
     return rc.by_sets("mondrian", domains, classes, count, t.codes)
 
 

@@ -20,7 +20,7 @@ import pyarrow.compute
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from fedveil.common.contract import MISSING, DataContract
+from fedveil.common.contract import MISSING
 from fedveil.common.errors import AnonymityError, UsageError
 from fedveil.privacy.anonymization import criteria as cr
 from fedveil.privacy.anonymization.attributes import TOP, QuasiIdentifier, Sensitive, TableSpec, bins
@@ -69,7 +69,7 @@ class Findings:
 
 def recheck(
     path: Path,
-    spec: TableSpec | DataContract,
+    spec: TableSpec,
     models: Sequence[cr.Criterion],
     *,
     original_rows: int | None = None,
@@ -86,8 +86,6 @@ def recheck(
             specification, a sensitive value that is not among the declared ones, or too few of the original rows.
             Failing criteria are reported, not raised.
     """
-    if isinstance(spec, DataContract):
-        spec = TableSpec.from_contract(spec)
     models = bind(models, spec)
     columns = sorted({m.column for m in models if m.column} | {s.name for s in spec.sensitive if _declared(s)})
     labels, table = _aggregate(path, spec, columns)
@@ -103,7 +101,7 @@ def recheck(
     return Findings(rows, classes.num_rows, tuple(findings))
 
 
-def require(path: Path, spec: TableSpec | DataContract, models: Sequence[cr.Criterion], **kwargs: Any) -> Findings:
+def require(path: Path, spec: TableSpec, models: Sequence[cr.Criterion], **kwargs: Any) -> Findings:
     """:func:`recheck`, and refuse a file on which a criterion fails.
 
     Raises:

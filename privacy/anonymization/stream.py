@@ -21,14 +21,12 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, DataError, UsageError
 from fedveil.common.files import scratch
 from fedveil.privacy.anonymization.anonymizer import Anonymizer, Method, Outcome
 from fedveil.privacy.anonymization.attributes import TableSpec
 from fedveil.privacy.anonymization.buckets import BUCKET_ROWS, released
 from fedveil.privacy.anonymization.criteria import Criterion
-from fedveil.privacy.anonymization.mondrian import CUTS
 from fedveil.privacy.anonymization.recheck import Findings, require
 from fedveil.privacy.anonymization.rows import ParquetRows, Rows, plain
 
@@ -50,12 +48,11 @@ class Streamed:
 def anonymize_parquet(
     source: Path,
     destination: Path,
-    spec: TableSpec | DataContract,
+    spec: TableSpec,
     models: Sequence[Criterion] = (),
     *,
     method: Method = "auto",
     suppression_limit: float = 0.0,
-    cuts: int = CUTS,
 ) -> Streamed:
     """Anonymise a Parquet file of any length into ``destination`` (mode 0600), which exists only if verified.
 
@@ -65,7 +62,7 @@ def anonymize_parquet(
         DataError, AnonymityError, ContractError, UsageError: as there; also a file that cannot be read or written, and
             a destination that is the source.
     """
-    engine = Anonymizer(spec, models, method=method, suppression_limit=suppression_limit, cuts=cuts)
+    engine = Anonymizer(spec, models, method=method, suppression_limit=suppression_limit)
     if source.resolve() == destination.resolve():
         raise UsageError("the released file would overwrite its source", hint="name another destination")
     try:
@@ -83,7 +80,7 @@ def write_release(
         also: one more check of the draft, after every criterion was read on it.
 
     Raises:
-        DataError, AnonymityError, UsageError: see :meth:`.Anonymizer.fit`; a criterion that the written file fails.
+        DataError, AnonymityError, UsageError: as there; a criterion that the written file fails.
         OSError, pyarrow.ArrowException: a file cannot be read or written.
     """
     clock = _Clock()

@@ -221,7 +221,7 @@ def one_site(name: str, address: str) -> None:
     handler("agree", lambda p: sums[0].agree(p))
     handler("open", lambda p: sums[0].open(p))
     run_site(
-        app, address=address, tls=load_tls(folder), site=SiteId(name), node_config={}, stop=threading.Event(), wait=120
+        app, address=address, tls=load_tls(folder), site=SiteId(name), stop=threading.Event(), wait=120
     )  # fmt: skip
 
 

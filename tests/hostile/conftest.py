@@ -162,7 +162,7 @@ class Victim:
 
         tls = load_tls(self.pki / "sites" / "north")
         run_site(
-            app, address=f"127.0.0.1:{self.port}", tls=tls, site=SiteId("north"), node_config={}, stop=self.stop
+            app, address=f"127.0.0.1:{self.port}", tls=tls, site=SiteId("north"), stop=self.stop
         )  # fmt: skip
 
     @staticmethod

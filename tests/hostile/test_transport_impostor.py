@@ -100,7 +100,7 @@ def visit(pki: Path, port: int, *, pinned: bool = True, wait: float = 600.0) -> 
     try:
         run_site(
             app, address=f"127.0.0.1:{port}", tls=load_tls(pki / "sites" / "north"), site=SiteId("north"),
-            node_config={}, stop=threading.Event(), wait=wait, server_key=key,
+ stop=threading.Event(), wait=wait, server_key=key,
         )  # fmt: skip
     except FedveilError as e:
         return e
@@ -246,7 +246,7 @@ def test_a_site_stops_while_a_handshake_waits(pki: Path, silent: Silent) -> None
     said = list[str]()
     run_site(
         ClientApp(), address=f"127.0.0.1:{silent.port}", tls=load_tls(pki / "sites" / "north"), site=SiteId("north"),
-        node_config={}, stop=silent.stop, wait=600.0, server_key="0" * 64, on_status=said.append,
+ stop=silent.stop, wait=600.0, server_key="0" * 64, on_status=said.append,
     )  # fmt: skip
     assert said[-1] == "stopped"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ class TestWatching:
         (tmp_path / "run" / "metrics.jsonl").write_text(LINE)
         named, real = tmp_path / "named", demo.CONSOLE.print
 
-        def told(*words: object, **more: object) -> None:
+        def told(*words: Any, **more: Any) -> None:
             real(*words, **more)
             if "ended" in str(words):
                 named.touch()

@@ -132,7 +132,7 @@ class World:
         address = options.pop("address", f"127.0.0.1:{self.port}")
         tls = load_tls(folder or self.pki / "sites" / name)
         seen = self.statuses.setdefault(name, [])
-        arguments: dict[str, Any] = {"wait": 600, "takeover": 0.3, "node_config": {"site": name}, **options}
+        arguments: dict[str, Any] = {"wait": 600, "takeover": 0.3, **options}
         task = Task(
             lambda: run_site(
                 app or echo_app(),

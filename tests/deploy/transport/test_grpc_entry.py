@@ -43,7 +43,7 @@ def test_a_foreign_authoritys_certificate_is_refused_on_both_sides(world: World,
     shutil.copy(right, mixed / "ca.pem")
     with pytest.raises(TransportError, match="does not accept this site's certificate"):
         run_site(
-            ClientApp(), address=f"127.0.0.1:{world.port}", tls=tls, site=SiteId("north"), node_config={},
+            ClientApp(), address=f"127.0.0.1:{world.port}", tls=tls, site=SiteId("north"),
             stop=world.stop, wait=5,
         )  # fmt: skip
     done.set()

@@ -88,7 +88,7 @@ def contribute(message, context):
     return flower.reply(packet, message)
 
 grpc_site.run_site(
-    app, address=address, tls=load_tls(Path(folder)), site=mine, node_config={}, stop=stop,
+    app, address=address, tls=load_tls(Path(folder)), site=mine, stop=stop,
     on_status=facts["statuses"].append,
 )
 print(json.dumps(facts))

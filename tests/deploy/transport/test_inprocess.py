@@ -42,10 +42,9 @@ def test_an_app_runs_to_its_end_and_every_site_answers() -> None:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        assert context.run_config["rounds"] == 1
         seen.extend(flower.from_record(m.content, Limits()) for m in ask(grid, Packet({"kind": "q"}, {"x": b"\0\xff"})))
 
-    grid = run_inprocess(app, echo_app(), SITES, lambda i: {}, {"rounds": 1})
+    grid = run_inprocess(app, echo_app(), SITES, lambda i: {})
     assert seen == [Packet({"kind": "echo", "at": i}, {"x": b"\0\xff"}) for i in range(3)]
     assert set(grid.traffic) == set(SITES)
     assert all(row["sent"] >= 2 and row["received"] >= 2 for row in grid.traffic.values())

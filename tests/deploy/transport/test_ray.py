@@ -33,7 +33,7 @@ def echo(message, context):
     if site == "c":
         raise ValueError("patient Meier")
     packet = flower.from_record(message.content, Limits())
-    header = {"kind": "echo", "site": site, "box": context.node_config["box"], "lr": context.run_config["lr"]}
+    header = {"kind": "echo", "site": site, "box": context.node_config["box"]}
     return flower.reply(Packet(header, packet.buffers), message)
 """
 
@@ -49,17 +49,16 @@ def test_apps_run_unmodified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        assert context.run_config["lr"] == 0.5
         packet = Packet({"kind": "q"}, {"x": bytes(range(256)) * 4000, "empty": b""})
         messages = [flower.request(packet, to=n, action="train.echo", round=1) for n in grid.get_node_ids()]
         replies.extend(grid.send_and_receive(messages, timeout=600))
 
-    run_ray(server, client, sites=SITES, node_config=lambda i: {"box": i}, run_config={"lr": 0.5}, cpus=0.5)
+    run_ray(server, client, sites=SITES, node_config=lambda i: {"box": i}, cpus=0.5)
     errors = [e for m in replies if (e := flower.reply_error(m)) is not None]
     assert sorted(type(e).__name__ for e in errors) == [PolicyRefusal.__name__, ProtocolError.__name__]
     assert "Meier" not in repr(errors)
     [good] = [flower.from_record(m.content, Limits()) for m in replies if not m.has_error()]
-    assert good.header == {"kind": "echo", "site": "a", "box": 0, "lr": 0.5}
+    assert good.header == {"kind": "echo", "site": "a", "box": 0}
     assert good.buffers == {"x": bytes(range(256)) * 4000, "empty": b""}
 
 
@@ -70,17 +69,16 @@ def test_configuration_is_laid_over_flowers_context() -> None:
     @app.query()
     def look(message: Message, context: Context) -> Message:
         context.state = flower.RecordDict({"seen": flower.ConfigRecord({"n": len(seen)})})
-        seen.append((context.node_config["site"], context.node_config["num-partitions"], context.run_config["lr"]))
+        seen.append((context.node_config["site"], context.node_config["num-partitions"]))
         return flower.reply(Packet({"kind": "a"}), message)
 
-    wrapped = ConfiguredClient(app, [{"site": "a"}, {"site": "b"}], {"lr": 0.5})
+    wrapped = ConfiguredClient(app, [{"site": "a"}, {"site": "b"}])
     message = flower.request(Packet({"kind": "q"}), to=5, action="query", round=0)
     for i in range(2):
         context = Context(1, 5, {"partition-id": i, "num-partitions": 2}, flower.RecordDict(), {})
         assert not wrapped(message, context).has_error()
-        assert context.run_config == {}
         assert context.state["seen"] == {"n": i}
-    assert seen == [("a", 2, 0.5), ("b", 2, 0.5)]
+    assert seen == [("a", 2), ("b", 2)]
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

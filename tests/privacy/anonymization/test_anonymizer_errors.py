@@ -8,7 +8,7 @@ import pytest
 
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, ContractError, DataError, UsageError
-from fedveil.privacy.anonymization.anonymizer import Anonymizer
+from fedveil.privacy.anonymization.anonymizer import Anonymizer, contract_models
 from fedveil.privacy.anonymization.attributes import Hierarchy, QuasiIdentifier, Sensitive, TableSpec
 from fedveil.privacy.anonymization.criteria import (
     AlphaK,
@@ -63,7 +63,6 @@ ROWS = {
     "a class for a criterion": (lambda: run([KAnonymity]), ContractError, "no list of criteria"),
     "limit as text": (lambda: run(suppression_limit="5%"), ContractError, "suppression_limit is not a number but str"),
     "limit as truth": (lambda: run(suppression_limit=True), ContractError, "not a number but bool"),
-    "cuts as text": (lambda: run(cuts="3"), UsageError, "at least one cut"),
     "t as text": (lambda: TCloseness("0.2"), ContractError, "t is not a number but str"),
     "entropy as text": (lambda: EntropyL("2"), ContractError, "l is not a number but str"),
     "alpha as text": (lambda: AlphaK("0.5", 2), ContractError, "α is not a number but str"),
@@ -166,7 +165,7 @@ def test_a_contract_is_a_specification():
     )  # fmt: skip
     table = pa.table({"id": range(4), "age": [10.5, 20, 70, 99], "job": ["a", "b", "c", "c"],
                       "y": ["no", "yes", "no", "yes"]})  # fmt: skip
-    a = Anonymizer(c, method="fixed")
+    a = Anonymizer(TableSpec.from_contract(c), contract_models(c), method="fixed")
     out = sorted(map(tuple, (r.values() for r in a.fit_transform(table).to_pylist())))
     assert [r[:2] for r in out] == [("[0,30)", "a|b")] * 2 + [("[60,99]", "c")] * 2
     assert a.stability.factor == 1
