@@ -80,7 +80,7 @@ class Finding:
     exit_code: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The finding, for programs."""
         return {"check": self.check, "ok": self.ok, "message": self.message, "remedy": self.remedy}
 
 
@@ -161,12 +161,12 @@ class Preflight:
         return f"version {self._roster.version}, {len(self._roster.sites)} sites"
 
     def clock(self) -> str:
-        """Not behind what has happened here: the last row of the ledger."""
+        """The clock is not years behind, nor behind the last row of the ledger."""
         now = time.time()
         if now < datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC).timestamp():
             raise ConfigError("the clock is years behind", hint="set it: systemctl start systemd-timesyncd, or chrony")
         rows: list[Row] = []
-        with suppress(FedveilError):  # what is wrong with a ledger is the ledger check's to say
+        with suppress(FedveilError):  # the ledger check says what is wrong with a ledger
             rows = self._rows()[0]
         if rows and rows[-1].at > now + _LIKELY_S:
             raise ConfigError(
@@ -188,7 +188,7 @@ class Preflight:
         return f"{host} has an address"
 
     def port(self) -> str:
-        """Something listens there."""
+        """Something listens on the server's port."""
         host, port = self._address
         try:
             socket.create_connection((host, port), timeout=_TIMEOUT_S).close()
@@ -233,7 +233,7 @@ class Preflight:
         return "room for the state folder"
 
     def ledger(self) -> str:
-        """It verifies, nobody holds it, and there is budget left. Reads only."""
+        """The ledger verifies, no process holds it, and there is budget left. It is only read."""
         path, limits = self._ledger_path, self._all.limits
         if not path.exists() or not path.stat().st_size:
             return "will be made by the first run"
@@ -278,7 +278,7 @@ class Preflight:
         if self._all.data.url_file is None and not self._site.data.exists():
             raise DataError(f"there is no file {self._site.data}", hint="correct [site] data")
         page = work / QUALITY_HTML
-        page.unlink(missing_ok=True)  # an earlier check's
+        page.unlink(missing_ok=True)  # from an earlier check
         try:
             ingested(self._all, self._contract, key, subject_salt(self._site.state, make=False), work)
         except AnonymityError as e:
@@ -332,7 +332,7 @@ class Preflight:
         return self._site.state / LEDGER
 
     def _rows(self, public: str | None = None) -> tuple[list[Row], bool]:
-        """The ledger's complete rows, and whether a power cut left part of one more behind them, as a start finds them.
+        """The ledger's complete rows, as a start finds them, and whether a power cut left part of one more after them.
 
         Raises:
             VerificationError: with ``public`` also for a chain or a signature that does not hold.

@@ -102,7 +102,7 @@ def new_job(
     progress: jobs.Progress | None = None,
     engine: str = "grpc",
 ) -> Job:
-    """The plan made and the run's folder opened, with everything an auditor will need; see :func:`begin`."""
+    """Make the plan and open the run's folder, with everything an auditor will need; see :func:`begin`."""
     f = federation.federation
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
@@ -169,7 +169,7 @@ def _over_grpc(federation: Federation) -> Carry:
 
 
 def conduct(job: Job, carry: Carry) -> Job:
-    """The job from its first exchange to its rendered report.
+    """Run the job from its first exchange to its rendered report.
 
     Args:
         carry: runs the ServerApp over a transport until it returns; what that transport refuses goes into the queue.
@@ -185,7 +185,7 @@ def conduct(job: Job, carry: Carry) -> Job:
             carry(job, server, strategy, refusals)
     finally:
         job.journal.close()
-    if not (job.run / REPORT).exists():  # it could not be offered to the sites; here the reason is raised
+    if not (job.run / REPORT).exists():  # it could not be offered to the sites; this raises the reason
         build_report(job.run, job.key)
     render_report(job.run / REPORT)
     if strategy.status == jobs.ABORTED:
@@ -196,7 +196,7 @@ def conduct(job: Job, carry: Carry) -> Job:
 
 
 def reply_limits(plan: PrivacyPlan) -> Limits:
-    """What one reply of an honest site can measure: a contribution with its shares, or a ledger."""
+    """The largest size of an honest site's reply: a contribution with its shares, or a ledger."""
     each = 80 if plan.sum == "sharedkey" else 8
     return Limits(buffers=(64 << 20) + each * plan.model.parameters + (16 << 10) * plan.sites)
 
@@ -207,8 +207,8 @@ def _watched(job: Job, refusals: Refusals) -> Iterator[None]:
 
     A run that has ended is not stopped any more, unless its report takes longer than DRAIN_S seconds.
 
-    A stop leaves by ``SystemExit(143)``, at most DRAIN_S seconds after the signal: the sites are told nothing and dial
-    again, and ``fedveil server resume`` goes on. The journal belongs to the app's thread, which is this one.
+    A stop raises ``SystemExit(143)``, at most DRAIN_S seconds after the signal. The sites are told nothing and dial
+    again; ``fedveil server resume`` goes on. The journal belongs to the app's thread, which is this one.
     """
     told, stopping = job.progress, threading.Event()
 
@@ -224,7 +224,7 @@ def _watched(job: Job, refusals: Refusals) -> Iterator[None]:
             raise SystemExit(STOPPED)
 
     def stop(number: int, _: object) -> None:
-        # A row is on disk before it is in ``rows``, a signal may come between: only what surely waits ends at once.
+        # A row is on disk before it is in ``rows``. A signal may come between, so stop at once only in a sure wait.
         if number == signal.SIGALRM or not job.journal.rows or job.journal.rows[-1].kind in _WAITING:
             raise SystemExit(STOPPED)
         _LOG.warning("stopping when this round, or the report, is over; in %g seconds at most", DRAIN_S)

@@ -99,7 +99,7 @@ def unit_of(limits: LimitsSection) -> str:
     """What the ledger counts: clients where the owner allows mode "client", else records.
 
     Raises:
-        ConfigError: modes that count different things; one ledger cannot.
+        ConfigError: the modes count different units; one ledger counts only one.
     """
     if "client" not in limits.modes:
         return "record"
@@ -124,7 +124,7 @@ def source_from(settings: SiteSettings) -> Source:
 def subject_salt(state: Path, *, make: bool = True) -> bytes:
     """The secret under which this site tells subjects apart: 32 random bytes, made once with the ledger, mode 0600.
 
-    Empty beside a ledger that was opened without one; and where there is none yet and ``make`` is False.
+    It is empty if the ledger was opened without one, or if there is none yet and ``make`` is False.
 
     Raises:
         ConfigError: the file does not hold it.
@@ -195,7 +195,7 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
 
 
 def found_as(site: Site, stop: threading.Event) -> Resolve:
-    """How the apps of this process find ``site``; one whose ledger could not be written ends the process (``stop``)."""
+    """How the apps of this process find ``site``. If its ledger could not be written, the process ends (``stop``)."""
 
     @contextmanager
     def resolve(context: Context) -> Iterator[Site]:
@@ -217,7 +217,7 @@ def require_ledger(site: Site) -> None:
 def write_local_report(settings: SiteSettings, site: Site, status: Callable[[str], None]) -> None:
     """The site's own page about its table, its ledger and the newest report it has, beside the reports of ingestion.
 
-    It must not hide how the run ended: what it cannot be made from is said, and nothing is raised for it.
+    It must not hide how the run ended. So if it cannot be made, the reason is said, and nothing is raised.
     """
     work, rows = settings.site.state / "data", site.ledger.journal.rows
     ended = [str(r.body["session"]) for r in rows if r.kind == "session.end"]

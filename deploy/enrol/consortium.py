@@ -34,7 +34,7 @@ _MEMBERS = "members.json"
 
 
 def found(folder: Path, consortium: str, days: int = MAX_DAYS) -> str:
-    """Make an authority and the consortium's signing key; returns its public half, for every member to pin.
+    """Make an authority and the consortium's signing key. Returns the key's public half, which every member pins.
 
     Raises:
         ConfigError: a name or number of days outside its bounds.
@@ -62,8 +62,8 @@ def sign_request(folder: Path, request: Path, out: Path, *, heard: str = "", day
         heard: the request's fingerprint, as the member read it out. Needed for a member that was not admitted before.
 
     Raises:
-        IdentityError: malformed, not signed, a name or key that is another's or was revoked, another fingerprint; or
-            a renewal that is not signed with the member's own identity.
+        IdentityError: the request is malformed or not signed; its name or key is another's or was revoked; its
+            fingerprint is another one; or it is a renewal that is not signed with the member's own identity.
     """
     if not 0 < days <= MAX_DAYS:
         raise ConfigError(f"days = {days} is not in 1..{MAX_DAYS}")
@@ -102,7 +102,7 @@ def publish(folder: Path) -> Roster:
 
     Raises:
         IdentityError: the server or every site is missing; or a member's TLS key was revoked and not replaced yet:
-            who pins the roster would go on to trust it.
+            whoever pins the roster would go on to trust that key.
     """
     state, revoked = _read(folder), _revocations(folder)
     for name, m in state["members"].items():
@@ -123,7 +123,7 @@ def publish(folder: Path) -> Roster:
 
 
 def revoke(folder: Path, site: str, *, key_only: bool = False) -> Revocations:
-    """Shut a member out, or one TLS key of it; returns the new list.
+    """Shut out a member, or one of its TLS keys. Returns the new list.
 
     Raises:
         IdentityError: it is not a member; or it is the server, whose name no other member can take.
@@ -139,7 +139,7 @@ def revoke(folder: Path, site: str, *, key_only: bool = False) -> Revocations:
         raise IdentityError(f"{site[:64]!r} is not a member", hint=", ".join(state["members"])[:512])
     sites = old.sites if key_only else old.sites | {site}
     made = Revocations(old.number + 1, sites, old.tls_keys | {known["tls_key"]})
-    # The list first: should this stop in between, the member is shut out and the command can be given again.
+    # The list comes first: if this stops in between, the member is shut out and the command can be given again.
     write_durably(folder / "revoked.json", canonical.dumps(identity.sign_revocations(made, _key(folder))) + b"\n")
     if not key_only:
         del state["members"][site]
@@ -194,7 +194,7 @@ def _key(folder: Path) -> Ed25519PrivateKey:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The members so far; of a consortium that was made at once, those of its roster."""
+    """The members so far. If the consortium was made at once, these are the members of its roster."""
     path = folder / _MEMBERS
     if path.exists():
         return _members(read_document(path), path)

@@ -1,8 +1,8 @@
-"""Who may stay connected: the server's look at every certificate, again and again while a run goes on.
+"""Who may stay connected: the server checks every certificate again and again while a run goes on.
 
-The TLS handshake looks at a certificate once. A run can last for days: this is asked at every call and every second
-for every open session (:func:`fedveil.deploy.transport.grpc_grid.serve`), so that a revocation list takes effect
-within a second of its file being replaced, and a certificate ends when it expires.
+The TLS handshake checks a certificate once, but a run can last for days. So the check is made again at every call, and
+every second for every open session (:func:`fedveil.deploy.transport.grpc_grid.serve`). A revocation list takes effect
+within a second after its file is replaced, and a certificate ends when it expires.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Doorkeeper:
 
     @property
     def number(self) -> int:
-        """Of the list in force; 0 without one."""
+        """The number of the list in force; 0 without one."""
         return self._revoked().number
 
 

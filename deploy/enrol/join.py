@@ -36,14 +36,14 @@ from fedveil.deploy.enrol.provision import MAX_ROSTER_BYTES, load_roster
 REQUEST = "request.json"
 ASKED, ANSWERED = "fedveil/enrol/1", "fedveil/enrolled/1"
 MAX_REQUEST_BYTES = 1 << 16
-RENEW_WITHIN = 1 / 3  # of a certificate's life: what is left when it should be renewed
+RENEW_WITHIN = 1 / 3  # the part of a certificate's life that is left when it should be renewed
 _NEXT = ".next"
 
 
 def request(folder: Path, site: str, *, host: str = "") -> str:
     """Make a new member's keys and its ``request.json``; returns the request's fingerprint, to be read out.
 
-    In a folder whose owner was not admitted yet it makes what is missing: a request that was lost can be made again.
+    In the folder of a member that is not admitted yet it makes what is missing, so a lost request can be made again.
 
     Args:
         folder: new or empty.
@@ -63,7 +63,7 @@ def request(folder: Path, site: str, *, host: str = "") -> str:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in ("signing.key", "tls.key"):
         if (folder / name).exists() and not (folder / name).stat().st_size:
-            (folder / name).unlink()  # made, and never written: it is nobody's key
+            (folder / name).unlink()  # an empty file: no key was ever written to it
     if not (folder / "signing.key").exists():
         identity.save_signing_key(folder / "signing.key", identity.new_signing_key())
     if not (folder / "tls.key").exists():
@@ -94,7 +94,7 @@ def install(folder: Path, reply: Path, *, consortium_key: str = "") -> x509.Cert
     """Take the consortium's answer; returns the certificate that is now in force.
 
     Args:
-        consortium_key: 64 hexadecimal digits, as heard from somebody trusted. Needed the first time, pinned then.
+        consortium_key: 64 hexadecimal digits, as heard from somebody trusted. Needed the first time, when it is pinned.
 
     Raises:
         IdentityError: the answer is not signed by the pinned key, is another member's, fits none of the folder's TLS

@@ -22,7 +22,7 @@ REVOKED = "revoked.json"
 _KEPT = "revoked.seen.{}.json"
 NOBODY = Revocations(0, frozenset(), frozenset())
 _LOG = logging.getLogger("fedveil.identity")
-_Stamp = tuple[int, int, int, int]  # of modification and of change, the size, the inode
+_Stamp = tuple[int, int, int, int]  # time of modification, time of change, size, inode
 
 
 def take_revoked(folder: Path, file: Path) -> Revocations:
@@ -44,14 +44,14 @@ def take_revoked(folder: Path, file: Path) -> Revocations:
 
 
 class Revoked:
-    """The list in force; called, it looks whether a newer one has come.
+    """The list in force. Each call looks whether a newer one has come.
 
     Args:
         folder: a member's identity folder with the consortium's pinned key; ``revoked.json`` may come there, and be
             replaced, at any time. A list that is not signed by that key, or is not newer, is not taken, and logged.
-        kept: the folder in which the newest list is kept, for each consortium its own; by default the same. The process
-            must be able to write there.
-        keeps: False only looks, and writes nothing.
+        kept: the folder in which the newest list of each consortium is kept; by default ``folder``. The process must be
+            able to write there.
+        keeps: if False, this only looks and writes nothing.
 
     Raises:
         IdentityError: a list at the start, or the kept one, does not hold; or it cannot be kept.
@@ -87,7 +87,7 @@ class Revoked:
     def _take(self, stamp: _Stamp) -> None:
         try:
             document = read_document(self._path)
-        except IdentityError as e:  # perhaps not for long: looked at again, and said once
+        except IdentityError as e:  # this may pass: the file is tried again, and logged once
             if stamp != self._unread:
                 self._unread = stamp
                 _LOG.error("%s is not taken: %s", self._path, e)

@@ -68,7 +68,7 @@ def central(plan: PrivacyPlan, parts: list[Table]) -> NDArray[np.float64]:
 
 
 def local(plan: PrivacyPlan, parts: list[Table]) -> NDArray[np.float64]:
-    """What platforms offer that add noise at every site: each sum carries the whole noise.
+    """What platforms offer that add noise at every site: each site's sum carries the whole noise.
 
     The sum of n such sums is one sum with sqrt(n) times the noise, which is how it is computed here.
     """

@@ -30,7 +30,7 @@ class Outcome:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean of at least two values."""
+    """The standard error of the mean of at least two values."""
     return statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -75,7 +75,7 @@ def write_summary(folder: Path, seeds: Iterable[int], outcomes: list[Outcome]) -
 
 
 def raise_for_ending(outcomes: list[Outcome], folder: Path) -> None:
-    """A run that did not carry out its plan has the exit code that ``fedveil server start`` has; its report is written.
+    """Give a run that did not carry out its plan the exit code of ``fedveil server start``. Its report is written.
 
     Raises:
         RunAborted, BudgetExhausted: one of the runs ended so.

@@ -235,7 +235,7 @@ def _write_report(out: Path, world: virtual_sites.World) -> None:
 
 
 def command(config: Config, seeds: int, out: Path | None) -> None:
-    """Run ``config`` over ``seeds`` seeds from its own on, and show the outcomes.
+    """Run ``config`` once for each of ``seeds`` seeds, its own and those after it, and show the outcomes.
 
     Args:
         out: the run's folder, or the folder of all seeds' runs; None: ``runs/<time>``.
@@ -255,7 +255,7 @@ def command(config: Config, seeds: int, out: Path | None) -> None:
         title = f"simulate {config.dataset}" + (f", seed {seed}" if seeds > 1 else "")
         with Display(title, recipe(config).steps) as display:
             outcomes.append(run(replace(config, seed=seed), own, progress=display.progress))
-        if seeds > 1:  # after each: what is there stays, whatever comes of the next
+        if seeds > 1:  # after each seed: these outcomes stay if the next run fails
             write_summary(folder, range(config.seed, seed + 1), outcomes)
     show(outcomes, folder)
     raise_for_ending(outcomes, folder)

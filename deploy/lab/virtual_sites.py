@@ -39,14 +39,14 @@ _SMALL = 200_000
 
 
 def fit_threads(parameters: int) -> None:
-    """One torch thread for networks whose steps last less than waking a second one."""
+    """Use one torch thread for networks whose steps take less time than waking a second thread."""
     if parameters < _SMALL:
         torch.set_num_threads(1)
 
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """Fewer runs of Python's garbage collector: a thousand ledgers are all alive, and looking at each costs a tenth."""
+    """Collect garbage less often: a thousand ledgers are all alive, and looking at each costs a tenth of the time."""
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)
     try:
@@ -86,7 +86,7 @@ class World:
         }
 
     def countersign(self, run: Path) -> None:
-        """Verify the report in ``run`` once for all, and sign it for every site whose own ledger it was made from.
+        """Verify the report in ``run`` a single time, and sign it for every site whose own ledger it was made from.
 
         Raises:
             VerificationError: a check failed; nobody signs.
@@ -144,7 +144,7 @@ def make_site(
 
 
 def keep(make: Callable[[int], Site]) -> tuple[Callable[[Context], AbstractContextManager[Site]], list[Site]]:
-    """For the in-process engine: sites made when first spoken to, and kept; the list fills as they are made."""
+    """For the in-process engine: a site is made at its first message, and kept. The list fills as sites are made."""
     made: dict[int, Site] = {}
     sites: list[Site] = []
 

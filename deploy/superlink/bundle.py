@@ -1,8 +1,7 @@
 """The bundle that our runs travel under: SuperLink accepts no run without one.
 
-A zip archive with one ``pyproject.toml`` and no code. It is the same bytes on every machine, so its hash can be pinned
-on both sides; what it names as its apps exists nowhere, so that Flower's own executors fail on it instead of running
-something else.
+A zip archive with one ``pyproject.toml`` and no code. It has the same bytes on every machine, so both sides can pin its
+hash. The apps that it names exist nowhere, so Flower's own executors fail on it instead of running something else.
 """
 
 from __future__ import annotations

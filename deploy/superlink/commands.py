@@ -1,7 +1,7 @@
 """How SuperLink and SuperNode are started so that they start nothing themselves.
 
-Loopback only for what executors and operators use, ``--isolation process``, a secret for whoever takes tasks, the
-roster's TLS keys as the SuperNodes' keys, and Flower's telemetry, update check and dependency installation off.
+What executors and operators use is on loopback only, with ``--isolation process`` and a secret for whoever takes tasks.
+SuperNodes' keys are the roster's TLS keys. Flower's telemetry, update check and dependency installation are off.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Flower's ``Grid`` over SuperLink, for a task that our server executor has taken.
 
-A SuperNode counts as the site whose TLS key, as the signed roster names it, is the key the SuperNode authenticates
-with; SuperNodes with other keys do not exist here, and neither do sites that a gate refuses (revocation, expiry), from
-the moment it does. Sites keep the node numbers they have on our own transport, so that a run goes on after a restart
-although Flower numbers its nodes anew.
+A SuperNode counts as a site if it authenticates with the TLS key that the signed roster names for that site. SuperNodes
+with other keys do not exist here. Neither do sites that a gate refuses (revocation, expiry), from the moment it does.
+Sites keep the node numbers they have on our own transport. So a run goes on after a restart, although Flower then gives
+its nodes other numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SuperlinkGrid(flower.BaseGrid):
     Args:
         task: the ServerApp's task, begun.
         roster: who takes part.
-        limits: what one reply may measure.
+        limits: the largest size of one reply.
         gate: called with a site whenever it would be counted, asked or heard; raises :class:`IdentityError` when its
             certificate is not, or no longer, to be accepted.
     """
@@ -88,9 +88,9 @@ class SuperlinkGrid(flower.BaseGrid):
         return there
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hand every message to SuperLink; the ids to pull replies by, empty where nobody can be asked.
+        """Hand every message to SuperLink. Returns the ids to pull replies by; an id is empty if nobody can be asked.
 
-        That is a site that had no SuperNode since this process began, one that the gate refuses, and one that SuperLink
+        That is so for a site that had no SuperNode since this process began, that the gate refuses, or that SuperLink
         does not know any more. A site that is only away is asked when it is back.
         """
         requests = list(messages)
@@ -139,7 +139,7 @@ class SuperlinkGrid(flower.BaseGrid):
         return list(self.replies(messages, timeout=timeout))
 
     def _look(self, wanted: list[str]) -> None:
-        """Take what has come; a reply that is not whole yet is gone on with the next time."""
+        """Take what has come. A reply that is not whole yet is continued the next time."""
         # SuperLink forgets a message when it hands out the reply's envelope; asked again it says that there is none.
         handed_out = {*self._came, *self._reply_to.values()}
         asked = [i for i in wanted if i not in handed_out]

@@ -5,8 +5,8 @@ SuperNode or SuperLink was started with (HMAC over the request); what a task is 
 own client is not used: it retries for ever, follows proxies from the environment, and ends the process by a signal
 when a task is not its own any more.
 
-A message is a tree of objects, each named by its SHA-256. Sizes and counts are checked while they arrive, every
-object against its name, and the arrays' expansion (an array may name one chunk many times) before anything is built.
+A message is a tree of objects, each named by its SHA-256. While they arrive, sizes and counts are checked, and each
+object against its name. An array may name one chunk many times: its expansion is checked before anything is built.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Link:
         address: ``host:port``.
         ca: the authority (PEM) that the interface's certificate must come from, TLS 1.3; None: plain HTTP, which is
             refused beyond this machine.
-        secret: what tasks are taken under; empty where none are.
+        secret: what tasks are taken with; empty where none are taken.
 
     Raises:
         ConfigError: the address is malformed, or not of this machine and without TLS.
@@ -157,7 +157,7 @@ class Link:
             self.post("control/register-node", request, control_pb2.RegisterNodeResponse)
 
     def start_run(self, bundle: bytes) -> int:
-        """Start a run under ``bundle``; its number."""
+        """Start a run under ``bundle``. Returns its number."""
         fab = fab_pb2.Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle)
         answer = self.post("control/start-run", control_pb2.StartRunRequest(fab=fab), control_pb2.StartRunResponse)
         if not answer.HasField("run_id"):
@@ -197,7 +197,7 @@ class Task:
     """A task that this executor has taken.
 
     Attributes:
-        run_id: the run it belongs to, by the word of who gave it.
+        run_id: the run it belongs to, as whoever gave the task says.
     """
 
     def __init__(self, link: Link, token: str, task: task_pb2.Task) -> None:
@@ -207,7 +207,7 @@ class Task:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While inside, tell who gave the task that it is being worked on."""
+        """While inside, tell whoever gave the task, again and again, that it is being worked on."""
         over = threading.Event()
 
         def beat() -> None:
@@ -233,7 +233,7 @@ class Task:
         return Input(int(got.run.run_id), int(got.context.node_id), hashlib.sha256(got.fab.content).hexdigest())
 
     def envelope(self) -> tuple[Message, Inflow]:
-        """The message to work on: its metadata, and its content yet to be fetched with :meth:`fetch`.
+        """The message to work on: its metadata, and its content, which is still to be fetched with :meth:`fetch`.
 
         Raises:
             WireError: there is none, or it is malformed.
@@ -278,7 +278,7 @@ class Task:
         self._post("confirm-message-received", request, message_pb2.ConfirmMessageReceivedResponse)
 
     def push(self, messages: list[Message]) -> list[str]:
-        """Send messages; their ids, empty where one was not taken."""
+        """Send messages. Returns their ids; the id of one that was not taken is empty."""
         with no_object_id_recompute():
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
@@ -378,7 +378,7 @@ class Inflow:
 
 
 def _checked(parse: Callable[[Any], Any], value: Any) -> Any:
-    """Flower's own parsers raise whatever comes: a malformed message is one class here."""
+    """Flower's own parsers raise errors of many classes. Here a malformed message is always one class."""
     try:
         return parse(value)
     except Exception as e:  # KeyError, ValueError, RecursionError, DecodeError, ...: all of them say the same

@@ -1,6 +1,6 @@
 """The server's executor: starts a run at SuperLink, takes the run's task, runs the installed ServerApp.
 
-What is not the run that this process started is ended as failed, and its bundle is not fetched.
+A task of any run but the one that this process started is ended as failed, and its bundle is not fetched.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def run(
 
 
 def refuse_others(link: Link, on_status: Say, *, own: int | None = None) -> Task | None:
-    """End every waiting ServerApp task that is not of the run ``own``; that one's task, if it is there."""
+    """End every waiting ServerApp task that is not of the run ``own``. Returns that run's task, if it is there."""
     while (task := link.acquire(SERVER)) is not None:
         if task.run_id == own:
             return task

@@ -1,9 +1,9 @@
 """The site's executor: SuperNode hands it tasks, the installed app answers, no bundle is ever looked into.
 
-SuperNode offers a task before its message has come whole, and goes on offering it when the rest never comes because the
-run has ended. It waits for one reply to every message that did come whole; a reply to another one is taken in its
-place, and the right one then lies there until the next message. So nothing is answered before it is whole, not even
-with a refusal; a message whose rest does not come is never answered, and meanwhile other tasks are worked on.
+SuperNode offers a task before its message has come whole. If the run ends meanwhile, the rest never comes, and the task
+is still offered. SuperNode waits for one reply to every message that did come whole. A reply to another message is
+taken in its place, and the right one then lies there until the next message. So nothing is answered before it is whole,
+not even with a refusal. A message whose rest does not come is never answered; meanwhile other tasks go on.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class SiteExecutor:
         link: SuperNode's runtime interface, with the secret it was started with.
         app: answers every message of a task under the pinned bundle, one at a time.
         on_status: told, in words, of what happens.
-        stall: seconds after which a message of which nothing more comes is given up.
+        stall: seconds after which a message is given up if nothing more of it comes.
 
-    A task under another bundle is answered with :class:`PolicyRefusal` and ended as failed, its message dropped unread;
-    what breaks a bound is answered with :class:`WireError`. Nothing that a task brings ends this process.
+    A task under another bundle is answered with :class:`PolicyRefusal` and ended as failed. Its message is dropped
+    unread. What breaks a bound is answered with :class:`WireError`. Nothing that a task brings ends this process.
     """
 
     def __init__(

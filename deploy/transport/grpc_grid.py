@@ -1,7 +1,7 @@
 """The server's half of our transport: Flower's ``Grid`` over mTLS gRPC. Sites dial out, nothing dials in.
 
-TLS 1.3 only; a certificate of another authority already fails in the handshake. What is said then is in
-:mod:`fedveil.deploy.transport.grpc_service`.
+TLS 1.3 only. A certificate of another authority already fails in the handshake. What is said after the handshake is
+described in :mod:`fedveil.deploy.transport.grpc_service`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_concurrent_streams", 16),
-    ("grpc.server_handshake_timeout_ms", 10_000),  # a peer that says nothing, or in drops
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for a peer that is silent or sends byte by byte
     ("grpc.max_connection_idle_ms", 60_000),  # a site always has a call open
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
@@ -66,7 +66,7 @@ class GrpcGrid(flower.BaseGrid):
 
     Args:
         roster: who may connect; every site has a queue from the start, connected or not.
-        limits: what one reply may measure.
+        limits: the largest size of one reply.
         grace: seconds after which :meth:`send_and_receive` stops waiting for a site that is not connected.
         bounds: what else a site may ask of the server.
     """
@@ -115,8 +115,8 @@ class GrpcGrid(flower.BaseGrid):
     def replies(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """:meth:`send_and_receive`, reply by reply in the order in which they come.
 
-        A reply that was given away is held by nobody else. Of those that come while it is worked on, as many wait in
-        memory as ``bounds.held`` allows; the others wait at their sites, half sent.
+        The grid keeps no reference to a reply that it gave away. While that reply is worked on, others come: as many as
+        ``bounds.held`` allows wait in memory, the rest at their sites, half sent.
         """
         return self.mailbox.replies(self.push_messages(messages), timeout)
 

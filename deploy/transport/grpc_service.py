@@ -1,16 +1,16 @@
 """What the server and a site say to each other, seen from the server.
 
-Two calls. ``Work``: a site opens it once and the server streams messages to it. ``Reply``: the site streams one answer,
-so that flow control and the outcome are each answer's own. Each call is mapped from the peer's certificate (SHA-256
-of its public key) to a member of the roster.
+There are two calls. ``Work``: a site opens it once and the server streams messages to it. ``Reply``: the site streams
+one answer, so each answer has its own flow control and outcome. The peer's certificate (SHA-256 of its public key)
+tells which member of the roster makes a call.
 
 Frames of ``Work`` are JSON control frames (``welcome``, ``message``, ``end``); after ``message`` come the codec's
 chunks of one message. ``Reply`` carries the codec's chunks alone. Metadata entries of a call:
 
 ====================== ==========================================================================================
-``fedveil-instance``   both calls: the site's process. A restarted process is told from a second one by whether
-                       the first one's stream is alive (closed sockets show at once, a cut line by keep-alive within
-                       15 seconds).
+``fedveil-instance``   both calls: the site's process. A new one is a second process while the earlier one's
+                       stream is alive, else a restarted one (a closed socket shows at once, a cut line by
+                       keep-alive within 15 seconds).
 ``fedveil-have``       ``Work``: ``<message id>:<bytes>`` of a message of which so much came before the line broke.
 ``fedveil-from``       ``Reply``: the byte of the answer's stream with which this call begins.
 ====================== ==========================================================================================
@@ -164,7 +164,7 @@ class Service:
                 if incoming.message_id and not self._mailbox.owes(site, incoming.message_id):
                     return b"stale"
             if not decoder.complete:
-                # A lost connection can look like this: the message stays owed and is gone on with.
+                # A lost connection can look like this. The answer is still owed, and goes on later.
                 _abort(context, grpc.StatusCode.ABORTED, WireError("the reply's stream ended early"))
             reply = decoder.result()
         except WireError as e:

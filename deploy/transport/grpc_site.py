@@ -1,8 +1,8 @@
 """The site's half of our transport: dial the server, answer its messages with the locally installed ClientApp.
 
-No code is received. Messages are handled one after the other in the caller's thread; when the connection breaks,
-the site dials again, a half-sent message or answer goes on where it broke off, and a message that it had answered
-already is answered with the same bytes without asking the app.
+No code is received. Messages are handled one after the other in the caller's thread. When the connection breaks, the
+site dials again, and a half-sent message or answer goes on where it broke off. A message that was answered already is
+answered with the same bytes, without asking the app.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def run_site(
         on_status: told ``connecting``, ``connected``, ``working``, ``waiting``, ``lost``, ``finished``, ``aborted``
             and ``stopped``, from this thread.
         wait: seconds without a server, at the start or after a loss, before giving up.
-        takeover: seconds to wait while another process holds this identity; over 15 covers a predecessor whose
-            machine vanished without closing its connection.
-        limits: what a message from the server may measure.
-        server_key: SHA-256 (hex) of the public key that the roster names for the server's certificate; empty where it
+        takeover: seconds to wait while another process holds this identity. More than 15 is enough for an earlier
+            process whose machine vanished without closing its connection.
+        limits: the largest size of a message from the server.
+        server_key: SHA-256 (hex) of the public key that the roster names for the server's certificate. Empty if it
             names none: then any certificate of the authority for this host is the server's.
 
     Raises:
@@ -186,7 +186,7 @@ class _Site:
                 call.cancel()
 
     def _frame(self, call: Any) -> bytes:
-        """The next frame; the only place where this side waits for the server, and where ``stop`` breaks in."""
+        """The next frame. Only here this side waits for the server, and only here ``stop`` breaks in."""
         with self._lock:
             self._idle_call = call
         try:

@@ -1,7 +1,7 @@
 """What a peer may ask of the server: how fast it must move, how often it may fail, how much is kept for it.
 
-No I/O and no threads; the clock is an argument, in seconds, so that tests need not wait. One concept of time: whoever
-moves bytes at a decent pace is waited for, whoever does not is given up.
+No I/O and no threads. The clock is an argument, in seconds, so that tests need not wait. Time has one rule: a peer that
+moves bytes at a decent pace is waited for, any other is given up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Bounds:
             reply is let in whatever its size.
         burst: calls of one site that may fail in a row: refused, broken, or for nothing.
         refill: how many of them are forgiven in a second.
-        longest: how many times the time limit of a question may be spent on it while bytes move.
+        longest: while bytes move, a question may take up to this many times its time limit.
     """
 
     stall: float = 20.0
@@ -81,9 +81,9 @@ class Strikes:
 class Intake:
     """Bytes of replies in memory, per message.
 
-    A reply waits for room before its buffers are read, so that the peer's own flow control stops it. No dead-lock: the
-    app may wait for particular replies while others fill the room, so a reply that it waits for is let in over the
-    bound whenever no other one that it waits for is held; then one of them is always on its way to the app.
+    A reply waits for room before its buffers are read, so that the peer's own flow control stops it. The app may wait
+    for particular replies while others fill the room. To prevent a dead-lock, such a reply is let in over the bound
+    whenever no other that the app waits for is held. So one of them is always on its way to the app.
 
     Args:
         lock: the lock that protects everything here; every method but the constructor is called with it held.

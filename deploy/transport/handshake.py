@@ -1,9 +1,9 @@
 """TLS handshakes with the server by hand, for what gRPC does not do from Python.
 
-gRPC accepts any certificate of its roots that names the host: of one authority, any second certificate for that host
-would do. The roster names the one key. So the server's certificate is fetched by a handshake of our own, its key is
-compared with the roster's, and then that certificate is the only root that gRPC is given: nothing else completes
-its handshake, even if somebody else answers the second time. gRPC does not say either why a handshake failed.
+gRPC accepts any certificate of its roots that names the host, also a second one of the same authority. But the roster
+names one key. So a handshake of our own fetches the server's certificate and compares its key with the roster's. Then
+gRPC gets that certificate as its only root: nothing else completes its handshake, even if somebody else answers
+the second time. gRPC also does not say why a handshake failed.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def shake(address: str, tls: TlsFiles) -> Iterator[ssl.SSLSocket]:
 
 
 def _awaited(work: Callable[[], _T], stop: threading.Event | None) -> _T:
-    """What ``work`` gives, within a limit for the whole of it; a name's look-up and a proxy have none of their own.
+    """What ``work`` gives, within a limit for all of it: the look-up of a name and a proxy have no limit of their own.
 
-    It runs in a thread, because a signal's handler that sets ``stop`` does not end a system call. Broken off, the
-    thread is left to its own time limits.
+    It runs in a thread, because a signal's handler that sets ``stop`` does not end a system call. When it is broken
+    off, only its own time limits end the thread.
 
     Raises:
         ConnectionAbortedError: ``stop`` was set.
@@ -169,8 +169,8 @@ def _excepted(host: str) -> bool:
 def _closed_at_once(address: str, tls: TlsFiles) -> bool:
     """Whether the server hangs up without a word after the handshake.
 
-    With TLS 1.3 its verdict on our certificate comes after our own handshake is complete. gRPC's verdict is to
-    close; a server that accepts us speaks first.
+    With TLS 1.3 the server judges our certificate after our own handshake is complete. gRPC closes if it refuses the
+    certificate; a server that accepts us speaks first.
     """
     with shake(address, tls) as connection:
         try:

@@ -129,7 +129,7 @@ class Mailbox:
                 raise TransportError("too many calls that came to nothing", hint="wait a minute")
 
     def strike(self, site: SiteId) -> None:
-        """A call of ``site`` came to nothing."""
+        """Count a call of ``site`` that came to nothing."""
         with self._lock:
             self._links[site].strikes.count(time.monotonic())
 
@@ -196,16 +196,16 @@ class Mailbox:
             return session.pace
 
     def delivered(self, site: SiteId, session: Session) -> None:
-        """It has gone out, whole."""
+        """The message has gone out, whole."""
         with self._lock:
             session.pace = None
             if (parcel := self._links[site].owed.get(session.current)) is not None:
                 parcel.moved = time.monotonic()
 
     def parked(self, site: SiteId, instance: str, message_id: str) -> int:
-        """Bytes that came of the answer to ``message_id`` before its stream broke.
+        """How many bytes of the answer to ``message_id`` came before its stream broke.
 
-        A stream of the same process that is just being broken off is waited for.
+        If a stream of the same process is just being broken off, this waits for its end.
         """
         with self._lock:
             link = self._links[site]
@@ -219,7 +219,7 @@ class Mailbox:
         """Admit one reply at a time, from the process whose session is alive; it begins at the byte ``start``.
 
         Raises:
-            TransportError: no such session, another reply is arriving, or nothing ends at ``start``.
+            TransportError: no such session, another reply is arriving, or no half-sent one ends at ``start``.
         """
         with self._lock:
             link = self._links[site]
@@ -254,7 +254,7 @@ class Mailbox:
             return fits
 
     def end_reply(self, site: SiteId, incoming: Incoming, *, keep: bool) -> None:
-        """The reply's stream is over; ``keep``: it broke, and what has come of it may be gone on with."""
+        """The reply's stream is over. With ``keep`` it broke, and may go on from what has come of it."""
         with self._lock:
             link = self._links[site]
             incoming.parked = keep and incoming.message_id in link.owed
@@ -335,7 +335,7 @@ class Mailbox:
         return [s for s, link in self._links.items() if link.session is not None]
 
     def _due(self, message_id: str, began: float, timeout: float) -> float:
-        """When the app gives ``message_id`` up, should nothing move from now on."""
+        """When the app gives ``message_id`` up if nothing moves from now on."""
         link = self._owner.get(message_id)
         if link is None:
             return math.inf

@@ -42,8 +42,8 @@ class Parcel:
     """An encoded message on its way to a site.
 
     Attributes:
-        moved: when a byte of it or of its answer last did, on the monotonic clock.
-        expires: when it is not worth delivering any more; the wall clock may jump, so it is not asked.
+        moved: when a byte of it or of its answer last moved, on the monotonic clock.
+        expires: when it is not worth delivering any more, on the same clock, because the wall clock may jump.
     """
 
     message: Message

@@ -89,7 +89,7 @@ class Health:
 
     @property
     def ok(self) -> bool:
-        """Whether nobody has to look."""
+        """False if somebody has to look after the run."""
         return self.status in STATES[:3]
 
 
@@ -117,7 +117,7 @@ class RunView:
         self._metrics = Tail(run / "metrics.jsonl", self._forget_metrics)
         self.plan: dict[str, Any] = {}
         self.name = ""
-        self._seen = False  # the lock of a server, at least once
+        self._seen = False  # a server's lock was seen at least once
         self._forget_journal()
         self._forget_metrics()
 
@@ -306,7 +306,7 @@ def _escaped(value: str) -> str:
 
 
 def refreshed(view: RunView) -> Health:
-    """Refresh and judge; of a folder that cannot be read the log says why."""
+    """Refresh and judge. If the folder cannot be read, the log says why."""
     try:
         view.refresh()
     except FedveilError as e:

@@ -1,7 +1,7 @@
 """The monitor's web server: three addresses on 127.0.0.1, reading only, for people and programs of this machine.
 
-It has no login, so it never listens elsewhere (reach it through ``ssh -L`` or ``kubectl port-forward``), and it
-answers only requests whose ``Host`` is a name of loopback: a page that gives its own name this address reads nothing.
+It has no login, so it never listens elsewhere (reach it through ``ssh -L`` or ``kubectl port-forward``). It answers
+only if ``Host`` is a name of loopback, so a page elsewhere that gives its own name this address reads nothing.
 """
 
 from __future__ import annotations

@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# gRPC reads this once, at its first import, whoever makes it: its own complaints about a peer's handshake are not
-# for a user's terminal, and what matters of them is raised as a TransportError.
+# gRPC reads this once, when anything first imports it. Its own complaints about a peer's handshake are not for a user's
+# terminal; what matters of them is raised as a TransportError.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

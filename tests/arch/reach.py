@@ -1,11 +1,11 @@
-"""What nothing reaches but tests: modules, functions, classes, methods and constants of the five rooms.
+"""What only tests reach: modules, functions, classes, methods and constants of the five rooms.
 
 ``python tests/arch/reach.py`` prints them and ends with 1 if one has no reason in reach.toml, or a reason is stale.
 
 Roots are what a user starts: the entry points of pyproject.toml, the table of sub-commands in common/cli.py,
 ``python -m fedveil``, and modules that scripts and unit files of ``deploy/`` name. Reach goes on through what reached
-code names. A name that only its own definition, or only unreached code, speaks of is not reached. Doubt counts as
-reach: a method is reached with its class if reached code anywhere says its name as an attribute or a string, if a
+code names. A name that only its own definition, or only unreached code, speaks of is not reached. In doubt a name is
+reached: a method is reached with its class if reached code anywhere says its name as an attribute or a string, if a
 template says it, if a base class from elsewhere may call it, or if a decorator may have registered it. Tests and
 benches are not read.
 """

@@ -1,4 +1,4 @@
-"""What a table of choices lists is taken where it is used: settings, options, hints."""
+"""Every choice that a table lists is accepted where the table is used: settings, options, hints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""No test of the suite depends on how quick the machine is: its readings of a clock are compared with nothing.
+"""No test of the suite depends on how quick the machine is: none compares readings of a clock with anything.
 
-What is allowed: a guard against hanging in a waiting helper (``until`` and the like, in WAITING), as long as it is
-generous; a time limit whose end a test wants to see. ``tests/bench`` compares times with times and is exempt, as is
+Two things are allowed: a generous guard against hanging in a waiting helper (``until`` and the like, in WAITING), and a
+time limit whose end a test wants to see. ``tests/bench`` compares times with times and is exempt, as is
 ``tests/fuzz/fuzzer.py``, which runs for as long as it is told.
 """
 

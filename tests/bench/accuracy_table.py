@@ -1,8 +1,8 @@
 """`make bench-accuracy`: what privacy costs in accuracy, and what a trusted party would save; docs/bench-accuracy.md.
 
-Digits over 5 and 20 sites: the platform's own server and client apps in process, every charge and every share of
-noise the real ones, the sum in the clear (the identical integers to ``keysum``), beside DP-SGD on the pooled records
-at the same total noise and beside noise at every site. Heart records of four hospitals: pooled, federated, alone.
+Digits over 5 and 20 sites: the platform's own server and client apps in process. Every charge and share of noise is
+real; the sum is in the clear (the same integers as with ``keysum``). Beside it: DP-SGD on the pooled records at the
+same total noise, and noise at every site. Heart records of four hospitals: pooled, federated, alone.
 `python tests/bench/accuracy_table.py [output file]`; jobs run in as many processes as there are cores.
 """
 

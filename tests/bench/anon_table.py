@@ -1,9 +1,9 @@
 """`make bench-anon`: Adult beside anjana, and ten million rows from Parquet to Parquet; writes docs/bench-anon.md.
 
-Data: the folder named by FEDVEIL_DATA (default ../shared/data), see its README; absent: only the generated file is
+Data: the folder named by FEDVEIL_DATA (default ../shared/data), see its README; without it only the generated file is
 measured. anjana runs in its own environment in the same run: the Python named by ANJANA_PYTHON, or one made under
-build/ with pip. Both sides are timed in CPU seconds of their process, from table in memory to table in memory,
-median of ours over five; ratios travel, seconds do not. `python tests/bench/anon_table.py [output file]`.
+build/ with pip. Both are timed in CPU seconds of their process, from table in memory to table in memory, ours as the
+median of five. Ratios hold on other machines, seconds do not. `python tests/bench/anon_table.py [output file]`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`make bench-dp`: what clipping every record costs, beside plain SGD and Opacus; writes docs/bench-dp.md.
 
-One thread, one process, all candidates interleaved in ever new orders: each figure is the median over repetitions of
-the ratio to the plain step (forward, mean loss, backward in float32) of the same repetition. Opacus runs as its users
-run it (float32, its own optimiser's clipping and summing, no noise); ours returns the float64 sum of the site's step,
-padding and checks included. Ratios travel, milliseconds do not. `python tests/bench/dp_table.py [output file]`, two
-minutes.
+One thread, one process; all candidates take turns, each time in a new order. Each figure is the median over repetitions
+of the ratio to the plain step (forward, mean loss, backward in float32) of the same repetition. Opacus runs as its
+users run it (float32, its own optimiser's clipping and summing, no noise). Ours returns the float64 sum of the site's
+step, padding and checks included. Ratios hold on other machines, milliseconds do not. `python tests/bench/dp_table.py
+[output file]`, two minutes.
 """
 
 from __future__ import annotations

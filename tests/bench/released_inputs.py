@@ -1,4 +1,4 @@
-"""Released tables of labels, whatever method made them, as a network's inputs: what training on them is measured with.
+"""Turns released tables of labels, whatever method made them, into a network's inputs, to measure training on them.
 
 A site trains on the contract's fixed levels, which :mod:`fedveil.client.records.release.encode` encodes without labels.
 """

@@ -1,8 +1,8 @@
 """`make bench-secagg`: the sum of keys beside the CKKS setting of other platforms; writes docs/bench-secagg.md.
 
-Everything is measured in one run, the two sides interleaved, in CPU seconds of one process (`time.process_time`, all
-threads); medians. Absolute figures belong to the machine, ratios travel. Run it on a quiet machine; it takes about a
-minute. `python tests/bench/secagg_table.py [output file]`.
+Everything is measured in one run; the two sides take turns. Figures are medians, in CPU seconds of one process
+(`time.process_time`, all threads). Ratios hold on other machines, absolute figures do not. Run it on a quiet machine;
+it takes about a minute. `python tests/bench/secagg_table.py [output file]`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What comes from outside is judged at a decent speed: cells, queries, plans. Ratios of two times of one run.
 
-The best of three counts on both sides: another program may take time from a run, and can give it none.
+The best of three counts on both sides: another program can only make a run slower, never faster.
 """
 
 from __future__ import annotations

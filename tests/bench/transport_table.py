@@ -1,7 +1,7 @@
 """What our transport costs, every party a process over mTLS on loopback: ``make bench-transport`` writes the table.
 
-``python tests/bench/transport_table.py [OUT.md]``. Sites that are many (200 idle, 50 with a million parameters) are
-threads of a few processes, each with a connection and certificate of its own; the server is always a process alone.
+``python tests/bench/transport_table.py [OUT.md]``. Many sites (200 idle, 50 with a million parameters) are threads of a
+few processes, each with a connection and certificate of its own. The server is always a process of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A site holds against a server that goes on with a member whom the consortium has revoked."""
+"""A site refuses to help a server that goes on with a member whom the consortium has revoked."""
 
 from __future__ import annotations
 

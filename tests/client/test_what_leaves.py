@@ -1,4 +1,4 @@
-"""What a site's app says when something fails: a class and, only where no record can be in them, its words."""
+"""What a site's app says when something fails: the error's class, and its words only if no record can be in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exception tree: drawn as it is, one exit code each, names that travel."""
+"""The exception tree: its drawing is right, each error has one exit code and travels by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process still does when its run has ended: the report at the server, the page of its own at a site."""
+"""What a process still does when its run has ended: the server makes the report, a site makes its own page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of deploy/packaging: parsed, held against each other and the program, tried where tools allow it."""
+"""The files of deploy/packaging: parsed, compared with each other and with the program, tried where tools allow it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small consortium on loopback whose members are processes of their own, and ways to hurt them."""
+"""A small consortium on loopback whose members are processes of their own, and ways to make them fail."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A process that has imported everything and forks a ``fedveil`` command for every line it is sent.
 
-Every command is a process of its own, with its own sockets, files and randomness, and dies like one; what it saves
-is the seconds that importing torch takes in each. Lines are JSON: ``{"start": {"argv", "cwd", "log"}}`` is answered
-by ``{"pid"}``, ``{"poll": pid}`` by ``{"code"}`` (null while the process runs, minus the signal if one ended it).
+Every command is a process of its own, with its own sockets, files and randomness, and dies like one. Forking saves the
+seconds that importing torch takes in each. Lines are JSON: ``{"start": {"argv", "cwd", "log"}}`` is answered by
+``{"pid"}``, ``{"poll": pid}`` by ``{"code"}`` (null while the process runs, minus the signal if one ended it).
 
 ``"start"`` may hold a ``"fault"``: ``{"target": "module:name", "when": "before" or "after", "nth", "kind", "do"}``. The
 process does that to itself at the n-th call of the function (that has ``kind`` among its arguments, unless that is

@@ -1,4 +1,4 @@
-"""One run that takes all of it: a hospital dead for good, another cut off for a minute, the server restarted."""
+"""One run with three faults: a hospital dead for good, another cut off for a minute, the server restarted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Two worlds for attacks: a joined session of the sum of keys in memory, and a server process with one honest site.
 
-In the first the server and some of the sites are the adversary's; in the second whoever reaches the server's port.
+In the first the adversary has the server and some of the sites. In the second it is whoever reaches the server's port.
 """
 
 from __future__ import annotations

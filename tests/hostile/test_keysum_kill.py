@@ -1,4 +1,4 @@
-"""kill -9 at any moment: what a site promised before it, it promises after it, and nothing else."""
+"""kill -9 at any moment: afterwards a site promises what it promised before, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server process for attacks on the transport: it asks every connected site again and again, and says how it is.
+"""A server process for attacks on the transport: it asks every connected site again and again, and reports how it is.
 
 ``python transport_server.py FOLDER BURST STALL``. Lines of JSON on stdout: ``{"port"}``, then after every round
 ``{"rounds", "answered", "rss"}`` (bytes), ``{"report": [site, what]}`` for what was refused, ``{"ended"}`` once stdin

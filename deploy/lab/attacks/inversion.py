@@ -1,7 +1,7 @@
-"""Records from gradients: by division, by matching (iDLG), by a network that the server made for it (imprint).
+"""Records from gradients: by division, by matching (iDLG), by a network that the server made to steal (imprint).
 
 All attack a dense network with one hidden layer of tanh. A record x moves the first layer's weights by ``δ xᵀ`` and its
-biases by ``δ``: every row of the first divided by the entry of the second *is* the record.
+biases by ``δ``. So every row of those weights, divided by its entry of those biases, *is* the record.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build
 
-EXACT = 1e-3  # mean square over pixels in [0, 1]: no difference to be seen
+EXACT = 1e-3  # mean square over pixels in [0, 1]: nobody sees the difference
 _STEEP = 4.0
 
 

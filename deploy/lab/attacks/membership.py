@@ -1,8 +1,8 @@
 """Was this record in the training data? LiRA (Carlini et al. 2022) with a few shadow models.
 
-Every model is trained on a random half of the records; each is attacked in turn, with all others as shadows. For each
-record the shadows give the distributions of its logit when it was in and when it was not; their likelihood ratio is the
-score. With so few shadows the spread is shared by all records.
+Every model is trained on a random half of the records. Each is attacked in turn, with all others as shadows. For each
+record the shadows give two distributions of its logit: of models trained on it, and of the others. Their likelihood
+ratio is the score. With so few shadows, all records share one spread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Membership:
 
 
 def trained_openly(spec: ModelSpec, X: NDArray[np.float32], y: NDArray[np.int64]) -> NDArray[np.float32]:
-    """``(D,)``: weights after plain gradient descent on everything, to the end: what no defence means."""
+    """``(D,)``: weights after plain gradient descent on all records, to the end: a model without any defence."""
     model = build(spec)
     features, labels = torch.from_numpy(X), torch.from_numpy(y)
     descent = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)

@@ -179,7 +179,7 @@ def _imprinted(world: views.World, s: Scale):
 
 
 def _members(world: views.World, y_public: NDArray[np.int64], s: Scale):
-    """Membership without a defence and for two private runs; a tenth of the labels is wrong, to be memorised."""
+    """Membership without a defence and for two private runs. A tenth of the labels is wrong, to be memorised."""
     stream = KeyStream()
     X, y = world.X[: s.members], world.y[: s.members].copy()
     wrong = stream.uniform(len(y)) < 0.1

@@ -1,4 +1,4 @@
-"""The one-run audit of this program: canaries that toss a coin, through the real path, and what their sums betray."""
+"""The one-run audit, through the real path: a coin decides if a canary takes part, and the sums betray which did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedveil.privacy.audit.slab import Slab, slab_plan
 from fedveil.privacy.dp.noise import KeyStream
 from fedveil.privacy.plan import PrivacyPlan
 
-MAX_CANARIES = 1 << 13  # a record has a feature for every canary: their table grows with the square
+MAX_CANARIES = 1 << 13  # a record has a feature for every canary, so their table grows with the square
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def one_run(
 ) -> OneRun:
     """Run the mechanism of ``plan`` once over canaries and bound its ε from below.
 
-    Each canary's clipped gradient lies on a coordinate that no other record touches: the strongest place for an
-    attacker, whose score is the sum of that coordinate over all opened sums. Coins are the operating system's. The
-    reading of the guesses is fixed beforehand: by Gaussian trade-off functions for q = 1, where they are exact; below
-    it by that of (ε, δ)-DP, which assumes nothing.
+    Each canary's clipped gradient lies on a coordinate that no other record touches. No place helps an attacker more;
+    its score is the sum of that coordinate over all opened sums. Coins are the operating system's. How the guesses are
+    read is fixed beforehand. For q = 1 it is by Gaussian trade-off functions, which are exact there. For q < 1 it is by
+    the trade-off function of (ε, δ)-DP, which assumes nothing.
 
     Raises:
         UsageError: a plan of whole clients.

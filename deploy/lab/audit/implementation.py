@@ -30,7 +30,7 @@ from fedveil.server.strategy import SecureSumStrategy
 
 
 class _Seen:
-    """A server's half of the secure sum that keeps what it opens; everything else is the real one's."""
+    """A server's half of the secure sum that keeps what it opens. In all else it is the real one."""
 
     def __init__(self, inner: ServerSum) -> None:
         self.inner = inner
@@ -55,7 +55,7 @@ class _Watched(SecureSumStrategy):
         self._sum = cast(ServerSum, self.seen)
 
     def _record(self, number: int, metrics: MetricRecord | None, seconds: float) -> None:
-        """No line of metrics, whose ε of every single round would take longer than the round."""
+        """Write no line of metrics: to compute its ε would take longer than the round."""
         self.job.progress("round", {"round": number, "members": dict(metrics or {}).get("members", 0)})
 
 
@@ -140,7 +140,7 @@ class InProcess:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Drop-outs and a spent budget are part of an examination; what fails on a site's data is still logged."""
+    """Do not log drop-outs and a spent budget: an examination has them. What fails on a site's data is still logged."""
     log = logging.getLogger("fedveil")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""``fedveil stats``: a wish that means nothing is refused before anybody is asked, let alone charged."""
+"""``fedveil stats``: a request that makes no sense is refused before anybody is asked, let alone charged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration meets its target from below, barely; the table of events takes nothing else."""
+"""Calibration stays just below its target, and nothing outside the table of events becomes an event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, readable without eyes; charts that say what the numbers say."""
+"""The page: self-contained, escaped, readable by a screen reader; charts that say what the numbers say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact for every set of members, and nothing in the opened errors but how many there were."""
+"""Sums are exact for every set of members; the opened errors tell the number of members and nothing else."""
 
 from __future__ import annotations
 

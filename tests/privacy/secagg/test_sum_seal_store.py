@@ -1,4 +1,4 @@
-"""SEAL behind its wall, and what a site keeps: known answers, no stray files, write-once, crashes."""
+"""SEAL through its wrapper, and what a site keeps: known answers, no stray files, write-once, crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same rows through every door: encodings, separators, decimals, Arrow, SQL, DuckDB, FHIR; in bounded memory."""
+"""The same rows in every form: encodings, separators, decimals, Arrow, SQL, DuckDB, FHIR; in bounded memory."""
 
 import datetime as dt
 import json

@@ -1,4 +1,4 @@
-"""The whole line: what it gives, what it writes, what may leave, and what a failure leaves behind."""
+"""The whole ingestion: what it gives, what it writes, what may leave, and what a failure leaves behind."""
 
 import csv
 import hashlib

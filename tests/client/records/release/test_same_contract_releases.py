@@ -1,4 +1,4 @@
-"""What the contract's roads release, recorded once: the same rows and spelling, in whatever order."""
+"""What every method releases under one contract, recorded once: the same rows and spelling, in whatever order."""
 
 import hashlib
 
