@@ -1,7 +1,7 @@
 """The integer grid of a secure sum: how fine, and how far a site's coordinate may reach.
 
-Sums travel modulo 2^46; several small values share one ciphertext coefficient. A grid that is too coarse widens the
-sensitivity, one that is too fine leaves no room: :func:`choose` balances both, :func:`largest_sum` says what fits.
+Sums travel modulo 2^46. Several small values share one ciphertext coefficient. A grid that is too coarse widens the
+sensitivity, and one that is too fine leaves no room. :func:`choose` balances both, :func:`largest_sum` says what fits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def choose(
 ) -> tuple[float, float]:
     """Grid width and clamp: the most values per ciphertext coefficient that leave every site its usual range.
 
-    A site's coordinate reaches ``per_site * clip`` only if all its records pull one parameter the same way; a
-    clamp of 24 clips (fewer where many sites hold few records each, or that maximum if it is smaller) is what a
-    packing must leave room for.
+    A site's coordinate reaches ``per_site * clip`` only if all its records pull one parameter the same way. So a
+    packing must leave room for a clamp of 24 clips (fewer where many sites hold few records each, or that maximum if it
+    is smaller).
 
     Args:
         share: σ of one site's share of the noise, in clips.

@@ -52,8 +52,8 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
     """The join fields of one site's statement, after its signature, its hashes and the form of its heads were checked.
 
     Raises:
-        ProtocolError, IdentityError: the statement does not hold, or takes more room than its site has in the message
-            that shows every site all of them.
+        ProtocolError, IdentityError: the statement does not hold, or is larger than its site's room in the message that
+            shows all statements to every site.
     """
     member, room = roster.member(site), _STATEMENT_BYTES + share(len(roster.sites))
     if (size := len(canonical.dumps(document))) > room:
@@ -82,9 +82,9 @@ class Copy(NamedTuple):
 def share(sites: int) -> int:
     """How many bytes of copies each of so many statements may carry.
 
-    The message that begins a run holds all of them, and every site gets it: together they take three quarters of what
-    a header may measure (:class:`~fedveil.common.wire.Limits`): from about 70 sites with four ledgers each on less than
-    there is to say, and nothing from about 2400 on.
+    The message that begins a run holds all of them, and every site gets it. Together they take three quarters of the
+    largest header (:class:`~fedveil.common.wire.Limits`). From about 70 sites with four ledgers each, not all copies
+    fit. From about 2400 sites, none fits.
     """
     return max(0, Limits.header * 3 // 4 // max(sites, 1) - _STATEMENT_BYTES)
 
@@ -96,7 +96,7 @@ def carried(heads: Mapping[SiteId, Mapping[str, Copy]], order: Iterable[SiteId],
     not fit.
 
     Args:
-        heads: by site and ledger; what moved last stands last.
+        heads: by site and ledger. The one that moved last stands last.
     """
     out: dict[SiteId, list[list[int | str]]] = {}
     order = list(order)
@@ -116,7 +116,7 @@ def carried(heads: Mapping[SiteId, Mapping[str, Copy]], order: Iterable[SiteId],
 def heads_of(value: Any) -> dict[SiteId, dict[str, Copy]]:
     """Parse ``{site: [[rows, hash, ledger], ...]}`` into copies by site and ledger, in the order in which they stand.
 
-    One ``[rows, hash, ledger]`` instead of a list of them is what was written when one ledger of a site was remembered.
+    One ``[rows, hash, ledger]`` instead of a list is the older form, in which one ledger of a site was remembered.
 
     Raises:
         ProtocolError: anything else, more than :data:`MAX_LEDGERS` of one site, or one ledger twice.

@@ -123,7 +123,7 @@ class Tally:
         self.spent, self.by_round[key] = after, event
 
     def _import(self, row: Row) -> None:
-        """Spending of another ledger, added whatever the cap says: it has happened. Once for each ledger."""
+        """Add the spending of another ledger, whatever the cap says: it has happened. Once for each ledger."""
         f, b = self._open_filter(row), row.body
         names = {b["ledger"], *b["carries"]}
         if not all(isinstance(name, str) for name in names) or names & self.counted:
@@ -250,8 +250,8 @@ class Ledger:
             self._append("ledger.cap", cap_epsilon=cap)
 
     def _append(self, kind: str, **body: Any) -> Row:
-        # Counted before it is written: a row that the rules refuse must never reach the disk, where it would make
-        # the ledger unreadable, and a charge whose writing failed is better kept than forgotten.
+        # Counted before it is written. A row that the rules refuse must never reach the disk, where it would make the
+        # ledger unreadable. And a charge whose writing failed is better kept than forgotten.
         self.tally.feed(Row(self.head.rows, self.journal.owner, 0, kind, body, self.head.hash, "", ""))
         return self.journal.append(kind, body)
 
@@ -264,8 +264,8 @@ class Ledger:
     def adopt(self, rows: list[Row], public: str) -> Row:
         """Count what another ledger has spent, as one signed row that names it; its imports are carried along.
 
-        The total never falls and may pass the cap: then nothing more is admitted. The other ledger stays open: whoever
-        has its key goes on spending from it. Where that key is at hand, use :meth:`take_over`.
+        The total never falls and may pass the cap: then nothing more is admitted. The other ledger stays open, so
+        whoever has its key can go on spending from it. Where that key is at hand, use :meth:`take_over`.
 
         Args:
             rows: the other ledger, whole.
@@ -305,7 +305,7 @@ class Ledger:
             old.close()
 
     def retire(self, ledger: str) -> Row:
-        """Never spend from this ledger again: ``ledger`` (the hash of its first row) is about to count it."""
+        """Never spend from this ledger again: ``ledger`` (the hash of another's first row) is about to count it."""
         return self._append("ledger.closed", ledger=ledger)
 
     def _adoption(self, rows: list[Row], public: str) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def _digest(plan: PlanFigures) -> str:
 def clips_per_site(mode: Mode, sample_rate: float, records: int, sites: int, model: Workload, clip: float) -> float:
     """How many clips long one site's sum may ordinarily be in one coordinate: twice its even share of the records.
 
-    Of statistics, each coordinate of which is at most 1 per record: as if one site had all the declared records.
+    For statistics, each coordinate is at most 1 per record: as many clips as if one site had all the declared records.
     """
     if isinstance(model, StatsSpec):
         return records / clip

@@ -1,7 +1,7 @@
 """When a privacy plan holds together: every rule refuses with the reason and the nearest plan that would pass.
 
-The rules read a plan and nothing else, so that a received plan is held to what :func:`fedveil.privacy.plan.make_plan`
-would have made. Symbols as in :mod:`fedveil.privacy.plan`.
+The rules read a plan and nothing else. So a received plan must pass the same rules as one that
+:func:`fedveil.privacy.plan.make_plan` makes. Symbols as in :mod:`fedveil.privacy.plan`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check(plan: PlanFigures) -> None:
         raise PlanError(
             f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.6g} cost epsilon = {plan.claim:.4f}, "
             f"more than the {plan.epsilon:g} this plan claims",
-            # the price as it is: a search for the noise would let a stranger's plan cost a minute
+            # the ε of this noise: a search for the right noise would let a stranger's plan cost a minute
             nearest={"epsilon": plan.claim} if plan.claim <= MAX_EPSILON else None,
         )
     if plan.inflation > MAX_INFLATION:
@@ -64,7 +64,7 @@ def check(plan: PlanFigures) -> None:
 
 
 def default_tolerance(sites: int) -> tuple[int, int]:
-    """The default ``(colluders, dropouts)``: both max(1, n // 6) from four sites up; three sites stand no drop-out.
+    """The default ``(colluders, dropouts)``: both max(1, n // 6) from four sites up; three sites allow no drop-out.
 
     Raises:
         PlanError: fewer than three sites (with two, each would know the other's sum).
@@ -105,7 +105,7 @@ def _answers(n: int, t: int) -> int:
 
 
 def _most_dropouts(mode: str, n: int, t: int) -> int:
-    """The most drop-outs beside ``t`` colluders: enough answers and, but for ``local``, two and more than t honest."""
+    """The most drop-outs beside ``t`` colluders: enough answers stay and, except in ``local``, h >= 2 and h > t."""
     answered = n - _answers(n, t)
     return answered if mode == "local" else min(answered, n - t - max(2, t + 1))
 
@@ -181,7 +181,7 @@ def _check_committee(plan: PlanFigures) -> None:
 
 
 def _check_stats(plan: PlanFigures, spec: StatsSpec) -> None:
-    """One sum over every record, whole: a clip or a clamp that cuts would bias every estimate unseen."""
+    """One sum over every record, uncut: a clip or a clamp that cuts would bias every estimate and not be seen."""
     nearest: dict[str, object] = {}
     if (plan.steps, plan.sample_rate) != (1, 1.0) or plan.mode == "client":
         nearest |= {"steps": 1, "sample_rate": 1.0, "mode": "distributed"}

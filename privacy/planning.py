@@ -31,7 +31,7 @@ def plan_from_settings(
         federation: ``federation.toml``.
         contract: the agreed contract; its hash goes into the plan.
         sites: number of sites on the roster.
-        noise_multiplier: σ to plan with; ε then follows from it, and what the settings say of either is left aside.
+        noise_multiplier: σ to plan with; ε then follows from it, and what the settings say of either is ignored.
 
     Raises:
         PlanError: with the reason and the nearest consistent plan.

@@ -1,8 +1,8 @@
 """Which coarser levels of the contract would pass.
 
 Joining bins joins classes. A joined class has the rows and the sensitive values of its parts, so k-anonymity and
-distinct l-diversity can only improve (monotone: Machanavajjhala et al. 2007, Theorem 4.2). Therefore: if the table with
-every quasi-identifier dropped fails, nothing passes; and of the passing changes only the minimal ones are worth saying.
+distinct l-diversity can only improve (monotone: Machanavajjhala et al. 2007, Theorem 4.2). So if the table fails even
+with every quasi-identifier dropped, nothing passes. Of the changes that pass, only the minimal ones are worth naming.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def passing_levels(classes: Classes, contract: DataContract) -> tuple[str, ...]:
     """Minimal coarsenings under which k and l hold, in words, the smallest change first; at most ``MAX_WAYS``.
 
     Empty exactly when no combination of the contract's levels passes. The search is exhaustive while it touches fewer
-    than ``MAX_WORK`` classes; beyond that at least one minimal passing change is still found.
+    than ``MAX_WORK`` classes. Beyond that it still finds at least one minimal change that passes.
     """
     levels = [level_of(c) for c in contract.quasi]
     boundaries = [(j, i) for j, level in enumerate(levels) for i in range(level.boundaries)]
@@ -64,7 +64,7 @@ def _by_size(boundaries: list[tuple[int, int]]) -> Iterable[Removal]:
 def _descend(classes: Classes, start: Removal, levels: list[Level], contract: DataContract) -> Removal:
     """Put boundaries back one by one while the table passes: a minimal change, not always the smallest."""
     kept = start
-    # The boundary to "no value" is a column's last and has to come back before any other of its column.
+    # The boundary to "no value" is a column's last. It has to come back before the column's other boundaries.
     for boundary in sorted(start, reverse=True):
         smaller = kept - {boundary}
         if _allowed(smaller, levels) and _passes(classes, smaller, levels, contract):

@@ -78,8 +78,8 @@ class Anonymizer:
             every column of more than 5 values has a hierarchy and the lattice is not too large, else mondrian.
         suppression_limit: share of rows in [0, 1] that may be left out (``mondrian`` leaves none out).
 
-    Guarantees: released rows meet every criterion among themselves; their order is uniformly random and they carry no
-    index; the input is never changed; the recoding depends on the multiset of rows alone.
+    Guarantees: the released rows meet every criterion among themselves. Their order is uniformly random, and they carry
+    no index. The input is never changed. The recoding depends on the multiset of rows alone.
 
     Raises:
         ContractError, UsageError: the specification is inconsistent.
@@ -106,7 +106,7 @@ class Anonymizer:
 
         Raises:
             DataError: columns, values or rows that do not fit the specification.
-            AnonymityError: the criteria cannot be met; the message says which and the best reachable.
+            AnonymityError: the criteria cannot be met. The message says which, and the best value that can be reached.
             UsageError: too many quasi-identifiers for ``optimal`` or ``peel``.
         """
         if not isinstance(table, pa.Table):
@@ -116,7 +116,7 @@ class Anonymizer:
         return pa.concat_tables(released(rows, self.spec, fitted.classes, fitted.found))
 
     def recoded(self, rows: Rows, lap: Callable[[str], None] = lambda name: None) -> Fitted:
-        """The recoding of rows from anywhere; ``lap`` is told when a phase ends. Raises as :meth:`fit_transform`."""
+        """The recoding of any rows. ``lap`` is called when a phase ends. Raises what :meth:`fit_transform` raises."""
         prepared = prepare(rows, self.spec, self.models, lap=lap)
         levels = [q.fixed_level for q in self.spec.quasi]
         given = None if None in levels else tuple(level for level in levels if level is not None)
@@ -138,7 +138,7 @@ class Anonymizer:
 
     @property
     def stability(self) -> Stability:
-        """How many released rows one record can change, see :mod:`.stability`; for row-wise steps before it."""
+        """How many released rows one record can change (:mod:`.stability`), if all steps before it are row-wise."""
         return stability(self.method, self.models, suppression_limit=self.suppression_limit)
 
 
@@ -162,7 +162,7 @@ def check_limit(limit: float) -> None:
         )
     if not 0 <= limit <= 1:
         hint = f"{limit / 100:g} is {limit:g} %" if 1 < limit <= 100 else "give a share of the rows, such as 0.05"
-        shown = f" = {limit:g}" if abs(limit) < 1e300 else ""  # a longer whole number is no float
+        shown = f" = {limit:g}" if abs(limit) < 1e300 else ""  # a longer whole number fits into no float
         raise ContractError(f"suppression_limit{shown} is not a share in [0, 1]", hint=hint)
 
 

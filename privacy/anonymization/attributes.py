@@ -1,7 +1,7 @@
 """Which columns identify, which are sensitive, and how values generalise: the engine's own small specification.
 
-It serves a table that no federation ever sees; a signed :class:`~fedveil.common.contract.DataContract` says the same
-things and is turned into it by :meth:`TableSpec.from_contract`.
+It serves a table that no federation ever sees. A signed :class:`~fedveil.common.contract.DataContract` says the same
+things. :meth:`TableSpec.from_contract` turns it into this specification.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Hierarchy:
         self._check_labels(where)
 
     def _check_labels(self, where: str) -> None:
-        """A label names one set of leaves, whatever level it stands on: else a released cell had two meanings."""
+        """A label names the same leaves wherever it stands. Otherwise a released cell would have two meanings."""
         meaning: dict[str, tuple[int, ...]] = {}
         for level in self.levels:
             members: dict[str, list[int]] = {}

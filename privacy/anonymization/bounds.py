@@ -1,25 +1,25 @@
 """Rows that any release has to leave out of a class, and of the classes of every finer node: the search's lower bounds.
 
-Let n rows be given, at most L of them suppressed, and C a class of a node. At this node and at every finer one the rows
-R that are released fall into classes that each lie inside one C or outside it, so the rows of C that are released,
-C ∩ R, are empty or a union of released classes D. What every D meets carries over to the union as follows:
+Let n rows be given, at most L of them suppressed, and C a class of a node. Let R be the rows that are released at this
+node or a finer one. Each of their classes lies inside C or outside it. So the released rows of C, C ∩ R, are empty or a
+union of released classes D. What every D meets carries over to the union as follows:
 
 - k-anonymity: a class of fewer than k rows contains no D at all, and C ∩ R is empty or holds at least k rows.
 - distinct l-diversity: D has at most the values of C, so a C with fewer than l contains no D.
 - a bound on the share of an event, q_D(A) ≤ b for every D: as the share of a union is an average of its parts' shares,
   q(A) ≤ b for C ∩ R. With x of the s rows of C left out, at least s·q_C(A) - x of those that stay lie in A, so
   s·q_C(A) - x ≤ b·(s - x), that is x ≥ s·(q_C(A) - b) / (1 - b). This serves (α,k)-anonymity (one value, b = α),
-  β-likeness (one value, b = (1 + β)·p_R) and t-closeness with the equal distance (any set of values, b = p_R(A) + t);
-  for the share in the released table, p_R(A) ≤ p(A)·n / (n - L), as A loses no rows at the best and the table L.
+  β-likeness (one value, b = (1 + β)·p_R) and t-closeness with the equal distance (any set of values, b = p_R(A) + t).
+  For the share in the released table, p_R(A) ≤ p(A)·n / (n - L): at most, A loses no row and the table loses L.
 - t-closeness with another ground distance of diameter 1: the distance is convex, so C ∩ R is within t of R; leaving a
   share x/s out of C moves its distribution by at most x/s, leaving L of n out of the table by at most L/n; by the
-  triangle inequality d(C, table) ≤ x/s + t + L/n. Not for an ordered distance whose ranks depend on the values left.
+  triangle inequality d(C, table) ≤ x/s + t + L/n. Not so for an ordered distance whose ranks depend on the values left.
 
-Every threshold is taken MARGIN larger than it is: what the criteria forgive (1e-12) and floating point adds to a share
-or a distance must not be divided by 1 - b and multiplied by the rows. A larger threshold is a weaker bound, and true.
+Every threshold is raised by MARGIN: what the criteria forgive (1e-12), and what floating point adds to a share or a
+distance, must not be divided by 1 - b and multiplied by the rows. A larger threshold gives a weaker, true bound.
 
 Criteria without such an argument count as 0. The sum over the classes of a node bounds from below what is suppressed
-there and at all finer nodes: above L, none of them is feasible.
+there and at all finer nodes. If it is above L, none of them is feasible.
 """
 
 from __future__ import annotations

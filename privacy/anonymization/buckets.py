@@ -1,7 +1,7 @@
 """The last pass: every row's class is looked up, its cells are recoded, and the order becomes uniformly random.
 
-Each row goes to a bucket drawn with the operating system's randomness; each bucket, small enough for memory, is
-permuted. A single bucket stays in memory; several wait on disk, and hold what will be released and nothing else.
+Each row goes to a bucket drawn with the operating system's randomness. Each bucket is small enough for memory, and is
+permuted. A single bucket stays in memory. Several wait on disk, and hold only what will be released.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def released(
     """The released rows, a table for each bucket; a table that lies in memory anyway is one bucket.
 
     Args:
-        folder: where buckets wait; whoever made it removes it.
+        folder: where buckets wait. The caller made it and removes it.
 
     Raises:
         DataError: rows that were not counted.
@@ -45,7 +45,7 @@ def released(
 def random_order(n: int) -> Index:
     """A permutation from the operating system's randomness (sorted 64-bit keys).
 
-    Two equal keys among 10^6 rows have probability below 3e-8, and then say nothing but the order of that one pair.
+    Two equal keys among 10^6 rows have a probability below 3e-8. They would tell only the order of that one pair.
     """
     return np.argsort(np.frombuffer(os.urandom(8 * n), np.uint64))
 
@@ -89,7 +89,7 @@ class _Buckets:
         return pa.table(columns, names=["class", *self._others])
 
     def _column(self, column: Any, name: str, rows: Index) -> Any:
-        """A released column; texts as numbers into a list kept aside, so that no bucket repeats them."""
+        """A released column. Texts become numbers of a list kept aside, so that no bucket repeats them."""
         if not pa.types.is_dictionary(column.type):
             return column.take(pa.array(rows))
         known = self._words.setdefault(name, {})

@@ -7,8 +7,8 @@ its bound. Without suppression, each can be met only if the whole table as a sin
 Sources: k-anonymity: Sweeney, IJUFKS 10(5) 2002. Distinct, entropy and recursive (c,l)-diversity: Machanavajjhala,
 Gehrke, Kifer, Venkitasubramaniam, TKDD 1(1) 2007, Definitions 4.1 to 4.3. t-closeness: Li, Li, Venkatasubramanian,
 ICDE 2007, section 4. (α,k)-anonymity: Wong, Li, Fu, Wang, KDD 2006. β-likeness: Cao, Karras, PVLDB 5(11) 2012.
-δ-disclosure: Brickell, Shmatikov, KDD 2008. What they do not give: none composes over releases, and none is
-differential privacy.
+δ-disclosure: Brickell, Shmatikov, KDD 2008. Their limits: none of them composes over releases, and none is differential
+privacy.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class BetaLikeness:
         return f"β = {self.beta:g}" + (", enhanced" if self.enhanced else "")
 
     def measure(self, sizes: Counts, counts: Counts, whole: Reference | None = None) -> Figures:
-        """The largest relative gain; with ``enhanced`` in units of the value's own bound, times β."""
+        """The largest relative gain. With ``enhanced``: in units of the value's own bound, times β."""
         q, p = shares(counts, whole)
         safe = np.where(p > 0, p, 1.0)
         gain = np.where(p > 0, (q - p) / safe, np.where(q > 0, np.inf, 0.0))

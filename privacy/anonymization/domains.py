@@ -199,7 +199,7 @@ def _text(leaf: str, column: Column | None) -> str:
 def escape(value: str) -> str:
     """A value as one member of a set label: ``\\`` before ``|`` and ``\\``, and ``\\*`` for a value that reads ``*``.
 
-    A cell that came in suppressed is its own category, never "any value"; whether it occurs changes no other label.
+    A cell that was suppressed in the input is its own category, never "any value". It changes no other label.
     """
     out = value.replace("\\", "\\\\").replace("|", "\\|")
     return "\\" + out if out == TOP else out

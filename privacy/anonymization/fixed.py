@@ -23,7 +23,7 @@ Values = Mapping[str, "NDArray[np.float64] | NDArray[np.object_]"]
 
 @dataclass(frozen=True)
 class ReleasedTable:
-    """A recoded table: what may be written, trained on and nothing else. Identifiers are not in it.
+    """A recoded table: only this may be written and trained on. Identifiers are not in it.
 
     Attributes:
         rows: number of rows.
@@ -55,8 +55,8 @@ class Recoded:
 def recode(columns: Values, rows: int, contract: DataContract) -> Recoded:
     """Apply the contract's levels and, if the contract allows it, suppress whole failing classes.
 
-    Where suppression is not allowed, or would exceed the limit, failing classes stay in the table: the verification of
-    the written file is what refuses them, with advice.
+    Where suppression is not allowed, or would exceed the limit, failing classes stay in the table. The verification of
+    the written file then refuses them, with advice.
 
     Args:
         columns: the loaded columns, each (rows,): numbers with NaN, texts with "" for "no value".
@@ -78,8 +78,8 @@ def recode(columns: Values, rows: int, contract: DataContract) -> Recoded:
 def failing_classes(table: ReleasedTable, contract: DataContract) -> tuple[codes.Groups, NDArray[np.bool_]]:
     """The classes of equal quasi-identifiers, and (g,) which of them break k, or l where the contract asks for it.
 
-    l = 1 requires nothing: else a class whose sensitive values are all missing would fail at any size, and one record
-    with a value would bring it back, which :func:`stability_factor` denies.
+    l = 1 requires nothing. Otherwise a class whose sensitive values are all missing would fail at any size, and one
+    record with a value would bring it back. :func:`stability_factor` rules that out.
     """
     groups = codes.group([table.coded[c.name] for c in contract.quasi], table.rows)
     k, ell = criteria.KAnonymity(contract.k), criteria.DistinctL(contract.l)
@@ -93,9 +93,9 @@ def stability_factor(contract: DataContract) -> int | None:
     """How many released rows one original record can change; None when that is not bounded.
 
     It belongs to the procedure, not to this table: suppression that is allowed counts even if it never happens.
-    1: fixed recoding alone. k: suppression for k alone, where one record more brings back, or one less takes away, a
-    class of k; account for a group of k, never k times ε. None: suppression for l, where one record can bring back a
-    class of any size.
+    1: fixed recoding alone. k: suppression for k alone. One record more can bring back a class of k, and one less can
+    take it away. Account for a group of k, never for k times ε. None: suppression for l, where one record can bring
+    back a class of any size.
     """
     if contract.suppression_limit == 0:
         return 1

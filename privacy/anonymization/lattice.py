@@ -2,10 +2,10 @@
 
 The search is in the spirit of Flash (Kohlmayer, Prasser, Eckert, Kuhn, PASSAT 2012): greedy paths upwards from the most
 promising undecided node, binary search on each path, predictive tagging, and roll-up (a node is evaluated on the
-classes of a finer node, not on the rows). What is minimised is the certainty penalty per cell, suppressed rows counting
-as fully general. Its part without suppression is a sum over attributes, so it bounds every node from below: a node
-above the best loss found is never evaluated, and the result is the optimum. Tagging works for every criterion that has
-a bound in :mod:`.bounds`, although suppression makes t-closeness itself neither grow nor shrink along the lattice.
+classes of a finer node, not on the rows). The search minimises the certainty penalty per cell. Suppressed rows count as
+fully general. The part without suppression is a sum over attributes, so it bounds every node from below. A node above
+the best loss found is never evaluated, and the result is the optimum. Tagging works for every criterion that has a
+bound in :mod:`.bounds`, although with suppression t-closeness itself is not monotone along the lattice.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Lattice:
             self._evaluate(path[0])
 
     def _evaluate(self, i: int) -> bool:
-        """Look at one node; whether finer nodes are worth looking at before coarser ones."""
+        """Look at one node. True if finer nodes are worth looking at before coarser ones."""
         if i in self._seen:
             return self._seen[i]
         self._seen[i] = worth = self._judge(i, tuple(self._nodes[i].tolist()))
@@ -227,7 +227,7 @@ class Lattice:
         return True
 
     def _tag(self, levels: tuple[int, ...]) -> None:
-        """Predictive tagging: what a node has to suppress, all finer nodes have to."""
+        """Predictive tagging: what a node has to suppress, all finer nodes have to suppress too."""
         self._below[tuple(slice(level + 1) for level in levels)] = True
 
     def _keep(self, i: int, finer: Part, keys: Index, span: int) -> Part:

@@ -1,9 +1,9 @@
 """Multidimensional partitioning (Mondrian: LeFevre, DeWitt, Ramakrishnan, ICDE 2006), breadth first, numpy only.
 
 All open partitions are cut in one vectorised step per depth. For every attribute the cuts nearest to the median are
-tried, and the one whose two halves cover least of the domain (certainty penalty, weighted by rows) is taken. While very
-many tuples are open, the widest attribute is cut at its median instead, as in the paper. A cut is allowed if both
-halves meet every criterion. Partitions end up as sets of the values they really hold, so they are tighter than boxes.
+tried. The cut whose halves cover least of the domain (certainty penalty, weighted by rows) is taken. While very many
+tuples are open, the widest attribute is cut at its median instead, as in the paper. A cut is allowed if both halves
+meet every criterion. Partitions end up as sets of the values they really hold, so they are tighter than boxes.
 """
 
 from __future__ import annotations

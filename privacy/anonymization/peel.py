@@ -74,7 +74,7 @@ class _Peeling:
         return bool(len(self.index))
 
     def advance(self, nodes: NDArray[np.int64]) -> int:
-        """Handle the first few of ``nodes``; how many."""
+        """Handle the first few of ``nodes``, and return how many."""
         block = nodes[: max(1, min(MOST_NODES, BLOCK_CELLS // len(self.index)))]
         # A node that cannot finish a class now never can: the tuples that are left only become fewer.
         for i in self._promising(block).tolist() if len(block) > 1 else [0]:
@@ -134,7 +134,7 @@ class _Peeling:
         return bool(self.constraints.holds(self.classes[kept], self.count, kept, references).all()) and self.count > 0
 
     def _absorb(self, out: Peeled, top: NDArray[np.int64]) -> Peeled:
-        """Put back the latest (most general) classes, as few as make the joined rest meet everything."""
+        """Put back the latest (most general) classes: as few as the joined rest needs to meet everything."""
         needed = self._fewest()
         classes = out.classes.copy()
         back = classes >= self.count - needed
@@ -149,7 +149,7 @@ class _Peeling:
         while step < self.count and not self._joined_holds(step):
             low, step = step, 2 * step
         high = min(step, self.count)
-        # Not every criterion is monotone in the number joined, so the end that was checked is the one that counts.
+        # Not every criterion is monotone in the number joined, so only a number that was checked itself counts.
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._joined_holds(middle) else (middle, high)

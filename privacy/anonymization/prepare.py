@@ -60,7 +60,7 @@ def bind(models: Sequence[Criterion], spec: TableSpec) -> tuple[Criterion, ...]:
     Raises:
         ContractError: no criterion, or something else in its place; a column that is not declared sensitive or not
             named; a distance without what it needs.
-        UsageError: the specification is none.
+        UsageError: what was given is no specification.
     """
     if not isinstance(spec, TableSpec):
         raise UsageError(
@@ -132,7 +132,7 @@ def _check_types(schema: Any, spec: TableSpec) -> None:
 
 
 def check_rows(rows: int, models: Sequence[Criterion]) -> None:
-    """Refuse no rows at all, and k above their number.
+    """Refuse a table without rows, and a k above the number of rows.
 
     Raises:
         DataError: zero rows.

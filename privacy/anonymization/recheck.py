@@ -1,8 +1,8 @@
 """Independent verification of a released table, for every criterion, from the bytes that were written.
 
-It shares the specification with the code that wrote the file and nothing else: Arrow reads and groups, the criteria are
-spelt out once more from their definitions in plain Python (fractions where they are rational), labels are parsed again.
-So an error in the searches, in the numpy histograms or in the writer cannot hide itself.
+It shares only the specification with the code that wrote the file. Arrow reads and groups. The criteria are written
+once more from their definitions in plain Python (fractions where they are rational). Labels are parsed again. So an
+error in the searches, in the numpy histograms or in the writer cannot hide itself.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _batches(path: Path, spec: TableSpec, names: Sequence[str]) -> Iterator[Any]
         file = pq.ParquetFile(path, read_dictionary=texts)
         source: Iterator[Any] = file.iter_batches(BATCH, columns=list(names))
     elif path.suffix == ".csv":
-        # As text, all of them: a guessed type would read "NA" as no value and "01" as 1.
+        # All columns are read as text: a guessed type would read "NA" as no value and "01" as 1.
         texts = dict.fromkeys(names, pa.string())
         convert = pacsv.ConvertOptions(column_types=texts, strings_can_be_null=False)
         reader = pacsv.open_csv(path, convert_options=convert)
@@ -201,7 +201,7 @@ def _spelling(column: Sensitive) -> Callable[[str], str | None]:
 
 
 def _check_values(column: Sensitive, found: Mapping[str, int]) -> None:
-    """An undeclared value is no diversity, and no distance is defined to it."""
+    """An undeclared value adds no diversity, and no distance to it is defined."""
     declared = _declared(column)
     if declared and (unknown := len(set(found) - declared)):
         raise AnonymityError(

@@ -94,7 +94,7 @@ def distance(m: cr.TCloseness, own: Histogram, whole: Histogram, column: Sensiti
 
 
 def _meet(gap: dict[tuple[str, ...], Fraction], level: int, height: int) -> tuple[Fraction, Fraction]:
-    """Work below one node of the hierarchy, and what it has too much of; ``level`` counts down from the root."""
+    """Work below one node of the hierarchy, and its surplus of mass. ``level`` counts down from the root."""
     if level == 0:
         return Fraction(0), sum(gap.values(), Fraction(0))
     children: dict[str, dict[tuple[str, ...], Fraction]] = {}

@@ -1,6 +1,6 @@
 """What a released label says, read again for the verifier: sets, intervals, dates, labels of a hierarchy.
 
-Shares nothing with the code that writes labels but the specification.
+It shares only the specification with the code that writes labels.
 """
 
 from __future__ import annotations

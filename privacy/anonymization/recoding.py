@@ -24,7 +24,7 @@ class Cells:
         labels: the different labels.
         of_class: (c,) index of each class's label.
         shares: (c,) NCP of each class's cell: 0 one value, 1 the whole domain.
-        covers: (labels, V) is too large to keep: ``leaves`` are, by label, the leaf codes that the label stands for.
+        leaves: by label, the leaf codes that it stands for. (A table of labels by V leaves would be too large to keep.)
     """
 
     labels: tuple[str, ...]

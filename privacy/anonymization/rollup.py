@@ -1,8 +1,8 @@
 """Classes of one node of the lattice, computed from the classes of a finer node instead of from rows.
 
-Neighbouring attributes are joined into a few blocks of at most ``BLOCK`` combinations of leaves, those that occur are
-numbered, and generalising a class is then one look-up per block in a small table, whatever the number of attributes.
-Sizes come first and decide most nodes; the classes' sensitive values are rolled up only where they are asked for.
+Neighbouring attributes are joined into a few blocks of at most ``BLOCK`` combinations of leaves. Those that occur are
+numbered. Generalising a class is then one look-up per block in a small table, whatever the number of attributes. Sizes
+come first and decide most nodes; the classes' sensitive values are rolled up only where they are asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Entries:
     values: Tuples
 
     def rolled(self, place: Index, classes: int) -> Entries:
-        """The entries of ``classes`` coarser classes; ``place`` is by class of this node the coarser one."""
+        """The entries of ``classes`` coarser classes. ``place`` names the coarser class of each class of this node."""
         t = self.values
         widths = [len(t.references[name].counts) + 1 for name in t.sensitive]
         owner = place[self.owner]
@@ -100,7 +100,7 @@ class Rollup:
             self.base = Part([c[first] for c in columns], sizes, Entries(inverse, tuples))
 
     def sizes(self, part: Part, node: Sequence[int]) -> tuple[Index, Figures]:
-        """The class at ``node`` of each class of ``part``, and the rows of every class; numbers may be left out."""
+        """The class at ``node`` of each class of ``part``, and the rows of every class. Some numbers may be unused."""
         tables = [self._table(b, node) for b in range(len(self._blocks))]
         columns = [table[c] for (table, _), c in zip(tables, part.columns, strict=True)]
         widths = [width for _, width in tables]

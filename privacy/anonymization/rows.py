@@ -77,7 +77,7 @@ class ParquetRows:
 
 
 def plain(column: Any) -> Any:
-    """The column without a dictionary: one that is carried along would list suppressed rows' values."""
+    """The column without its dictionary, which would also list the values of suppressed rows."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 

@@ -70,7 +70,7 @@ def load(path: Path) -> Task:
         data = tomllib.loads(text.decode()) if len(text) <= MAX_FILE_BYTES else None
     except (OSError, ValueError, RecursionError) as e:
         raise ContractError(f"{path} is not a readable TOML file", hint=_HINT) from e
-    if data is None:  # never a part of it: what is behind may be a criterion
+    if data is None:  # never read in part: a criterion may stand further on
         raise ContractError(f"{path} is longer than {MAX_FILE_BYTES >> 20} MiB", hint=_HINT)
     _known(data, {"suppression_limit", "method", "identifiers", "keep", "quasi", "sensitive", "criterion"}, str(path))
     quasi = tuple(QuasiIdentifier(**_column(c, path, {"numeric", "fixed_level"})) for c in _tables(data, "quasi"))

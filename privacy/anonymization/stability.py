@@ -2,8 +2,8 @@
 
 Differential privacy does not survive steps that look at the data. If the whole pipeline from original records to
 released rows changes at most c rows per record (add/remove distance), then a mechanism that is (ε, δ)-DP for groups of
-c released rows is (ε, δ)-DP for one original record: for a Gaussian on full batches that is noise σ/c; on sampled
-batches a group event. It is never c·ε. If no c exists, ε speaks of released rows alone.
+c released rows is (ε, δ)-DP for one original record. For a Gaussian on full batches that is noise σ/c. On sampled
+batches it is a group event. It is never c·ε. If no c exists, ε speaks of released rows alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stability:
 def stability(
     method: str, models: Sequence[Criterion], *, suppression_limit: float = 0.0, steps: Sequence[Step] = ()
 ) -> Stability:
-    """The factor of a whole pipeline. It belongs to the procedure: suppression that is allowed counts though unused.
+    """The factor of a whole pipeline. It belongs to the procedure: allowed suppression counts even if unused.
 
     Args:
         method: ``fixed``, ``mondrian``, ``optimal``, ``peel`` or ``auto``.

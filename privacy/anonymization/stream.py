@@ -1,8 +1,8 @@
 """A verified release in a file: every command's last step, and from Parquet to Parquet in bounded memory.
 
-Two passes turn the rows into weighted distinct tuples, the search sees only those, a third pass looks every row's class
-up and writes it in random order; see :mod:`.counting` and :mod:`.buckets`. What is on disk before the end lies in a
-folder of mode 0700 that is removed.
+Two passes turn the rows into weighted distinct tuples. The search sees only those. A third pass looks up every row's
+class and writes the rows in random order (:mod:`.counting`, :mod:`.buckets`). Until the end, what is on disk lies in a
+folder of mode 0700, which is then removed.
 
 Memory, for a file: the distinct tuples (not the rows), a few record batches, one bucket.
 """
@@ -77,7 +77,7 @@ def write_release(
     """Recode ``rows`` into ``destination`` (.csv, else Parquet; mode 0600), which exists only if verified.
 
     Args:
-        also: one more check of the draft, after every criterion was read on it.
+        also: one more check of the draft, made after every criterion was checked on it.
 
     Raises:
         DataError, AnonymityError, UsageError: as there; a criterion that the written file fails.
@@ -104,7 +104,7 @@ def write_release(
 
 
 def _write(parts: Iterator[pa.Table], path: Path) -> int:
-    """Write the parts; how many rows."""
+    """Write the parts, and return how many rows they hold."""
     writer, rows, text = None, 0, path.suffix == ".csv"
     with contextlib.ExitStack() as stack:
         for part in parts:

@@ -56,7 +56,7 @@ def combinations(columns: Sequence[NDArray[np.integer]], widths: Sequence[int]) 
     """The combination of every tuple (m,), numbered in lexicographic order, and one tuple of each combination.
 
     Columns are joined one by one and renumbered densely whenever a table of all combinations would be much larger than
-    the number of tuples; it sorts only where even two of them give such a table.
+    the number of tuples. It sorts only where even two columns give such a table.
     """
     m = len(columns[0])
     limit = max(1 << 14, SPARSE * m)
@@ -156,14 +156,14 @@ class Constraints:
     def channel(self, m: Criterion, members: Index) -> tuple[Codes, NDArray[np.int64], int]:
         """What a criterion counts: for each member its value and weight; and the number of values, at least 1."""
         t = self.tuples
-        # A column that is not declared and has no value has no domain: one value that nobody carries stands for it.
+        # An undeclared column without any value has no domain. One value that no row carries stands for it.
         return t.sensitive[m.column][members], t.weights[members], max(len(t.references[m.column].counts), 1)
 
     def surviving(self, classes: Index, groups: int) -> NDArray[np.bool_]:
         """(groups,) which classes can be released once the failing ones are suppressed.
 
         Suppression changes the released table, and with it the distribution that t-closeness, β-likeness and
-        δ-disclosure compare with: classes are suppressed until those left meet everything against each other.
+        δ-disclosure compare with. So classes are suppressed until those left meet every criterion among themselves.
         """
         ok = self.holds(classes, groups)
         if not self.tuples.references or ok.all():
@@ -199,7 +199,7 @@ class Constraints:
         return out
 
     def require_satisfiable(self) -> None:
-        """Refuse criteria that the whole table as one class does not meet: no recoding without suppression can.
+        """Refuse criteria that the whole table as one class fails: no recoding without suppression can meet them.
 
         Raises:
             AnonymityError: which criteria, on which column, and the best value that can be reached.

@@ -1,8 +1,8 @@
 """Results beside a run: ``audit.json`` in its folder, read back with every number checked.
 
-What is written there is a measurement by whoever made it: it cannot be recomputed from journals. A report that holds
-it says so, and its signature covers it. Sentences and verdicts are never taken from the file: they are derived from
-its numbers again.
+The file holds measurements. They are the word of whoever made them: they cannot be recomputed from journals. A report
+that holds them says so, and its signature covers them. Sentences and verdicts are never taken from the file. They are
+derived from its numbers again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Results of an audit held against themselves and the plan: whatever follows from their numbers is computed again.
+"""An audit's results checked against themselves and the plan: whatever follows from their numbers is computed again.
 
-What was measured stays the word of whoever measured it: residuals, scores and coins are not kept. Computed again are
-the bound of a single run, from the guesses; and of an examination the p-value and the interval of the variance, the
-p-value of the distribution's shape, and the verdicts of the checks without chance.
+What was measured stays the word of whoever measured it: residuals, scores and coins are not kept. Of a single run, the
+bound is computed again from the guesses. Of an examination, these are computed again: the p-value and the interval of
+the variance, the p-value of the distribution's shape, and the verdicts of the checks without chance.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def conformance(c: Conformance, plan: PrivacyPlan) -> None:
 
 
 def single_run(o: OneRun, plan: PrivacyPlan) -> None:
-    """Raise :class:`VerificationError` unless the bound of ``o`` follows from its guesses, held against the plan."""
+    """Raise :class:`VerificationError` unless the bound of ``o`` follows from its guesses, at the plan's ε and δ."""
     if o.delta != plan.delta or not isclose(o.claimed, plan.claim, rel_tol=1e-6):
         raise _no("the lower bound was held against another ε or δ than the plan's")
     _confident(o.confidence)

@@ -1,7 +1,7 @@
 """What an audit looks at, and what it says: runs of an implementation, findings, their JSON.
 
-An implementation is audited from outside: it is given a plan and the records of every site, and shows what whoever
-receives the sums would see. Nothing here knows how it works.
+An implementation is audited from outside. It is given a plan and the records of every site, and shows what a receiver
+of the sums would see. Nothing here knows how it works.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Finding:
 
     Attributes:
         name: stable; a failure is reported under it.
-        asks: what was held against what.
+        asks: what was compared with what.
         p_value: how likely a correct program shows this or worse; 0 or 1 for a check without chance.
         alpha: the check fails below it.
         measured, expected: the number looked at.

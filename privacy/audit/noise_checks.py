@@ -42,10 +42,10 @@ def weakest(samples: int, alpha: float, power: float = POWER) -> float:
 
 
 def variance(z: Residuals, claimed: float, alpha: float, confidence: float, members: int, name: str) -> Finding:
-    """Chi-square on the variance against (σΔ)²·|U|/h, two-sided: a missing share is no surplus to hide in.
+    """Chi-square on the variance against (σΔ)²·|U|/h, two-sided: a missing share shows even where |U| > h.
 
     Args:
-        members: the largest |U|; tells how many missing shares would show.
+        members: the largest |U|. It tells how many missing shares would show.
     """
     measured, low, high = multiplier(z, claimed, confidence)
     factor = weakest(z.size, alpha)
@@ -67,7 +67,7 @@ def every_round(z: Residuals, alpha: float) -> Finding:
 
 
 def every_coordinate(z: Residuals, alpha: float) -> Finding:
-    """The variance of each coordinate over the rounds: a part of the model without noise."""
+    """The variance of each coordinate over the rounds: it finds a part of the model without noise."""
     squares = (z**2).sum(0)
     p = 2 * np.minimum(stats.chi2.cdf(squares, len(z)), stats.chi2.sf(squares, len(z)))
     worst = int(np.argmin(p))
@@ -93,7 +93,7 @@ def mean(z: Residuals, alpha: float, name: str = "noise: mean") -> Finding:
 def shape(z: Residuals, cell: float, alpha: float) -> Finding:
     """Kolmogorov-Smirnov against N(0, 1) on a grid of width ``cell``; conservative on a grid.
 
-    A sum lies on the plan's grid: the empirical distribution is held against the normal one at the cells' edges.
+    A sum lies on the plan's grid: the empirical distribution is compared with the normal one at the cells' edges.
     """
     x = np.sort(z, axis=None)
     n, rank = x.size, np.arange(1, x.size + 1)
@@ -109,7 +109,7 @@ def shape(z: Residuals, cell: float, alpha: float) -> Finding:
 
 
 def kolmogorov(distance: float, samples: int) -> float:
-    """How likely so large a distance between distribution functions is, asymptotically."""
+    """How likely a distance this large between distribution functions is, asymptotically."""
     return float(stats.kstwobign.sf(distance * math.sqrt(samples)))
 
 

@@ -10,8 +10,8 @@ that is (ε, δ)-DP cannot let too many guesses be right. Three readings of the 
 * :func:`rejects` with :func:`gaussian`: for a family of Gaussian trade-off functions. Exact for a mechanism that is a
   composition of unsampled Gaussians; the bound is then close to ε. For sampled ones it speaks of that family only.
 
-Every bound holds with the stated confidence for any scores and any mechanism. The number of guesses may be chosen
-after the scores were seen only because a fixed list of choices is corrected for (Bonferroni).
+Every bound holds with the stated confidence for any scores and any mechanism. The number of guesses may be chosen after
+the scores were seen, because the bound is corrected for a fixed list of choices (Bonferroni).
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def rejects(g: Guesses, least: Inverse, alpha: float) -> bool:
         least: see :func:`gaussian`.
         alpha: chance of rejecting a true one, at most.
 
-    The recursion bounds from below, for each number i of right guesses, the weight that any mechanism with this
-    trade-off must put on fewer right ones, given that ``right`` or more have the probability alpha; if all the weight
-    needed exceeds what there is, no such mechanism exists.
+    Given that ``right`` or more right guesses have the probability alpha, the recursion goes through each number i of
+    right guesses. It bounds from below the weight that any mechanism with this trade-off must put on fewer. If all the
+    weight needed exceeds what there is, no such mechanism exists.
     """
     wrong = alpha * (g.made - g.right) / g.canaries
     correct = alpha * g.right / g.canaries
@@ -157,7 +157,7 @@ def sizes(canaries: int) -> list[int]:
 
 
 def corrected(g: Guesses, delta: float, confidence: float, method: Method) -> float:
-    """:func:`lower_bound` with ``confidence`` although the best of all choices is taken."""
+    """:func:`lower_bound`, corrected so that ``confidence`` holds although the best of all choices is taken."""
     return lower_bound(g, delta, (1 - confidence) / len(sizes(g.canaries)), method)
 
 

@@ -14,7 +14,7 @@ from fedveil.privacy.audit.slab import Slab, noise_std, residuals, spread
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.plan import PrivacyPlan
 
-OFF = 1e-6  # how far what the model was moved by may lie from the sum, in its standard deviations
+OFF = 1e-6  # how far the model's move may lie from the sum, in the sum's standard deviations
 LOOSE = 0.01  # how far PLD's discretisation may lie above what a ledger counts
 
 

@@ -1,8 +1,8 @@
 """The audit slab: plans and records whose clipped sums are known in advance.
 
 The model is logistic with two classes and starts at zero. A record of the slab is ``B`` in one feature and 0 in all
-others, of class 0: its gradient is ``(-1, +1) / 2`` times that feature and the bias, far longer than the clip, and
-so, clipped, a known vector of length C. A *group* is a site's records on one feature; no two groups share one. The
+others, of class 0. Its gradient is ``(-1, +1) / 2`` times that feature and the bias, far longer than the clip. So,
+clipped, it is a known vector of length C. A *group* is a site's records on one feature. No two groups share one. The
 learning rate is so small that the weights stay at zero for every practical purpose, so that all rounds are alike.
 """
 

@@ -1,9 +1,9 @@
-"""The conformance suite: runs an implementation on the audit slab and holds what comes out against the plan.
+"""The conformance suite: runs an implementation on the audit slab and compares what comes out with the plan.
 
 It sees what a recipient of the sums sees, and the ledgers. Noise is measured at the plan's noise multiplier, over
 empty sites; records are looked at under a noise multiplier of at most 0.25, which hides less of them. The suite tests
-honest code: a site that draws its noise on the slab and nowhere else would pass. What a check cannot see is stated in
-its finding, as the smallest fault that it finds.
+honest code: a site that draws its noise on the slab and nowhere else would pass. Each finding states the smallest fault
+that its check finds: a smaller one may stay unseen.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _absences(plan: PrivacyPlan, rounds: int) -> Iterable[frozenset[int]]:
 
 
 def _groups(plan: PrivacyPlan, e: Effort) -> NDArray[np.int64]:
-    """Records by site and group: different numbers, so that nothing can follow from a site's own size unseen."""
+    """Records by site and group: different numbers, so that whatever depends on a site's own size shows."""
     groups = max(1, min(e.groups, _MOST_GROUPS // plan.sites))
     wanted = e.group - np.arange(plan.sites * groups).reshape(plan.sites, groups) % max(1, e.group // 2)
     return wanted.astype(np.int64)

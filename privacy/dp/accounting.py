@@ -54,10 +54,10 @@ def _event(e: SampledGaussian) -> dp_event.DpEvent:
 def interval(event: SampledGaussian) -> float:
     """The width of the grid on which the loss of ``event`` is rounded (upwards) before it is composed.
 
-    An eighth of q/σ, which is the usual loss of one step: a coarser grid would count a step that loses less than its
-    width for much more than it costs, and thousands of them for several times their ε. Never wider than 1e-3; and wide
-    enough for the largest loss of one step (10 standard deviations out) to lie within 16384 intervals, and for double
-    precision (1e-6). Whatever the interval, ε is an upper bound.
+    An eighth of q/σ, the usual loss of one step. A coarser grid would overcount a step that loses less than its width,
+    and thousands of them would count several times their ε. Never wider than 1e-3. Wide enough for the largest loss of
+    one step (10 standard deviations out) to lie within 16384 intervals, and for double precision (1e-6). Whatever the
+    interval, ε is an upper bound.
     """
     q, sigma = event.sample_rate, event.noise_multiplier
     far = 10 / sigma + 1 / sigma**2
@@ -69,7 +69,7 @@ def _accountant(
     events: Iterable[tuple[SampledGaussian, int]],
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PLDAccountant:
-    """The events composed on one grid, which is the coarsest of theirs."""
+    """The events composed on one grid: the coarsest of their grids."""
     events = list(events)
     coarsest = max((interval(e) for e, _ in events), default=_WIDEST)
     accountant = PLDAccountant(relation, value_discretization_interval=coarsest)
@@ -98,7 +98,7 @@ def _epsilon(
     delta: float,
     otherwise: Callable[[], float],
 ) -> float:
-    """ε at what is left of δ when rounding has taken its most; by the other bound where nothing is."""
+    """ε at the δ that is left after the largest possible rounding. Where none is left: by the other bound."""
     left = delta - _rounded(events)
     return _finite(float(accountant.get_epsilon(left)), otherwise) if left > 0 else otherwise()
 
@@ -112,9 +112,8 @@ def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> 
     """ε at ``delta`` of non-adaptively chosen ``(event, steps)`` pairs, by privacy loss distributions.
 
     An upper bound: the discretisation (:func:`interval`) rounds pessimistically, and what the library's arithmetic may
-    lose is taken off ``delta`` first. 0 for no events. Where the
-    distribution would be too wide to hold (σ < 0.05, or an ε above 600), the bound by Rényi DP is returned instead,
-    so that a hostile plan costs neither memory nor time.
+    lose is first taken off ``delta``. 0 for no events. Where the distribution would be too wide to hold (σ < 0.05, or
+    an ε above 600), the bound by Rényi DP is returned instead, so that a hostile plan costs neither memory nor time.
     """
     merged = _merge(events)
     if not merged:
@@ -143,10 +142,10 @@ def epsilon_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> 
 def epsilon_replace_one(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> float:
     """ε at ``delta`` between data sets of equal size that differ in one record: replaced, not added or removed.
 
-    By PLD, whose ``REPLACE_ONE`` takes σ relative to the sensitivity of add/remove, as events state it: two records
-    may pull apart, so that for q = 1 the same noise stands against twice the distance. dp-accounting's RDP takes σ
-    relative to the sensitivity *of the relation* instead (the ε of add/remove comes back) and knows no Poisson
-    sampling under it: it is never asked. Where a distribution would be too wide, :func:`replace_one_rdp`.
+    By PLD, whose ``REPLACE_ONE`` takes σ relative to the sensitivity of add/remove, as events state it. Two records may
+    pull in opposite directions: for q = 1 the same noise then has to hide twice the distance. dp-accounting's RDP is
+    never asked: it takes σ relative to the sensitivity *of the relation* (and so returns the ε of add/remove), and has
+    no Poisson sampling under it. Where a distribution would be too wide: :func:`replace_one_rdp`.
     """
     merged = _merge(events)
     if not merged:
@@ -169,8 +168,8 @@ def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float)
     """An upper bound of :func:`epsilon_replace_one` by Rényi DP; finite for every event.
 
     A replacement is a removal and an addition: the weak triangle inequality (Mironov 2017, Proposition 11, for equal
-    weights) bounds its divergence of order a by those of orders 2a and 2a - 1. No sampling at twice the distance is a
-    bound too, and exact for q = 1.
+    weights) bounds its divergence of order a by those of orders 2a and 2a - 1. Twice the distance without sampling
+    gives a bound too, which is exact for q = 1.
     """
     merged = _merge(events)
     if not merged:
@@ -207,18 +206,18 @@ def _merge(events: Iterable[tuple[SampledGaussian, int]]) -> tuple[tuple[Sampled
 def rdp(event: SampledGaussian, order: float) -> float:
     """Rényi divergence of order ``order`` of one step (Mironov, Talwar & Zhang 2019, through dp-accounting).
 
-    Never below the true value and never 0: exact for q = 1; below it 1e-12 covers the rounding of a sum of terms
-    near 1, in which the divergence of a very small q/σ would drown. Where the library's series for a fractional order
-    does not converge (orders below 2 at a large q), that of the next whole order, which is never smaller. Infinite
-    where that cannot be computed either.
+    Never below the true value and never 0. Exact for q = 1. For q below 1, 1e-12 covers the rounding of a sum of terms
+    near 1, in which the divergence of a very small q/σ would be lost. Where the library's series for a fractional order
+    does not converge (orders below 2 at a large q), the next whole order is taken: it is never smaller. Infinite where
+    that cannot be computed either.
     """
     sigma = event.noise_multiplier
     if event.sample_rate == 1:
         return order / 2 / sigma / sigma if sigma > 1e-150 else math.inf
     accountant = RdpAccountant(orders=[order])
     try:
-        # get_epsilon is rdp + conversion. Composed so often, the divergence outweighs the conversion and comes back
-        # with all its digits; of a single step, the subtraction would leave an absolute error of 1e-14.
+        # get_epsilon is rdp + conversion. After so many steps the divergence outweighs the conversion and keeps all its
+        # digits. With a single step, the subtraction would leave an absolute error of 1e-14.
         accountant.compose(_event(event), _REPEAT)
         tiny = 1e-300
         value = (float(accountant.get_epsilon(tiny)) - conversion(order, tiny)) / _REPEAT

@@ -1,9 +1,9 @@
 """From noisy sums to estimates with standard errors: post-processing of a private vector, so it costs nothing.
 
-Every coordinate of the opened sum carries independent noise of one known standard deviation s; there is no sampling
+Every coordinate of the opened sum carries independent noise of one known standard deviation s. There is no sampling
 error, because the sums run over all records. Standard errors are s for counts and first-order (delta method) for
-ratios; they speak of the noise alone. Counts and histograms are unbiased as ``noisy``; what is projected into the
-range of possible values is marked, and biased near the edge of that range.
+ratios. They cover the noise alone. Counts and histograms are unbiased as ``noisy``. What is projected into the range of
+possible values is marked, and is biased near the edge of that range.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from fedveil.common.errors import VerificationError
 SGM = "sampled-gaussian"
 _MAX_NOISE = 1e9
 MIN_SAMPLE_RATE = 2.0**-48  # one record among the most that a plan may declare; accountants divide by it
-# What whoever makes a plan and whoever verifies its report both refuse, before any accountant is asked: below this
-# noise calibration ends, and above this loss a distribution takes gigabytes. Nothing with an epsilon up to 400 comes
-# near either.
+# The maker of a plan and the verifier of its report both refuse what is beyond these, before any accountant is asked.
+# Below this noise calibration ends. Above this loss a distribution takes gigabytes. Nothing with an epsilon up to 400
+# comes near either.
 MIN_NOISE_MULTIPLIER, MAX_LOSS = 0.2, 3000.0
 
 
@@ -43,8 +43,8 @@ class SampledGaussian:
     def loss(self) -> float:
         """A bound of the expected privacy loss of one step, in closed form; ``inf`` where that overflows.
 
-        The smaller of q / (2 σ²), by convexity, and the Rényi divergence of order 2. Times the steps it says how wide
-        a loss distribution becomes, which is what computing with it costs.
+        The smaller of q / (2 σ²), by convexity, and the Rényi divergence of order 2. Times the steps, it says how wide
+        a loss distribution becomes, and so how costly it is to compute.
         """
         q, square = self.sample_rate, self.noise_multiplier * self.noise_multiplier
         if square < 1 / 700:

@@ -1,13 +1,13 @@
 """Integer noise from the operating system's randomness.
 
-A discrete Gaussian on Z, no integer near the centre skipped or favoured (Canonne, Kamath & Steinke, "The Discrete
-Gaussian for Differential Privacy", 2020, Algorithms 1-3), drawn from an AES-256-CTR key stream whose key is
-fresh from ``os.urandom`` for every release: nothing to fork, nothing to reuse.
+A discrete Gaussian on Z (Canonne, Kamath & Steinke, "The Discrete Gaussian for Differential Privacy", 2020, Algorithms
+1-3). It skips or favours no integer near the centre. It is drawn from an AES-256-CTR key stream whose key is fresh from
+``os.urandom`` for every release: nothing can be forked or reused.
 
-Departure from the paper: Bernoulli(p) trials compare 53 random bits with a double instead of using exact
-rationals, which changes a candidate's probability by at most 2^-53 (relative 2^-52 or so near the centre; beyond
-about 9 standard deviations that is all there is, and beyond 37 nothing is drawn: together less than 2^-50 of
-mass). Over 10^9 released coordinates that adds less than 1e-6 to ε; it is a known deviation in every report.
+Departure from the paper: Bernoulli(p) trials compare 53 random bits with a double instead of using exact rationals.
+This changes a candidate's probability by at most 2^-53 (relative 2^-52 or so near the centre). Beyond about 9 standard
+deviations the whole probability is no larger than that, and beyond 37 nothing is drawn: together less than 2^-50 of
+mass. Over 10^9 released coordinates that adds less than 1e-6 to ε; it is a known deviation in every report.
 """
 
 from __future__ import annotations

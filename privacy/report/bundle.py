@@ -1,4 +1,4 @@
-"""A run's folder as an auditor receives it: files of bounded size, read once, believed by nobody yet."""
+"""A run's folder as an auditor receives it: files of bounded size, read once, not yet verified."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Bundle:
         return {who: merkle.root(lines(self.files[name])).hex() for name, who in named.items()}
 
     def audit(self, plan: PrivacyPlan) -> dict[str, Any] | None:
-        """The empirical audit's results that lie in the folder, held against ``plan``; None if there are none."""
+        """The empirical audit's results that lie in the folder, checked against ``plan``; None if there are none."""
         data = self.files.get(results.AUDIT)
         return None if data is None else results.held_against(data, plan).to_json()
 

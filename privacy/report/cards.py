@@ -18,7 +18,7 @@ def cards(p: dict[str, Any], lang: str, *, failed: bool = False) -> dict[str, st
     """Both cards of a report's payload, by file name; every text of the payload is escaped.
 
     Args:
-        failed: the report did not pass its checks: the cards say so first, and strike what they repeat of it.
+        failed: the report did not pass its checks. Then the cards say so first, and strike out what they repeat of it.
 
     Raises:
         UsageError: the catalogue does not have the language.

@@ -183,10 +183,10 @@ class _State:
             self._spend(row, before)
 
     def _release(self, row: Row) -> None:
-        """Until the session's first charge the newest table counts; from then on to its end it must stay the same.
+        """Until the session's first charge the newest table counts. From then to the end it must stay the same.
 
-        A site that restarts releases its table in a new order: the commitment to the released file changes, and nothing
-        else of the row may.
+        A site that restarts releases its table in a new order. So the commitment to the released file may change, but
+        nothing else in the row.
         """
         if not self.spends:
             self.released, self._table = _released(row), _table(row)

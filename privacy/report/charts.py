@@ -22,7 +22,7 @@ def charts(p: dict[str, Any], say: Speaker, attack_sentence: str) -> list[Chart]
 
 
 def alike(p: dict[str, Any], *, few: int = 0) -> list[tuple[list[str], Any]]:
-    """The sites' entries, equal ones together: ``(names, entry)`` in the roster's order; None was not delivered.
+    """The sites' entries, equal ones together: ``(names, entry)`` in the roster's order; None if not delivered.
 
     Up to ``few`` sites are left each by itself.
     """
@@ -59,7 +59,7 @@ def _spending(p: dict[str, Any], say: Speaker) -> Chart:
 
 
 def _sites(p: dict[str, Any], say: Speaker) -> Chart | None:
-    """ε of each site's filter over all its runs; sites that spent alike share a line, the dearest come first."""
+    """ε of each site's filter over all its runs; sites that spent alike share a line, the largest ε comes first."""
     found = [(names, s) for names, s in alike(p) if s is not None and s["spending"]]
     lines: list[tuple[list[str], list[tuple[float, float]]]] = []
     for names, s in found:

@@ -1,7 +1,7 @@
 """The verifier's checks, one method each: it returns what it found, or raises what is wrong.
 
 Order matters. First who may speak (roster, signatures), then what was said in which order (journals), then whether it
-adds up (charges, ε). A plan is composed by an accountant only after every site's signature under its hash held.
+adds up (charges, ε). An accountant composes a plan only after every site's signature under its hash was verified.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def pld(claim: dict[str, Any], plan: PrivacyPlan) -> str:
 
 
 def rdp(claim: dict[str, Any], plan: PrivacyPlan) -> str:
-    """The second accountant: what the report states by it is what the verifier's own table of orders allows for.
+    """The second accountant: the report's value by it is one that the verifier's own table of orders allows.
 
-    Nothing follows from how it compares with the first: both are upper bounds, and either can be the smaller one (PLD's
-    grid counts many small steps for too much, RDP a few rare ones).
+    How it compares with the first says nothing. Both are upper bounds, and either can be the smaller one (PLD's grid
+    overcounts many small steps, RDP a few rare ones).
     """
     q, sigma = plan.event.sample_rate, plan.noise_multiplier
     stated = fields.number(claim, "epsilon_rdp", "claim", high=1e9)
@@ -58,7 +58,7 @@ def replace_one(claim: dict[str, Any], plan: PrivacyPlan) -> str:
         if stated <= _NO_DISTRIBUTION:
             raise VerificationError(f"epsilon with one record replaced, {stated:.6f}, is small enough for PLD")
         return f"stated {stated:.6f}: no protection to speak of"
-    # Two records pull apart: the noise stands against twice the distance, and four times the loss.
+    # Two records can pull in opposite directions: twice the distance under the same noise, and four times the loss.
     if (lost := plan.steps * SampledGaussian(q, sigma / 2).loss) > 4 * MAX_LOSS:
         raise VerificationError(f"{lost:.4g} may be lost on average with one record replaced, too much for PLD")
     own = recompute.by_pld_replacing(q, sigma, plan.steps, plan.delta)
@@ -101,7 +101,7 @@ def charged(accounting: dict[str, Any], plan: PrivacyPlan, steps: int) -> str:
 
 
 def _between(stated: float, what: str, q: float, sigma: float, plan: PrivacyPlan, steps: int = 0) -> float:
-    """What the verifier's own table of orders bounds ε by; raises where ``stated`` cannot come of a finer one.
+    """What the verifier's own table of orders bounds ε by; raises where ``stated`` cannot come from a finer one.
 
     Args:
         steps: composed; by default all that are planned.

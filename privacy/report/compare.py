@@ -1,7 +1,7 @@
-"""Two parties' copies of journals held against each other: a fork, a rewritten row, a tail that was cut.
+"""Compares two parties' copies of journals: it finds a fork, a rewritten row, a tail that was cut.
 
 Each side is a journal's file, a site's ``peers.json`` (the newest signed heads it has seen), or a run's folder. The
-first is what was held earlier, the second what is shown now: it may have more rows, never fewer or other ones.
+first side was held earlier, the second is shown now: it may have more rows, but never fewer or other ones.
 
 A site may own several ledgers, and a ``peers.json`` holds the heads of several: the first row's hash tells them apart.
 """
@@ -47,7 +47,7 @@ class Story:
 
 @dataclass(frozen=True)
 class Finding:
-    """What holding two stories of one journal against each other gave.
+    """The result of comparing two stories of one journal.
 
     Attributes:
         verdict: ``same`` or ``continues`` (the second side only adds rows), ``not comparable`` (two heads alone), or
@@ -72,7 +72,7 @@ class Finding:
 
 
 def compare(held: Path, shown: Path, public: str | None = None) -> list[Finding]:
-    """Hold what was known earlier against what is shown now, journal by journal.
+    """Compare what was known earlier with what is shown now, journal by journal.
 
     Args:
         public: the owner's key for the rows of a single journal's file; a folder's roster gives the keys of its own.
@@ -173,7 +173,7 @@ def _of_journal(data: bytes, public: str | None, owner: str | None = None) -> tu
 
 
 def _fault(rows: list[Row], public: str | None, owner: str) -> tuple[int, str] | None:
-    """The first row that breaks the chain; with the owner's key, or whose signature does not hold."""
+    """The first row that breaks the chain or, where the owner's key is given, whose signature does not hold."""
     prev = GENESIS
     for i, r in enumerate(rows):
         core = {"v": 1, "n": r.n, "owner": r.owner, "at": r.at, "kind": r.kind, "body": r.body, "prev": r.prev}

@@ -1,6 +1,6 @@
 """A site's own signature under a finished report, made only after it verified everything itself.
 
-What is verified is what is signed: the report and the files beside it are read once.
+The report and the files beside it are read once, so exactly what was verified is signed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def sign(seen: Seen, key: Ed25519PrivateKey, ledger: bytes | None = None) -> tup
                 f"the report was made from a ledger of {site} that is not this site's",
                 hint="keep both as evidence; 'fedveil audit compare' names the row",
             )
-        # A ledger that was cut is a true beginning of it: whatever this session charged must be in the report.
+        # A cut ledger is still a true beginning of the whole: so the report must hold all that this session charged.
         if any(r.kind != "refused" and r.body.get("session") == seen.session for r in parse(ledger[len(shown) :])):
             raise VerificationError(f"the report leaves out what the ledger of {site} says of this run later on")
     return site, identity.signed(key, signatures.DOMAIN, signatures.statement(site, seen.session, seen.digest))

@@ -1,4 +1,4 @@
-"""One site's ledger held against what was said of it elsewhere: the plan, the server's journal, the other sites.
+"""Checks one site's ledger against what is said elsewhere: the plan, the server's journal, the other sites.
 
 Every function raises :class:`VerificationError` and names what does not hold.
 """
@@ -21,7 +21,7 @@ Seen = list[tuple[str, Copy]]  # who has seen it, and what
 
 
 def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
-    """By site, every head of a ledger of it that another site's signed join statement speaks of."""
+    """By site, every head of its ledgers that another site's signed join statement names."""
     out: dict[str, Seen] = {}
     for witness, statement in joins.items():
         try:
@@ -36,8 +36,8 @@ def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
 def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[str, Copy]], colluders: int) -> str:
     """It is the ledger that the site joined with, and holds every row that other sites had seen of it.
 
-    A copy is its witness's word: the owner has not signed it. Up to ``colluders`` sites may invent one together, and
-    must not be able to accuse another; of more witnesses than that, one is honest.
+    A copy is the word of its witness: the owner has not signed it. Up to ``colluders`` sites may invent one together,
+    and must not be able to accuse another site with it. Of more witnesses than that, at least one is honest.
 
     Args:
         joined: the site's own join statement.
@@ -62,7 +62,7 @@ def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[s
 
 
 def counts(c: Charges, plan: PrivacyPlan, h: History, site: str) -> int:
-    """It was charged the plan's step for rounds that were opened, and for every sum the site is in; how often."""
+    """It was charged the plan's step, only for opened rounds and for every sum the site is in. Returns how often."""
     opened = {r.number for r in h.rounds}
     for n, row in c.spends.items():
         if n not in opened:
@@ -103,9 +103,9 @@ def charged(c: Charges, plan: PrivacyPlan, h: History, joined: int) -> None:
 def ends(c: Charges, h: History, site: str) -> None:
     """It has the session's end, and the same one as the server's journal.
 
-    A ledger is handed over only after both rows of the end were written: one that lacks them was cut. One that ends
-    otherwise is let pass where the run was restarted after the site had been told that it was over: then the site is in
-    no later sum.
+    A ledger is handed over only after both rows of the end were written: one that lacks them was cut. Another end is
+    accepted where the run was restarted after the site had been told that it was over. Then the site is in no later
+    sum.
     """
     known = {r.model_in for r in h.rounds} | {r.model_out for r in h.applied} | {h.ended.model_hash}
     for row in c.models:

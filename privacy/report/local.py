@@ -127,8 +127,8 @@ def _loss(lineage: dict[str, Any] | None, classes: Classes, quasi: Sequence[Colu
 def _penalty(classes: Classes, quasi: Sequence[Column], suppressed: float) -> dict[str, Any]:
     """Normalised certainty penalty (Xu et al., KDD 2006), in the contract's domains: 0 for exact values, 1 for "any".
 
-    A label of a number counts the part of the public bounds that it spans, a label of a category the part of the other
-    leaves that it holds, "no value" nothing, a suppressed row 1. The table's figure is the mean over all cells.
+    A number's label counts the part of the public bounds that it spans. A category's label counts the part of the other
+    leaves that it holds. "No value" counts 0, a suppressed row 1. The table's figure is the mean over all cells.
 
     Args:
         suppressed: the part of all rows that was suppressed.

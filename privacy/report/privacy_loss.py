@@ -13,7 +13,7 @@ from fedveil.privacy.plan import PrivacyPlan
 CURVE_POINTS = 33
 STEP_POINTS = 16
 FALSE_ALARMS = (0.001, 0.01, 0.05, 0.1)
-# Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and so it is named.
+# Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and the report says so.
 _TOO_MUCH, _TOO_LITTLE_NOISE = float(MAX_PLD_EPSILON), 0.05
 _NO_EXP = 700.0  # beyond it a float overflows, and nothing is ruled out
 
@@ -50,8 +50,8 @@ def by_step(event: SampledGaussian, steps: int, delta: float) -> list[list[float
 def fallback(plan: PrivacyPlan) -> tuple[float, str]:
     """ε when all trust is broken, and by which accountant.
 
-    With many honest shares the own share is so small that a privacy loss distribution would need gigabytes; then
-    the RDP value, an upper bound too, is given.
+    With many honest shares, a site's own share is so small that a privacy loss distribution would need gigabytes. Then
+    the RDP value is given, which is an upper bound too.
     """
     rough = epsilon_rdp([(plan.fallback_event, plan.steps)], plan.delta)
     if rough > _TOO_MUCH or plan.fallback_event.noise_multiplier < _TOO_LITTLE_NOISE:

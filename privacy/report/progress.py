@@ -11,15 +11,15 @@ from fedveil.privacy.report import recompute
 from fedveil.privacy.report.history import History
 
 _CLOSE, _SAME, _UNEVEN = 1e-6, 1e-4, 0.01
-_ALL = 16  # so many rounds' ε are all computed again; of more, some
+_ALL = 16  # up to so many rounds, every ε is computed again; of more, some
 
 
 def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> str:
     """Rounds in order; ε of the rounds opened never falls, and is right where it is computed again.
 
-    A site may have been charged less, having refused a round; it is never charged more.
+    A site that refused a round may have been charged less, but never more.
 
-    Its accuracies are the server's word; but those of the last applied round are those that the run ended with.
+    The accuracies are the server's word, but those of the last applied round are those that the run ended with.
 
     Raises:
         VerificationError: naming the round.

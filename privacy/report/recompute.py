@@ -1,7 +1,7 @@
 """ε once more, for the verifier: written apart from :mod:`fedveil.privacy.dp.accounting`, straight on dp-accounting.
 
-A mistake in the code that made a claim must not repeat itself in the code that checks it. Shared are only the library
-and, where it applies (every record in every step), a closed form that needs no library at all.
+A mistake in the code that made a claim must not repeat itself in the code that checks it. They share only the library
+and, where it applies (every record in every step), a closed form that needs no library.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dp_accounting.rdp import RdpAccountant
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER, SampledGaussian
 
-_OFTEN = 1 << 40  # composed so often, a divergence is what the conversion to ε drowns in
+_OFTEN = 1 << 40  # after so many steps, the conversion to ε is lost beside the divergence
 
-# An own, coarser table of orders: a bound need not be the best one to be a bound. No order that the ledger's lacks: a
-# better bound than its own would refuse what it states.
+# The verifier's own, coarser table of orders: a bound need not be the best one to be a bound. All of them are in the
+# ledger's table too: a better bound than the ledger's own would refuse what the ledger states.
 _ORDERS = (1.1, 1.5, 2.0, 2.5, 3.0, 3.5, *map(float, range(4, 64)), 80.0, 128.0, 256.0, 512.0, 1024.0)
 
 
 def _grid(q: float, sigma: float) -> float:
     """How finely losses of SGM(q, σ) are told apart: eight times finer than q/σ, from 1e-6 to 1e-3.
 
-    And no finer than a 2^-14 of the largest loss that a step has but with a negligible chance.
+    And no finer than 2^-14 of the largest loss that a step can have, negligible chances aside.
     """
     x = 10 / sigma + 1 / sigma**2  # the log of the two densities' ratio, 10 σ out on the far side
     largest = x if x >= 700 else math.log1p(q * math.expm1(x))
@@ -76,7 +76,7 @@ def deltas_by_pld(q: float, sigma: float, steps: int, epsilons: tuple[float, ...
 def by_pld_replacing(q: float, sigma: float, steps: int, delta: float) -> float:
     """ε of ``steps`` times SGM(q, σ) when one record is replaced, by privacy loss distributions; 0 for no steps.
 
-    σ stays relative to what one record adds: under this relation the library's PLD counts both records, its RDP not.
+    σ stays relative to what one record adds: here the library's PLD counts both records, its RDP does not.
     """
     if steps == 0:
         return 0.0
@@ -152,12 +152,12 @@ def _divergence(q: float, sigma: float, order: float) -> float:
 
 @lru_cache(maxsize=256)
 def rdp_range(q: float, sigma: float, steps: int, delta: float) -> tuple[float, float]:
-    """Between what and what any table of orders that contains this one, and begins with it, bounds ε.
+    """The range in which any table of orders that contains this one, and begins with it, bounds ε.
 
-    Above is the least bound of this table: more orders only make it smaller. (Not :func:`by_rdp`: for little privacy
-    lost the library knows a better bound, beside all orders.) Below: divergence grows with the order and
-    what turns it into ε falls, so that between two neighbours of this table nothing is less than the divergence of the
-    first with the addition of the second; 0.01 is left for the orders beyond the last one.
+    The upper end is the least bound of this table: more orders only make it smaller. (Not :func:`by_rdp`: for a small
+    loss the library knows a better bound, beside all orders.) The lower end: divergence grows with the order, and what
+    turns it into ε falls. So between two neighbours of this table, nothing is less than the divergence of the first
+    plus the addition of the second. 0.01 is left for the orders beyond the last one.
     """
     low, high, known = math.inf, math.inf, 0.0
     for order, following in zip(_ORDERS, (*_ORDERS[1:], math.inf), strict=True):
@@ -190,7 +190,7 @@ def detection(points: Sequence[Sequence[float]], false_alarms: float) -> float:
 def refuse_absurd(q: float, sigma: float, steps: int) -> None:
     """Raise for steps whose loss distribution would take gigabytes; no plan that could be made has such ones.
 
-    The same two bounds stand in :func:`fedveil.privacy.plan_rules.check`, which nobody's plan passes without.
+    The same two bounds stand in :func:`fedveil.privacy.plan_rules.check`, which every plan has to pass.
     """
     if sigma < MIN_NOISE_MULTIPLIER:
         raise VerificationError(f"a noise multiplier of {sigma:g} is below any that calibration gives")

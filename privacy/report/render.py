@@ -1,7 +1,7 @@
 """JSON to one self-contained HTML page: no script, no font, no image from elsewhere; light, dark and on paper.
 
 The page is a picture of ``report.json`` and proves nothing by itself; it says so, and how to check. Its texts come from
-the catalogue; the report's own sentences are said again from the report's numbers, in the page's language.
+the catalogue. The report's own sentences are written again from the report's numbers, in the page's language.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An empirical audit's results as a run's folder holds them (``audit.json``), and the sentences drawn from them.
 
-They are evidence beside the claim, from whoever made the audit, and not recomputed: a report repeats them, and a
-verifier checks that it repeats them, that they speak of this run's plan, and that their verdicts follow from their
+They are evidence beside the claim: the word of whoever made the audit, not recomputed. A report repeats them. A
+verifier checks that it repeats them, that they are about this run's plan, and that their verdicts follow from their
 numbers. ``conformance`` is the noise that the opened sums had, ``one_run`` a lower bound of ε from one training run.
 """
 
@@ -21,7 +21,7 @@ from fedveil.privacy.report.catalogue import Speaker
 
 
 def held_against(data: bytes, plan: PrivacyPlan) -> Evidence:
-    """What ``audit.json`` holds, read by :func:`fedveil.privacy.audit.attach.parse` and held against the plan.
+    """What ``audit.json`` holds, read by :func:`fedveil.privacy.audit.attach.parse` and checked against the plan.
 
     Raises:
         VerificationError: malformed; what it says does not follow from its numbers; of another plan, of other claims

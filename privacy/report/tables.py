@@ -1,6 +1,6 @@
-"""What a site says of its released table, held against the data contract that every site signed.
+"""Checks what a site says of its released table against the data contract that every site signed.
 
-It is a function of the contract: which criteria were required, how many released records one original record can
+All of it follows from the contract: which criteria were required, how many released records one original record can
 change, what the unit is. A site that states anything else has not done what was agreed, or does not say what it did.
 """
 
@@ -26,8 +26,8 @@ def required(contract: DataContract) -> dict[str, Any]:
 def factor(contract: DataContract) -> int | None:
     """How many released records one original record can change; None where that is not bounded.
 
-    Derived once more, apart from the ingestion: which near duplicate is kept and where a fitted fence stands depends on
-    other records; suppression for k moves a class of k at most, suppression for l one of any size.
+    Derived once more, apart from the ingestion. Which near duplicate is kept, and where a fitted fence stands, depends
+    on other records. Suppression for k moves a class of k at most, suppression for l one of any size.
     """
     if "drop" in (contract.quality.near_duplicates, contract.quality.fitted_outliers):
         return None

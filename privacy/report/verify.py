@@ -41,9 +41,9 @@ class Check:
 
     Attributes:
         name: stable name, by which a failure is reported.
-        compared: what was held against what.
+        compared: what was compared with what.
         passed: whether it holds.
-        detail: the numbers, or the reason of the failure; several reasons are parted by semicolons.
+        detail: the numbers, or the reason of the failure; several reasons are separated by semicolons.
         accountants: what the numbers were recomputed with (keys of the catalogue's section ``accountant``); empty
             where none is recomputed.
     """
@@ -149,7 +149,7 @@ def verify_report(report: Path, *, consortium_key: str | None = None) -> Verific
 
 
 def examined(report: Path, *, consortium_key: str | None = None) -> tuple[Verification, Audit]:
-    """:func:`verify_report`, and what was read for it: whoever goes on with these files must not read them again."""
+    """:func:`verify_report`, and what was read for it: later steps must use this and not read the files again."""
     audit = Audit(report, consortium_key)
     checks: list[Check] = []
     for name, compared, step in audit.steps():

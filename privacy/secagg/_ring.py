@@ -52,7 +52,7 @@ class Ring:
             pool = (ctypes.c_char * 16).in_dll(library, _POOL)
         except ValueError as e:
             raise _unknown() from e
-        # A handle is passed by address and may be emptied by the call: a copy is.
+        # A handle is passed by address, and the call may empty it: so a copy is passed.
         handle = np.frombuffer(bytes(pool), np.uint64).copy()
         make = _function(library, _TABLES, _POINTER, ctypes.c_int, _POINTER, _POINTER)
         make(self._tables.ctypes.data, N.bit_length() - 1, self._modulus.ctypes.data, handle.ctypes.data)

@@ -1,12 +1,12 @@
 """Group blinding: sums that the server opens and cannot read.
 
 The sites of a session share a group key that the server never sees: the first joined site makes it and seals it for
-every other. Under it each site adds a stream of its own, uniform modulo q, to its ciphertext; the opened sum then
-is blinded by the sum of the members' streams, which every site can compute and the server cannot. One site together
-with the server removes it. A stream is bound to (session, round, nonce, site) and a site contributes once to each,
-so that no stream is ever used for two plaintexts.
+every other. From it each site makes a stream of its own, uniform modulo q, and adds it to its ciphertext. The opened
+sum is then blinded by the sum of the members' streams. Every site can compute this sum, the server cannot. One site
+together with the server removes it. A stream is bound to (session, round, nonce, site) and a site contributes once to
+each, so that no stream is ever used for two plaintexts.
 
-The blinding covers delta * message + errors, not the message alone: nothing of the members' errors shows either.
+The blinding covers delta * message + errors, not the message alone: so the members' errors do not show either.
 """
 
 from __future__ import annotations

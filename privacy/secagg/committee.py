@@ -1,9 +1,9 @@
 """A committee that opens sums for a large consortium: how many of it may collude, and how many answers it needs.
 
-Among m helpers drawn at random out of n sites of which c collude, the number of colluders is hypergeometric. Up to c_m
-of them are reckoned with, where P(more than c_m) <= 2^-40. A committee then follows the rule of section 4 of
+Among m helpers drawn at random out of n sites of which c collude, the number of colluders is hypergeometric. The rule
+allows for up to c_m of them, where P(more than c_m) <= 2^-40. A committee then follows the rule of section 4 of
 docs/protocol.md in its own figures: T = floor((m + c_m) / 2) + 1 answers open a sum, and no two sets can be agreed on.
-The bound is about a draw that nobody steered, after the colluders were fixed; :func:`elect` makes one from a seed.
+The bound is about a draw that nobody steered, made after the colluders were fixed. :func:`elect` draws from a seed.
 """
 
 from __future__ import annotations

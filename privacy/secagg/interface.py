@@ -129,7 +129,7 @@ class SumSpec:
             raise SecureSumError(f"the nonce of round {round} is not 1 to {MAX_NONCE} printable ASCII characters")
 
     def vector(self, values: Integers) -> Integers:
-        """``values`` if it is a (D,) array of int64 or int32, as it is or, where it is not contiguous, made so."""
+        """``values``, if it is a (D,) array of int64 or int32; a contiguous copy where it is not contiguous."""
         if values.dtype not in (np.int64, np.int32) or values.shape != (self.length,):
             raise SecureSumError(
                 f"a vector of shape {values.shape} and type {values.dtype}, not ({self.length},) int64 or int32",
@@ -260,8 +260,8 @@ class ServerSum(ABC):
     def suspects(self) -> tuple[SiteId, ...]:
         """Sites whose answers were wrong in the last opened round, in roster order.
 
-        A member that dealt a helper a wrong share makes that helper's answer wrong: grounds to ask others instead
-        (:class:`~fedveil.privacy.secagg.round_outcomes.Conduct`), no proof.
+        A member that dealt a helper a wrong share makes that helper's answer wrong. So this is no proof, only a reason
+        to ask others instead (:class:`~fedveil.privacy.secagg.round_outcomes.Conduct`).
         """
         return ()
 

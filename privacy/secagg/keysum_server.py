@@ -267,7 +267,7 @@ class KeysumServer(ServerSum):
         return opening.bounded(out[: self._spec.length], self._spec.bound)
 
     def _blinded_sum(self, round: int, sums: NDArray[np.uint64], key: NDArray[np.int64]) -> bytes:
-        """What the sites unblind, packed; whether its errors are honest only they can see."""
+        """What the sites unblind, packed. Only they can see whether its errors are honest."""
         public = lattice.PublicPolynomials(self._spec.session, round, self._nonce)
         out = io.BytesIO()
         for _, noisy in opening.phases(self._engine, self._params, sums, public, key):

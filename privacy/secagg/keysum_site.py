@@ -1,9 +1,9 @@
 """The site's half of the sum of keys (docs/protocol.md; the same family as Willow, CRYPTO 2025).
 
-Every round the site encrypts under a fresh key of its own and shares that key among all sites; it helps to open
-a sum of keys only once T sites signed the same members, and once per round. What a round has promised is on stable
-storage before it is sent, so that no restart makes a site promise something else: not another plaintext under
-the same key, not another set of members.
+Every round the site encrypts under a fresh key of its own and shares that key among all sites. It helps to open a sum
+of keys only after T sites signed the same members, and once per round. What a round has promised is on stable storage
+before it is sent. So no restart makes a site promise something else: neither another plaintext under the same key, nor
+another set of members.
 """
 
 from __future__ import annotations

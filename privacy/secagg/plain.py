@@ -1,8 +1,8 @@
 """No secure sum: vectors travel in the clear and the server adds them.
 
 ``plain`` stands in for encryption in the simulator, where all sites share one process anyway; ``none`` is for mode
-``local``, where every vector is private by itself. **The server sees every site's vector**; whoever may choose
-these protocols is decided elsewhere (the plan and every site's policy).
+``local``, where every vector is private by itself. **The server sees every site's vector**. The plan and every site's
+policy decide who may choose these protocols.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Wrong answers among right ones: Reed-Solomon decoding modulo P.
 
-Answers are values of polynomials of degree below T, one per coefficient, at the helpers' points. All coefficients of
-one helper's answer are right or wrong together as far as blame goes, so the wrong helpers are found once, in a
-random linear combination of the coefficients (which a wrong row survives with probability 1/P; it is repeated until
-the remaining rows agree exactly), by Gao's decoder (A new algorithm for decoding Reed-Solomon codes, 2003).
-Up to f wrong rows among R >= T + 2 f are found.
+Answers are values of polynomials of degree below T, one per coefficient, at the helpers' points. An answer with one
+wrong coefficient is wrong as a whole. So the wrong helpers are found once, in a random linear combination of the
+coefficients, by Gao's decoder (A new algorithm for decoding Reed-Solomon codes, 2003). A wrong row survives it with
+probability 1/P; it is repeated until the remaining rows agree exactly. Up to f wrong rows among R >= T + 2 f are found.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from fedveil.common.units import SiteId
 class Conduct:
     """The bookkeeping of one session's rounds: bounded aborts, and helpers set aside.
 
-    A wrong answer names its helper, yet a member that dealt it a wrong share gives the same picture (there is no
-    verifiable sharing). What follows from a strike is therefore only that others are asked to help; a helper that is
-    set aside goes on contributing. Whom to exclude from a run is for people to decide.
+    A wrong answer names its helper. But a member that dealt it a wrong share gives the same picture (there is no
+    verifiable sharing). So a strike only means that others are asked to help. A helper that is set aside goes on
+    contributing. Whom to exclude from a run is for people to decide.
 
     Args:
         max_aborts: how many rounds may be lost; one more is an error.
@@ -46,7 +46,7 @@ class Conduct:
 
     @property
     def set_aside(self) -> tuple[SiteId, ...]:
-        """Helpers that gave as many wrong answers as makes a strike-out, in order of name."""
+        """Helpers that gave at least ``strikes`` wrong answers, in order of name."""
         return tuple(sorted(site for site, count in self._counts.items() if count >= self._strikes))
 
     def _next(self, round: int) -> None:

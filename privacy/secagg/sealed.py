@@ -1,9 +1,9 @@
 """A site's key of one session, and boxes from one site to another through the server.
 
-Every session has fresh X25519 keys, announced in the sites' signed join statements and destroyed at the end: who
-records the traffic and steals a site's disk later opens nothing. A box is AES-256-GCM under HKDF-SHA256 of the two
-sites' X25519 secret; the context (who to whom, what for) is bound in as the derivation's ``info``, and every context
-is used once, so that the nonce can be constant.
+Every session has fresh X25519 keys, announced in the sites' signed join statements and destroyed at the end. Someone
+who records the traffic and later steals a site's disk can open nothing. A box is AES-256-GCM under HKDF-SHA256 of the
+two sites' X25519 secret; the context (who to whom, what for) is bound in as the derivation's ``info``, and every
+context is used once, so that the nonce can be constant.
 """
 
 from __future__ import annotations

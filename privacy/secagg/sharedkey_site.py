@@ -25,8 +25,8 @@ class SharedKeySite(SiteSum):
     """Encrypts under one CKKS key that all sites hold (the classic homomorphic mode).
 
     **One curious site together with the server reads every site's vector**: the site has the key, the server the
-    ciphertexts. A server that lies about what it sends to be opened reads single vectors alone. It protects against a
-    server that keeps to the protocol, and against nobody who holds the key. The first joined site makes the key.
+    ciphertexts. A server that lies about what it sends to be opened reads single vectors by itself. The protocol
+    protects against a server that keeps to it, not against a holder of the key. The first joined site makes the key.
     """
 
     def __init__(self, spec: SumSpec, site: SiteId, key: Ed25519PrivateKey, store: Store) -> None:

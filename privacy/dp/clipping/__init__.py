@@ -18,13 +18,13 @@ All work in microbatches that are summed on the fly, so memory does not grow wit
 
 Precision, and why one record cannot move another's contribution
 ----------------------------------------------------------------
-The sensitivity argument needs every record's clipped contribution to be a function of that record alone. A library of
-linear algebra may pick another kernel, and so another rounding, for another batch size; with weights chosen to cancel,
+The sensitivity argument needs every record's clipped contribution to be a function of that record alone. For another
+batch size, a library of linear algebra may pick another kernel, and so another rounding. With weights chosen to cancel,
 another rounding is another gradient. Therefore every pass runs on exactly one shape (a shorter microbatch is filled up
-with copies whose factor is 0), norms are taken in float64 from the very values that are summed, and the sum over
-records is float64: rounding inside a pass changes a record's contribution, but neither its bound nor anybody else's.
-What the plan adds to the sensitivity for the rest is :data:`FLOAT_SLACK` (relative to C). The rest is: accumulation
-(below), and that at one shape a kernel might treat the rows of a batch differently (the tail of a vectorised tanh).
+with copies whose factor is 0). Norms are taken in float64 from the very values that are summed, and the sum over
+records is float64. So rounding inside a pass changes a record's contribution, but neither its bound nor another
+record's. For the rest, the plan adds :data:`FLOAT_SLACK` (relative to C) to the sensitivity. The rest is: accumulation
+(below), and a kernel that might treat the rows of a batch differently at one shape (the tail of a vectorised tanh).
 
 * ``float64``: such a difference is some 1e-15 of a contribution, for networks that are not badly conditioned.
 * ``float32``: it would be some 1e-7, too much for many records. :func:`position_free` looks for it bit for bit on the

@@ -127,10 +127,10 @@ class Clipper:
             clip: C > 0.
 
         Guarantee: adding or removing one record changes ``values`` by at most ``clip`` in L2 norm (up to
-        :data:`FLOAT_SLACK` relative), whatever the record holds; for float32 see ``precision``. Records whose
-        gradient is not finite are left out and their microbatch is summed again without them, since 0 · NaN is NaN;
-        so are records whose class or token ids do not exist. Dropout draws a mask for each record by itself, from a
-        generator that the operating system's randomness seeds anew for every call.
+        :data:`FLOAT_SLACK` relative), whatever the record holds; for float32 see ``precision``. Records whose class or
+        token ids do not exist are left out. So are records whose gradient is not finite: their microbatch is summed
+        again without them, since 0 · NaN is NaN. Dropout draws a mask for each record by itself, from a generator that
+        the operating system's randomness seeds anew for every call.
 
         Raises:
             ModelError: the clip is not positive, or the bound on the sum does not hold (a fault of the program). Never
@@ -183,8 +183,8 @@ class Clipper:
     def _run(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> torch.Tensor:
         records = len(X)
         if records < self.microbatch:
-            # one shape for all, so that the batch size picks no other kernel: copies of the first record, which are
-            # as finite as it is, with a factor of 0
+            # one shape for all, so that the batch size changes no kernel: filled up with copies of the first record,
+            # with a factor of 0 (they are finite if it is)
             fill = np.arange(self.microbatch)
             fill[records:] = 0
             X, y = X[fill], y[fill]
@@ -211,7 +211,7 @@ def fitting(engine: Engine, size: int, wanted: int) -> int:
 
 @contextmanager
 def _fresh_randomness(device: torch.device) -> Iterator[None]:
-    """Masks of dropout that nobody can foretell: else a known position would give a known mask to each record."""
+    """Dropout masks that nobody can predict. Otherwise a known position would give each record a known mask."""
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
         yield

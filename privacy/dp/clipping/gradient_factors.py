@@ -2,7 +2,7 @@
 
 Every piece answers ``squares()``, the ``(B,)`` squared norms, and ``add(f, out)``, which adds the sum over records of
 f times the gradient to ``out``. Both are float64 and taken from the same stored values, whatever precision these were
-computed in: the sum of what was measured is what was bounded.
+computed in. So what is summed is exactly what was measured and bounded.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Rows:
 
 
 def _norms(values: torch.Tensor) -> torch.Tensor:
-    """The norm of each row in one pass: squares written out are memory that has to be fetched anew for every batch."""
+    """The norm of each row in one pass: squares written out would be fetched from memory anew for every batch."""
     return torch.linalg.vector_norm(values, dim=1)
 
 

@@ -24,7 +24,7 @@ _MOST = 256
 _LEAST = 32
 _TURNS = 4
 _HOPELESS = 3.0
-_PATIENCE = 3.0  # seconds after which a first impression has to do
+_PATIENCE = 3.0  # seconds; after that, one measurement of each has to be enough
 _HANDICAP = 1.2  # for float32, and for engines that hold every gradient: a noisy clock must not pick them
 _BATCHED = ("closed", "numpy", "book")  # the others gain nothing from more than 64 records at a time
 
@@ -51,9 +51,9 @@ def choose(
         engines: which may be chosen; one name checks that engine alone.
         batch: how many records a step is expected to have.
 
-    Right means: on five synthetic records, with all of them clipped and with none, within 1e-9 (float64) or 2e-3
-    (float32) of the definition, taken record by record with plain autograd in float64. In float32 an engine must
-    also pass :func:`position_free`.
+    Right means: within 1e-9 (float64) or 2e-3 (float32) of the definition, on five synthetic records, with all of them
+    clipped and with none. The definition is computed record by record with plain autograd in float64. In float32 an
+    engine must also pass :func:`position_free`.
 
     Raises:
         ModelError: the network couples records, or no engine computes the right sum.
@@ -103,7 +103,7 @@ def reference(model: nn.Module, records: Records, clip: float) -> NDArray[np.flo
 
 
 def _agrees(clipper: Clipper, records: Records, expected: dict[float, NDArray[np.float64]], microbatch: int) -> bool:
-    """All clipped, and none: an error in the norms shows in the first, an error in the sum in both."""
+    """With all clipped, and with none: an error in the norms shows in the first, an error in the sum in both."""
     for clip, values in expected.items():
         usual, clipper.microbatch = clipper.microbatch, microbatch
         with _shaken(clipper.model), _without_dropout(clipper.model):
