@@ -1,4 +1,4 @@
-"""The Flower ClientApp: handlers of a few lines around :mod:`fedveil.client.round`, and one door out."""
+"""The Flower ClientApp: short handlers around :mod:`fedveil.client.round`, and one gate for every answer."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def _answering(resolve: Resolve, action: str, handler: Handler, gate: Gate) -> C
         arrived = gate.arrived()
         out: Cleared | Exception
         try:
-            # Rows go to the server with the ledger: what one is dated must not tell what the slot hides.
+            # The server gets these rows with the ledger, so their dates must not tell what the slot hides.
             with resolve(context) as site, site.ledger.journal.dated():
                 request = flwr_adapter.from_record(message.content, Limits())
                 out = gate.cleared(handler(site, request), action, request, site)
-        except Exception as e:  # whatever it is, what the server hears of it is the gate's decision
+        except Exception as e:  # of every class: the gate decides what the server learns of it
             out = e
         return gate.leave(out, message, action, arrived)
 

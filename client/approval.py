@@ -1,15 +1,15 @@
-"""Persons who must say yes before a run begins at this site, each with a key of their own.
+"""Persons who must approve a run before it begins at this site. Each has a key of their own.
 
 ::
 
     <state>/requests/<plan hash>/request.json        what was asked for and which ledger pays, written by the site
     <state>/requests/<plan hash>/<approver>.json     one person's signed yes, named by the public key
 
-An approval is for one plan (its hash), one ledger (the hash of its first row) and one run: the first session that is
-accepted under it is written into that ledger beside the digests of all approvals there were, which are worth nothing
-afterwards, and the request is removed. In another ledger, even of the same data, they never count. Approvers' keys are
-Ed25519 keys of persons, listed in ``[limits] approvers``; the site's process holds none of them and cannot approve
-anything itself.
+An approval is for one plan (its hash), one ledger (the hash of its first row) and one run. The first session that is
+accepted under it is written into that ledger, with the digests of all approvals that the request had. After that these
+approvals are used up, and the request is removed. In another ledger, even of the same data, they never count.
+Approvers' keys are Ed25519 keys of persons, listed in ``[limits] approvers``. The site's process holds none of them, so
+it cannot approve anything itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LOG = logging.getLogger("fedveil.approval")
 
 @dataclass(frozen=True)
 class Waiting:
-    """One plan that somebody asked for: ``folder`` holds it and the approvals given so far; ``ledger`` would pay."""
+    """A plan that somebody asked for. ``folder`` holds it and its approvals so far. ``ledger`` would be charged."""
 
     folder: Path
     plan: PrivacyPlan
@@ -56,7 +56,7 @@ class Waiting:
     given: int
 
     def to_json(self) -> dict[str, Any]:
-        """What a person decides by."""
+        """What a person needs to know to decide."""
         p = self.plan
         return {
             "plan_hash": p.hash,
@@ -89,13 +89,13 @@ class Approvals:
         self._folder, self._site, self._limits, self._clock = folder, site, limits, clock
 
     def require(self, plan: PrivacyPlan, ledger: str, used: Iterable[str]) -> list[str]:
-        """The digests of all valid approvals of ``plan``, none of them in ``used``; [] where none are needed.
+        """The digests of all valid approvals of ``plan``, none of them in ``used``; [] if no approval is needed.
 
         Args:
-            ledger: the hash of the first row of the ledger that pays.
+            ledger: the hash of the first row of the ledger that is charged.
 
         Raises:
-            PolicyRefusal: too few; the request is then in the folder, for ``fedveil client requests``.
+            PolicyRefusal: too few approvals. The request is then in the folder, for ``fedveil client requests``.
         """
         need = self._limits.approvals
         if not need:
@@ -112,18 +112,18 @@ class Approvals:
         )
 
     def remove(self, plan: PrivacyPlan) -> None:
-        """Forget the request for a run that has begun; called once the ledger names the approvals it used."""
+        """Remove the request for a run that has begun. Called when the ledger names the approvals that the run used."""
         if (self._folder / plan.hash).is_dir():
             shutil.rmtree(self._folder / plan.hash)
 
     def _clear(self, ledger: str, spent: set[str]) -> None:
-        """Remove what nobody waits for: requests of another ledger, and those whose approvals were all used up."""
+        """Remove requests that nobody needs: those of another ledger, and those whose approvals are all used up."""
         for own in _named(self._folder):
             try:
                 if _read(own)[0] != ledger:
                     shutil.rmtree(own)
                     continue
-            except FedveilError:  # what this class did not write, or was altered: for the owner to look at
+            except FedveilError:  # not written by this class, or altered: it stays for the owner to look at
                 continue
             given = [p for p in own.iterdir() if is_hex(p.stem, 64)]
             used = [p for p in given if _is_spent(p, spent)]
@@ -133,7 +133,7 @@ class Approvals:
                 shutil.rmtree(own)
 
     def _ask(self, plan: PrivacyPlan, ledger: str) -> None:
-        """Keep the plan for a person to read; only so many, because whoever asks is not trusted."""
+        """Keep the plan for a person to read. The number is limited, because whoever asks is not trusted."""
         own = self._folder / plan.hash
         if own.exists():
             return
@@ -149,7 +149,7 @@ class Approvals:
         part.rename(own)
 
     def _valid(self, own: Path, plan_hash: str, ledger: str) -> Iterator[tuple[str, tuple[str, str]]]:
-        """(approver, digests) of every approval that holds now; a file that does not is passed over."""
+        """(approver, digests) of every approval that is valid now. Other files are skipped."""
         for public in dict.fromkeys(self._limits.approvers):
             try:
                 document = _document(own / f"{public}.json")
@@ -197,9 +197,9 @@ def find(folder: Path, run: str) -> Waiting:
 def approve(
     wanted: Waiting, site: SiteId, limits: LimitsSection, key: Ed25519PrivateKey, clock: Callable[[], float] = time.time
 ) -> Path:
-    """Sign a yes to one run, valid for seven days; a later one of the same person replaces it.
+    """Sign an approval of one run, valid for seven days. A later one of the same person replaces it.
 
-    The file gets the owner of the request's folder, so that the site can read what somebody else (root) wrote.
+    The file gets the owner of the request's folder, so that the site can read it even if root wrote it.
 
     Raises:
         ConfigError: the key is not one of the site's approvers; the file cannot be written.
@@ -219,7 +219,7 @@ def approve(
     path = wanted.folder / f"{public}.json"
     part = wanted.folder / f".{public}.{secrets.token_hex(8)}"
     try:
-        # A new file and no link: the folder belongs to the site's account, and root may be the one who writes.
+        # A new file, so that no link is followed: the folder is the site's, and root may be the one who writes.
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as f:
             f.write(canonical.dumps(identity.signed(key, DOMAIN, said)))
             owner = wanted.folder.stat()
@@ -234,7 +234,7 @@ def approve(
 
 
 def reject(wanted: Waiting) -> None:
-    """Remove a request and what was approved of it."""
+    """Remove a request and its approvals."""
     try:
         shutil.rmtree(wanted.folder)
     except OSError as e:
@@ -264,7 +264,7 @@ def _read(own: Path) -> tuple[str, PrivacyPlan]:
     """The ledger and the plan of one request.
 
     Raises:
-        ConfigError: it cannot be read, or is what this version does not write.
+        ConfigError: it cannot be read, or has a form that this version does not write.
     """
     try:
         with (own / _REQUEST).open("rb") as f:
@@ -282,7 +282,7 @@ def _read(own: Path) -> tuple[str, PrivacyPlan]:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """An approval's file in its one form: nothing unsigned beside the signature, which is in lower case.
+    """An approval's file. It has only one form: nothing in it is unsigned, and the signature is in lower case.
 
     Raises:
         PolicyRefusal, WireError: it has another form.
@@ -297,12 +297,12 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _digests(document: dict[str, Any]) -> tuple[str, str]:
-    """The names of an approval in a ledger: the digest of what is signed; and of the file, as it was written once."""
+    """How a ledger names an approval: by the digest of what is signed or, in older rows, of the whole file."""
     return canonical.digest(document["payload"]), canonical.digest(document)
 
 
 def _is_spent(path: Path, spent: set[str]) -> bool:
-    """Whether the ledger names the approval in this file; never for what is none."""
+    """Whether the ledger names the approval in this file. False if the file holds no approval."""
     try:
         return not spent.isdisjoint(_digests(_document(path)))
     except (OSError, FedveilError):

@@ -1,4 +1,4 @@
-"""What this site remembers of the other sites' journals, so that none of them can be wound back unseen."""
+"""What this site remembers of the other sites' journals, so that nobody can set one back unnoticed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAX_BYTES = 1 << 22
 
 
 class PeerHeads:
-    """The newest journal head of every peer's ledgers that this site has seen signed; only ever moves forward.
+    """The newest head of every peer's ledgers that this site has seen signed. It only moves forward.
 
-    A peer has a ledger for each of its data sets. Of more than :data:`MAX_LEDGERS` of one peer, the one that has not
+    A peer has a ledger for each of its data sets. If a peer has more than :data:`MAX_LEDGERS`, the one that has not
     moved for the longest time is forgotten.
 
     Args:
-        path: where they are kept; None keeps them in memory (the simulator).
-        roster: who takes part with this site; None for everybody who is remembered.
+        path: where they are kept. None keeps them in memory (the simulator).
+        roster: who takes part with this site. None: everybody who is remembered.
 
     Raises:
         JournalError: the file is not what this class wrote.
@@ -44,17 +44,17 @@ class PeerHeads:
     def copies(self) -> dict[SiteId, list[list[int | str]]]:
         """The JSON form that goes into this site's signed join statement, of at most its share of bytes.
 
-        Of whoever is not on the roster it says nothing. Where not everything fits, the newest ledgers come first; where
-        not even one for each peer does, it is a subset that this site draws anew when journals have moved, so in every
-        run. Nobody else knows the draw, the server included, which names the sessions. So over all the statements
-        every peer is covered by many as long as there are copies for a fair part of them.
+        It says nothing about sites that are not on the roster. If not everything fits, the newest ledgers come first.
+        If not even one ledger of each peer fits, this site draws a subset of the peers. It draws anew when journals
+        have moved, so in every run. Nobody else knows the draw, not even the server, which names the sessions. Hence,
+        over all sites' statements, many cover each peer, as long as a statement has room for a fair part of the peers.
         """
         sites = list(self._heads) if self._roster is None else [m.site for m in self._roster.sites]
         known = sorted((s for s in sites if s in self._heads), key=self._drawn)
         return carried(self._heads, known, share(len(sites) + (self._roster is None)))
 
     def keep(self, heads: dict[SiteId, Copy]) -> None:
-        """Remember ``heads`` of ledgers not known yet, or ahead of what is known; on disk when this returns."""
+        """Remember ``heads`` that are new or ahead of the known ones. They are on disk when this returns."""
         ahead = {s: c for s, c in heads.items() if (known := self._known(s, c)) is None or c.head.rows > known.rows}
         if not ahead:
             return
@@ -70,10 +70,10 @@ class PeerHeads:
             write_durably(self._path, canonical.dumps(all_))
 
     def follow(self, heads: dict[SiteId, Copy]) -> None:
-        """:meth:`keep`, for heads of journals that are being written: they must not lie behind what is known.
+        """As :meth:`keep`, for heads of journals that are being written. They must not be behind the known heads.
 
         Raises:
-            HelperRefusal: naming the site whose journal went back in time, or stands still with another last row.
+            HelperRefusal: it names the site whose journal went back in time, or has as many rows but another last row.
         """
         for site, copy in sorted(heads.items()):
             known = self._known(site, copy)

@@ -42,7 +42,7 @@ def check_hours(limits: LimitsSection, now: datetime.datetime | None = None) -> 
         first, last = window(limits.hours)
         at = local.time()
         inside = first <= at < last if first < last else at >= first or at < last
-        if first > last and at < last:  # after midnight, the window is the evening's before
+        if first > last and at < last:  # after midnight the window is the one that began the evening before
             day -= datetime.timedelta(days=1)
     if not inside or WEEK[day.weekday()] not in limits.days:
         raise PolicyRefusal(
@@ -70,8 +70,8 @@ def check_contract(contract: DataContract, limits: LimitsSection) -> None:
 def tell_of_a_short_budget(plan: PrivacyPlan, affordable: int) -> None:
     """Say in the site's own log, and nowhere else, that its ledger will stop it before the plan is carried out.
 
-    No reason to refuse: the budget's end is a normal one. But a cap that equals the plan's ε is such a budget, because
-    a filter over runs that may depend on each other reads higher than the accountant of one run.
+    This is no reason to refuse, because a spent budget is a normal ending. A cap that equals the plan's ε is already
+    too small: a filter over runs that may depend on each other counts more than the accountant of one run.
     """
     if affordable < plan.steps and _LOG.isEnabledFor(logging.INFO):
         _LOG.info(
@@ -82,7 +82,7 @@ def tell_of_a_short_budget(plan: PrivacyPlan, affordable: int) -> None:
 
 
 def model_hash(plan: PrivacyPlan) -> str:
-    """SHA-256 (hex) of the canonical spec of what a plan computes: what ``[limits] models`` lists."""
+    """SHA-256 (hex) of the canonical spec of what a plan computes. ``[limits] models`` lists such hashes."""
     return canonical.digest(plan.model.model_dump(mode="json"))
 
 
@@ -102,7 +102,7 @@ def metrics_of(spec: StatsSpec) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _broken(plan: PrivacyPlan, limits: LimitsSection) -> str:
-    """The first limit that the plan breaks, in words; empty if none. Asked for again with every answer."""
+    """The first limit that the plan breaks, in words; empty if none. Called again for every answer."""
     per_run = min(limits.max_epsilon, limits.max_epsilon_per_run or limits.max_epsilon)
     shared = plan.mode != "local"
     for broken, text in (
@@ -144,7 +144,7 @@ def _unlisted(plan: PrivacyPlan, limits: LimitsSection) -> str:
 
 
 def _fallback(plan: PrivacyPlan, limits: LimitsSection) -> str:
-    """Last, because it takes an accountant."""
+    """Checked last, because it needs an accountant."""
     if plan.fallback > limits.max_fallback_epsilon:
         return f"the fallback epsilon {plan.fallback:.3g} is above this site's {limits.max_fallback_epsilon:g}"
     return ""

@@ -1,8 +1,8 @@
-"""The federation's report as it reaches this site: verified like any auditor would, kept, and signed.
+"""The federation's report at this site: verified as an auditor would do it, kept, and signed.
 
-What comes is the report and all files it is checked beside, from a server that this site does not trust. Nothing is
-signed unless every check passes under the consortium's key that this site has pinned, and unless the report was made
-from this site's own ledger as it is on this disk.
+The report comes with all files that are needed to check it, from a server that this site does not trust. It is signed
+only if every check passes under the consortium's key that this site has pinned, and only if the report was made from
+this site's own ledger as it is on this disk.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MAX_REFUSED = 8  # sessions
 
 
 def report(site: Site, request: Packet) -> Packet:
-    """Verify, keep and sign the report of a session that has ended; the same report again is signed again.
+    """Verify, keep and sign the report of a session that has ended. If the same report comes again, it is signed again.
 
     Raises:
-        ProtocolError: the session has not ended here, or another report of it was signed; this site keeps no reports.
+        ProtocolError: the session has not ended here, another report of it was signed, or this site keeps no reports.
         WireError: what came is not a report with its files.
-        VerificationError: a check failed, or it is another run's. What came is kept beside, as evidence.
+        VerificationError: a check failed, or the report is of another run. What came is kept beside, as evidence.
     """
     h = request.expect(handover.KIND).header
     session = site.session(h.get("session"))
@@ -87,18 +87,18 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for made in (folder.parent, folder, folder / JOURNALS):
         made.mkdir(mode=0o700, exist_ok=True)
-    for name, data in files.items():  # names out of a closed table
+    for name, data in files.items():  # the names are from a closed table
         identity.write_secret(folder / name, data)
 
 
 def _keep_as_evidence(draft: Path, folder: Path) -> None:
-    """The first report of a session that failed, and of a few sessions only: nobody fills the disk, or hides it."""
+    """Keep a session's first report that failed, of few sessions only: nobody fills the disk or hides the evidence."""
     if not folder.exists() and sum(1 for _ in folder.parent.glob(f"*{REFUSED}")) < MAX_REFUSED:
         _rename(draft, folder)
 
 
 def _rename(draft: Path, folder: Path) -> None:
-    """All of ``folder``, which does not exist, or nothing of it."""
+    """Make ``draft`` the new ``folder``: after a crash all of it is there, or nothing."""
     for made in (draft / JOURNALS, draft):
         sync_folder(made)
     os.replace(draft, folder)

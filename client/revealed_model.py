@@ -1,8 +1,8 @@
 """The model of a run whose sums only the sites can read (``reveal_to = "sites"``).
 
-The server opens blinded sums and ships them; every site removes the blinding and takes the same optimiser step. A
-model's name is then the hash of the chain of blinded sums it came from, which the server and all sites can compute
-although the server knows no weight.
+The server opens blinded sums and sends them. Every site removes the blinding and takes the same optimiser step. A
+model's name is then the hash of the chain of blinded sums that it came from. The server and all sites can compute this
+name, although the server knows no weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedveil.privacy.secagg.store import Store
 
 
 class RevealedModel:
-    """One site's copy: at most one state on disk, replaced by the next before it is forgotten.
+    """One site's copy of the model. At most one state stays on disk. It is erased only after the next is written.
 
     Attributes:
         round: the last round whose sum is in the model; 0 at the public initialisation.
@@ -40,7 +40,7 @@ class RevealedModel:
                 break
 
     def apply(self, packet: Packet) -> None:
-        """Unblind the next sum and step; a sum that is in the model already changes nothing.
+        """Remove the blinding of the next sum and take the step. A sum that is already in the model changes nothing.
 
         Raises:
             SecureSumError: it does not open to a sum that T helpers agreed on.

@@ -1,8 +1,8 @@
-"""THE LINE: what happens to a message at a site, one straight function per message.
+"""What happens to a message at a site: one function per message, to be read from top to bottom.
 
 A record's way through a round is :func:`contribute`, top to bottom: sample, clip, clamp, grid, **charge**, noise,
-encrypt, persist, hand on. Everything a message asks for was fixed in the plan the site signed; a message names
-the session and the round, and carries weights.
+encrypt, persist, hand on. The plan that the site signed fixed everything that a message can ask for. A message only
+names the session and the round, and carries weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.quantize import to_grid
 from fedveil.privacy.secagg.interface import MAX_NONCE, Integers, is_hex
 
-_MANY = 1 << 16  # values for which memory counts for more than the microseconds of looking at them
+_MANY = 1 << 16  # from so many values on, less memory is worth the microseconds of a look at them
 
 
 def join(site: Site, request: Packet) -> Packet:
-    """Accept or refuse a plan; the answer is this site's signed statement."""
+    """Accept or refuse a plan. The answer is this site's signed statement."""
     h = request.expect("join").header
     session = site.accept(h.get("session", ""), h.get("plan"), h.get("roster_hash", ""), h.get("contract_hash", ""))
     if session.plan.task == "train":  # a model that couples records is refused before round 1
@@ -41,7 +41,7 @@ def begin(site: Site, request: Packet) -> Packet:
 
 
 def deal(site: Site, request: Packet) -> Packet:
-    """Take what another site sent this one through the server while the run began."""
+    """Take what another site sent to this one, through the server, at the beginning of the run."""
     h = request.expect("deal").header
     session, inner = site.session(h.get("session")), h.get("packet")
     if not isinstance(inner, dict):
@@ -53,7 +53,7 @@ def deal(site: Site, request: Packet) -> Packet:
 def contribute(site: Site, request: Packet) -> Packet:
     """One round: the clipped sum of this site's sampled records, charged, noised, encrypted.
 
-    A repeated request gets the identical bytes. A round that was charged but whose answer was lost is refused:
+    A repeated request gets the identical bytes. If a round was charged and its answer was lost, the request is refused:
     fresh noise for the same step would be a second release.
     """
     h = request.expect("contribute").header
@@ -72,7 +72,7 @@ def contribute(site: Site, request: Packet) -> Packet:
             site.ledger.commit(session.id, round_)  # a crash came between keeping the answer and this row
         return again
     site.permit(session)
-    # Where every site holds the one key that reads the sums, a revoked one has it too: nothing more is given.
+    # If every site holds the one key that reads the sums, a revoked site has it too. So nothing more is contributed.
     site.not_revoked([SERVER, *(m.site for m in site.roster.sites)] if plan.sum == "sharedkey" else [SERVER])
     weights = _weights(site, session, request)
 
@@ -96,7 +96,7 @@ def contribute(site: Site, request: Packet) -> Packet:
 
 
 def apply(site: Site, request: Packet) -> Packet:
-    """Where only sites read the sums: unblind one and step this site's model; says where this site stands."""
+    """If only sites can read the sums: apply one to this site's model. The answer says how far this site has come."""
     h = request.expect("apply").header
     session = site.session(h.get("session"))
     model = site.revealed(session)
@@ -147,7 +147,7 @@ def finish(site: Site, request: Packet) -> Packet:
 
 
 def _weights(site: Site, session: Session, request: Packet) -> NDArray[np.float32]:
-    """Where the step starts: what the server sent, or this site's own model where the server knows none."""
+    """The weights from which the step starts: those that the server sent. If it knows none: this site's own model."""
     plan = session.plan
     if plan.reveal_to == "sites":
         model = site.revealed(session)
@@ -161,7 +161,7 @@ def _weights(site: Site, session: Session, request: Packet) -> NDArray[np.float3
 
 
 def _narrow(values: NDArray[np.int64]) -> Integers:
-    """The same integers in half the memory, where they are many and allow it."""
+    """The same integers in half the memory, if they are many and small enough for that."""
     limits = np.iinfo(np.int32)
     if values.size < _MANY or values.min() < limits.min or values.max() > limits.max:
         return values
@@ -169,9 +169,9 @@ def _narrow(values: NDArray[np.int64]) -> Integers:
 
 
 def _require_open(site: Site, session: Session) -> None:
-    """Whatever could not be answered anyway is refused before it is charged.
+    """Refuse before the charge what could not be answered anyway.
 
-    A crash between the two rows of an end leaves a ledger that names the session's last model: nothing follows that.
+    A session's end is two rows. After a crash between them the ledger names the last model: nothing may follow it.
     """
     if session.ended or any(r.body["session"] == session.id for r in site.ledger.journal.of_kind("model")):
         raise ProtocolError("that session has ended")

@@ -1,4 +1,4 @@
-"""A site and its part in one run: what was signed, what was charged, what may still happen. Forward only."""
+"""A site and its part in one run: what was signed, what was charged, what may still happen. It only goes forward."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Session:
         id: 64 hexadecimal digits.
         plan: what this site signed.
         sum: this site's half of the secure sum.
-        begun: this site has every site's statement, as a sum with keys needs before its first round.
+        begun: this site has every site's statement. A sum with keys needs that before its first round.
         exhausted: the budget refused a step: nothing of this session is charged any more.
         ended: the server ended the session: nothing is charged any more.
-        precision: of the gradients of single records: what was written down when the plan was accepted, at the most.
+        precision: of the gradients of single records. It allows no more than what was noted when the plan was accepted.
         model: this site's own model, where only the sites read the sums.
-        within: the limits that the plan was found to keep.
+        within: the limits that the plan was checked against, and keeps.
     """
 
     id: str
@@ -65,7 +65,7 @@ class Session:
     within: LimitsSection | None = None
 
     def __post_init__(self) -> None:
-        self.plan_hash = self.plan.hash  # asked for twice a round
+        self.plan_hash = self.plan.hash  # kept, because it is needed twice a round
 
 
 @dataclass
@@ -78,14 +78,14 @@ class Site:
         roster: the pinned roster.
         contract_hash: hash of the contract its data were checked against.
         width, classes: number of features and classes, from the contract.
-        limits: what no server can lift.
+        limits: the site's own limits, which no server can lift.
         X: ``(n, features)`` encoded records. y: ``(n,)`` class indices. Neither ever leaves.
         evidence: pass/fail and salted commitments of ingestion; may leave.
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
         peers: what this site remembers of the others' journals.
         revoked: gives the newest list of revoked members that reached this site; None in the simulator.
-        precision: in which gradients of single records may be computed; anything but float64 is written down.
+        precision: in which gradients of single records may be computed. Anything but float64 is noted in the ledger.
         models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
         approvals: where persons' approvals are found, for limits that ask for them.
@@ -159,10 +159,10 @@ class Site:
         return known
 
     def permit(self, session: Session) -> None:
-        """Before a round is charged: the site's limits as they are now, and its working hours.
+        """Before a round is charged, check the plan against the site's limits as they are now, and the working hours.
 
         Raises:
-            PolicyRefusal: they say no; one row of the ledger says that they did.
+            PolicyRefusal: they do not allow it. One row of the ledger notes that.
         """
         try:
             self.fits(session)
@@ -173,7 +173,7 @@ class Site:
 
     def fits(self, session: Session) -> None:
         """Raise :class:`PolicyRefusal` unless the session's plan keeps the site's limits as they are now."""
-        if session.within is not self.limits:  # both are frozen: what was found once holds for these two objects
+        if session.within is not self.limits:  # plan and limits are frozen, so one check of these two is enough
             policy.check(session.plan, self.limits)
             session.within = self.limits
 
@@ -186,7 +186,7 @@ class Site:
             raise
 
     def _admitted(self, session: str, plan: PrivacyPlan) -> list[str]:
-        """What a session under a new name needs beside a fitting plan; the digests of the approvals it uses up.
+        """Check what a new session needs beside a fitting plan; returns the digests of the approvals that it uses up.
 
         Raises:
             PolicyRefusal, BudgetExhausted: nothing was written for it, except that this was refused.
@@ -196,7 +196,7 @@ class Site:
         spent, since = {s for s, _ in self.ledger.tally.by_round}, time.time() - _DAY_S
         accepted = (r for r in self.ledger.journal.of_kind("plan.accepted") if r.at >= since)
         if sum(r.body["session"] not in spent for r in accepted) >= self.limits.max_unused_sessions:
-            # No row: whoever asks for ever new sessions must not fill the ledger with refusals either.
+            # No row is written: a peer that asks for new sessions again and again must not fill the ledger.
             raise PolicyRefusal(
                 f"{self.limits.max_unused_sessions} sessions in which nothing was charged began here within 24 hours",
                 hint="resume one that began, or wait; the owner can raise max_unused_sessions in [limits] of site.toml",
@@ -216,7 +216,7 @@ class Site:
             raise
 
     def refused(self, session: Any, reason: str) -> None:
-        """Note a refusal, unless the ledger ends with one for the same reason: asking again does not fill it."""
+        """Note a refusal, unless the refusals at the end of the ledger hold its reason: that would only fill it."""
         for row in reversed(self.ledger.journal.rows):
             if row.kind != "refused":
                 break
@@ -226,7 +226,7 @@ class Site:
             self.ledger.note("refused", session=session, reason=reason)
 
     def _open(self, session: str, plan: PrivacyPlan) -> Session:
-        """The session, from memory or made anew; its plan is on disk before anything is signed."""
+        """The session, from memory or newly made. Its plan is on disk before anything is signed."""
         if session not in self._sessions:
             store = self.store_for(session)
             held = store.get("plan")
@@ -238,7 +238,7 @@ class Site:
             refused = any(r.body.get("reason") == BudgetExhausted.__name__ for r in self._noted("refused", session))
             ended = bool(self._noted("session.end", session))
             if self._noted("plan.accepted", session) and not ended:
-                self._same_data()  # before the session is held: a second request must meet the same refusal
+                self._same_data()  # before the session is kept, so that a second request gets the same refusal
             self._sessions[session] = Session(
                 session, plan, site_sum(spec, self.id, self.key, store), begun=plan.sum in ("plain", "none"),
                 exhausted=refused, ended=ended, precision=self._precision(session, plan),
@@ -246,7 +246,7 @@ class Site:
         return self._sessions[session]
 
     def _precision(self, session: str, plan: PrivacyPlan) -> Precision:
-        """A session that was accepted without single precision stays without, whatever the settings say since."""
+        """A session that was accepted without single precision never uses it, even if the settings allow it later."""
         accepted = self._noted("plan.accepted", session)
         if plan.task != "train" or any("precision" not in row.body for row in accepted):
             return "float64"
@@ -257,15 +257,15 @@ class Site:
         return [r for r in self.ledger.journal.of_kind(kind) if r.body.get("session") == session]
 
     def session(self, session: Any) -> Session:
-        """A session this site has joined, also after a restart.
+        """A session that this site has joined, also after a restart.
 
         Raises:
-            ProtocolError: it has not.
+            ProtocolError: the site has not joined it.
         """
         if isinstance(session, str) and session in self._sessions:
             return self._sessions[session]
         name = _check_name(session)
-        # The ledger is asked first: a name that was never accepted makes no folder.
+        # The ledger is read first, so that no folder is made for a name that was never accepted.
         held = self.store_for(name).get("plan") if self._noted("plan.accepted", name) else None
         if held is None:
             raise ProtocolError("this site has not joined that session", hint="start the run again")
@@ -276,31 +276,31 @@ class Site:
         return found
 
     def _same_data(self) -> None:
-        """After a restart inside a session: the table must be the one the ledger's evidence speaks of."""
+        """After a restart within a session, the table must be the one that the ledger's evidence is about."""
         noted = [r.body for r in self.ledger.journal.of_kind("data.released")][-1:]
         for body in noted:
             before, now = (x.get("commitments", {}) for x in (body, self.evidence))
             if before.get("source") != now.get("source"):
                 raise ProtocolError("this site's table is not the one it joined with", hint="start a new run")
-            if body != self.evidence:  # the same table, released in a new order
+            if body != self.evidence:  # the same table, but released in a new order
                 self.ledger.note("data.released", **self.evidence)
 
     def tidy(self) -> None:
-        """Destroy what a crash left of sessions that have ended; called when a site starts."""
+        """Destroy what a crash left of sessions that have ended. Called when a site starts."""
         for row in self.ledger.journal.of_kind("session.end"):
             name = _check_name(row.body.get("session"))
             if self.store_for(name).get("plan") is not None:
                 self.session(name).sum.end()
 
     def begin(self, session: Any, joins: Any) -> Packet:
-        """Take all sites' statements, each checked against the pinned roster; the reply to the server.
+        """Take all sites' statements, each checked against the pinned roster; returns the reply to the server.
 
         Raises:
-            ProtocolError, IdentityError, SecureSumError: a statement does not hold, or others were given before.
+            ProtocolError, IdentityError, SecureSumError: a statement is not valid, or others were given before.
         """
         found = self.session(session)
         fields = check_joins(joins, found.id, found.plan.hash, self.roster)
-        if self.store_for(found.id).get("joins") is None:  # a run that has begun goes on without whoever is revoked
+        if self.store_for(found.id).get("joins") is None:  # a run that has begun goes on without revoked members
             self.not_revoked(set(fields))
         self._compare_heads(joins)
         self.store_for(found.id).put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
@@ -311,7 +311,7 @@ class Site:
     def _compare_heads(self, joins: dict[SiteId, Any]) -> None:
         """Refuse to help when a peer has seen a later journal of this site: its state was restored from a backup.
 
-        Every site's signed statement is there, so the server cannot hold a copy back; a peer without one has
+        Every site's signed statement is there, so the server cannot keep a copy back. A peer without a copy has
         never met this site.
         """
         heads = heads_in(joins)
@@ -322,9 +322,9 @@ class Site:
         self.peers.keep({s: copy for s, (copy, _) in heads.items() if s != self.id})
 
     def not_revoked(self, sites: Collection[str]) -> None:
-        """Raise :class:`IdentityError` if one of these members was revoked, by the newest list that is here.
+        """Raise :class:`IdentityError` if the newest list at this site says that one of these members was revoked.
 
-        The server looks at its own list. This one is for a server that has none, or does not want to have it.
+        The server looks at its own list. This check is for a server that has no list, or ignores it on purpose.
         """
         if self.revoked is None:
             return
@@ -345,17 +345,17 @@ class Site:
         return rows, last, self._ledger_id
 
     def witness(self, heads: Mapping[SiteId, tuple[int, str, str]]) -> None:
-        """Remember where the members' journals stand; :class:`HelperRefusal` if one of them went back in time.
+        """Remember the heads of the members' journals; :class:`HelperRefusal` if one of them went back in time.
 
-        A site whose disk was restored within a run is seen by its peers here, in the round in which it contributes
-        again: it would not know what it has charged, nor which keys it has used.
+        Here its peers notice a site whose disk was restored within a run, in the round in which it contributes again.
+        Such a site would not know what it has charged, nor which keys it has used.
         """
         self.peers.follow(
             {s: Copy(Head(rows, hash_), ledger) for s, (rows, hash_, ledger) in heads.items() if s != self.id}
         )
 
     def revealed(self, session: Session) -> RevealedModel:
-        """This site's own model of a session; :class:`ProtocolError` where the server reads the sums."""
+        """This site's own model of a session; :class:`ProtocolError` if the server reads the sums."""
         if session.plan.reveal_to != "sites":
             raise ProtocolError("the server reads this session's sums")
         if session.model is None:
@@ -363,7 +363,7 @@ class Site:
         return session.model
 
     def keep(self, session: str, weights: bytes) -> None:
-        """Write a final model, little-endian float32, readable by the owner only; it stays at the site."""
+        """Write a final model as little-endian float32, readable by the owner only. It stays at the site."""
         if self.models is not None and not (path := self.models / f"{session}.f32").exists():
             identity.write_secret(path, weights)
 
@@ -388,7 +388,7 @@ class Site:
 
 
 def _check_name(session: Any) -> str:
-    """A session's name becomes the name of a folder: nothing but hexadecimal digits."""
+    """Refuse a session's name that is not hexadecimal digits only: it becomes the name of a folder."""
     if not isinstance(session, str) or not is_hex(session, 64):
         raise ProtocolError("a session's name is not 64 lower-case hexadecimal digits")
     return session

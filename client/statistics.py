@@ -23,8 +23,8 @@ def statistics_sum(
 ) -> NDArray[np.float64]:
     """``(D,)``: what this site adds to the sum before noise.
 
-    Sensitivity: one record changes it by at most ``plan.clip`` in L2 norm. Whatever goes wrong with the data stays
-    here: the site then adds nothing and its noise still goes out, as in training.
+    Sensitivity: one record changes it by at most ``plan.clip`` in L2 norm. If anything goes wrong with the data, this
+    does not show: the site then adds nothing, and its noise still goes out, as in training.
 
     Raises:
         WireError, ProtocolError: the weights to evaluate are not those that the plan names (public facts).
@@ -33,7 +33,7 @@ def statistics_sum(
     try:
         predicted = None if spec.metric is None or weights is None else predictions(spec.metric, weights, X)
         return statistics.clipped_sum(spec, X, y, plan.clip, predicted)
-    except Exception as e:  # of whatever class: what the data can make go wrong must not show
+    except Exception as e:  # of every class: a failure that the data can cause must not show
         _LOG.error("the statistics failed on this site's data (%s): releasing noise only", type(e).__name__)
         return np.zeros(spec.parameters)
 
@@ -41,9 +41,9 @@ def statistics_sum(
 def predictions(metric: MetricSpec, weights: NDArray[np.float32], X: NDArray[np.float32]) -> NDArray[np.int64]:
     """``(n,)`` predicted classes, one record at a time; -1 for a record that the network cannot take.
 
-    In a batch, the rounding of one record's scores depends on how many others there are; near a tie that could turn
-    another record's prediction over, and the sum would move by more than one record's share. For the same reason a
-    record that the network cannot take (no token id) is left out by itself and never by an exception.
+    In a batch, the rounding of one record's scores depends on how many others there are. Near a tie, one record could
+    so change another record's prediction, and the sum would move by more than one record's share. For the same reason
+    a record that the network cannot take (no token id) is left out by itself, and never by an exception.
     """
     model = build(metric.network).double().eval()
     unflatten(model, weights)

@@ -27,12 +27,12 @@ def pick_device(wanted: str) -> str:
 
 @lru_cache(maxsize=8)
 def clipper(spec: ModelSpec, engine: str, device: str, precision: clipping.Precision = "float64") -> clipping.Clipper:
-    """The clipping engine for a network, built once per process: ``auto`` probes parity first, speed second.
+    """The clipping engine for a network, built once per process. ``auto`` probes parity first, then speed.
 
     Args:
         engine: ``auto``, or one of :data:`fedveil.privacy.dp.clipping.Engine`, which is probed for parity too.
-        precision: ``float32`` allows it where it is faster and the probe finds no record that moves another's rounding
-            (see :mod:`fedveil.privacy.dp.clipping`); ``float64`` claims nothing that only a probe stands for.
+        precision: ``float32`` allows it if it is faster and the probe finds no record that changes another's rounding
+            (see :mod:`fedveil.privacy.dp.clipping`). With ``float64`` no claim rests on a probe alone.
 
     Raises:
         ModelError: the network couples records (BatchNorm) or cannot be clipped per record (by that engine).
@@ -56,9 +56,9 @@ def site_sum(
     """``(D,)``: what this site adds to the round before noise.
 
     Sensitivity: one record (one client in mode ``client``) changes it by at most ``plan.clip`` in L2 norm.
-    Records that cannot be used are left out one by one. Should the whole step fail all the same, the site adds
-    nothing and its noise still goes out: no refusal shows, but the bound above does not cover such a failure, so
-    nothing that one record can do may cause one.
+    Records that cannot be used are left out one by one. If the whole step fails all the same, the site adds nothing
+    and its noise still goes out, so no refusal shows. But the bound above does not cover such a failure. So nothing
+    that one record can do may cause one.
     """
     engine.load(weights)
     try:
@@ -66,7 +66,7 @@ def site_sum(
             return _client_update(engine, plan, X, y)
         mask = poisson_sample(len(X), plan.sample_rate)
         out = engine.clipped_sum(X[mask], y[mask], plan.clip)
-    except Exception as e:  # of whatever class: what the data can make go wrong must not show
+    except Exception as e:  # of every class: a failure that the data can cause must not show
         _LOG.error("the step failed on this site's data (%s): releasing noise only", type(e).__name__)
         return np.zeros(plan.model.parameters)
     finally:

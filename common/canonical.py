@@ -1,9 +1,9 @@
 """Canonical JSON: one byte string per value, so that hashes and signatures have one meaning.
 
-Keys sorted by code point, no white space, UTF-8, floats as Python's shortest round-trip form,
-NaN and infinities refused. Close to RFC 8785; the one difference is that integers of any size are
-written in full (RFC 8785 limits them to 2^53; here only what is parsed is limited, to 300 digits) and floats keep
-Python's exponent form.
+Keys are sorted by code point. There is no white space, and the text is UTF-8. A float has Python's shortest round-trip
+form. NaN and infinities are refused. The form is close to RFC 8785. It differs in numbers: integers of any size are
+written in full, and floats keep Python's exponent form. RFC 8785 limits integers to 2^53. Here a limit of 300 digits
+holds for what is parsed only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fedveil.common.errors import WireError
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_DIGITS = 300  # of a whole number: every one that is accepted is within a float's range
-_FEW = 1 << 20  # so many values may be as short as they like; beyond them each takes 8 bytes of text or more
+_DIGITS = 300  # the most digits of a whole number, so that every accepted one is within a float's range
+_FEW = 1 << 20  # a text may hold so many values of any length, and one more for every 8 bytes of text
 
 
 def dumps(value: Any) -> bytes:
@@ -33,14 +33,14 @@ def dumps(value: Any) -> bytes:
 def loads(data: bytes | str, *, limit: int = 1 << 26) -> Any:
     """Parse UTF-8 JSON of at most ``limit`` bytes; whatever is returned has a canonical form of its own.
 
-    Duplicate keys, NaN and infinities, halves of a character (lone surrogates) and whole numbers of more than 300
-    digits, which no float can hold, are refused: nobody who reads the value has to think of them again.
+    Refused are duplicate keys, NaN, infinities, halves of a character (lone surrogates), and whole numbers of more
+    than 300 digits, which no float can hold. So nobody who reads the value has to check for them again.
 
-    An empty list is 2 bytes of text and 64 of memory: text that is dense with values, as nothing written here is, is
-    refused before it is parsed.
+    Text with too many values for its length is refused before it is parsed: an empty list takes 2 bytes of text, but
+    64 of memory. Nothing that is written here is so dense.
 
     Raises:
-        WireError: the text is none of these, too long or too dense.
+        WireError: the text is not such JSON, or is too long or too dense.
     """
     try:
         data = data.encode() if isinstance(data, str) else data
@@ -56,7 +56,7 @@ def loads(data: bytes | str, *, limit: int = 1 << 26) -> Any:
             parse_float=_finite,
             parse_int=_short,
         )
-        if _SURROGATE.search(data):  # half a character is spelled by an escape; no UTF-8 holds one
+        if _SURROGATE.search(data):  # only an escape can write half a character, because UTF-8 holds none
             _ENCODER.encode(value).encode()
         return value
     except (ValueError, RecursionError) as e:
@@ -81,7 +81,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    """A float; ``1e999`` would silently become an infinity."""
+    """A finite float. Python alone would silently read ``1e999`` as an infinity."""
     value = float(text)
     if math.isinf(value):
         raise ValueError("out of range")

@@ -33,7 +33,7 @@ COMMANDS = {
     "'stats'.",
     "superlink": "The same apps under Flower's SuperLink, with executors that run no bundle.",
 }
-# The smallest extra with which a command works; the entry with the most words counts.
+# The smallest extra with which a command works. If several entries fit, the one with the most words counts.
 EXTRAS = {
     "audit": "audit",
     "audit attacks": "sim",
@@ -52,8 +52,8 @@ EXTRAS = {
     "superlink site": "client",
 }
 _WORDS = "fedveil.words"
-# Help and complaints as click writes them: typer's frames take rich's Markdown and tracebacks with them, which cost
-# more than all the rest of a start. Crashes are still shown by rich.
+# Help and error messages are shown as click writes them. Typer's frames would load rich's Markdown and tracebacks,
+# and that takes longer than all the rest of a start. Crashes are still shown by rich.
 core.HAS_RICH = False
 
 
@@ -72,7 +72,7 @@ class Group(core.TyperGroup):
 
 
 def with_argument_help(command: click.Command | None) -> click.Command | None:
-    """``command`` with the help of its arguments, which typer 0.20 writes and click 8.5 then takes away."""
+    """``command`` with the help of its arguments. Typer 0.20 writes that help, and click 8.5 then removes it."""
     function = getattr(command.callback, "__wrapped__", None) if command is not None else None
     if command is not None and function is not None:
         given = get_params_from_function(function)
@@ -93,12 +93,12 @@ class _Commands(Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Keep the words for :meth:`invoke`: the context of a sub-command is gone when its error arrives."""
+        """Keep the words for :meth:`invoke`. When an error arrives, the context of its sub-command no longer exists."""
         ctx.meta[_WORDS] = list(args)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the sub-command. A library that it does not find becomes the extra that brings it.
+        """Run the sub-command. If a library is missing, the error names the extra that installs it.
 
         Raises:
             FedveilError: a library is not installed.
@@ -154,7 +154,7 @@ def build() -> typer.Typer:
 
 
 def _run() -> None:
-    """The application; a path that cannot be used is named."""
+    """Run the application. An error about a path that cannot be used names the path."""
     try:
         try:
             build()(standalone_mode=True)
@@ -167,7 +167,7 @@ def _run() -> None:
 
 
 def _flush() -> None:
-    """Write what is still buffered while an error can be told; where it cannot be written, nothing tries again."""
+    """Write what is still buffered, while an error can still be reported. If that fails, it is not tried again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -176,7 +176,7 @@ def _flush() -> None:
 
 
 def _store_error(e: OSError) -> StoreError:
-    """What the operating system refused: which file or folder, or where that is not said which line asked for it."""
+    """What the operating system refused, with the file or folder. If it names none: the line of code that asked."""
     if isinstance(e.filename, (str, bytes)):
         return StoreError(
             f"{os.fsdecode(e.filename)}: {e.strerror}", hint="check the path, its permissions and free disk space"
@@ -189,7 +189,7 @@ def _store_error(e: OSError) -> StoreError:
 
 
 def _unwind(number: int, _: object) -> NoReturn:
-    """Leave as after an error, so that nothing half made stays behind; the same signal again ends it at once."""
+    """Leave as after an error, so that no unfinished file stays behind. The same signal again ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     raise SystemExit(128 + number)
 
@@ -197,7 +197,7 @@ def _unwind(number: int, _: object) -> NoReturn:
 def main() -> None:
     """Entry point: a :class:`FedveilError` becomes two lines on stderr and its documented exit code.
 
-    SIGTERM and SIGHUP end a command with 128 plus their number; long-running ones have handlers of their own.
+    SIGTERM and SIGHUP end a command with 128 plus their number. Long-running commands have their own handlers.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored, and stays so

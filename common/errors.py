@@ -140,7 +140,7 @@ class JournalError(FedveilError):
 
 
 class StoreError(FedveilError):
-    """A file or folder of one's own cannot be read or written: its words name paths and never leave the machine."""
+    """A file or folder of one's own cannot be read or written. Its message names paths and never leaves the machine."""
 
     exit_code = 52
 
@@ -175,15 +175,15 @@ class RunAborted(FedveilError):
     exit_code = 90
 
 
-# What taking a stranger's value apart by hand can raise: wherever that is done, all of these become one error of the
-# tree. No list of a parser's own, which would lack the one that nobody thought of.
+# What can be raised where a peer's value is parsed by hand. Every such parser turns all of these into one error of the
+# tree. A parser has no list of its own, because such a list would lack the exception that nobody thought of.
 MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def trace(error: BaseException) -> str:
     """Where an exception that is not ours came from: its class, and file and line of every frame, innermost last.
 
-    Without its words, which libraries make of the values they were given.
+    The message is left out, because libraries write the values they were given into it.
     """
     frames = traceback.extract_tb(error.__traceback__)
     places = " > ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno}" for f in frames)

@@ -1,4 +1,4 @@
-"""Typed, bounded reading of JSON that somebody else wrote: every miss is a :class:`VerificationError` with a place."""
+"""Typed, bounded reading of JSON that somebody else wrote. A :class:`VerificationError` says where it is wrong."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def hexadecimal(body: Mapping[str, Any], key: str, where: str, *, length: int = 
 
 
 def public_key(value: Any, where: str) -> str:
-    """A public key as 64 lower-case hexadecimal digits; white space around it and capitals are let pass."""
+    """A public key as 64 lower-case hexadecimal digits. White space around ``value`` and capitals are accepted."""
     digits = value.strip().lower() if isinstance(value, str) else None
     return hexadecimal({"key": digits}, "key", where)
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent after a crash, and what is half made beside them."""
+"""Files that are either complete or absent after a crash, and the unfinished files beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write ``path``, replacing what was there: after a crash it holds all of the old or all of the new bytes.
+    """Write ``path``, replacing what was there. After a crash it holds all of the old or all of the new bytes.
 
     Both the bytes and the name are on disk when this returns. The folder is made if it is missing.
     """
@@ -27,9 +27,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a hidden file beside ``path``, to be written: after the block it is ``path``, or gone if that failed.
+    """The name of a hidden file beside ``path``, to be written. After the block it is ``path``, or gone if that failed.
 
-    It has the ending of ``path``. What a killed process left of it is removed first.
+    It has the ending of ``path``. If a killed process left such a file, it is removed first.
     """
     part = path.with_name(f".part-{path.name}")
     part.unlink(missing_ok=True)
@@ -42,9 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A hidden folder of mode 0700 beside ``path`` for the length of the block.
+    """A hidden folder of mode 0700 beside ``path``, for as long as the block runs.
 
-    What killed processes left of theirs for the same ``path`` is removed first. A living process holds a lock.
+    Folders that killed processes left for the same ``path`` are removed first. A living process holds a lock.
     """
     prefix = f".{path.name}.scratch-"
     for left in path.parent.glob(f"{glob.escape(prefix)}*"):
@@ -67,7 +67,7 @@ def _locked(folder: Path) -> Iterator[bool]:
             stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
-        except OSError:  # another process has it; or this file system has no locks, and then nobody's is removed
+        except OSError:  # another process has it, or the file system has no locks: then no folder is removed
             held = False
         yield held
 

@@ -1,4 +1,4 @@
-"""Flower, seen from here: the one module that touches it beyond its public app API (written against flwr 1.41).
+"""The one module that uses more of Flower than its public app API (written against flwr 1.41).
 
 A :class:`~fedveil.common.wire.Packet` travels as a Flower ``RecordDict`` of exactly two records: the header's
 canonical JSON in a ``ConfigRecord`` and the buffers in an ``ArrayRecord`` (dtype ``uint8``, one dimension, stype
@@ -53,8 +53,8 @@ R = TypeVar("R", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
 
 
 class _Canonical(threading.local):
-    """Headers known to be canonical, the latest read and the latest made: in a simulation a thousand sites parse the
-    same request, and what one side made the other reads next."""
+    """Two headers known to be canonical: the latest read and the latest made. In a simulation a thousand sites parse
+    the same request, and the header that one side has made is the next that the other side reads."""
 
     latest = b""
     made = b""
@@ -190,7 +190,7 @@ def error_reply(error: FedveilError, to: Message) -> Message:
 
 
 def internal_error_reply(to: Message) -> Message:
-    """The answer to ``to`` after an exception outside our tree: it says that something failed, not what."""
+    """The answer to ``to`` after an exception outside our tree. It says that something failed, but not what."""
     text = canonical.dumps({"code": INTERNAL_ERROR, "hint": "", "message": ""}).decode()
     return Message(Error(ERROR_CODE, text), reply_to=to)
 
@@ -296,7 +296,7 @@ def answer(app: ClientApp, message: Message, context: Context) -> Message:
 
 
 class BaseGrid(Grid):
-    """What our engines share of Flower's ``Grid``: one run, messages by the public constructor.
+    """The part of Flower's ``Grid`` that our engines share: one run, and messages made by the public constructor.
 
     Args:
         run_id: the run's number; None: a fresh random one.
@@ -343,7 +343,7 @@ def _turned(metadata: Metadata, request: Metadata) -> Metadata:
 
 
 def _message(metadata: Metadata, content: RecordDict | None, error: Error | None) -> Message:
-    """What :func:`with_metadata` gives, for parts that were checked when they were made: a tenth of its time."""
+    """As :func:`with_metadata`, in a tenth of its time. Only for parts that were checked when they were made."""
     out = Message.__new__(Message)
     out.__dict__.update(_metadata=metadata, _content=content, _error=error)
     return out
@@ -356,7 +356,7 @@ def _copied_record(record: ArrayRecord | ConfigRecord | MetricRecord) -> ArrayRe
 
 
 def _filled(record: R, values: dict[str, Any]) -> R:
-    """An empty record of Flower's with ``values`` that were checked before: its constructor would check each again."""
+    """``record``, empty and of Flower's, filled with checked ``values``. Its constructor would check each again."""
     record.__dict__["_data"] = values
     return record
 
@@ -377,5 +377,5 @@ def _value_bytes(value: object) -> int:
 
 
 def _printable(text: str) -> str:
-    """Control characters, which could move a terminal's cursor, replaced."""
+    """``text`` with its control characters replaced, which could move a terminal's cursor."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,9 +1,9 @@
 """Keys, signatures and the roster: who may speak for whom.
 
-Signatures are Ed25519 (RFC 8032) over ``domain || 0x00 || payload``: a signature made for one purpose is
-worth nothing for another. Private keys are written once, with mode 0600, and never overwritten. The
-roster, signed by the consortium and pinned by every site, binds a site's name to its signing key and to
-the key of its TLS certificate (SHA-256 of the SubjectPublicKeyInfo, so that a certificate can be renewed).
+Signatures are Ed25519 (RFC 8032) over ``domain || 0x00 || payload``, so a signature made for one purpose is not valid
+for another. Private keys are written once, with mode 0600, and never overwritten. The consortium signs the roster,
+and every site pins it. It binds a site's name to its signing key and to the key of its TLS certificate. That is the
+SHA-256 of the SubjectPublicKeyInfo, so that a certificate can be renewed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def save_signing_key(path: Path, key: Ed25519PrivateKey) -> None:
 
 
 def load_signing_key(path: Path) -> Ed25519PrivateKey:
-    """Read an Ed25519 key; refused if others may read the file."""
+    """Read an Ed25519 key. A file that others may read is refused."""
     try:
         if path.stat().st_mode & 0o077:
             raise IdentityError(f"{path} can be read by others", hint=f"chmod 600 {path}")
@@ -120,7 +120,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Roster:
-    """The members of a consortium, in the order that fixes their Shamir indices (first site: 1).
+    """The members of a consortium. Their order fixes their Shamir indices (first site: 1).
 
     ``version`` only goes forward: a member never goes back to an older roster.
     """
@@ -145,7 +145,7 @@ class Roster:
 
     @cached_property
     def payload(self) -> dict[str, Any]:
-        """The JSON form that is signed; the first version is not written, so that its hash is what it was."""
+        """The JSON form that is signed. Version 1 is not written, so that the hash of such a roster is what it was."""
         member = lambda m: {"site": m.site, "signing_key": m.signing_key, "tls_key": m.tls_key}  # noqa: E731
         return {
             "v": 1,
@@ -209,10 +209,10 @@ def open_roster(document: Any, consortium_public: str) -> Roster:
 
 @dataclass(frozen=True)
 class Revocations:
-    """Who may not connect any more, although a certificate still holds.
+    """Who may not connect any more, although the certificate is still valid.
 
     Attributes:
-        number: grows with every list; a later list is the one in force.
+        number: grows with every list. The list with the highest number is in force.
         sites: members that are shut out with every key.
         tls_keys: SHA-256 (hex) of the public keys of single certificates, whoever holds them.
     """
@@ -259,7 +259,7 @@ def signed(key: Ed25519PrivateKey, domain: str, payload: Any) -> dict[str, Any]:
 def opened(document: Any, domain: str, public: str, *, what: str) -> Any:
     """The payload of :func:`signed`, after its signature by ``public`` was verified.
 
-    There is one way to write a signed document: what is not signed is not in it, and the digits are lower-case.
+    A signed document can be written in one way only: it holds nothing unsigned, and its digits are lower-case.
     """
     try:
         payload, signer, signature = document["payload"], document["signer"], bytes.fromhex(document["signature"])

@@ -1,12 +1,12 @@
 """The append-only journal: a hash chain of signed rows, one JSON object a line.
 
-Row ``n`` holds ``{"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"}``: ``prev`` is the hash of
-row ``n - 1`` (64 zeros before the first), ``hash`` the SHA-256 of the canonical row without ``hash`` and
-``sig``, ``sig`` the owner's Ed25519 signature of the hash. Whoever holds a later head can see every change,
-removal or reordering of earlier rows; a cut tail shows against a head kept elsewhere.
+Row ``n`` holds ``{"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"}``. ``prev`` is the hash of
+row ``n - 1`` (64 zeros before the first). ``hash`` is the SHA-256 of the canonical row without ``hash`` and
+``sig``. ``sig`` is the owner's Ed25519 signature of the hash. Whoever holds a later head can see every change,
+removal or reordering of earlier rows. A head that is kept elsewhere shows that the last rows were cut off.
 
-``append`` returns after fsync, so that a row that was acted upon survives a crash. A line without its end
-(power cut) was never acted upon: opening drops it and records that it did. One writer at a time, by flock.
+``append`` returns after fsync, so that a row that was acted upon survives a crash. A line without its end (power
+cut) was never acted upon: opening drops it and records that it did. flock makes sure that there is only one writer.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Journal:
         durable: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> Journal:
-        """Open or create ``path``; every row is verified, a torn last line dropped and recorded.
+        """Open or create ``path``. Every row is verified. An unfinished last line is dropped, and that is recorded.
 
         Args:
-            durable: False keeps new rows in memory until :meth:`flush` (the simulator, where nothing real
-                is protected): no fsync, no lock, no open file.
+            durable: False keeps new rows in memory until :meth:`flush`, without fsync, lock or open file. That is for
+                the simulator, where nothing real is protected.
 
         Raises:
             JournalError: the file is in use, or not this owner's, or altered.
@@ -162,7 +162,7 @@ class Journal:
 
     @contextmanager
     def dated(self) -> Iterator[None]:
-        """Rows written within carry the time at which it began: how long the work before a row took is not in them."""
+        """Rows written in this block carry the time of its start, so they do not say how long the work took."""
         before, self._at = self._at, int(self._clock())
         try:
             yield
@@ -265,10 +265,10 @@ def _row(i: int, line: bytes) -> Row:
 
 
 def without_torn_end(data: bytes) -> bytes:
-    """A journal's complete lines: what a power cut left of a last row is not one, and its owner's next start drops it.
+    """A journal's complete lines. An unfinished last row (power cut) is left out, as its owner's next start drops it.
 
     Raises:
-        VerificationError: what stands behind the last line is more than an interrupted write can leave.
+        VerificationError: the bytes after the last line are more than an interrupted write can leave.
     """
     end = data.rfind(b"\n") + 1
     if _is_more_than_a_row(data[end:]):
@@ -277,7 +277,7 @@ def without_torn_end(data: bytes) -> bytes:
 
 
 def _is_more_than_a_row(tail: bytes) -> bool:
-    """Whether an unfinished line holds a whole row and then something: an interrupted write cannot leave that."""
+    """Whether an unfinished line holds a whole row and something after it. An interrupted write cannot leave that."""
     text = tail.decode(errors="replace")
     try:
         return json.JSONDecoder().raw_decode(text)[1] < len(text)

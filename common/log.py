@@ -10,7 +10,7 @@ _FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at the time: a progress bar puts itself in its place."""
+    """Writes to what ``sys.stderr`` is at that moment, because a progress bar replaces it for a while."""
 
     @property
     def stream(self) -> TextIO:
@@ -24,8 +24,8 @@ class _Stderr(logging.StreamHandler[TextIO]):
 def to_stderr(level: int = logging.INFO) -> None:
     """Show the lines of ``fedveil.*`` from ``level`` upwards, and other libraries' from WARNING upwards.
 
-    ``logging.basicConfig`` does nothing where a library's import has installed a handler, and loses INFO in silence. A
-    plain handler of that kind is replaced here. May be called again.
+    If a library's import has installed a handler, ``logging.basicConfig`` does nothing, and INFO lines are lost
+    silently. Such a plain handler is replaced here. May be called again.
     """
     handler = _Stderr()
     handler.setFormatter(logging.Formatter(_FORMAT))

@@ -1,8 +1,8 @@
 """Merkle tree hashes and inclusion proofs: one row of a journal shown without the others.
 
 As in RFC 6962, section 2.1: a leaf is ``SHA-256(0x00 || data)``, a node ``SHA-256(0x01 || left || right)``, and a tree
-of n leaves splits at the largest power of two below n. The prefixes keep a node from passing for a leaf. A proof holds
-at most ``ceil(log2 n)`` hashes. What it proves is relative to a root that the reader has from elsewhere, signed.
+of n leaves splits at the largest power of two below n. The prefixes make sure that a node cannot be taken for a leaf.
+A proof holds at most ``ceil(log2 n)`` hashes. It is valid only for a root that the reader has from elsewhere, signed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def root(leaves: Iterable[bytes]) -> bytes:
-    """The tree hash over the data of all leaves, in order; SHA-256 of nothing for no leaves.
+    """The tree hash over the data of all leaves, in order. Without leaves: SHA-256 of the empty string.
 
-    Linear in time, logarithmic in memory: subtrees of equal size are merged as they become complete.
+    Linear in time, logarithmic in memory, because subtrees of equal size are merged as soon as they are complete.
     """
     stack: list[tuple[int, bytes]] = []
     for data in leaves:

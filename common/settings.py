@@ -27,13 +27,13 @@ from fedveil.common.errors import ConfigError
 
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", max_length=64)]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
-# An accountant that adds up many steps drops tails of 1e-15 and rounds in double precision: a smaller δ would drown.
+# An accountant over many steps drops tails of 1e-15 and rounds in double precision. A smaller δ would be lost in that.
 MIN_DELTA = 1e-13
 WEEK: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
 def _printable(value: str) -> str:
-    """It is written into signed rows that everybody reads, and never changes there."""
+    """A printable text: it is written into signed rows that everybody reads and nobody can change."""
     if not value.isprintable():
         raise ValueError("holds a sign that cannot be printed (a tab, a line's end, a mark of direction)")
     return value
@@ -46,7 +46,7 @@ def endpoint(value: str, *, lowest: int = 1) -> tuple[str, int]:
     """Host and port of ``host:port``; an IPv6 address stands in brackets.
 
     Args:
-        lowest: the smallest port; 0 where somebody listens, who may take any that is free.
+        lowest: the smallest port. 0 is for an address to listen on, and then means any free port.
 
     Raises:
         ValueError: it is written otherwise.
@@ -79,7 +79,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """TOML knows numbers, truths and words apart: a limit written as ``true`` is a mistake, not 1."""
+        """TOML tells numbers, booleans and texts apart: a limit that is written as ``true`` is a mistake, not 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         several = get_origin(annotation) in (tuple, UnionType)
         kinds = set(get_args(annotation)) if several else {annotation}
@@ -233,7 +233,7 @@ class LimitsSection(_Section):
 
 
 def window(hours: str) -> tuple[datetime.time, datetime.time]:
-    """Both ends of ``HH:MM-HH:MM``; a window whose end is before its start goes over midnight.
+    """Start and end of ``HH:MM-HH:MM``. A window whose end is before its start goes over midnight.
 
     Raises:
         ValueError: it is written otherwise, or both ends are the same.

@@ -12,7 +12,7 @@ Delta = NewType("Delta", float)
 SiteId = NewType("SiteId", str)
 
 MAX_SITES = 4096
-MAX_DAYS = 3650  # for which a certificate holds
+MAX_DAYS = 3650  # the longest time for which a certificate is valid
 _SITE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 
 

@@ -1,7 +1,7 @@
-"""Messages: a canonical JSON header and named raw buffers, every size bounded before it is parsed.
+"""Messages: a canonical JSON header and named raw buffers. Every size is bounded before anything is parsed.
 
-A :class:`Packet` is what one protocol step sends. Its header is a JSON object; its buffers are raw bytes whose
-lengths and meaning the header's ``kind`` fixes. Nothing is ever unpickled and no code comes from the wire.
+A :class:`Packet` is what one protocol step sends. Its header is a JSON object. Its buffers are raw bytes. The header's
+``kind`` fixes their lengths and meaning. Nothing is ever unpickled, and no code is taken from a message.
 """
 
 from __future__ import annotations

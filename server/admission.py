@@ -1,4 +1,4 @@
-"""Who takes part: every site's signed statement before round 1, the same sites again after a restart."""
+"""Who takes part: every site signs a statement before round 1. After a restart the same sites take part again."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LATE_S = 10.0  # for the sites beyond those that a sum needs
 
 
 def join(exchange: Exchange, server_sum: ServerSum) -> None:
-    """Join every site of the roster, or find those that joined before the server stopped; then begin the sum.
+    """Join every site of the roster, or find those that joined before the server stopped. Then begin the sum.
 
     Raises:
-        RunAborted, BudgetExhausted: a site does not take part, or not in time; nothing was charged yet.
-        ProtocolError, IdentityError: a statement does not hold.
+        RunAborted, BudgetExhausted: a site does not take part, or is too late. Nothing was charged yet.
+        ProtocolError, IdentityError: a statement is not valid.
     """
     job = exchange.job
     if job.joins:
@@ -39,7 +39,7 @@ def join(exchange: Exchange, server_sum: ServerSum) -> None:
 
 
 def _begin(exchange: Exchange, server_sum: ServerSum) -> None:
-    """Show every site all statements, and relay what the sites deal each other."""
+    """Show every site all statements, and pass on what the sites deal to each other."""
     job = exchange.job
     fields = check_joins(job.joins, job.session, job.plan.hash, job.roster)
     packet = Packet({"kind": "begin", "session": job.session, "joins": job.joins})
@@ -61,7 +61,7 @@ def _gather(exchange: Exchange) -> None:
         "roster_hash": job.roster.hash,
         "contract_hash": job.plan.contract_hash,
     }
-    answered: set[int] = set()  # who was asked and did not answer is asked again when it is there again
+    answered: set[int] = set()  # a node that did not answer is asked again when it is back
     deadline = time.monotonic() + job.join_timeout
     while len(job.joins) < job.plan.sites:
         if time.monotonic() > deadline:
@@ -85,7 +85,7 @@ def _gather(exchange: Exchange) -> None:
 
 
 def _admit(exchange: Exchange, reply: Message) -> None:
-    """Take one site's signed statement; a refusal ends the run before it began."""
+    """Take one site's signed statement. A refusal ends the run before it has begun."""
     job, node = exchange.job, reply.metadata.src_node_id
     authenticated = exchange.site_of(node)
     error = flwr_adapter.reply_error(reply)
@@ -107,9 +107,9 @@ def _admit(exchange: Exchange, reply: Message) -> None:
 
 
 def _reconnect(exchange: Exchange) -> None:
-    """After a restart: wait for the sites to dial in again: all of them, or enough for a sum and a little longer.
+    """After a restart, wait until the sites connect again: all of them, or enough for a sum and then a little longer.
 
-    Enough must come within the time to join; a site that died for good does not hold the others up for all of it.
+    Enough sites must come within the time to join. A site that never comes back does not delay the others that long.
     """
     job = exchange.job
     expected = {flwr_adapter.node_id(m.site): m.site for m in job.roster.sites}

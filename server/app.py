@@ -10,7 +10,7 @@ from fedveil.server.strategy import SecureSumStrategy
 
 
 def make_app(job: Job) -> tuple[ServerApp, SecureSumStrategy]:
-    """The app that runs ``job``, and the strategy in which its status can be read afterwards."""
+    """The app that runs ``job``, and its strategy, whose ``status`` can be read afterwards."""
     app = ServerApp()
     strategy = SecureSumStrategy(job)
 

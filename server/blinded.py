@@ -1,4 +1,4 @@
-"""The server's part where only the sites read the sums: it keeps blinded sums and brings every site up to date."""
+"""The server's part if only the sites can read the sums: it keeps blinded sums and sends every site what it lacks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BlindedSums:
         return self.name
 
     def share(self, sites: Iterable[SiteId], ask: Ask) -> None:
-        """Ask every site where it stands and send it what it lacks; whoever does not answer is asked next time."""
+        """Ask every site where it stands and send it what it lacks. A site that does not answer is asked next time."""
         behind = {s for s in sites if self._at.get(s, -1) < (self._rounds[-1] if self._rounds else 0)}
         while behind:
             replies = ask({s: self._next(s) for s in behind})
@@ -55,7 +55,7 @@ class BlindedSums:
             behind &= set(replies)
 
     def _next(self, site: SiteId) -> Packet:
-        """The next sum ``site`` lacks, or the question where it stands."""
+        """The next sum that ``site`` lacks. If it is not known where the site stands: the question."""
         header = {"kind": "apply", "session": self._session}
         number = self._missing(site) if site in self._at else None
         if number is None:
@@ -72,7 +72,7 @@ class BlindedSums:
 
 
 def blinded_sums(job: Job) -> BlindedSums:
-    """Those of ``job``: none yet, or what its journal says was applied before the server stopped."""
+    """The blinded sums of ``job``: none yet, or those whose rounds its journal calls applied before a restart."""
     applied = list(job.journal.of_kind("round.applied"))
     name = applied[-1].body["model_hash"] if applied else job.state.hash
     return BlindedSums(job.run / "blinded", job.session, str(name), (int(r.body["round"]) for r in applied))

@@ -1,7 +1,7 @@
-"""What a restarted server goes on from: content-addressed state, named by the signed journal.
+"""The state from which a restarted server goes on. It is stored under its hash, which the signed journal names.
 
-A round counts as applied when its journal row is on disk; the state that row names was written before. So a
-crash at any byte leaves a journal whose last applied row names a complete file.
+A round counts as applied when its journal row is on disk. The state that this row names was written before. So after
+a crash at any byte, the journal's last applied row names a complete file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def encode(state: ModelState) -> bytes:
 
 
 def save(folder: Path, state: ModelState) -> str:
-    """Write ``state`` durably under the SHA-256 of its bytes; returns that hash. Older ones but one are removed."""
+    """Write ``state`` durably under the SHA-256 of its bytes; returns it. All older states but one are removed."""
     data = encode(state)
     name = sha256(data)
     write_durably(folder / f"{name}.npz", data)

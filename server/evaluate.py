@@ -1,4 +1,4 @@
-"""Metrics on a table that was declared public and belongs to no site: they cost no budget."""
+"""Metrics on a table that was declared public and belongs to no site. They cost no budget."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Evaluator:
     """Accuracy, and AUC for two classes, of flat weights on one public table.
 
     Raises:
-        DataError: no rows, a class the model does not have, or (of two) one class only.
+        DataError: no rows, a class that the model does not have, or only one of the two classes of a model with two.
     """
 
     def __init__(self, spec: ModelSpec, X: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-        # Here, before a run begins, and not after its first charged round.
+        # Checked here, before a run begins, and not after its first charged round.
         present = np.unique(y)
         if not len(present) or present[0] < 0 or present[-1] >= spec.classes:
             raise DataError(f"the public test table holds no rows, or classes outside 0..{spec.classes - 1}")

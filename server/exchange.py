@@ -1,8 +1,8 @@
 """Requests to sites and their replies, one reply at a time: what the strategy needs of a Grid.
 
-A reply is handed on when it comes, so that what it holds can be added and let go before the next one is looked at.
-Three ways, by what the Grid can do: ours tells of every arrival (``replies``); one that works while a message is pushed
-(``inprocess``) is given one message after the other; every other Grid is pulled from until all replies are there.
+A reply is handed on when it comes. So its content can be added and freed before the next reply is looked at.
+How replies are fetched depends on the Grid. Ours tells of every arrival (``replies``). One that works while a message
+is pushed (``inprocess``) gets one message after the other. Every other Grid is pulled until all replies are there.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Exchange:
         self.nodes: dict[SiteId, int] = {}
 
     def site_of(self, node: int) -> str:
-        """The site that the transport authenticated behind a node; empty where the transport authenticates nobody."""
+        """The site behind a node, as the transport authenticated it. Empty if the transport authenticates nobody."""
         find = getattr(self.grid, "site_of", None)
         return str(find(node)) if find is not None else ""
 
     def wait_for_sites(self, count: int, timeout: float) -> int:
-        """Wait until ``count`` sites are connected, at most ``timeout`` seconds; how many are.
+        """Wait at most ``timeout`` seconds until ``count`` sites are connected; returns how many are.
 
-        Where sites do not connect (a simulation) all are there.
+        In a simulation sites do not connect: there all of them count.
         """
         wait = getattr(self.grid, "wait_for_sites", None)
         return len(self.nodes) if wait is None else int(wait(count, timeout))
@@ -54,7 +54,7 @@ class Exchange:
         return flwr_adapter.requests(at, action=action, round=round_)
 
     def replies(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-        """The replies in the order in which they come; at most ``timeout`` seconds are waited for them."""
+        """The replies in the order in which they come. The wait is at most ``timeout`` seconds."""
         messages = list(messages)
         if not messages:
             return
@@ -64,11 +64,11 @@ class Exchange:
             yield from _pulled(self.grid, messages, timeout)
 
     def ask(self, packets: Mapping[SiteId, Packet], action: str, round_: int = 0) -> Iterator[Message]:
-        """:meth:`messages`, sent; :meth:`replies` within the job's time for a step."""
+        """Send the :meth:`messages`, and give the :meth:`replies` that come within the job's time for a step."""
         return self.replies(self.messages(packets, action, round_), self.job.round_timeout)
 
     def packets(self, replies: Iterable[Message]) -> dict[SiteId, Packet]:
-        """The answers that are no errors; errors are logged and journalled."""
+        """The answers that are not errors. Errors are logged and written into the journal."""
         out: dict[SiteId, Packet] = {}
 
         def refuse(site: SiteId, error: FedveilError) -> None:
@@ -84,9 +84,9 @@ class Exchange:
         take: Callable[[SiteId, Packet], None],
         refuse: Callable[[SiteId, FedveilError], None],
     ) -> None:
-        """Give every reply, opened, to ``take`` as it comes, and what is an error or no packet to ``refuse``.
+        """Open every reply as it comes and give it to ``take``. What is an error or no packet goes to ``refuse``.
 
-        No reply is held while the next one is waited for.
+        No reply is kept during the wait for the next one.
         """
         sites = {n: s for s, n in self.nodes.items()}
         for reply in replies:
@@ -104,7 +104,7 @@ class Exchange:
 
 
 def _pulled(grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
-    """Replies by Flower's own push and pull; the pauses between two pulls grow to a second."""
+    """Replies by Flower's own push and pull. The pauses between two pulls grow up to a second."""
     left = set(grid.push_messages(messages))
     end, pause = time.monotonic() + timeout, _FIRST_POLL_S
     while left:

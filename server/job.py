@@ -1,4 +1,4 @@
-"""One run at the server: its folder, its journal, its numbers; and how a crashed one goes on."""
+"""One run at the server: its folder, its journal and its numbers, and how a run goes on after a crash."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Job:
         run: the run's folder.
         session: 64 hexadecimal digits, fresh for every run.
         journal: the server's signed journal of this run, open.
-        first_round, state, nonce: where to go on; ``nonce`` is set when a round was open at a crash.
+        first_round, state, nonce: where to go on. ``nonce`` is set if a round was open at a crash.
         durable: False in the simulator (no checkpoints, no fsync).
         attached: further buffers that go to every site with the weights.
-        countersigned: the report is written at the end of the run and sent to the sites for their signatures.
-        progress: told of events (``joined``, ``round``, ``aborted``, ``end``) and their public numbers.
+        countersigned: whether the report is written at the end of the run and sent to the sites for their signatures.
+        progress: called for events (``joined``, ``round``, ``aborted``, ``end``) with their public numbers.
     """
 
     run: Path
@@ -108,7 +108,7 @@ def create(
         write_durably(run / f"{name}.f32", data)
     session = secrets.token_hex(32)
     journal = Journal.open(run / "journal.jsonl", SERVER, key, durable=durable)
-    # The sums of a run of statistics are added to zeros: they stand where a trained model's weights would.
+    # The sums of a run of statistics are added to zeros, which stand in the place of a trained model's weights.
     first = np.zeros(plan.model.parameters, np.float32) if plan.task == "stats" else flatten(build(plan.network))
     state = ModelState.start(first)
     body = {
@@ -128,8 +128,8 @@ def create(
 def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) -> Job:
     """Go on with a run after its server stopped.
 
-    A round that was open is asked for again under the same nonce, so that every site answers with the bytes it
-    kept and charges nothing; finished rounds are not touched.
+    A round that was open is asked for again under the same nonce. Every site then answers with the bytes that it
+    kept, and charges nothing. Finished rounds are not touched.
 
     Raises:
         JournalError: no run, a finished run, or altered files.
@@ -183,7 +183,7 @@ def _document(path: Path) -> Any:
 
 
 def _mend_metrics(path: Path, first: int) -> None:
-    """Drop a line that a crash tore, and lines of rounds that will be run again."""
+    """Drop a line that a crash left unfinished, and lines of rounds that will be run again."""
     if not path.exists():
         return
     lines = path.read_text(errors="replace").split("\n")[:-1]

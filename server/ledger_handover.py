@@ -1,4 +1,4 @@
-"""The sites' ledgers as they are handed over at the end of a run."""
+"""The sites hand over their ledgers at the end of a run; the server checks and keeps them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LOG = logging.getLogger("fedveil.server")
 
 
 def keep(job: Job, handed: Mapping[SiteId, bytes], end: End) -> dict[str, list[int | str]]:
-    """Write every ledger that a report can be built on into the run's folder; returns its head, by site.
+    """Write every ledger that a report can be built on into the run's folder; returns their heads, by site.
 
-    A ledger that an auditor would refuse (chain, signatures, the rules that bound its owner, another end of the run or
-    other charges than the server's journal has, another table than the contract's) counts as not delivered and is
-    missing in the result: one bad ledger must not cost the report.
+    A ledger that an auditor would refuse counts as not delivered and is missing in the result, because one bad ledger
+    must not prevent the report. Reasons: its chain, its signatures, the rules for its owner, another end of the run or
+    other charges than in the server's journal, another table than the contract's.
 
     Args:
-        end: as it will be written, still without heads.
+        end: the end of the run as it will be written, still without heads.
     """
     seen = dataclasses.replace(history.replay(job.journal.rows), end=end)
     contract = None if seen.simulated else _contract(job)
@@ -36,7 +36,7 @@ def keep(job: Job, handed: Mapping[SiteId, bytes], end: End) -> dict[str, list[i
     for site, data in handed.items():
         try:
             heads[site] = _head(job, seen, contract, site, data)
-        except Exception as e:  # of whatever class: a member wrote it, and the run's end must be written
+        except Exception as e:  # every class: a member wrote the ledger, and the run's end must be written
             said = e if isinstance(e, FedveilError) else trace(e)
             _LOG.error("the ledger of %s does not hold and counts as not delivered: %s", site, said)
             continue
@@ -60,7 +60,7 @@ def _head(job: Job, seen: History, contract: DataContract | None, site: SiteId, 
 
 
 def _contract(job: Job) -> DataContract | None:
-    """The contract beside the run's journal, which the sites hold the signed one against; None where there is none."""
+    """The contract beside the run's journal. The sites compare the signed one with it. None if there is none."""
     path = job.run / "contract.json"
     if not path.exists():
         return None

@@ -18,10 +18,10 @@ _LOG = logging.getLogger("fedveil.server")
 
 
 def offer(job: Job, link: Exchange, sites: Sequence[SiteId]) -> list[SiteId]:
-    """Write the ended run's report, send it to ``sites``, and keep the signatures that come back; who signed.
+    """Write the ended run's report, send it to ``sites`` and keep the signatures that come back; returns who signed.
 
-    A site that does not sign is logged, and is missing among the signatures: the report says how many there are. A
-    report that cannot be built, or is too large to be sent, is logged; nothing is sent then.
+    If a site does not sign, this is logged and its signature is missing. The report says how many there are. If the
+    report cannot be built, or is too large to be sent, this is logged and nothing is sent.
     """
     try:
         document = build_report(job.run, job.key)

@@ -1,6 +1,6 @@
-"""One round of the secure sum as a forward-only state machine. It does no I/O and keeps no clock.
+"""One round of the secure sum as a state machine that only goes forward. It does no I/O and keeps no clock.
 
-The caller (the strategy) moves messages; this class decides what each one may do in the state the round is in
+The caller (the strategy) moves messages. The class decides what each message may do in the round's present state
 (protocol steps after DESIGN, the secure sum)::
 
     COLLECTING  step 3   contributions are admitted and added, one per site
@@ -39,7 +39,7 @@ class Round:
     """Round ``number`` over one :class:`ServerSum`.
 
     Attributes:
-        refusals: per site, the error its message met; counted and reported, never dropped silently.
+        refusals: by site, the error that its message caused. They are counted and reported, never dropped silently.
     """
 
     def __init__(self, plan: PrivacyPlan, server_sum: ServerSum, number: int, nonce: str) -> None:
@@ -71,7 +71,7 @@ class Round:
         return self._sum.suspects
 
     def close(self) -> dict[SiteId, Packet]:
-        """Fix U; the requests that ask every helper to sign it (none for sums without keys).
+        """Fix U; returns the requests that ask every helper to sign it (none for sums without keys).
 
         Raises:
             RunAborted: fewer than n - d members; the round is over.
@@ -102,7 +102,7 @@ class Round:
         self._try(site, lambda: self._sum.add_answer(site, packet))
 
     def blinded(self) -> Packet:
-        """The opened sum as only the sites can read it; :class:`RunAborted` if it cannot be opened."""
+        """The opened sum in a form that only the sites can read; :class:`RunAborted` if it cannot be opened."""
         self._require(Phase.OPENING)
         try:
             packet = self._sum.blinded()

@@ -1,4 +1,4 @@
-"""What the server leaves of a run of statistics."""
+"""What the server writes at the end of a run of statistics."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A Flower Strategy around the secure sum: it moves messages between a Grid and :mod:`fedveil.server.rounds`.
 
-No privacy arithmetic of its own: the plan fixes it, the sites enforce it, the optimiser post-processes.
+It has no privacy arithmetic of its own. The plan fixes privacy, the sites enforce it, and the optimiser post-processes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SecureSumStrategy(Strategy):
     """Runs the plan of one :class:`~fedveil.server.job.Job` over any Grid.
 
     Args:
-        site_wait: seconds to wait, before a round is opened (and charged), for as many connected sites as a sum
-            needs; the run is ABORTED when they do not come. None: the job's ``join_timeout``.
+        site_wait: seconds to wait, before a round is opened (and charged), until as many sites are connected as a sum
+            needs. If they do not come, the run is ABORTED. None: the job's ``join_timeout``.
 
     Attributes:
         status: how the run ended: COMPLETED, BUDGET_EXHAUSTED or ABORTED.
@@ -52,7 +52,7 @@ class SecureSumStrategy(Strategy):
         self.status = COMPLETED
         self._site_wait = job.join_timeout if site_wait is None else site_wait
         self._exhausted: set[SiteId] = set()
-        # A quarter of the planned rounds may be lost; helpers with two wrong answers are not asked again.
+        # A quarter of the planned rounds may be lost. Helpers that gave two wrong answers are not asked again.
         self._conduct = Conduct(max(MIN_ABORTS, job.plan.steps // 4))
         self._consecutive, self._bearable = 0, True
         self._counted = (0, 0)
@@ -103,7 +103,7 @@ class SecureSumStrategy(Strategy):
         return result
 
     def _remember(self) -> None:
-        """Of a run that goes on: which sites' budgets are spent, which rounds were lost."""
+        """Read from the journal of a run that goes on which sites' budgets are spent and which rounds were lost."""
         for row in self.job.journal.of_kind("site.refused", "round.applied", "round.aborted"):
             if row.kind != "site.refused":
                 self._book(int(row.body["round"]), opened=row.kind == "round.applied")
@@ -132,7 +132,7 @@ class SecureSumStrategy(Strategy):
         return self.status != COMPLETED
 
     def _enough_sites(self, number: int) -> bool:
-        """Wait until a sum's members are connected: a round that cannot open would be charged for nothing."""
+        """Wait until a sum's members are connected. A round that cannot open its sum would be charged for nothing."""
         needed = self.plan.members
         there = self._exchange.wait_for_sites(needed, 0)
         if there < needed:
@@ -151,11 +151,11 @@ class SecureSumStrategy(Strategy):
 
     @property
     def _name(self) -> str:
-        """The model's name in journals: the hash of its weights, or of the sums it came from if the server has none."""
+        """The model's name in journals: the hash of its weights. If the server has none: of the sums it came from."""
         return self.job.state.hash if self._blinded is None else self._blinded.name
 
     def _metrics(self) -> dict[str, float]:
-        """Public test metrics; none of a model that only the sites know."""
+        """Public test metrics. There are none for a model that only the sites know."""
         if self.job.evaluate is None or self._blinded is not None:
             return {}
         return self.job.evaluate(self.job.state.weights)
@@ -170,7 +170,7 @@ class SecureSumStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Open the round on the journal (its nonce first) and ask every joined site to contribute."""
+        """Write the round's opening into the journal (its nonce first) and ask every joined site to contribute."""
         job = self.job
         sent = {"weights": arrays["weights"].data, **job.attached}
         if self._blinded is not None:
@@ -198,9 +198,9 @@ class SecureSumStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Collect, agree, open, apply; an aborted round is journalled and gives ``(None, None)``.
+        """Collect, agree, open, apply. An aborted round is written into the journal and gives ``(None, None)``.
 
-        Each reply is checked and added as ``replies`` gives it, and let go before the next one is asked for.
+        Each reply is checked and added when ``replies`` gives it, and freed before the next one is asked for.
         """
         job, current = self.job, self._round
         if current is None:
@@ -240,11 +240,11 @@ class SecureSumStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: metrics on private rows are releases and would have to be charged."""
+        """Does nothing: metrics on private rows are releases and would have to be charged."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing: see :meth:`configure_evaluate`."""
+        """Does nothing: see :meth:`configure_evaluate`."""
         return None
 
     # --- ending, messages, records --------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class SecureSumStrategy(Strategy):
         return ArrayRecord({"weights": Array("float32", (len(data) // 4,), "fedveil.raw.1", data)})
 
     def _help(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> Iterable[Message]:
-        """Ask the helpers that were not set aside for wrong answers."""
+        """Ask the helpers, but not those that were excluded for wrong answers."""
         aside = set(self._conduct.set_aside)
         return self._exchange.ask({s: p for s, p in packets.items() if s not in aside}, action, round_)
 

@@ -1,1 +1,1 @@
-"""What may leave a site: one gate, and closed tables of the forms that pass it."""
+"""What may leave a site: one gate, and closed tables of what may pass it."""

@@ -1,8 +1,8 @@
-"""What each kind of reply may hold: every header field and every buffer, or it does not leave.
+"""What each kind of reply may hold. A reply leaves only if every header field and every buffer is in these tables.
 
-Closed by default. A field is compared with what it must be (the session's plan, the request's round and nonce, the
-site's own journal), recomputed (hashes of buffers, digests of members, signatures), or it is one of the few opaque
-ones: an ephemeral public key, ciphertexts, sealed shares and shares of sums, whose lengths are fixed by the plan.
+Most fields are compared with what they must be (the session's plan, the request's round and nonce, the site's own
+journal) or recomputed (hashes of buffers, digests of members, signatures). Only a few fields are opaque: an ephemeral
+public key, ciphertexts, sealed shares and shares of sums. The plan fixes their lengths.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_SPECS = 64
 
 
 class Forms:
-    """The table of replies, and what is worth keeping between two of them."""
+    """The table of replies, and what is kept from one reply to the next to save work."""
 
     def __init__(self) -> None:
         self._specs: dict[tuple[str, str, str], SumSpec] = {}
@@ -56,7 +56,7 @@ class Forms:
     # --- before and after the rounds ------------------------------------------------------------------------
 
     def _join(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
-        """The signed statement: hashes everybody knows, a fresh public key, and where journals stand."""
+        """The signed statement: hashes that everybody knows, a fresh public key, and the heads of journals."""
         site.fits(session)
         _exact(packet, {"kind": "joined", "statement": lambda s: isinstance(s, dict)})
         payload = identity.opened(
@@ -108,7 +108,7 @@ class Forms:
             raise PolicyRefusal("the journal handed over is not the ledger's")
 
     def _report(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
-        """That this site has seen the report which it has verified and kept; nothing else."""
+        """Only the statement that this site has seen the report, which it has verified and kept."""
         _exact(packet, {"kind": "signed", "statement": lambda s: isinstance(s, dict)})
         statement, own = packet.header["statement"], identity.public_hex(site.key)
         exactly("the signature", statement, {"payload": lambda _: True, "signer": own, "signature": _SIGNATURE})
@@ -120,7 +120,7 @@ class Forms:
     # --- a round --------------------------------------------------------------------------------------------
 
     def _contribute(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
-        """The sum's own form; and the ledger: nothing leaves unless this round was charged what the plan says."""
+        """The sum's own form. And the ledger: nothing leaves unless it was charged for this round as the plan says."""
         plan, round_ = session.plan, request.header.get("round")
         site.fits(session)
         if not isinstance(round_, int) or site.ledger.tally.by_round.get((session.id, round_)) != plan.event:
@@ -137,7 +137,7 @@ class Forms:
             fields |= {"lengths": lengths, "ciphertexts": sha256(data), "signature": _SIGNATURE}
             _exact(packet, fields, ciphertexts=len(data))
             for _ in sharedkey.pieces(spec, packet):
-                pass  # as many pieces as the plan's length asks for, each within its bound
+                pass  # there are as many pieces as the plan's length needs, each within its bound
             keysum.check_signature(spec, site.id, packet.header)
         else:
             _exact(
@@ -171,7 +171,7 @@ class Forms:
         keysum.check_signature(spec, site.id, packet.header)
 
     def _open(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
-        """A helper's share of the sum of keys; or, where every site has the key, the sum itself."""
+        """A helper's share of the sum of keys. If every site has the key: the sum itself."""
         site.fits(session)
         spec, round_ = self._spec(session, site), int(str(request.header.get("round")))
         if spec.protocol == "keysum":
@@ -195,7 +195,7 @@ class Forms:
         return self._specs[key]
 
     def _joined(self, session: Session, site: Site) -> Joins:
-        """Who joined, from the site's own store, where it was written after every statement was checked."""
+        """Who joined, from the site's own store. It was written there after every statement had been checked."""
         held = site.store_for(session.id).get("joins")
         if held is None:
             raise PolicyRefusal("an answer for a session that has not begun")
@@ -216,7 +216,7 @@ def _exact(packet: Packet, header: dict[str, Any], **buffers: int) -> None:
 
 
 def _own_head(value: Any, site: Site) -> bool:
-    """A head that this site's journal had at some time, of this journal."""
+    """Whether ``value`` is a head that this site's own journal had at some time."""
     rows = site.ledger.journal.rows
     try:
         count, last, first = value

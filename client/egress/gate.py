@@ -1,15 +1,15 @@
-"""The gate: the one door through which anything leaves this site for the network.
+"""The egress gate: everything that leaves this site for the network passes it.
 
-Every answer is :meth:`Gate.cleared` (form, policy, ledger, size) and then :meth:`Gate.leave` makes the message: a
-:class:`Cleared` packet, or an error's class and, for a few classes, its words. Nothing else of this package sends;
-logs and files stay on this machine. What is not in the tables of ``forms`` and ``ledger_rows`` does not leave.
+:meth:`Gate.cleared` checks every answer (form, policy, ledger, size). Then :meth:`Gate.leave` makes the message: a
+:class:`Cleared` packet, or an error's class and, for a few classes, its words. Nothing else in this package sends.
+Logs and files stay on this machine. What is not in the tables of ``forms`` and ``ledger_rows`` does not leave.
 
-Timing: answers to ``contribute``, the one request whose work depends on records, and refusals of whatever kind leave at
-whole multiples of the *slot* after their request came. One slot more or less is the only thing that duration can
-still say; a slot longer than the slowest step says nothing.
+Timing: ``contribute`` is the one request whose work depends on records. Answers to it, and refusals of every kind,
+leave at whole multiples of the *slot* after their request came. So a duration says only how many slots it took. If the
+slot is longer than the slowest step, it says nothing.
 
-The gate holds back mistakes (a metric somebody added, a count in a header, an exception's text), not a program that was
-replaced on purpose: ciphertexts and keys are opaque to it.
+The gate stops mistakes (a metric that somebody added, a count in a header, an exception's text). It cannot stop a
+program that was replaced on purpose, because ciphertexts and keys are opaque to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedveil.common.errors import FedveilError, PolicyRefusal, trace
 from fedveil.common.wire import Packet
 
 _LOG = logging.getLogger("fedveil.client")
-# Only these classes' messages are written without looking at data; of all others only the name leaves.
+# Only these classes' messages are written without looking at data. Of all other errors only the class's name leaves.
 SPOKEN = (
     errors.PolicyRefusal,
     errors.PlanError,
@@ -40,7 +40,7 @@ SPOKEN = (
     errors.IdentityError,
     errors.ModelError,
 )
-# Functions that hold records: what passed through one of them has no words, whatever its class. "" is a whole module.
+# Functions that hold records. An error of any class that passed one of them loses its words. "" is a whole module.
 _HOLD_RECORDS = (
     ("fedveil.client.records.", ""),
     ("fedveil.privacy.anonymization.", ""),
@@ -49,7 +49,7 @@ _HOLD_RECORDS = (
     ("fedveil.client.statistics", "predictions"),
     ("fedveil.privacy.dp.", "clipped_sum"),
 )
-# Where a file lies on this machine: folders are named after people and wards.
+# The path of a file on this machine. It must not leave: folders are named after people and wards.
 _PATH = re.compile(r"""(?:^|[^\w.)])(?:~\w*/|/|[A-Za-z]:\\|\\\\)\S""")
 _SLOTTED = "contribute"
 HELD = "this site's egress gate held the answer back"
@@ -88,12 +88,12 @@ class Gate:
         """``packet``, if every field and every byte of it may leave as the answer to ``request``.
 
         Raises:
-            PolicyRefusal: it may not. The reason is in the site's own log, the fact in its ledger; a round that was
-                charged stays charged.
+            PolicyRefusal: it may not leave. The site's own log says why, and its ledger that it happened. A round that
+                was charged stays charged.
         """
         try:
             self._forms.check(packet, action, request, site)
-        except Exception as e:  # of whatever class: an answer that cannot be judged does not leave
+        except Exception as e:  # of every class: an answer that cannot be checked does not leave
             _LOG.error("%s (%s)", HELD, e if isinstance(e, FedveilError) else trace(e))
             site.refused(request.header.get("session"), PolicyRefusal.__name__)
             raise PolicyRefusal(HELD, hint="the reason is in the site's own log") from None
@@ -121,7 +121,7 @@ class Gate:
 
 
 def spoken(error: FedveilError) -> FedveilError:
-    """What may be said of ``error``: its class, and its words where neither a record nor a path can be in them."""
+    """What may leave of ``error``: its class, and its words if they can hold neither a record nor a path."""
     if isinstance(error, SPOKEN) and not _held_records(error.__traceback__) and not _PATH.search(str(error)):
         return error
     return type(error)("the reason is in the site's own log")
@@ -138,8 +138,8 @@ def _held_records(traceback: TracebackType | None) -> bool:
 
 
 def _log(error: Exception, action: str) -> None:
-    """To the site's own log: the words of ours; of everything else the class and the place, since a library's words
-    may quote a record.
+    """Write to the site's own log. Our own errors are written in full. Of others only the class and the place are
+    written, because a library's words may quote a record.
     """
     if isinstance(error, FedveilError):
         _LOG.warning("%s: %s: %s", action, error.code, error)

@@ -1,7 +1,7 @@
 """What a row of a site's ledger may hold when the ledger is handed over: a closed table.
 
-A kind of row, or a field, that is not in the table does not leave. Texts are bounded; what is said of the data is
-compared with what follows from the data contract and two commitments.
+A kind of row, or a field, that is not in the table does not leave. Texts are bounded. What a row says about the data
+is compared with what follows from the data contract and two commitments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedveil.privacy.secagg.interface import is_hex
 
 Check = Callable[[Any], bool]
 MAX_TEXT = 256
-ENDINGS = ("COMPLETED", "BUDGET_EXHAUSTED", "ABORTED")  # how a run can end; a text of its own would be a channel
+ENDINGS = ("COMPLETED", "BUDGET_EXHAUSTED", "ABORTED")  # how a run can end; a free text could carry anything out
 
 
 def hexadecimal(digits: int) -> Check:
@@ -155,7 +155,7 @@ def check_rows(rows: Iterable[Row], owner: str, contract: DataContract | None) -
     """Raise :class:`PolicyRefusal` for the first row that may not leave.
 
     Args:
-        contract: with it, what was said of data under this contract must be exactly what follows from it.
+        contract: if given, what rows say about data under this contract must be exactly what follows from it.
     """
     for row in rows:
         what = f"row {row.n} of the ledger ({row.kind[:32]})"
@@ -177,7 +177,7 @@ def _check_evidence(what: str, body: dict[str, Any], contract: DataContract | No
     exactly(what, body, {k: _EVIDENCE[k] for k in body})
     if contract is None or body.get("contract") != contract.hash:
         return
-    from fedveil.client.records.release.pipeline import evidence_of  # brings pyarrow, which a simulation does without
+    from fedveil.client.records.release.pipeline import evidence_of  # imports pyarrow, which a simulation does not need
 
     c = body.get("commitments", {})
     if body != evidence_of(contract, c.get("source", ""), c.get("released", "")):

@@ -1,7 +1,7 @@
 """Where a released table comes from: commitments that may leave the site, and the full record that may not.
 
-A plain hash of data confirms a guessed table with certainty. What leaves the site is therefore an HMAC under a secret
-that stays there: without the secret it says nothing, with it the site can later show what it used.
+With a plain hash of the data, anybody could confirm a guessed table. So an HMAC leaves the site instead. Its secret
+stays there. Without the secret the HMAC says nothing. With it the site can later show which table it used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _CHUNK = 1 << 20
 def commitment(secret: bytes, kind: Literal["source", "released"], path: Path) -> str:
     """HMAC-SHA256 (hex) under ``secret`` (at least 32 bytes) of ``kind || 0x00 || the bytes of path``.
 
-    Hiding and binding as long as the secret is random and stays at the site. ``kind`` keeps the two commitments of
-    equal bytes different.
+    Hiding and binding as long as the secret is random and stays at the site. Because of ``kind``, the two commitments
+    differ even if the bytes are equal.
     """
     mac = hmac.new(checked_secret(secret), kind.encode() + b"\0", hashlib.sha256)
     with path.open("rb") as f:
@@ -55,7 +55,7 @@ def file_hash(path: Path) -> str:
 
 
 def derived_key(secret: bytes) -> Ed25519PrivateKey:
-    """A signing key of the work folder, derived from its secret (HKDF-SHA256), for sites that name no key of theirs."""
+    """The work folder's signing key, derived from its secret (HKDF-SHA256), for sites that name no key of their own."""
     seed = HKDF(hashes.SHA256(), 32, None, b"fedveil/lineage key/1").derive(checked_secret(secret))
     return Ed25519PrivateKey.from_private_bytes(seed)
 
@@ -68,7 +68,7 @@ def write_signed(path: Path, signature: Path, record: dict[str, Any], key: Ed255
 
 
 def read_signed(path: Path, signature: Path, public: str) -> dict[str, Any]:
-    """The record in ``path``, once its signature by ``public`` (64 hex digits) holds.
+    """The record in ``path``, after its signature by ``public`` (64 hex digits) was verified.
 
     Raises:
         VerificationError: altered, unsigned, or signed by another key.
@@ -101,7 +101,7 @@ def private_folder(work: Path) -> Path:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write ``path`` with mode 0600, all of it or nothing."""
+    """Write ``path`` with mode 0600, completely or not at all."""
     with replacing(path) as part:
         write_secret(part, data)
 

@@ -1,9 +1,9 @@
-"""The data contract: what the sites agree their tables look like, signed before anybody reads a row.
+"""The data contract: how the sites agree that their tables look. It is signed before anybody reads a row.
 
 A contract fixes everything that must not depend on the data: the columns and their roles, public bounds, the leaves of
 every category, the hierarchies and the levels to which quasi-identifiers are recoded, the required k, l and t, which
-rows may be used and until when. Hence every site encodes to the same width, and neither the encoding nor the fixed
-recoding reveals anything. Its hash stands in every round.
+rows may be used and until when. So every site encodes to the same width, and neither the encoding nor the fixed
+recoding reveals anything. Every round carries the contract's hash.
 
 Rules of a contract (each broken one is a :class:`~fedveil.common.errors.ContractError`):
 

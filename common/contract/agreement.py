@@ -39,7 +39,7 @@ class Quality(Strict):
 
     Attributes:
         duplicates: exact repetitions (identifiers included) stay, or only the first is kept. Factor 1 for DP.
-        near_key: columns that say which rows speak of the same thing (a pseudonym, a date of admission).
+        near_key: columns that say which rows are about the same thing (a pseudonym, a date of admission).
         near_duplicates: rows that agree in ``near_key`` are counted, or only the first is kept. Not bounded.
         fitted_outliers: rows beyond three interquartile ranges of the site's own values are counted, or dropped. Not
             bounded: the fence depends on every record.
@@ -239,7 +239,7 @@ class DataContract(Strict):
 
 
 def _with_hierarchy(column: Any, folder: Path) -> Any:
-    """The column with the hierarchy file it names read in."""
+    """The column. If it names a hierarchy file, its hierarchy is what that file holds."""
     named = column.get("hierarchy") if isinstance(column, dict) else None
     if not isinstance(named, str) or named == "mask":
         return column
@@ -258,7 +258,7 @@ def _with_hierarchy(column: Any, folder: Path) -> Any:
 
 
 def read_bounded(path: Path) -> bytes:
-    """The bytes of a contract file of at most 4 MiB."""
+    """The bytes of a contract file, which may have at most 4 MiB."""
     try:
         with path.open("rb") as f:
             data = f.read(MAX_FILE_BYTES + 1)

@@ -1,4 +1,4 @@
-"""What every part of a contract is made of: strict frozen models and texts that mean one thing."""
+"""What every part of a contract is made of: strict frozen models, and texts that have only one meaning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Bound = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
-    """Frozen, unknown fields refused, and every refusal a :class:`ContractError`."""
+    """A frozen model that refuses unknown fields. Every refusal is a :class:`ContractError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
 

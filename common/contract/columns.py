@@ -49,7 +49,7 @@ class Mask(Strict):
 
     Attributes:
         keep: characters kept.
-        length: characters a raw text has, white space and hyphens removed; others are not masked, hence unseen.
+        length: characters of a raw text without white space and hyphens. Other texts are not masked, hence unseen.
     """
 
     keep: Annotated[int, Field(ge=1, le=32)]
@@ -71,9 +71,9 @@ class Column(Strict):
         format: how a date is written, of %Y, %m, %d and one separator; "" for plain numbers.
         values: ordered leaves of a category. The order is the order of the encoding and of the classes.
         unseen: what a value outside ``values`` means: an error, or the leaf "other" (which ``values`` must then hold).
-        unseen_limit: fraction of the cells, in [0, 1], beyond which values taken for "other" are an error after all.
-        missing_codes: texts that mean "no value", compared after trimming white space; in a number's column also by
-            value ("0" means 0.0 too).
+        unseen_limit: fraction of the cells, in [0, 1]. If more values than that are taken for "other", it is an error.
+        missing_codes: texts that mean "no value", compared after trimming white space. In a number's column they are
+            compared by value too ("0" also means 0.0).
         missing: ``error`` refuses a table with missing values in this column; ``indicator`` adds an indicator feature.
         levels: fixed recoding: cut points of a number, groups of leaves of a category. A draft may say
             ``{every = 10, origin = 20}`` for a number, or "month", "quarter", "year", "decade" for a date.
@@ -85,13 +85,13 @@ class Column(Strict):
         threshold: for a target that is a number: class 1 is ``value > threshold``, class 0 the rest.
         as_feature: whether a quasi-identifier (default yes) or a sensitive column (default no) is trained on, in
             recoded form.
-        encoding: ``labels``: one input per label of the fixed recoding. ``sets``: a released cell is a set of leaves
-            and enters as a soft one-hot over the leaves (category) or as scaled midpoint and width (number), so that
+        encoding: ``labels``: one input per label of the fixed recoding. ``sets``: a released cell is a set of leaves.
+            Its inputs are a soft one-hot over the leaves (category), or its scaled midpoint and width (number). So
             tables that were generalised in any other way have the same inputs.
-        outliers: what a number outside the public bounds is: an error, moved to the bound, or "no value".
+        outliers: what happens to a number outside the public bounds: an error, moved to the bound, or "no value".
         pseudonym: an identifier is replaced by its HMAC under the site's secret, to find a person's other rows.
-        reviewed: somebody has looked at the column: nearly unique values and texts that look like identifiers are
-            reported, not refused.
+        reviewed: somebody has looked at the column. Nearly unique values, and texts that look like identifiers, are
+            then reported, not refused.
     """
 
     name: Name
@@ -193,7 +193,7 @@ class Column(Strict):
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """What a released cell of a coded column may say, in order ("" beside it where missing values are allowed)."""
+        """What a released cell of a coded column may say, in order. Where values may be missing, it may also be ""."""
         if self.type == "category":
             return self.steps[self.level].labels if self.level is not None else tuple("|".join(g) for g in self.groups)
         if self.role == "target" and self.threshold is not None:

@@ -1,7 +1,7 @@
-"""Dates in a contract: a declared form, and days since 1970-01-01 as the number behind it.
+"""Dates in a contract: each has a declared form, and stands for a number of days since 1970-01-01.
 
-A form is strict: a four-digit year always, no two-digit years, no guessing between day and month. ``03/04/2021`` has no
-meaning until the contract says ``%d/%m/%Y`` or ``%m/%d/%Y``.
+A form is strict. A year always has four digits, and nobody guesses which number is the day and which the month.
+``03/04/2021`` has no meaning until the contract says ``%d/%m/%Y`` or ``%m/%d/%Y``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generalisation hierarchies: from CSV files (also in ARX's ``;`` form), and the rules that make one valid.
+"""Generalisation hierarchies, read from CSV files (also in ARX's ``;`` form), and the rules that make one valid.
 
 A category's hierarchy is a table with one line per leaf: the leaf, its label one level up, two levels up, and so on. A
 number's hierarchy is a ladder of cut points, finest first. Both are trees, so every coarsening merges whole classes.
@@ -50,9 +50,9 @@ def read_rows(path: Path) -> Rows:
 
 
 def mask_rows(leaves: Sequence[str]) -> Rows:
-    """The hierarchy that masks one more character from the right per level: ``941**``, ``94***``, ``9****``, ``*****``.
+    """A hierarchy: every level masks one more character from the right (``941**``, ``94***``, ``9****``, ``*****``).
 
-    The leaf "other" stays what it is until the last level.
+    The leaf "other" is not masked before the last level.
     """
     masked = [v for v in leaves if v != OTHER]
     width = max(map(len, masked), default=1)
@@ -89,7 +89,7 @@ def check_rows(rows: Rows, values: Sequence[str], name: str) -> None:
 
 
 def _one_meaning(rows: Rows, name: str) -> None:
-    """A released cell is read without its level: a label names one set of leaves, whatever level it stands on."""
+    """A label must name the same set of leaves on every level, because a released cell does not say its level."""
     meaning: dict[str, frozenset[str]] = {}
     for level in range(len(rows[0])):
         groups: dict[str, set[str]] = {}

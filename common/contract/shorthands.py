@@ -11,7 +11,7 @@ from fedveil.common.errors import ContractError
 
 
 def shorthands(data: Any) -> Any:
-    """A draft's column with its short forms written out; whatever is not understood is left for the checks."""
+    """A draft's column with its short forms written out. What is not understood stays as it is, for later checks."""
     if not isinstance(data, dict):
         return data
     out = dict(data)

@@ -1,1 +1,1 @@
-"""What a run computes on records: a network or a set of statistics, as data that names no code. Knows no torch."""
+"""What a run computes on records: a network or statistics, written as data and not as code. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Neural networks by name and hyper-parameters: what travels instead of code. Knows sizes, not torch."""
+"""Neural networks by name and hyper-parameters, sent instead of code. Knows their sizes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Name = Literal["logistic", "mlp", "cnn", "resnet", "transformer", "lstm", "lora-
 class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """A network for tables, square images or sequences of token ids.
 
-    A record is ``inputs`` float32 values whatever it means: features, the pixels of a (channels, side, side) image,
-    or a sequence of token ids (whole numbers; 0 is padding, ignored by attention and pooling). What ``hidden`` holds:
+    A record is always ``inputs`` float32 values. They are features, the pixels of a (channels, side, side) image, or a
+    sequence of token ids (whole numbers; 0 is padding, ignored by attention and pooling). What ``hidden`` holds:
 
     ================== ============================================================================================
     ``logistic``       nothing

@@ -1,6 +1,6 @@
-"""Which statistics a run asks for: what a plan holds in place of a network. No torch, no data.
+"""Which statistics a run asks for. Such a spec stands in a plan in place of a network. No torch, no data.
 
-Every record becomes one vector φ of D numbers in [-1, 1], a function of that record and this spec only; a run opens
+Every record becomes one vector φ of D numbers in [-1, 1]. It depends on that record and this spec only. A run opens
 the noisy sum of φ over all records. Layout of φ, in order:
 
 * 1 (the count);
@@ -9,8 +9,8 @@ the noisy sum of φ over all records. Layout of φ, in order:
 * for each column with ``histogram``: one-hot over its bins, one more for "missing" where values may be missing;
 * for a ``metric``: 1 if the model's prediction is right; with ``confusion`` also one-hot over (class, prediction).
 
-All of φ is released together, so its sensitivity is joint: the largest L2 norm that φ can have at all,
-:attr:`StatsSpec.norm_bound`. One record more or less moves every statistic at once and costs one step.
+All of φ is released together, so there is one sensitivity for all of it: the largest L2 norm that φ can have,
+:attr:`StatsSpec.norm_bound`. One record more or less changes every statistic at once and costs one step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fal
 
 
 class ColumnStats(BaseModel):
-    """One column of the contract as it is found in a site's encoded records, and what is asked about it.
+    """Where one column of the contract stands in a site's encoded records, and what is asked about it.
 
     Attributes:
         column, unit: as in the contract.
@@ -104,7 +104,7 @@ class MetricSpec(BaseModel):
 
     Attributes:
         network: its architecture.
-        model_hash: SHA-256 (hex) of its weights, little-endian float32: a site evaluates no others.
+        model_hash: SHA-256 (hex) of its weights, little-endian float32. A site evaluates no other weights.
         confusion: whether the counts of every (class, prediction) are asked for as well.
     """
 
@@ -117,7 +117,7 @@ class MetricSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Slot:
-    """A run of coordinates of φ: ``start`` to ``start + width``; ``column`` is None for count and metrics."""
+    """Consecutive coordinates of φ: ``start`` to ``start + width``. ``column`` is None for count and metrics."""
 
     kind: SlotKind
     start: int
@@ -129,7 +129,7 @@ class StatsSpec(BaseModel):
     """See the module's text. ``inputs`` and ``classes`` are those of the contract, as for a network.
 
     Attributes:
-        quantiles: probabilities in (0, 1) to be read off every histogram of numbers; post-processing, free.
+        quantiles: probabilities in (0, 1) to be read off every histogram of numbers. Post-processing: costs no budget.
     """
 
     model_config = _STRICT
@@ -174,10 +174,10 @@ class StatsSpec(BaseModel):
 
     @property
     def norm_bound(self) -> float:
-        """The largest L2 norm of φ over all records that satisfy the contract; some such record attains it.
+        """The largest L2 norm of φ over all records that satisfy the contract. Some such record has this norm.
 
-        Each part is at most one long: a number at one of its bounds has x = ±1 and x² = 1, a histogram counts every
-        record in one bin, a right prediction counts once.
+        Each part has a norm of at most 1: a number at one of its bounds has x = ±1 and x² = 1, a histogram counts
+        every record in one bin, a right prediction counts once.
         """
         return math.sqrt(sum(1 for _ in self._parts()))
 
@@ -205,7 +205,7 @@ class StatsSpec(BaseModel):
         return ""
 
     def misfit(self, contract: DataContract) -> str:
-        """Where this spec reads the records otherwise than the contract encodes them; empty if nowhere."""
+        """Where this spec reads the records in another way than the contract encodes them; empty if nowhere."""
         if (self.inputs, self.classes) != (contract.width, contract.classes):
             return "the numbers of inputs and classes"
         for c in self.columns:
@@ -230,7 +230,7 @@ def request(
     quantiles: Sequence[float] = DEFAULT_QUANTILES,
     metric: MetricSpec | None = None,
 ) -> StatsSpec:
-    """The spec of a wish, everything else taken from the contract.
+    """The spec of what was asked for. Everything else is taken from the contract.
 
     Args:
         what: names out of :data:`WHAT`; ``accuracy`` and ``confusion`` are asked for by ``metric``.
@@ -286,10 +286,10 @@ def _asked(c: ColumnStats, moments: int, counted: bool, bins: int) -> ColumnStat
 
 
 def _located(contract: DataContract, column: Column) -> ColumnStats:
-    """Where and how ``column`` stands in the encoding; nothing asked about it yet.
+    """Where and how ``column`` stands in the encoding. Nothing is asked about it yet.
 
     Raises:
-        PlanError: its cells are encoded as sets of leaves, of which no statistic is defined here.
+        PlanError: its cells are encoded as sets of leaves. No statistic is defined for those.
     """
     if column.encoding == "sets":
         raise PlanError(

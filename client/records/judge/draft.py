@@ -1,7 +1,7 @@
 """A first draft of a contract from a sample: every column listed, every decision left to a person.
 
-Roles are asked for and never guessed; bounds and leaves are never taken from the sample, because they would then say
-something about it. What the sample looks like stands beside each column as a comment.
+Roles are asked for and never guessed. Bounds and leaves are never taken from the sample, because they would then say
+something about it. A comment beside each column says what the sample looks like.
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ def _column(c: ColumnProfile, role: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's, but for DEL, which TOML wants escaped too."""
+    """A TOML basic string: as in JSON, but DEL must be escaped too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

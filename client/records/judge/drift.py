@@ -1,15 +1,15 @@
 """How far a table has moved from an earlier one: total variation per column, on the contract's own levels.
 
-What is compared are two quality reports, as shown: the bars of a column (on the finest bins that both reports draw) and
-its missing and invalid cells. Counts under k are hidden in both, so no figure here says more than the two reports do; a
-column without bars in either is not compared. The earlier report counts only if the signed lineage record of its folder
-names its hash. Figures stay at the site, like the reports.
+Two quality reports are compared, as they are shown: the bars of a column (on the finest bins that both reports draw)
+and its missing and invalid cells. Counts under k are hidden in both, so no figure here says more than the two reports
+do. If a column has no bars in one of the reports, it is not compared. The earlier report counts only if the signed
+lineage record of its folder names its hash. Figures stay at the site, like the reports.
 
-The distance is the total variation, half the sum of |p - q| over the shares, in [0, 1]: the share of rows that would
-have to change. Two samples of n and m rows of one population are at a distance too: at most
-half the sum of sqrt(p(1-p)(1/n + 1/m)) on average (Jensen), and one row moves it by at most 1/n or 1/m, so it exceeds
-that by sqrt(ln(1/α)/2 · (1/n + 1/m)) with probability at most α (McDiarmid 1989). Beyond both, with shares estimated
-from the two tables together, chance does not explain it.
+The distance is the total variation, half the sum of |p - q| over the shares, in [0, 1]. It is the share of rows that
+would have to change. Two samples of n and m rows of one population have a distance too. On average it is at most half
+the sum of sqrt(p(1-p)(1/n + 1/m)) (Jensen). One row moves it by at most 1/n or 1/m, so it exceeds that average by
+sqrt(ln(1/α)/2 · (1/n + 1/m)) with probability at most α (McDiarmid 1989). A distance above the sum of both, with
+shares estimated from the two tables together, is not explained by chance.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUALITY, LINEAGE, SIGNATURE = "quality.json", "lineage.json", "lineage.sig"
 MAX_BYTES = 1 << 26
 MAX_COUNT = 1 << 53
 ALPHA = 1e-3  # false alarms per column
-MATTERS = 0.05  # moves of fewer rows in a hundred are not reported, however certain
+MATTERS = 0.05  # a distance up to this is not reported, however certain it is
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Drift:
     """One column against the earlier table.
 
     Attributes:
-        distance: total variation in [0, 1]; None where it cannot be said.
-        chance: what chance explains, see the module.
-        why: why it cannot be said; "" otherwise.
+        distance: total variation in [0, 1]; None if it cannot be computed.
+        chance: the distance that chance explains, see the module.
+        why: why there is no distance; "" otherwise.
     """
 
     column: str
@@ -64,13 +64,13 @@ def earlier(work: Path, public: str = "") -> dict[str, Any]:
     """The quality report in a work folder, once its signed lineage record vouches for it.
 
     Args:
-        public: the key that signed the record, 64 hexadecimal digits; by default the folder's own. Its own key proves
-            that the report was not changed by somebody who cannot read the folder, and not where it is from: whoever
-            made the folder made the key.
+        public: the key that signed the record, 64 hexadecimal digits; by default the folder's own. The folder's own
+            key proves that nobody who cannot read the folder has changed the report. It does not prove where the
+            report is from, because whoever made the folder made the key.
 
     Raises:
-        DataError: no such report, none that this version writes, or no key of the folder (it is not made here).
-        VerificationError: the record is not signed by that key, or the report is not the one it names.
+        DataError: no such report, not one that this version writes, or no key of the folder (none is made here).
+        VerificationError: the record is not signed by that key, or the report is not the one that it names.
     """
     if not (work / QUALITY).is_file() or not (work / LINEAGE).is_file():
         raise DataError(
@@ -109,7 +109,7 @@ def require_named(path: Path, data: bytes, record: Mapping[str, Any]) -> None:
 
 
 def _is_report(report: Mapping[str, Any]) -> bool:
-    """Whether what is compared has the form that a report has: a signature does not say so."""
+    """Whether the compared parts have a report's form. A signature does not prove that."""
     bars, columns = report.get("bars"), report.get("columns")
     if not isinstance(bars, dict) or not isinstance(columns, list) or not all(isinstance(c, dict) for c in columns):
         return False
@@ -180,7 +180,7 @@ def _joined(bars: Sequence[Sequence[Any]], step: int) -> list[int]:
 
 
 def _others(report: Mapping[str, Any], name: str) -> list[int]:
-    """Missing and invalid cells: where there are bars, neither is hidden."""
+    """Missing and invalid cells. If there are bars, neither count is hidden."""
     column = next(c for c in report["columns"] if c["column"] == name)
     return [int(column["missing"]), int(column["invalid"])]
 

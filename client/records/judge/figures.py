@@ -10,7 +10,7 @@ from fedveil.client.records.judge import hidden_counts
 from fedveil.client.records.judge.hidden_counts import HIDDEN, Figure, shown, total
 from fedveil.client.records.judge.quality_report import ColumnQuality, Problem, QualityReport
 
-SCAN_HIDES = 10  # a scan speaks of a column of numbers from 5 cells on: less than twice that would say which count
+SCAN_HIDES = 10  # a scan reports a column of numbers from 5 cells on, so a bound under twice that would tell the count
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ColumnFigures:
 
 
 def of_column(c: ColumnQuality, rows: int, k: int) -> ColumnFigures:
-    """Missing and invalid cells are parts of the rows, whose rest is what the bars and the validity speak of."""
+    """Missing and invalid cells are parts of the rows. The bars and the validity are about the rest of the rows."""
     kinds = c.kinds or (c.unreadable,)
     missing, *figures = hidden_counts.split((c.missing, *kinds, c.out_of_bounds, c.unseen), rows, k)
     unreadable, present = total(figures[:-2]), HIDDEN
@@ -38,7 +38,7 @@ def of_column(c: ColumnQuality, rows: int, k: int) -> ColumnFigures:
     one_sided = c.limit is not None and 1 <= c.limit <= k - 2
     other = shown(c.other, k)
     if one_sided and c.limit is not None:
-        # Whether the limit is exceeded is a problem that is told: more than that would single a value out.
+        # A problem tells whether the limit is exceeded. To show more than that would give a single value away.
         other = f"<{c.limit + 1}" if c.other <= c.limit else f">{c.limit}"
     scanned = tuple(shown(n, max(2 * k, SCAN_HIDES)) for n in c.scanned)
     return ColumnFigures(
@@ -47,9 +47,9 @@ def of_column(c: ColumnQuality, rows: int, k: int) -> ColumnFigures:
 
 
 def consistency(report: QualityReport, c: ColumnQuality, k: int) -> float | str:
-    """Hidden under 2k rows, and where a count of repeated or incomparable rows is: contradicting rows bound it.
+    """A rate. Hidden under 2k contradicting rows, and if a count of repeated or incomparable rows is hidden.
 
-    With x near and d exact duplicates at most 2x + d rows contradict another.
+    Contradicting rows bound such a count: with x near and d exact duplicates, at most 2x + d rows contradict another.
     """
     if c.conflicting is None:
         return "no key"
@@ -71,7 +71,7 @@ def of_problem(p: Problem, columns: dict[str, ColumnFigures], k: int) -> Figure:
     if p.counts == "scan":
         return shown(p.count, max(2 * k, SCAN_HIDES))
     if p.counts == "kind":
-        # Of equal counts the figure is equal too.
+        # Equal counts have equal figures.
         return HIDDEN if HIDDEN in column.kinds else shown(p.count, k)
     return getattr(column, p.counts)
 
@@ -112,10 +112,10 @@ def _dropping(report: QualityReport, k: int) -> dict[str, tuple[Figure, Figure]]
 
 
 def _sums(report: QualityReport, columns: Sequence[ColumnFigures], k: int) -> dict[str, Figure]:
-    """What the stages that look at cells found: sums over the columns, of figures."""
+    """What the stages that look at cells found. These are sums of the columns' figures, not of their counts."""
     coded, moved = [], []
     for c, f in zip(report.columns, columns, strict=True):
-        # Codes, and values moved to "no value", are parts of the missing cells; the others had no text.
+        # Codes, and values moved to "no value", are parts of the missing cells. The other missing cells had no text.
         parts = (c.coded, c.emptied)
         figures = (
             hidden_counts.split(parts, c.missing, k)

@@ -1,13 +1,13 @@
 """What a report shows of its counts: those under k are hidden, and cannot be computed from what is shown.
 
-Every figure is computed from the figures beside it and not from the counts: a count from 1 to k - 1 becomes "<k" first,
-and sums, rates and row counts are then made of what is left, so they are the same whatever the hidden count is. Where
-the whole is known and the rest of it would be small, or would give a hidden part away, all parts read "hidden".
+Figures are computed from other figures and not from the counts. A count from 1 to k - 1 becomes "<k" first. Sums, rates
+and row counts are then made from what is left, so they are the same whatever the hidden count is. If the whole is known
+and the rest of it would be small, or would give a hidden part away, all parts read "hidden".
 
-What holds, for one report of a table of at least 2k rows, k at least 3 (:func:`least`): every hidden count has at least
-two values that agree with all that is shown. Not claimed: that no inequality between figures narrows
-them down, that counts are hidden from somebody who knows rows of the table, or from somebody who has two reports: full
-reports of two tables that differ by one row show that row's bins.
+The guarantee is for one report of a table of at least 2k rows, with k at least 3 (:func:`least`): every hidden count
+has at least two values that agree with all that is shown. It is not claimed that no inequality between figures narrows
+them down. Nor are counts hidden from somebody who knows rows of the table or has two reports: full reports of two
+tables that differ by one row show that row's bins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WIDTHS = (1, 2, 5, 10)
 
 
 def least(k: int) -> int:
-    """The k that reports hide by: at least 3, since "<2" would say 1."""
+    """The k under which reports hide counts: at least 3, because "<2" would say 1."""
     return max(k, 3)
 
 
@@ -33,7 +33,7 @@ def shown(count: int, k: int) -> Figure:
 
 
 def total(figures: Sequence[Figure]) -> Figure:
-    """A sum of figures that are shown elsewhere; a bound where one of them is hidden there."""
+    """A sum of figures that are shown elsewhere. It is a bound if one of them is hidden there."""
     seen = sum(f for f in figures if isinstance(f, int))
     hidden = [f for f in figures if isinstance(f, str)]
     if not hidden:
@@ -42,10 +42,10 @@ def total(figures: Sequence[Figure]) -> Figure:
 
 
 def split(parts: Sequence[int], whole: int, k: int) -> list[Figure]:
-    """Parts of a known whole, whose rest is not shown but could be computed.
+    """Parts of a known whole. The rest of the whole is not shown, but could be computed.
 
-    All parts but the empty ones are hidden where the rest is from 1 to k - 1, or, with the hidden parts as large as
-    they can be, smaller than k.
+    All parts but the empty ones are hidden if the rest is from 1 to k - 1. The same if it would be smaller than k with
+    the hidden parts as large as they can be.
     """
     figures = [shown(p, k) for p in parts]
     unknown = sum(isinstance(f, str) for f in figures)
@@ -56,10 +56,10 @@ def split(parts: Sequence[int], whole: int, k: int) -> list[Figure]:
 
 
 def chain(rows: int, drops: Sequence[tuple[int, bool]], k: int) -> list[tuple[Figure, Figure]]:
-    """What stages that leave rows out found, and how many rows each left.
+    """What the stages that can drop rows have found, and how many rows were left after each.
 
     Args:
-        drops: of each stage in order, the rows found and whether they were dropped.
+        drops: for each stage in order, the rows found and whether they were dropped.
     """
     out: list[tuple[Figure, Figure]] = []
     left, unknown, lost = rows, 0, False
@@ -85,11 +85,11 @@ def _found(found: int, low: int, k: int, *, exact: bool) -> Figure:
 
 
 def bars(bins: Sequence[tuple[str, int]], others: Sequence[Figure], k: int) -> list[list[Any]]:
-    """Labels and counts of a column: the finest of few widths at which every bin is empty or holds at least k.
+    """Labels and counts of a column, at the finest of a few widths at which every bin is empty or holds at least k.
 
     Args:
-        others: the column's further figures, with which the bins add up to the rows; where one of them is hidden, or
-            from 1 to k - 1, there are no bars at all.
+        others: the column's further figures. Together with the bins they add up to the rows. If one of them is hidden,
+            or from 1 to k - 1, there are no bars at all.
     """
     if any(isinstance(n, str) or 0 < n < k for n in others):
         return []
@@ -108,7 +108,7 @@ def joined(labels: Sequence[str]) -> str:
 
 
 def rate(bad: Figure, of: Figure, k: int) -> float | str:
-    """The share that is not ``bad``: a bound where that is under k, hidden where a figure is hidden otherwise."""
+    """The share that is not ``bad``. A bound if ``bad`` is under k; hidden if a figure is hidden in another way."""
     bad = shown(bad, k) if isinstance(bad, int) else bad
     if isinstance(of, str) or of < k:
         return HIDDEN

@@ -1,7 +1,7 @@
 """The eighteen direct identifiers of the HIPAA safe harbour method, as hints in column names and as a checklist.
 
-45 CFR 164.514(b)(2)(i) lists what has to be removed. A machine can look for some of them by pattern and for some by
-what a column is called; for the others the checklist says that a person has to look. Passing it is not compliance.
+45 CFR 164.514(b)(2)(i) lists what has to be removed. A program can find some of them by pattern and some by a column's
+name. For the others the checklist says that a person has to look. To pass the checklist is not compliance.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LIST: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 _WORDS = {word: letter for letter, _, _, words in _LIST for word in words.split("|")}
 _LONGEST = max(len(w.split()) for w in _WORDS)
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue"})
-# What a coarse quasi-identifier may be called without being a direct one.
+# Names that a coarse quasi-identifier may have without being a direct identifier.
 _QUASI = frozenset("BC")
 
 
@@ -85,7 +85,7 @@ def _letter(folded: str) -> str:
 
 
 def suspicious(column: str, role: str) -> str:
-    """What a column that will be used is called after, in words; "" if its name is no reason to stop."""
+    """The identifier that the name of a used column speaks of, in words; "" if the name is no reason to stop."""
     letter = hint(column)
     if not letter or (role == "quasi" and letter in _QUASI):
         return ""

@@ -100,7 +100,7 @@ def to_html(quality: QualityReport) -> str:
 
 
 def _height(value: float | str) -> float:
-    """A rate as a bar: a bound is drawn as the bound, a hidden one as nothing."""
+    """A rate as the height of a bar. A bound is drawn as its number, a hidden rate as nothing."""
     if value == "hidden":
         return 0.0
     return float(value.removeprefix(">") if isinstance(value, str) else value)

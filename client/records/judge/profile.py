@@ -1,6 +1,6 @@
-"""A table without a contract: what its columns are like, in bounded memory and without one value of it.
+"""A table without a contract: what its columns are like, in bounded memory and without any of its values.
 
-It is what a draft of a contract starts from. Nothing in it may leave the site.
+A draft of a contract starts from such a profile. Nothing in it may leave the site.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a table is like before anything is done to it: counts per stage and per column, and what forbids its use.
 
 The report stays at the site, in its private work folder. Even there, counts between 1 and k - 1 are shown as "<k", and
-so is what would give them away (:mod:`~fedveil.client.records.judge.page`).
+figures that would give them away are hidden (:mod:`~fedveil.client.records.judge.page`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedveil.client.records.read.values import Reading
 from fedveil.common.contract import OTHER, Column, DataContract
 
 BINS = 10
-# Ratios of units that are often confused: what a value would have to be multiplied by.
+# Ratios of units that are often confused: the factor by which a value would have to be multiplied.
 _UNITS = (
     (38.67, "cholesterol in mmol/l"), (18.016, "glucose in mmol/l"), (88.57, "triglycerides in mmol/l"),
     (1 / 88.42, "creatinine in umol/l"), (100.0, "metres, or a fraction for a percentage"), (0.01, "centimetres, or a "
@@ -34,7 +34,7 @@ _UNITS = (
 def assess(
     raw: RawTable, contract: DataContract, stages: Sequence[Stage] = (), stability: Sequence[Stability] = ()
 ) -> QualityReport:
-    """Count everything; raises nothing, so that the report can be kept even of a table that is refused."""
+    """Count everything. It raises nothing, so that the report of a refused table can be kept too."""
     columns, problems, notes = [], [], []
     repeated = _repeated(raw)
     for c in contract.loaded:
@@ -65,7 +65,7 @@ def assess(
 
 
 def against(report: QualityReport, before: Mapping[str, Any]) -> QualityReport:
-    """The report with every column compared to an earlier report, see :mod:`.drift`; a move is noted, not refused."""
+    """The report with every column compared to an earlier report, see :mod:`.drift`. A move is noted, not refused."""
     bins = {c.name: [label for label, _ in c.bins] for c in report.columns}
     found = drift.compare(page.to_json(report), before, bins)
     notes = [
@@ -77,7 +77,7 @@ def against(report: QualityReport, before: Mapping[str, Any]) -> QualityReport:
 
 
 def _assess_column(raw: RawTable, c: Column) -> ColumnQuality:
-    """What the cells are, and what was done to them while they were read."""
+    """Counts of what the cells are, and of what was done to them while they were read."""
     seen = raw.tally.columns.get(c.name, Reading())
     gone = c.outliers == "missing"
     return replace(
@@ -108,13 +108,13 @@ def _values_of(raw: RawTable, c: Column, unreadable: int, other: int) -> ColumnQ
     foreign = sum(n for v, n in found.items() if v not in set(c.values))
     unseen = 0 if c.unseen == OTHER else foreign
     if c.unseen == OTHER:
-        found[OTHER] = found.get(OTHER, 0) + foreign  # as it is released
+        found[OTHER] = found.get(OTHER, 0) + foreign  # such values are released as "other"
     bins = tuple(("|".join(g), sum(found.get(v, 0) for v in g)) for g in c.groups)
     return ColumnQuality(c.name, missing, 0, unseen, values_seen == 1, unreadable, other, values_seen, bins=bins)
 
 
 def _repeated(raw: RawTable) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """The rows that share their near key with another row, and the number of their key; None without a key."""
+    """The rows that share their near key with another row, and their keys as numbers; None without a near key."""
     if raw.near is None:
         return None
     rows = np.flatnonzero(np.bincount(raw.near)[raw.near] > 1)
@@ -122,7 +122,7 @@ def _repeated(raw: RawTable) -> tuple[NDArray[np.int64], NDArray[np.int64]] | No
 
 
 def _conflicting(raw: RawTable, c: Column, repeated: tuple[NDArray[np.int64], NDArray[np.int64]] | None) -> int | None:
-    """Rows of keys under which a column has two different values; no value contradicts nothing."""
+    """How many rows have a key under which a column has two different values. "No value" contradicts nothing."""
     if repeated is None:
         return None
     rows, keys = repeated
@@ -169,7 +169,7 @@ def _value_problems(raw: RawTable, c: Column, q: ColumnQuality, k: int) -> list[
 
 
 def _suspected_unit(values: NDArray[np.float64], c: Column, least: int) -> str:
-    """A unit under which at least nine in ten of the values outside, and at least ``least``, would be inside."""
+    """A unit in which at least nine in ten of the values out of bounds, and at least ``least``, would be inside."""
     if c.format or c.low is None or c.high is None:
         return ""
     outside = values[(values < c.low) | (values > c.high)]

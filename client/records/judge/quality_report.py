@@ -15,14 +15,14 @@ class ColumnQuality:
 
     Attributes:
         missing: cells without a value. out_of_bounds, unseen, unreadable: cells that the contract does not allow.
-        constant: whether only one value occurs. other: values taken for the leaf "other"; limit: how many of them the
-            contract allows, None where it allows none.
+        constant: whether only one value occurs. other: values taken for the leaf "other". limit: how many of them the
+            contract allows, None if it allows none.
         kinds: unreadable cells by what they held. scanned: cells that look like identifiers, by kind.
         coded, emptied, clamped, corrected: cells that held a missing code, that were moved to "no value" or to a bound,
             and that a declared correction changed.
         distinct: how many different values occur.
         conflicting: rows whose value differs from that of another row with the same near key; None without such a key.
-        bins: what a bar chart shows: the contract's labels or ten equal parts of the public bounds, and counts.
+        bins: what a bar chart shows: the contract's labels, or ten equal parts of the public bounds, with counts.
     """
 
     name: str
@@ -51,9 +51,9 @@ class ColumnQuality:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the table cannot be used: a code, column, what, how many cells, and what to do.
+    """Why the table cannot be used: a code, the column, what is wrong, how many cells, and what to do.
 
-    ``counts`` names what the cells are in the report's figures, see :func:`.figures.of_problem`.
+    ``counts`` names the figure of the report that counts these cells, see :func:`.figures.of_problem`.
     """
 
     column: str
@@ -79,7 +79,7 @@ class QualityReport:
         columns: one entry per loaded column.
         problems: what :meth:`require` refuses.
         k: counts from 1 to k - 1 are hidden wherever the report is shown.
-        notes: what is allowed and still worth knowing.
+        notes: what is allowed, but worth knowing.
         stages, stability: what was done, and what it means for differential privacy.
         checklist: HIPAA's direct identifiers.
         rows_of_a_person: most rows that carry one pseudonym; 0 where the contract asks for none.

@@ -2,7 +2,7 @@
 
 Stability: by how many rows the output can change when one record of the source is added or removed. Row-by-row stages
 have factor 1. Dropping exact repetitions has factor 1 too: the output is the set of distinct rows, which changes by at
-most one. Near duplicates and fences fitted to the data are not bounded here: one record can decide over others.
+most one. Near duplicates and fences fitted to the data are not bounded here: one record can decide about others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_FENCED = 20
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as it was carried out; counts are local knowledge."""
+    """One stage as it was carried out. Its counts stay at the site."""
 
     name: str
     rows_in: int
@@ -37,9 +37,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stability:
-    """What one stage does to neighbouring tables: a factor, or None where it is not bounded, and why.
+    """What one stage does to neighbouring tables: a factor (None if it is not bounded), and why.
 
-    A function of the contract alone: it may leave the site.
+    It depends on the contract alone, so it may leave the site.
     """
 
     stage: str
@@ -80,7 +80,7 @@ def total(stages: Sequence[Stability]) -> int | None:
 
 
 def reduce(raw: RawTable, contract: DataContract, corrections: Sequence[Correction]) -> tuple[RawTable, list[Stage]]:
-    """Duplicates and outliers as the contract says; and the record of all stages up to here, in order."""
+    """Treat duplicates and outliers as the contract says; also returns the record of all stages so far, in order."""
     t, q = raw.tally, contract.quality
     seen = list(t.columns.values())
     left_out = t.usable.refused + t.usable.expired + t.usable.undated
@@ -123,7 +123,7 @@ def _kept(raw: RawTable, index: NDArray[np.int64], name: str, *, drop: bool) -> 
 
 
 def far_out(raw: RawTable, contract: DataContract) -> NDArray[np.bool_]:
-    """Rows with a number beyond three interquartile ranges of the column's quartiles; short columns have no fence."""
+    """Rows with a number beyond three interquartile ranges of the column's quartiles. Short columns have no fence."""
     out = np.zeros(raw.rows, bool)
     for c in contract.loaded:
         if c.type != "number" or c.role == "target":
@@ -135,5 +135,5 @@ def far_out(raw: RawTable, contract: DataContract) -> NDArray[np.bool_]:
         low, high = np.percentile(present, [25, 75])
         reach = FENCE * (high - low)
         if reach > 0:
-            out |= (x < low - reach) | (x > high + reach)  # NaN is neither
+            out |= (x < low - reach) | (x > high + reach)  # both are false for NaN
     return out

@@ -1,6 +1,6 @@
 """Which rows may be used at all: consent to the contract's purpose, and retention.
 
-Both look at one row by itself: adding or removing a record of the source adds or removes at most one row (factor 1).
+Both look at one row at a time. If one record of the source is added or removed, so is at most one row (factor 1).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pc: Any = pyarrow.compute  # its functions are made at import time, where type c
 
 @dataclass
 class Usable:
-    """How many rows were left out, and why; a row without consent is not looked at any further."""
+    """How many rows were left out, and why. A row without consent is not looked at any further."""
 
     refused: int = 0
     expired: int = 0

@@ -1,7 +1,7 @@
 """Corrections that a site declares before it reads its table, and that its records name afterwards.
 
-Each works on one cell by itself, so it cannot spread one record's influence (factor 1 for differential privacy) as
-long as it was not chosen by looking at the table.
+Each works on one cell by itself. So it cannot spread one record's influence (factor 1 for differential privacy), as
+long as nobody looked at the table to choose it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Correction:
         """Rescale in place; returns how many values were changed."""
         if self.equals is not None:
             return 0
-        hit = (values > self.above) & (values < self.below)  # NaN is neither
+        hit = (values > self.above) & (values < self.below)  # both are false for NaN
         values[hit] = values[hit] * self.scale + self.offset
         return int(hit.sum())
 

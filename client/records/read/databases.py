@@ -1,10 +1,10 @@
 """Tables from databases: SQL through SQLAlchemy (extra ``sql``), and DuckDB (extra ``duckdb``).
 
-The query is the site's own, and only reads: its text is checked (:mod:`.statements`), the connection is read-only
-where the database offers it (SQLite, PostgreSQL, MySQL and MariaDB, Oracle, DuckDB), and nothing is ever committed.
-DuckDB parses the query itself before it runs, and reads no file but its own.
-Rows come in batches through a server-side cursor where the database has one. What a driver says in an error may hold
-values and passwords: it is replaced, and only the error's class is named.
+The query is the site's own, and only reads. Its text is checked (:mod:`.statements`). The connection is read-only if
+the database offers that (SQLite, PostgreSQL, MySQL and MariaDB, Oracle, DuckDB). Nothing is ever committed. DuckDB
+parses the query itself before it runs, and reads no file but its own. Rows come in batches, through a server-side
+cursor if the database has one. A driver's error message may hold values and passwords, so it is replaced: only the
+error's class is named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedveil.client.records.read.statements import HINT, require_select
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, DataError, UsageError
 
-# The first statement on a connection; a database that is not listed has only the check of the query's text.
+# The first statement on a connection. For a database that is not listed, only the query's text is checked.
 _READ_ONLY = {
     "sqlite": "PRAGMA query_only = ON",
     "postgresql": "SET TRANSACTION READ ONLY",
@@ -37,8 +37,8 @@ class SqlSource:
     """A query against a database that SQLAlchemy knows.
 
     Attributes:
-        url: as SQLAlchemy writes it; it may hold a password and is never shown.
-        query: one SELECT whose columns are the contract's. Order it, so that its commitment can be repeated.
+        url: as SQLAlchemy writes it. It may hold a password and is never shown.
+        query: one SELECT whose columns are the contract's. Order its rows, so that its commitment can be repeated.
     """
 
     url: str = field(repr=False)
@@ -72,7 +72,7 @@ def open_sql(source: SqlSource, contract: DataContract) -> Opened:
 
 
 def _kind(sqlalchemy: Any, url: str) -> str:
-    """The kind of database; "" for a URL that cannot be read, which is refused where the engine is made."""
+    """The kind of database; "" for a URL that cannot be read. Such a URL is refused when the engine is made."""
     try:
         return sqlalchemy.make_url(url).get_backend_name()
     except sqlalchemy.exc.SQLAlchemyError:
@@ -80,7 +80,7 @@ def _kind(sqlalchemy: Any, url: str) -> str:
 
 
 def _checked_header(rows: Generator[Any, None, None], contract: DataContract) -> list[str]:
-    """The first item, which is the header; a query with other columns is closed at once."""
+    """The first item, which is the header. If it has other columns than the contract, the query is closed at once."""
     header = next(rows)
     try:
         check_header("the query", header, contract)
@@ -118,7 +118,7 @@ def _sql_rows(sqlalchemy: Any, source: SqlSource) -> Generator[list[Any], None, 
 
 
 def _require_file(url: Any) -> None:
-    """SQLite makes the file it does not find: a misspelt name would read as an empty database, and leave one behind."""
+    """SQLite makes a file that it does not find: a misspelt name would give an empty database and leave it behind."""
     name = url.database or ""
     if url.get_backend_name() == "sqlite" and not name.startswith("file:") and not Path(name).is_file():
         raise DataError(
@@ -132,14 +132,14 @@ def _as_tables(rows: Iterator[list[Any]], header: list[str], contract: DataContr
     for part in rows:
         columns = {}
         for i in keep:
-            # One type per column and batch would make 1 and "1" clash: every cell becomes its text here.
+            # A batch has one type per column, so 1 and "1" would clash. Hence every cell becomes its text here.
             form = forms.get(header[i], "")
             columns[header[i]] = pa.array([_text(row[i], form) for row in part], pa.string())
         yield pa.table(columns)
 
 
 def _text(value: Any, form: str) -> str | None:
-    """A cell's text; a date in the contract's form, where it has one."""
+    """A cell's text. A date is written in the contract's form, if there is one."""
     if form and isinstance(value, dt.date):
         return value.strftime(form.replace("%Y", f"{value.year:04}"))  # strftime itself may write the year 1 as 1
     if value is None or isinstance(value, str):

@@ -1,8 +1,8 @@
 """FHIR resources as a table: one NDJSON line per resource, one declared path per column.
 
-A path names fields from the resource down, as in ``name[0].family`` or ``identifier[system=urn:x].value``: a field, an
-index, or the first element of a list whose field has the given text. Nothing else of FHIRPath is understood. A path
-that leads nowhere is "no value"; a path that ends in an object or a list is an error.
+A path names fields from the resource down, as in ``name[0].family`` or ``identifier[system=urn:x].value``. Its steps
+are a field, an index, or the first element of a list whose field has the given text. Nothing else of FHIRPath is
+understood. A path that leads nowhere gives "no value". A path that ends in an object or a list is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FhirSource:
     """An NDJSON file of resources of one type.
 
     Attributes:
-        resource: ``resourceType`` of the lines that count; others are an error.
+        resource: the ``resourceType`` that every line must have; any other is an error.
         paths: by column of the contract, the path of its value.
     """
 

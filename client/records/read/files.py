@@ -1,7 +1,7 @@
 """CSV and Parquet (or Arrow) files as batches of text, in bounded memory.
 
-A header that is not in the contract is named by its position only: in a file without a header line it would be a
-record's value.
+A header that is not in the contract is named by its position only, because in a file without a header line it would
+be a record's value.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Dialect:
     """How a CSV file is written.
 
     Attributes:
-        encoding: one of ``ENCODINGS``; ``auto`` follows a byte order mark, and is UTF-8 without one. Nothing else is
-            guessed: every byte is some character of latin-1.
+        encoding: one of ``ENCODINGS``. ``auto`` follows a byte order mark, and is UTF-8 without one. Nothing else is
+            guessed, because in latin-1 every byte is some character.
         delimiter: ``auto`` takes the separator under which the header is the contract's columns.
         decimal, thousands: signs in numbers. ``1,5`` is not a number unless the decimal sign is declared.
     """
@@ -68,7 +68,7 @@ class Dialect:
 
 @dataclass
 class Position:
-    """How many bytes of a file the rows given so far took up, to within a block or two; at the end, its size.
+    """How many bytes of a file the rows so far took, give or take a block or two. At the end: the file's size.
 
     ``breaks`` counts the line ends inside quoted cells, of all columns.
     """
@@ -78,7 +78,7 @@ class Position:
 
 
 class _Blocks(io.FileIO):
-    """A file that remembers the ends of the blocks read: the reader is dozens of blocks ahead of the rows it gives."""
+    """A file that remembers where each block ended, as the reader is dozens of blocks ahead of the rows it gives."""
 
     def __init__(self, path: Path, quotes: Quotes) -> None:
         super().__init__(path)
@@ -86,7 +86,7 @@ class _Blocks(io.FileIO):
         self._quotes = quotes
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As any file."""
+        """Read as from any file."""
         data = super().read(-1 if size is None else size) or b""
         if data:
             self._ends.append(self._ends[-1] + len(data))
@@ -107,7 +107,7 @@ class Opened:
         names: the columns that will come, each once, all of them the contract's.
         batches: tables with these columns, of any simple type, at least one batch.
         style: how texts of this table write numbers.
-        position: how far the file has been read; None where that is not counted.
+        position: how far the file has been read; None if that is not counted.
     """
 
     names: tuple[str, ...]
@@ -117,7 +117,7 @@ class Opened:
 
 
 def wanted(contract: DataContract) -> frozenset[str]:
-    """Columns that are read: all that are not dropped, and those that decide which rows may be used."""
+    """The columns that are read: all that are not dropped, and those that decide which rows may be used."""
     rules = (contract.consent, contract.retention)
     asked = {r.column for r in rules if r is not None} | set(contract.quality.near_key)
     return frozenset({c.name for c in contract.columns if c.role != "drop"} | asked)
@@ -213,7 +213,7 @@ def csv_header(path: Path, dialect: Dialect, known: frozenset[str]) -> tuple[lis
 
 
 def _split(line: str, delimiter: str) -> list[str] | None:
-    """The cells of a header line; None where quotes show that the delimiter is another one."""
+    """The cells of a header line; None if its quotes show that the delimiter is another one."""
     try:
         return [h.strip() for h in next(csv.reader([line], delimiter=delimiter, strict=True))]
     except (csv.Error, StopIteration):
@@ -245,7 +245,7 @@ def csv_batches(
         ragged.append(-1 if row.number is None else row.number)
         return "skip"
 
-    # Names are positional while parsing, so that an odd header cannot confuse the reader.
+    # Columns are named by position while parsing, so that an odd header cannot confuse the reader.
     positions = [str(i) for i in range(len(header))]
     keep = [p for p, h in zip(positions, header, strict=True) if h in names]
 
@@ -264,7 +264,7 @@ def csv_batches(
                     column_types=dict.fromkeys(positions, pa.string()), null_values=[], include_columns=keep
                 ),
             )  # fmt: skip
-            # One batch ahead: there can be fewer batches than blocks, and with the last one the file has been read.
+            # One batch ahead: there can be fewer batches than blocks, and when the last batch comes, all has been read.
             given, held = 0, None
             for batch in batches:
                 if held is not None:
@@ -298,12 +298,12 @@ def csv_batches(
 
 
 def _require_lines(path: Path, quotes: Quotes, *, cut: bool) -> None:
-    """Refuse an open quote, and name it where it, or a line without an end, is why reading was ``cut`` short.
+    """Refuse an open quote. If an open quote or a line without an end is why reading was ``cut`` short, name it.
 
     Raises:
         DataError: see above.
     """
-    if cut and quotes.widest >= BLOCK_BYTES:  # it may be closed later: how far ahead has been read is chance
+    if cut and quotes.widest >= BLOCK_BYTES:  # it may be closed later: how much was read is chance
         raise DataError(
             f"{path}: the quote that is opened on line {quotes.begun} is not closed within {BLOCK_BYTES >> 20} MiB",
             hint="close it, or leave such cells out of the export; a quote inside a quoted cell is written twice",
@@ -323,7 +323,7 @@ def _require_lines(path: Path, quotes: Quotes, *, cut: bool) -> None:
 
 
 def arrow_file(path: Path) -> tuple[list[str], Callable[[list[str]], Iterator[pa.Table]]]:
-    """The header of a Parquet or Arrow file, and what reads the named columns batch by batch.
+    """The header of a Parquet or Arrow file, and a function that reads the named columns batch by batch.
 
     Raises:
         DataError: damaged.
@@ -368,7 +368,7 @@ def _arrow_batches(path: Path) -> tuple[list[str], Callable[[list[str]], Iterato
 
 
 def _guarded(read: Callable[[], Iterator[pa.RecordBatch]], what: str, hint: str) -> Iterator[pa.Table]:
-    """Batches as tables; a reader's own message, which may quote cells, is replaced by ``what``."""
+    """Batches as tables. A reader's own message may quote cells, so ``what`` replaces it."""
     batches = iter(read())
     while True:
         failed = False

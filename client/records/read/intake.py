@@ -1,7 +1,7 @@
-"""The stages that look at one row at a time, over batches: text of any source in, the contract's columns out.
+"""The stages that look at one row at a time. They turn batches of text from any source into the contract's columns.
 
 Order: which rows may be used (consent, retention), identifiers (dropped, or a pseudonym), scan for identifiers in what
-is left, declared replacements, types and missing codes, declared rescalings, numbers outside the public bounds where
+is left, declared replacements, types and missing codes, declared rescalings, numbers outside the public bounds if
 the contract says what to do with them. Each works on a row by itself: factor 1 for differential privacy.
 """
 
@@ -27,12 +27,12 @@ from fedveil.common.errors import DataError
 
 @dataclass
 class Tally:
-    """What the stages counted; local knowledge.
+    """What the stages counted. It stays at the site.
 
     Attributes:
         read: rows of the source. usable: what consent and retention left out.
-        columns: by loaded column. identifiers: cells of identifier columns that were dropped or replaced; nameless:
-            those without text. unkeyed: rows without a value in one of the near key's columns.
+        columns: by loaded column. identifiers: cells of identifier columns that were dropped or replaced. nameless:
+            such cells without text. unkeyed: rows without a value in one of the near key's columns.
         breaks: line ends inside quoted cells of a CSV file.
         found: by column, the kinds of identifiers found in its cells and how many.
     """
@@ -49,16 +49,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class RawTable:
-    """The contract's columns as read: the site's secret, not to be written or sent.
+    """The contract's columns as read. They are the site's secret and must not be written or sent.
 
     Attributes:
         rows: number of rows, at least 1.
         columns: by name, (rows,) each: float64 with NaN for "no value", or texts (object) with "" for "no value".
-        identity: (rows,) codes that are equal where the source rows are, identifiers included, drop columns not.
+        identity: (rows,) codes, equal for equal source rows. Identifiers count for that, drop columns do not.
         tally: what was counted on the way.
-        near: (rows,) codes that are equal where the contract's ``near_key`` is; a row that lacks a value of it has a
-            code of its own. None without such a key.
-        persons: (rows,) codes of the pseudonym's column, likewise; None without one.
+        near: (rows,) codes, equal for rows with the same ``near_key`` of the contract. A row that lacks a value of it
+            has a code of its own. None without such a key.
+        persons: (rows,) codes of the pseudonym's column, made in the same way; None without such a column.
     """
 
     rows: int
@@ -125,7 +125,7 @@ def take_in(opened: Opened, contract: DataContract, rules: Rules, what: str) -> 
 class _Intake:
     def __init__(self, opened: Opened, contract: DataContract, rules: Rules) -> None:
         self.contract, self.rules, self.style = contract, rules, opened.style
-        self._quoted = opened.position is not None  # a CSV file: no other source has quotes that swallow rows
+        self._quoted = opened.position is not None  # a CSV file: only there an open quote can swallow rows
         self.tally = Tally(columns={c.name: Reading() for c in contract.loaded})
         self.rows = 0
         self._keyed = [n for n in opened.names if next(c for c in contract.columns if c.name == n).role != "drop"]
@@ -161,7 +161,7 @@ class _Intake:
             self._parts[c.name].append(self._values(texts[c.name], c))
 
     def _without_identity(self, text: pa.Array, column: Column) -> pa.Array:
-        """The identifier's cells, or their pseudonyms; either way only as keys of rows."""
+        """The identifier's cells, or their pseudonyms. Both are used as keys of rows only."""
         empty = cells.count(cells.pc.equal(text, ""))
         self.tally.identifiers += len(text) - empty
         self.tally.nameless += empty
@@ -192,7 +192,7 @@ class _Intake:
         return _within(values, c, seen)
 
     def _scan(self, text: pa.Array, c: Column) -> None:
-        """Cells that say what the contract says are public; the others may hold an identifier."""
+        """Scan cells for identifiers. Cells that say what the contract itself says are public and left out."""
         undeclared = text.filter(cells.pc.invert(cells.is_declared(text, c)))
         if len(undeclared):
             found = self.tally.found.setdefault(c.name, {})
@@ -207,7 +207,7 @@ class _Intake:
 
 
 def _lacking_any(texts: dict[str, pa.Array], columns: Sequence[Column], rows: int) -> NDArray[np.bool_]:
-    """Rows that lack a value in one of the columns: they do not say whose they are."""
+    """Rows that lack a value in one of the columns. Such rows do not say whose they are."""
     out = np.zeros(rows, bool)
     for c in columns:
         out |= cells.lacking(texts[c.name], c)
@@ -215,7 +215,7 @@ def _lacking_any(texts: dict[str, pa.Array], columns: Sequence[Column], rows: in
 
 
 def _apart(codes: NDArray[np.int64], lacking: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
-    """The codes, with one of its own for every row that lacks a value."""
+    """The codes. Every row that lacks a value gets a code of its own."""
     alone = np.concatenate(lacking)
     codes[alone] = len(codes) + np.arange(alone.sum())
     return codes
@@ -230,7 +230,7 @@ def _within(values: NDArray[np.float64], c: Column, seen: Reading) -> NDArray[np
 
 
 def _safe_text(values: pa.ChunkedArray, name: str, form: str) -> pa.Array:
-    """The text of a column; dates that the source holds as dates are written in the contract's form."""
+    """The text of a column. If the source holds dates as dates, they are written in the contract's form."""
     text = None
     try:
         if form and (pa.types.is_date(values.type) or pa.types.is_timestamp(values.type)):

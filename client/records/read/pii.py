@@ -1,8 +1,8 @@
 """Direct identifiers in columns that are not declared as identifiers: patterns with check digits, names, uniqueness.
 
-Patterns are tried on distinct texts only, first by one pass of a linear-time regular expression, then by the check
-digits of each kind. What the contract itself declares (leaves, missing codes) is public and not scanned. A scan finds
-what it knows; it does not prove that a text identifies nobody: names of persons have no pattern.
+Patterns are tried on distinct texts only: first one pass of a linear-time regular expression, then the check digits
+of each kind. What the contract itself declares (leaves, missing codes) is public and not scanned. A scan finds only
+the kinds that it knows. It does not prove that a text identifies nobody: names of persons have no pattern.
 
 Check digits: Luhn (ISO/IEC 7812-1 annex B), IBAN (ISO 13616, modulo 97), NHS number (modulo 11), German tax number
 (ISO 7064 mod 11,10) and health insurance number (Luhn over letter and digits), French NIR (97 - n mod 97), Chinese
@@ -25,18 +25,18 @@ pc: Any = pyarrow.compute  # its functions are made at import time, where type c
 
 MIN_ROWS_UNIQUE = 50
 UNIQUE_SHARE = 0.98
-_DOUBLED = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)  # digits of twice a digit, added
-NUMBER_SHARE = 0.8  # of a number's cells, before their check digits are no coincidence
+_DOUBLED = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)  # for each digit: twice the digit, and the sum of that number's digits
+NUMBER_SHARE = 0.8  # from this share of a number's cells on, right check digits are no coincidence
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One kind of identifier: a regular expression (RE2 and Python), and a test of what it found, if it needs one."""
+    """One kind of identifier: a regular expression (RE2 and Python) and, if needed, a test of what it found."""
 
     kind: str
     expression: str
     valid: Callable[[str], bool] | None = None
-    digits: bool = False  # whether it is also looked for in columns of numbers
+    digits: bool = False  # whether columns of numbers are searched for it too
 
 
 def luhn(text: str) -> bool:
@@ -116,7 +116,7 @@ def phone(text: str) -> bool:
 def ipv6(text: str) -> bool:
     """Whether groups of hexadecimal digits are an IPv6 address, and neither a time, a ratio nor words around ``::``.
 
-    Short ones are taken for an address only in the blocks that are in use: global, local to a site, local to a link.
+    Short ones are taken for an address only if they lie in a block in use: global, local to a site, local to a link.
     """
     groups = [g for g in text.split(":") if g]
     letters = re.search("[A-Fa-f]", text) is not None
@@ -162,14 +162,14 @@ PATTERNS = (
     Pattern("gps", r"\b-?\d{1,2}\.\d{4,}[,; ] ?-?\d{1,3}\.\d{4,}\b"),
 )  # fmt: skip
 _COMPILED = {p.kind: re.compile(p.expression) for p in PATTERNS}
-# Every pattern needs one of these; texts without any are passed over at once. An IPv6 address has a group of three
-# hexadecimal digits at its start, between two colons, or at its end; times and ratios have none.
+# Every pattern needs one of these, so texts without any are skipped at once. An IPv6 address has a group of three
+# hexadecimal digits at its start, between two colons, or at its end. Times and ratios have none.
 _POSSIBLE = (
     r"@|\d{4}|\d[ .-]\d{2}|://|(?i:www\.)|(?:[0-9A-Fa-f]{2}[:-]){5}|\d\)"
     r"|[0-9A-Fa-f]{3}:[0-9A-Fa-f]{0,4}:|:[0-9A-Fa-f]{3,4}:|:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{3}"
 )
 
-_WHOLE = r"^[0-9][0-9 -]{7,22}[0-9]$"  # of a number's cells: a measurement with decimals is no identifier
+_WHOLE = r"^[0-9][0-9 -]{7,22}[0-9]$"  # for columns of numbers: a measurement with decimals is no identifier
 
 
 def scan(text: pa.Array, *, only_digits: bool = False) -> dict[str, int]:
@@ -201,5 +201,5 @@ def scan(text: pa.Array, *, only_digits: bool = False) -> dict[str, int]:
 
 
 def nearly_unique(distinct: int, present: int) -> bool:
-    """Whether a column tells nearly every row apart, in a table long enough to say so."""
+    """Whether nearly every row of a column has a value of its own, in a table that is long enough to tell."""
     return present >= MIN_ROWS_UNIQUE and distinct >= UNIQUE_SHARE * present

@@ -1,7 +1,7 @@
-"""Keys for rows and persons: what tells repeated rows apart without keeping anybody's identifier.
+"""Keys for rows and persons. They show which rows repeat, without keeping anybody's identifier.
 
-A pseudonym is an HMAC under the site's secret: the same at every ingestion of this site, different at every other site,
-and worth nothing without the secret. It never enters the released table.
+A pseudonym is an HMAC under the site's secret. It is the same at every ingestion of this site, different at every
+other site, and says nothing without the secret. It never enters the released table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def pseudonyms(values: Sequence[str], secret: bytes, name: str) -> list[str]:
 
     Args:
         secret: at least 32 random bytes that stay at the site.
-        name: the identifier's column: equal values of two columns get different pseudonyms.
+        name: the identifier's column, so that equal values of two columns get different pseudonyms.
     """
     if len(secret) < MIN_SECRET:
         raise ConfigError(f"a pseudonym secret of {len(secret)} bytes is too short", hint="use 32 random bytes")
@@ -43,11 +43,11 @@ def pseudonyms(values: Sequence[str], secret: bytes, name: str) -> list[str]:
 
 
 class RowKeys:
-    """128-bit keys of rows that arrive in batches; equal rows have equal keys.
+    """128-bit keys of rows that arrive in batches. Equal rows have equal keys.
 
-    Distinct texts are hashed with BLAKE2b under a key that lives as long as this object; columns are combined by a
-    polynomial in a random point per column and 64-bit half. Two different rows among n meet with probability below
-    about n^2 / 2^127. The keys are not stored anywhere.
+    Distinct texts are hashed with BLAKE2b under a key that lives as long as this object. Columns are combined by a
+    polynomial in a random point per column and 64-bit half. That any two different rows among n have the same key has
+    a probability below about n^2 / 2^127. The keys are not stored anywhere.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class RowKeys:
         self._parts.append(key)
 
     def codes(self) -> NDArray[np.int64]:
-        """(n,) codes of all rows so far, equal exactly where the rows' keys are."""
+        """(n,) codes of all rows so far. Two codes are equal exactly if the rows' keys are."""
         keys = np.concatenate(self._parts) if self._parts else np.zeros((0, 2), np.uint64)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         ordered = keys[order]

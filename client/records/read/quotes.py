@@ -1,8 +1,8 @@
-"""Which quotes of a CSV file are open, followed beside the reader, block by block.
+"""Which quotes of a CSV file are open. This is followed block by block, while the reader reads the file.
 
-A quote that is opened and never closed makes all lines after it part of one cell. Where that cell belongs to a column
-that nobody reads, no other check sees that the rows are gone. The rules are the reader's: a quote opens a cell only as
-its first character, two quotes inside a quoted cell are one, and any other quote is text.
+If a quote is opened and never closed, all lines after it become part of one cell. If that cell belongs to a column that
+nobody reads, no other check sees that the rows are gone. The rules are those of the reader: a quote opens a cell only
+as its first character, two quotes inside a quoted cell stand for one, and any other quote is text.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Quotes:
         line: the line on which the last quote was opened, from 1.
         breaks: line ends inside quoted cells.
         held: bytes since the open quote; 0 where none is open.
-        widest: bytes of the longest quoted cell so far, closed or not, of those that cross the end of a block, or from
-            its last pair of quotes on; begun: the line on which that is.
-        longest: bytes of the longest line so far, of those that cross the end of a block.
+        widest: bytes of the longest quoted cell so far, closed or not, among those that cross the end of a block. It
+            may count only from the cell's last pair of quotes on. begun: the line on which that begins.
+        longest: bytes of the longest line so far, among those that cross the end of a block.
     """
 
     def __init__(self, delimiter: str, encoding: str) -> None:
@@ -45,7 +45,7 @@ class Quotes:
 
     @property
     def breaks(self) -> int:
-        """Line ends inside quoted cells, whichever sign ends the lines."""
+        """Line ends inside quoted cells, for either sign that can end a line."""
         return int(max(self._newlines[1], self._returns[1]))
 
     @property
@@ -81,7 +81,7 @@ class Quotes:
         self._widen(self.held)
         self._run = len(data) - 1 - int(ends[-1]) if len(ends) else self._run + len(data)
         self.longest = max(self.longest, self._run)
-        # A quote that is text is no sign that the next one continues a quoted cell.
+        # After a quote that is text, a quote at the start of the next block does not continue a quoted cell.
         text = data[-1] == QUOTE and not (len(toggles) and int(toggles[-1]) == len(data) - 1)
         self._last = 0 if text else data[-1]
 
@@ -94,9 +94,9 @@ class Quotes:
         into += (len(places) - inside, inside)
 
     def _toggles(self, data: bytes, a: NDArray[np.uint8], quotes: NDArray[np.intp]) -> NDArray[np.intp]:
-        """The quotes that open or close a cell; of two that stand for one, the first closes and the second opens."""
+        """The quotes that open or close a cell. If two stand for one, the first closes and the second opens."""
         openings = quotes[int(self.opened) :: 2]
-        previous = a[openings - 1]  # of a block's first byte: wrong, put right below
+        previous = a[openings - 1]  # wrong for a block's first byte, and corrected below
         if len(openings) and openings[0] == 0:
             previous[0] = self._last
         stops = np.frombuffer(self._stops + bytes([QUOTE]), np.uint8)
@@ -105,7 +105,7 @@ class Quotes:
         return self._one_by_one(data)
 
     def _one_by_one(self, data: bytes) -> NDArray[np.intp]:
-        """As :meth:`_toggles`, where some quotes are text."""
+        """As :meth:`_toggles`, for a block in which some quotes are text."""
         out: list[int] = []
         opened, at = self.opened, 0
         if not opened and data[0] == QUOTE and (self._last in self._stops or self._last == QUOTE):

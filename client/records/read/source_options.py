@@ -12,12 +12,12 @@ _QUERY = "--query 'SELECT ... ORDER BY ...' (query in [data] of site.toml)"
 
 
 def dialect_of(encoding: str, delimiter: str, decimal: str, thousands: str) -> Dialect:
-    """The dialect that the options say; ``tab`` is a tab."""
+    """The dialect that the options describe. ``tab`` stands for a tab."""
     return Dialect(encoding, "\t" if delimiter in ("tab", "\\t") else delimiter, decimal, thousands)
 
 
 def source_of(table: Path, query: str, url_file: Path | None, fhir: Path | None) -> Source:
-    """The source that the options say.
+    """The source that the options name.
 
     Raises:
         UsageError: options that do not go together.

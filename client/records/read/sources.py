@@ -1,4 +1,4 @@
-"""One door for every source: files, databases, FHIR; a :class:`RawTable` of the contract's columns behind it."""
+"""One way to read every source (files, databases, FHIR) into a :class:`RawTable` of the contract's columns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def open_source(source: Source, contract: DataContract, dialect: Dialect | None = None) -> Opened:
-    """Open any source; cells are read while its batches are iterated.
+    """Open any source. Its cells are read while the batches are iterated.
 
     Raises:
         DataError, ConfigError: as for the source's kind.
@@ -60,8 +60,8 @@ def read(
 ) -> RawTable:
     """Read a source whose cells all have the contract's types. Identifier and drop columns may be absent.
 
-    Drop columns are not read, unless the contract's consent, retention or near key names them; identifiers only to
-    tell repeated rows and persons apart. Neither is kept.
+    Drop columns are not read, unless the contract's consent, retention or near key names them. Identifiers are read
+    only to tell repeated rows and persons apart. Neither is kept.
 
     Raises:
         DataError: no such source, not the expected form, a column missing, unknown or twice, no rows, cells that are
@@ -115,7 +115,7 @@ def commitment(secret: bytes, source: Source, contract: DataContract) -> str:
             text = cells.text_of(table.column(name))
             if text is None:
                 raise DataError(f"column {name!r} has cells that are neither numbers nor texts")
-            # Lengths first: no two tables have one serialisation.
+            # Lengths come first, so that no two tables have the same serialisation.
             values = [v.encode() for v in text.to_pylist()]
             mac.update(pa.array([len(v) for v in values], pa.int64()).buffers()[1].to_pybytes()[: 8 * len(values)])
             mac.update(b"".join(values))

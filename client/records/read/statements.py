@@ -1,13 +1,13 @@
 """A site's query is one SELECT: it reads, and changes nothing.
 
-Two defences. The text is looked at here: one statement that begins with SELECT or WITH (or VALUES) and holds no word
-that changes data. And the connection is made read-only where the database offers that, see :mod:`.databases`; a
-function that a SELECT calls can only be stopped there.
+There are two defences. The text is checked here: it must be one statement that begins with SELECT or WITH (or VALUES)
+and holds no word that changes data. And the connection is read-only if the database offers that, see
+:mod:`.databases`. Only that can stop a function which a SELECT calls.
 
-Databases differ in what is quoted and what is a comment. What two of them read in two ways (a backslash before a quote,
-a comment inside a comment, ``--`` without white space after it) is refused, and quoting that only some of them know
-(``[a]``, backticks, ``$$a$$``) is understood for these and refused, or read as plain text, for others: a text must
-never look quoted here and be run there.
+Databases differ in what is quoted and what is a comment. What two of them read in different ways (a backslash before a
+quote, a comment inside a comment, ``--`` without white space after it) is refused. Quoting that only some of them know
+(``[a]``, backticks, ``$$a$$``) is understood for these. For others it is refused, or read as plain text. A text must
+never look quoted here and be run by the database.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ _BACKTICKS = frozenset(("mysql", "mariadb", "sqlite", "bigquery", "databricks"))
 _BRACKETS = frozenset(("mssql", "sqlite"))
 _DOLLARS = frozenset(("postgresql", "duckdb"))
 _PLAIN_HASH = frozenset(("postgresql", "duckdb", "sqlite", "oracle", "mssql"))
-_NAME = " _ "  # what a quoted name leaves behind: a name
+_NAME = " _ "  # a name that stands in for every quoted name
 _FIRST = ("select", "with", "values")
 _CHANGING = frozenset(
     ("alter", "attach", "call", "copy", "create", "delete", "detach", "drop", "exec", "execute", "grant", "insert",
      "install", "into", "merge", "revoke", "truncate", "update", "vacuum")
 )  # fmt: skip
-# Where statements follow each other without a semicolon, any of these begins one.
+# Databases that need a semicolon between statements. In all others any word of _BEGINNING may begin a statement.
 _SEPARATE = frozenset(("postgresql", "mysql", "mariadb", "sqlite", "oracle", "duckdb"))
 _BEGINNING = frozenset(
     ("add", "backup", "begin", "bulk", "checkpoint", "close", "commit", "dbcc", "deallocate", "declare", "deny",
      "disable", "enable", "kill", "move", "open", "print", "raiserror", "receive", "reconfigure", "restore", "revert",
      "rollback", "save", "send", "set", "shutdown", "updatetext", "use", "waitfor", "writetext")
 )  # fmt: skip
-_FUNCTIONS = frozenset(("insert", "truncate"))  # also names of functions; no statement has a bracket after them
+_FUNCTIONS = frozenset(("insert", "truncate"))  # also names of functions: as statements, no bracket follows them
 
 
 def require_select(query: str, database: str = "") -> None:
-    """Refuse anything but one reading statement; quoted texts and comments do not count.
+    """Refuse anything but one statement that only reads. Quoted texts and comments do not count.
 
     Args:
-        database: its kind, as SQLAlchemy names it, or ``duckdb``; unknown ones get the strictest reading.
+        database: its kind, as SQLAlchemy names it, or ``duckdb``. For unknown kinds the strictest rules hold.
 
     Raises:
         UsageError: empty, too long, several statements, another first word, a word that changes data, an open quote, or
@@ -116,7 +116,7 @@ def _quoted(query: str, start: int, mark: str, database: str) -> int:
 
 
 def _dollars(query: str, start: int, database: str) -> tuple[int, str]:
-    """Where a text between $ signs ends and what it leaves behind; a single $ is plain text."""
+    """Where a text between $ signs ends, and what stands in for it. A single $ is plain text."""
     tag = _TAG.match(query, start)
     if tag is None:
         return start + 1, "$"
@@ -128,7 +128,7 @@ def _dollars(query: str, start: int, database: str) -> tuple[int, str]:
 
 
 def _is_name(tokens: list[str], i: int) -> bool:
-    """Whether the word is a column (``t.call``, ``AS call``) or a function. ``1.call`` is a number and a statement."""
+    """Whether the word is a column (``t.call``, ``AS call``) or a function. In ``1.call`` it begins a statement."""
     before = tokens[i - 1] if i else ""
     if before == "." and i > 1:
         return tokens[i - 2][0].isalpha() or tokens[i - 2][0] == "_"

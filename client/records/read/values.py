@@ -1,7 +1,7 @@
 """Texts to values: numbers with declared decimals, dates in their declared form, leaves, missing codes.
 
-Every source hands over text, so that all formats obey one set of rules and no parser's message, which would quote a
-cell, can reach anybody. What cannot be read becomes "no value" and is counted; nothing is guessed.
+Every source gives text. So all formats follow one set of rules, and no parser's message, which would quote a cell, can
+reach anybody. What cannot be read becomes "no value" and is counted. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Decimals:
 
 @dataclass
 class Reading:
-    """What was seen while one column was read; counts are local knowledge.
+    """What was seen while one column was read. The counts stay at the site.
 
     Attributes:
         empty: cells without any text. coded: cells that held a missing code.
-        not_numbers, not_finite, not_dates: cells that could not be read; they carry no value afterwards.
+        not_numbers, not_finite, not_dates: cells that could not be read. They have "no value" afterwards.
         like_dates: of ``not_numbers``, those that look like dates.
         swappable: dates whose day could also be a month. dates: dates read.
         other: values taken for the leaf "other".
-        corrected, moved: cells changed by declared corrections; by ``outliers`` to a bound or to "no value".
+        corrected: cells changed by declared corrections. moved: cells moved by ``outliers`` to a bound or "no value".
     """
 
     empty: int = 0
@@ -72,13 +72,13 @@ def text_of(values: pa.ChunkedArray | pa.Array) -> pa.Array | None:
         values, kind = values.cast(kind.value_type), kind.value_type
     simple = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer,
               pa.types.is_floating, pa.types.is_decimal, pa.types.is_temporal, pa.types.is_null)  # fmt: skip
-    if not any(test(kind) for test in simple) or pa.types.is_duration(kind):  # a length of time would read as a number
+    if not any(test(kind) for test in simple) or pa.types.is_duration(kind):  # a duration would read as a number
         return None
     if pa.types.is_float16(kind):
         values = values.cast(pa.float32())
     text = pc.utf8_trim_whitespace(pc.fill_null(values.cast(pa.string()), ""))
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        # 1.0 in a file that knows only floats is the leaf "1".
+        # In a file that has only floats, 1.0 is the leaf "1".
         text = pc.replace_substring_regex(text, pattern=r"^([+-]?\d+)\.0+$", replacement=r"\1")
     return text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
 
@@ -99,12 +99,12 @@ def numbers(text: pa.Array, column: Column, style: Decimals, seen: Reading) -> N
 
 
 def leaves(text: pa.Array, column: Column, pool: dict[str, str], seen: Reading) -> NDArray[np.object_]:
-    """Texts (n,) of a category: one of the column's leaves, "" for "no value", or the text itself where it is none.
+    """Texts (n,) of a category: one of the column's leaves, "" for "no value", or the text itself if it is no leaf.
 
-    A value that is a leaf in another spelling of the same number ("1.0" for "1") is that leaf.
+    A value that spells the same number as a leaf in another way ("1.0" for "1") is that leaf.
 
     Args:
-        pool: the column's texts so far; equal texts become one object, so that a long table stays small.
+        pool: the column's texts so far. Equal texts become one object, so that a long table takes little memory.
     """
     absent = _absent(text, column, seen)
     encoded = pc.dictionary_encode(pc.if_else(absent, "", text))
@@ -191,7 +191,7 @@ def _plain_decimals(text: pa.Array, style: Decimals) -> pa.Array:
 
 
 def _days(present: pa.Array, column: Column, seen: Reading) -> NDArray[np.float64]:
-    """Days since 1970-01-01; a cell that is no day of the calendar in the declared form is counted and has no value."""
+    """Days since 1970-01-01. A cell that is no calendar day in the declared form is counted and has no value."""
     parts = pc.extract_regex(present, contract_dates.pattern(column.format))
     out = np.full(len(present), np.nan)
     good = pc.is_valid(parts).to_numpy(zero_copy_only=False)

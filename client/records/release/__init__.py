@@ -1,1 +1,1 @@
-"""From checked values to a verified release and its encoding, with the signed record of where it comes from."""
+"""From checked values to a verified release and its encoding, with the signed lineage record."""

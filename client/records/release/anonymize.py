@@ -1,7 +1,7 @@
 """A checked table, anonymised by any method of :mod:`fedveil.privacy.anonymization` and verified on the written bytes.
 
 For training the pipeline uses the contract's fixed levels. This is for publishing, and for sites whose contract encodes
-sets: Mondrian, optimal and local recoding look at the data, so differential privacy then speaks of released rows only.
+sets. Mondrian, optimal and local recoding look at the data. Differential privacy then speaks of released rows only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedveil.privacy.anonymization.stream import write_release
 
 @dataclass(frozen=True)
 class Released:
-    """A written and verified release; all of it is local knowledge."""
+    """A written and verified release. All of this stays at the site."""
 
     path: Path
     outcome: Outcome
@@ -100,7 +100,7 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
 
     Raises:
         UsageError: ``out`` exists or has another ending; too many quasi-identifiers for the method.
-        AnonymityError: the criteria cannot be met, or the written file does not meet them; ``out`` then does not exist.
+        AnonymityError: the criteria cannot be met, or the written file does not meet them. Then ``out`` does not exist.
     """
     require_new(out)
     spec, models = specification(contract)
@@ -122,7 +122,7 @@ def require_new(out: Path, endings: Sequence[str] = (".csv", ".parquet")) -> Non
 
 
 def _stability(contract: DataContract, engine: Anonymizer, outcome: Outcome) -> Stability:
-    """Of the whole pipeline: the engine's own method, and what the contract does to duplicates and outliers."""
+    """Stability of the whole pipeline: the engine's method, and what the contract does to duplicates and outliers."""
     q = contract.quality
     steps: list[Step] = ["row-wise"]
     if q.duplicates == "drop":

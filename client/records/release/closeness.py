@@ -1,4 +1,4 @@
-"""t-closeness of a released file, from its bytes, with plain dictionaries: independent of the code that wrote it.
+"""t-closeness of a released file, computed from its bytes with plain dictionaries, not with the code that wrote it.
 
 Li, Li, Venkatasubramanian, ICDE 2007, section 4: the earth mover's distance between the distribution of a sensitive
 attribute in each class and in the whole table, for equal and for ordered ground distance.

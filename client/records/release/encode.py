@@ -1,4 +1,4 @@
-"""Released columns to the model's inputs: a function of the row and the contract only.
+"""Released columns to the model's inputs. The encoding depends on the row and the contract only.
 
 Nothing is fitted: no mean, no quantile, no vocabulary from data. So the encoding needs no budget, and every site's
 matrix has the same width and meaning.
@@ -22,9 +22,9 @@ def encode(table: ReleasedTable, contract: DataContract) -> tuple[NDArray[np.flo
     """X (n, contract.width) float32 in [-1, 1], and y (n,) int64 in [0, contract.classes).
 
     Numbers are scaled by their public bounds (low to -1, high to 1). Coded columns are one-hot over the contract's
-    labels. Where missing values are allowed there is one more column, 1 for "no value"; the number then counts as the
-    midpoint of its bounds (0), and all labels are 0, so that a coded column's inputs always sum to 1. Columns with
-    ``encoding = "sets"`` are filled as :mod:`fedveil.client.records.release.sets` says.
+    labels. If values may be missing, there is one more column: 1 for "no value". A missing number counts as the
+    midpoint of its bounds (0). For a missing label all labels are 0, so a coded column's inputs always sum to 1.
+    Columns with ``encoding = "sets"`` are filled as :mod:`fedveil.client.records.release.sets` says.
 
     Raises:
         DataError: a value without a code reached the encoding.
@@ -75,7 +75,7 @@ def _one_hot(block: NDArray[np.float32], table: ReleasedTable, c: Column) -> Non
     absent = code == codes.ABSENT
     if (code < codes.ABSENT).any() or (absent.any() and c.missing == "error"):
         raise DataError(f"column {c.name!r}: values without a label reached the encoding")
-    # The indicator is the last column of the block: absent cells are one-hot there.
+    # The last column of the block is the indicator: it holds the 1 of a missing cell.
     block[np.arange(table.rows), np.where(absent, block.shape[1] - 1, code)] = 1.0
 
 

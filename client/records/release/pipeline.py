@@ -1,7 +1,7 @@
-"""A site's table to features, one straight line: read, assess, reduce, recode, shuffle, write, verify, encode.
+"""From a site's table to features, in one fixed order: read, assess, reduce, recode, shuffle, write, verify, encode.
 
-What is fitted to the data is fitted because the contract says so, and the evidence then says that differential privacy
-speaks of the released rows. Whatever fails stops the line before a released file exists.
+Something is fitted to the data only if the contract says so. The evidence then says that differential privacy is about
+the released rows. If a stage fails, the rest does not run, and no released file exists.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def ingest(
 ) -> Ingested:
     """Turn ``source`` into features, writing the released file and local reports into ``work``.
 
-    ``work`` is made with mode 0700, its files with 0600. A released file exists there exactly when this returns: it
-    was read back and k, l and t were verified on its bytes.
+    ``work`` is made with mode 0700, its files with 0600. A released file exists there exactly when this returns. Then
+    it was read back, and k, l and t were verified on its bytes.
 
     Args:
         secret: at least 32 random bytes that stay at the site: the key of the commitments and pseudonyms.
@@ -107,7 +107,7 @@ def ingest(
 
 @contextmanager
 def unless_signed(released: Path) -> Iterator[None]:
-    """Remove a release if its lineage record cannot be written and signed: without one nobody knows whence it is."""
+    """Remove a release if its lineage record cannot be written and signed: nobody would know where it is from."""
     try:
         yield
     except BaseException:
@@ -116,9 +116,9 @@ def unless_signed(released: Path) -> Iterator[None]:
 
 
 def cleared(work: Path, source: Source) -> None:
-    """The private folder ``work``, without what an earlier table left in it: files of two tables say nothing together.
+    """Make ``work`` private and remove what an earlier table left in it: files of two tables do not belong together.
 
-    The release that its lineage record names is removed too, where it lies in the folder and is unchanged.
+    The release that its lineage record names is removed too, if it lies in the folder and is unchanged.
 
     Raises:
         ConfigError: others can read it.
@@ -164,7 +164,7 @@ def record_of(
     released: dict[str, Any],
     evidence: dict[str, Any],
 ) -> dict[str, Any]:
-    """The lineage record: hashes of what went in and came out, and every stage between. It stays at the site."""
+    """The lineage record: hashes of the input and the output, and every stage between them. It stays at the site."""
     return {
         "v": 2,
         "fedveil": __version__,
@@ -191,7 +191,7 @@ def assessed(
     """The table after all stages before recoding, and its quality report, which is written into ``work`` first.
 
     Raises:
-        DataError: what the report names; or the source cannot be read at all.
+        DataError: the problems that the report names, or a source that cannot be read at all.
         AnonymityError: the table has fewer than k rows.
     """
     opened = sources.open_source(source, contract, dialect)
@@ -212,7 +212,7 @@ def assessed(
 
 
 def _source_hash(source: Source) -> str | None:
-    """Plain hash of a file, for the local record; a query has none."""
+    """Plain hash of a file, for the local record. A query has none."""
     path = source if isinstance(source, Path) else getattr(source, "path", None)
     return lineage.file_hash(path) if isinstance(path, Path) else None
 
@@ -241,9 +241,9 @@ def _csv_bytes(table: fixed.ReleasedTable, contract: DataContract) -> bytes:
 
 
 def evidence_of(contract: DataContract, source: str, released: str) -> dict[str, Any]:
-    """What may be said of a release: a function of the contract and two commitments, of no other property of the data.
+    """What may leave about a release. It depends on the contract and two commitments, on nothing else of the data.
 
-    Built only after the verification passed, hence ``met``; a table that fails has no evidence.
+    It is built only after the verification has passed, hence ``met``. A table that fails has no evidence.
     """
     steps = stages.stability(contract)
     factor = stages.total(steps)
@@ -262,9 +262,9 @@ def evidence_of(contract: DataContract, source: str, released: str) -> dict[str,
 
 
 def met_criteria(contract: DataContract) -> dict[str, Any]:
-    """What a contract requires, by criterion, of a release that was verified to meet it."""
+    """What a contract requires, by criterion. For a release that was verified to meet all of it."""
     criteria: dict[str, Any] = {"k-anonymity": {"required": contract.k, "met": True}}
-    if contract.l > 1:  # l = 1 requires nothing: nothing is claimed to be met
+    if contract.l > 1:  # l = 1 requires nothing, so nothing is said about it
         criteria["distinct l-diversity"] = {"required": contract.l, "met": True}
     if contract.t is not None:
         criteria["t-closeness"] = {"required": contract.t, "met": True}

@@ -1,7 +1,7 @@
-"""A release by any method, with the signed record of where it comes from; and what a work folder's reports are worth.
+"""A release by any method, with its signed lineage record. Also: what vouches for a work folder's reports.
 
-:func:`~.pipeline.ingest` makes what a federation trains on. This makes a table to be published.
-Both leave one work folder in which every file speaks of the same table: what an earlier one left is removed first.
+:func:`~.pipeline.ingest` makes the features on which a federation trains. This makes a table to be published. After
+both, all files in the work folder are about the same table: what an earlier table left is removed first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedveil.privacy.anonymization.anonymizer import Method
 
 @dataclass(frozen=True)
 class Published:
-    """A written and verified release, and the quality report of the table behind it; all of it is local knowledge."""
+    """A written and verified release, and the quality report of the table behind it. All of this stays at the site."""
 
     release: Released
     report: QualityReport
@@ -50,13 +50,13 @@ def publish(
     """Assess ``source``, recode it by ``method``, write and verify ``out``, and sign the lineage record in ``work``.
 
     Args:
-        out: a new .csv or .parquet file (mode 0600), or the release that the folder's lineage record names: it is
-            replaced. It exists afterwards exactly when this returns.
+        out: a new .csv or .parquet file (mode 0600), or the release that the folder's lineage record names, which is
+            then replaced. Afterwards it exists exactly when this returns.
         secret: as for :func:`~fedveil.client.records.release.pipeline.ingest`, and so are the other arguments.
 
     Raises:
-        UsageError: ``out`` exists, has another ending or no folder to lie in, or ``source`` is what ``work`` would be
-            cleared of: what the folder held is then untouched. Too many quasi-identifiers for the method.
+        UsageError: ``out`` exists, has another ending or no folder to lie in, or ``source`` is a file that would be
+            removed from ``work``: then nothing in the folder is touched. Too many quasi-identifiers for the method.
         DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
         AnonymityError: the criteria cannot be met.
         ConfigError: the work folder is readable by others, or the secret is too short.
@@ -85,7 +85,7 @@ def publish(
 
 
 def _evidence(contract: DataContract, done: Released, source: str, released: str) -> dict[str, Any]:
-    """The form of :func:`.pipeline.evidence_of`, for the local record; the egress lets only fixed levels' leave."""
+    """As :func:`.pipeline.evidence_of`, for the local record. The egress gate passes only evidence of fixed levels."""
     return {
         "v": 1,
         "contract": contract.hash,
@@ -105,7 +105,7 @@ def reports(work: Path, public: str = "") -> tuple[dict[str, Any], str]:
         public: the key that signed the lineage record, 64 hexadecimal digits; by default the folder's own.
 
     Raises:
-        DataError: there is none, or none that this version writes.
+        DataError: there is no report, or not one that this version writes.
         VerificationError: the lineage record is not signed by that key, or the report or the released file is
             not the one that it names.
     """
@@ -129,7 +129,7 @@ def reports(work: Path, public: str = "") -> tuple[dict[str, Any], str]:
 
 
 def _missing_release(work: Path, named: Any) -> str:
-    """What to say of a release that is not where the record says; "" for one that is there and unchanged."""
+    """What to say if the release is not where the record says; "" if it is there and unchanged."""
     if not isinstance(named, Mapping) or not isinstance(named.get("path"), str):
         raise VerificationError(f"the lineage record in {work} names no release", hint="check the table again")
     path = work / named["path"]
@@ -144,7 +144,7 @@ def _missing_release(work: Path, named: Any) -> str:
 
 
 def _read(path: Path, data: bytes) -> dict[str, Any]:
-    """A report with every part that is shown."""
+    """The report, after a check that it has every part that is shown."""
     try:
         report = canonical.loads(data, limit=drift.MAX_BYTES)
     except WireError:

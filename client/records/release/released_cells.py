@@ -1,8 +1,8 @@
 """What the contract says about the cells of a released table that no criterion looks at.
 
-The criteria concern the quasi-identifiers and the sensitive values. A release also holds features and the target: a
-name in a sensitive column, a number beyond its public bounds or a class that nobody agreed on passes all criteria, and
-is no release under the contract.
+The criteria are about the quasi-identifiers and the sensitive values. A release also holds features and the target. A
+name in a sensitive column, a number beyond its public bounds or a class that nobody agreed on passes all criteria. But
+a table with such a cell is no release under the contract.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def require_cells(path: Path, contract: DataContract) -> None:
     """Refuse a released .csv or .parquet file with a cell that the contract does not allow.
 
     Labels of coded columns are the contract's, numbers are inside its public bounds, and a value is missing only where
-    the contract says so. Which labels a quasi-identifier may carry is the verifier's matter; here only whether
+    the contract says so. The verifier checks which labels a quasi-identifier may have. This checks only whether
     "missing" may be one of them.
 
     Raises:
-        AnonymityError: naming the column and how many of its cells, and repeating none of them.
+        AnonymityError: it names the column and how many of its cells, and repeats none of them.
     """
     broken = {c.name: 0 for c in contract.loaded}
     try:
@@ -68,7 +68,7 @@ def _broken(cells: Any, c: Column) -> int:
     if c.role != "quasi" and not c.coded:
         numbers = _numbers(cells) if words else cells.cast(pa.float64())
         return _outside(numbers, cells.is_valid(), c)
-    if c.role != "quasi" and pa.types.is_integer(kind):  # a code: a CSV file writes the same text
+    if c.role != "quasi" and pa.types.is_integer(kind):  # a code, which has the same text in a CSV file
         cells, words = cells.cast(pa.string()), True
     if not words:
         return len(cells) if len(cells) != cells.null_count or c.missing == "error" else 0
@@ -85,7 +85,7 @@ def _allowed(word: str | None, c: Column) -> bool:
 
 
 def _numbers(cells: Any) -> Any:
-    """Texts as numbers; NaN where they are none."""
+    """Texts as numbers; NaN for a text that is none."""
     text = cells.cast(pa.string())
     good = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
     return pc.if_else(good, text, "nan").cast(pa.float64())
@@ -95,5 +95,5 @@ def _outside(numbers: Any, present: Any, c: Column) -> int:
     x = np.asarray(pc.fill_null(numbers, np.nan).to_numpy(zero_copy_only=False))
     here = present.to_numpy(zero_copy_only=False)
     low, high = (-np.inf, np.inf) if c.low is None or c.high is None else (c.low, c.high)
-    bad = here & ~((x >= low) & (x <= high))  # NaN is neither
+    bad = here & ~((x >= low) & (x <= high))  # NaN is bad too
     return int(bad.sum()) + (int((~here).sum()) if c.missing == "error" else 0)

@@ -1,8 +1,8 @@
-"""Generalised cells as sets of leaves, whatever method made them, and their encoding to inputs of one fixed width.
+"""Generalised cells of any method as sets of leaves, and their encoding to inputs of one fixed width.
 
-A raw value is a set of one. A category's set puts equal weight on its leaves, so its inputs sum to 1, "no value" being
-one more leaf where the contract allows it; a number's set is an interval and gives its midpoint, scaled to [-1, 1], and
-its width, scaled to [0, 1]. A cell without a value has midpoint 0 and width 1: nothing is known.
+A raw value is a set of one. A category's set puts equal weight on its leaves, so its inputs sum to 1. If the contract
+allows "no value", that is one more leaf. A number's set is an interval. It gives its midpoint, scaled to [-1, 1], and
+its width, scaled to [0, 1]. A cell without a value has midpoint 0 and width 1, because nothing is known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Leaves:
 
 @dataclass(frozen=True)
 class Interval:
-    """All numbers from low to high; ``absent``: the set holds "no value" too."""
+    """All numbers from low to high. If ``absent``, the set holds "no value" too."""
 
     low: float
     high: float

@@ -1,8 +1,8 @@
 """The layers of :mod:`.networks`: every one treats a record by itself, so that it can be clipped.
 
-No layer mixes the records of a batch (GroupNorm and LayerNorm, never BatchNorm), every parameter belongs to one
-plain layer that sees a leading batch dimension (positions are an embedding of an index per record, attention is
-four Linear layers), and there are no buffers. Every clipping engine can therefore treat them.
+No layer mixes the records of a batch (GroupNorm and LayerNorm, never BatchNorm). Every parameter belongs to one
+plain layer that sees a leading batch dimension: positions are an embedding of an index per record, attention is
+two Linear layers. There are no buffers. So every clipping engine can treat them.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class ResNet(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A network on (n, length) token ids given as floats; :meth:`usable` says which records hold valid ones."""
+    """A network on (n, length) token ids, given as floats. :meth:`usable` says which records hold valid token ids."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
 
     def usable(self, X: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """``(n,)`` mask: every value is a whole number in [0, vocabulary). To be asked before the forward pass."""
+        """``(n,)`` mask: every value is a whole number in [0, vocabulary). Call it before the forward pass."""
         with np.errstate(invalid="ignore"):
             return ((X >= 0) & (X < self.vocabulary) & (X == np.floor(X))).all(axis=1)
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         n, length, width = x.shape
         q, k, v = (t.reshape(n, length, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         scores = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)
-        # finite, so that a record of padding only attends evenly instead of giving NaN
+        # finite, so that a record that is only padding attends evenly and does not give NaN
         scores = scores.masked_fill((ids == PADDING)[:, None, None, :], -1e9)
         return self.out((torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(n, length, width))
 
@@ -131,7 +131,7 @@ class Transformer(Tokens):
 class Lstm(Tokens):
     """One layer of long short-term memory (Hochreiter & Schmidhuber 1997) from two Linear layers, mean pooling.
 
-    torch's own LSTM hides its matrices in one fused kernel that no per-record method can look into.
+    torch's own LSTM hides its matrices in one fused kernel, so no method per record can reach them.
     """
 
     def __init__(self, vocabulary: int, width: int, units: int, classes: int) -> None:
@@ -157,9 +157,9 @@ class Lstm(Tokens):
 class Adapter(nn.Module):
     """A frozen Linear layer plus a trainable product of two thin ones: W x + U (V x) (LoRA, Hu et al. 2022).
 
-    Our own few lines and not ``peft``: that package wraps whole pretrained models by matching names, pulls in
-    transformers and accelerate, and hides the two matrices behind dictionaries of adapters and dropouts, where here
-    they must be plain Linear layers that every clipping engine knows and whose number follows from the spec alone.
+    Why our own few lines and not ``peft``: that package wraps whole pretrained models by matching names, and brings
+    transformers and accelerate. It also hides the two matrices behind dictionaries of adapters and dropouts. Here they
+    must be plain Linear layers that every clipping engine knows, and their number must follow from the spec alone.
     """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:

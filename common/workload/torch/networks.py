@@ -91,7 +91,7 @@ def use_base(path: Path) -> str:
     """Read a frozen base's weights from a ``.npy`` file of float32 values; later calls of :func:`build` find them.
 
     The file holds one vector, the base's parameters in registration order (what :func:`flatten` gives). It comes from
-    the site's own disk; which file it must be is decided by the hash in the plan that the site has signed.
+    the site's own disk. The hash in the plan that the site has signed decides which file it must be.
 
     Returns:
         SHA-256 (hex) of the file: the value for ``ModelSpec.base``.
