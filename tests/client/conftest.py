@@ -62,10 +62,12 @@ class World:
             own / "ledger.jsonl", member.site, self.keys[index], lineage="small", cap=Epsilon(self.cap),
             delta=Delta(self.plan.delta), unit=self.plan.unit,
         )  # fmt: skip
-        limits = {"max_epsilon": self.cap, "modes": (self.plan.mode,), "sums": (self.plan.sum,), **self.limits}
+        limits = LimitsSection(**{"max_epsilon": self.cap, "modes": (self.plan.mode,), **self.limits})
+        if "sums" not in self.limits:  # of the plan, a sum in the clear too, which no owner can allow
+            limits = limits.model_copy(update={"sums": (self.plan.sum,)})
         return Site(
             id=member.site, key=self.keys[index], roster=self.roster, contract_hash=CONTRACT, width=INPUTS, classes=2,
-            limits=LimitsSection(**limits), X=rng.standard_normal((10, INPUTS)).astype(np.float32),
+            limits=limits, X=rng.standard_normal((10, INPUTS)).astype(np.float32),
             y=rng.integers(0, 2, 10), evidence={}, ledger=ledger, engine="closed",
             store_for=lambda session: DirectoryStore(own / "sessions" / session),
         )  # fmt: skip

@@ -34,10 +34,11 @@ def test_no_input_gets_past_the_error_tree(name: str) -> None:
 
 def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(data: bytes) -> None:
-        if fuzzer.canonical.loads(data) == {}:
+        value = fuzzer.canonical.loads(data)
+        if isinstance(value, dict) and len(value) == 1:  # no seed is one
             raise KeyError("planted")
 
     monkeypatch.setitem(fuzzer.TARGETS, "loads", faulty)
-    out = fuzzer.fuzz("loads", 6, executions=500_000, most=1)
+    out = fuzzer.fuzz("loads", 1, executions=200_000, most=1)
     assert out.failures
     assert "planted" in out.failures[0][1]
