@@ -199,6 +199,8 @@ def main() -> None:
 
     SIGTERM and SIGHUP end a command with 128 plus their number. Long-running commands have their own handlers.
     """
+    if sys.stdout is None:  # closed by whoever started this, who wants the exit code only
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored, and stays so
             signal.signal(number, _unwind)

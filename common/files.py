@@ -51,11 +51,15 @@ def scratch(path: Path) -> Iterator[Path]:
         with _locked(left) as free:
             if free:
                 shutil.rmtree(left, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder,
-        _locked(Path(folder)),
-    ):
-        yield Path(folder)
+    with ExitStack() as stack:
+        made = path
+        # Until it is locked, another process may take it for a dead one's. Some file systems have no locks.
+        for _ in range(5):
+            folder = tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+            made = Path(stack.enter_context(folder))
+            if stack.enter_context(_locked(made)) and made.is_dir():
+                break
+        yield made
 
 
 @contextmanager

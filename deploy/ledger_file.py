@@ -163,8 +163,8 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
         data = read_bounded(file, _LIMIT)
         whole = without_torn_end(data)
         rows = parse(whole)
-        if not rows and whole == data:
-            raise VerificationError("the ledger is empty")
+        if not rows:
+            raise VerificationError("no row of a ledger is in it")
     except FedveilError as e:
         raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
     key = None if public is None else _key(public, rows)

@@ -54,7 +54,7 @@ def join(
     """Enrol: make keys and a request (--site), then install the answer (--reply) and the roster (--roster)."""
     from fedveil.common.errors import UsageError
     from fedveil.deploy.enrol import join as enrol
-    from fedveil.deploy.enrol import revoked as enrol_revoked
+    from fedveil.deploy.enrol import revoked as revocations
 
     if sum(map(bool, (site, reply, roster, revoked))) != 1:
         raise UsageError(
@@ -69,7 +69,7 @@ def join(
         made = enrol.take_roster(folder, roster)
         typer.echo(f"roster version {made.version} of {made.consortium}: {len(made.sites)} sites, {made.hash}")
     elif revoked is not None:
-        listed = enrol_revoked.take_revoked(folder, revoked)
+        listed = revocations.take_revoked(folder, revoked)
         typer.echo(f"revocation list {listed.number}: {len(listed.sites)} members, {len(listed.tls_keys)} keys")
 
 

@@ -51,9 +51,9 @@ def found(
     days: Annotated[int, typer.Option(help="Days for which the authority itself holds.")] = MAX_DAYS,
 ) -> None:
     """Make an authority whose members bring keys of their own ('fedveil client join')."""
-    from fedveil.deploy.enrol import consortium as enrol_consortium
+    from fedveil.deploy.enrol import consortium as authority
 
-    typer.echo(f"consortium key, to be read out to every member: {enrol_consortium.found(folder, consortium, days)}")
+    typer.echo(f"consortium key, to be read out to every member: {authority.found(folder, consortium, days)}")
 
 
 @app.command("sign-csr")
@@ -65,17 +65,17 @@ def sign_csr(
     days: Annotated[int, typer.Option(help="Days for which the certificate holds.")] = 30,
 ) -> None:
     """Admit a member, or renew its certificate; its private keys never come here."""
-    from fedveil.deploy.enrol import consortium as enrol_consortium
+    from fedveil.deploy.enrol import consortium as authority
 
-    typer.echo(enrol_consortium.sign_request(folder, request, out, heard=fingerprint, days=days))
+    typer.echo(authority.sign_request(folder, request, out, heard=fingerprint, days=days))
 
 
 @app.command("roster")
 def publish(folder: Annotated[Path, typer.Argument(help="The consortium's folder.")]) -> None:
     """Sign the next version of the roster: everybody who was admitted and not revoked."""
-    from fedveil.deploy.enrol import consortium as enrol_consortium
+    from fedveil.deploy.enrol import consortium as authority
 
-    made = enrol_consortium.publish(folder)
+    made = authority.publish(folder)
     typer.echo(f"roster version {made.version} with {len(made.sites)} sites: {made.hash}")
     typer.echo(f"Send {folder / 'roster.json'} to every member: 'fedveil client join FOLDER --roster roster.json'.")
 
@@ -87,7 +87,7 @@ def revoke(
     key_only: Annotated[bool, typer.Option(help="Its TLS key only: it may enrol again under another.")] = False,
 ) -> None:
     """Shut a member out; takes effect in a running federation once the list lies in the server's folder."""
-    from fedveil.deploy.enrol import consortium as enrol_consortium
+    from fedveil.deploy.enrol import consortium as authority
 
-    made = enrol_consortium.revoke(folder, site, key_only=key_only)
+    made = authority.revoke(folder, site, key_only=key_only)
     typer.echo(f"revocation list {made.number}: copy {folder / 'revoked.json'} into the server's identity folder")

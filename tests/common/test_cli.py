@@ -50,6 +50,13 @@ cli.main()
     return [sys.executable, "-c", code]
 
 
+def test_a_closed_output_hides_neither_an_error_nor_its_exit_code(tmp_path: Path) -> None:
+    done = ended("plan", tmp_path / "nope", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 10, done.stderr
+    assert done.stderr.startswith("ConfigError: ")
+    assert ended("--help", preexec_fn=lambda: os.close(1)).returncode == 0
+
+
 def test_too_many_open_files_is_a_store_error() -> None:
     run = command("raise OSError(errno.EMFILE, 'a value')")
     done = subprocess.run(run, capture_output=True, text=True, check=False)

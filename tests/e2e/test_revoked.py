@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fedveil.deploy.enrol import consortium as enrol_consortium
+from fedveil.deploy.enrol import consortium as authority
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
 
 WEST = HOSPITALS[-1]
@@ -20,7 +20,7 @@ def revoked(consortium):
     c.everybody()
     c.until_stopped("server")
     folder = c.home / "pki" / "consortium"
-    enrol_consortium.revoke(folder, WEST)
+    authority.revoke(folder, WEST)
     part = c.home / "pki" / "server" / "revoked.part"
     shutil.copy(folder / "revoked.json", part)
     part.rename(part.with_name("revoked.json"))
