@@ -18,7 +18,8 @@ from fedveil.common.contract import DataContract, sign_contract
 
 # The command, stopped inside the step that is named first: what it has written by then lies beside the target.
 STOPPED = """
-import importlib, sys, time
+import importlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 module, name = sys.argv.pop(1).split(":")
 owner = importlib.import_module(module)
 *path, last = name.split(".")
