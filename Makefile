@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round wheel clean
+.PHONY: demo test test-slow check bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round bench-place wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -38,6 +38,9 @@ bench-dp: $(STAMP)
 
 bench-accuracy: $(STAMP)
 	$(BIN)/python tests/bench/accuracy_table.py
+
+bench-place: $(STAMP)
+	$(BIN)/python tests/bench/place_table.py
 
 bench-round: $(STAMP)
 	$(BIN)/python tests/bench/round_ratio.py

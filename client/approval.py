@@ -26,7 +26,6 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.client.policy import model_hash
 from fedveil.common import canonical, identity
 from fedveil.common.errors import MALFORMED, ConfigError, FedveilError, PolicyRefusal
 from fedveil.common.settings import LimitsSection

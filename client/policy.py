@@ -7,7 +7,6 @@ import logging
 import zoneinfo
 from functools import lru_cache
 
-from fedveil.common import canonical
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, PolicyRefusal
 from fedveil.common.settings import WEEK, LimitsSection, window
@@ -81,11 +80,6 @@ def tell_of_a_short_budget(plan: PrivacyPlan, affordable: int) -> None:
         )  # fmt: skip
 
 
-def model_hash(plan: PrivacyPlan) -> str:
-    """SHA-256 (hex) of the canonical spec of what a plan computes. ``[limits] models`` lists such hashes."""
-    return canonical.digest(plan.model.model_dump(mode="json"))
-
-
 def metrics_of(spec: StatsSpec) -> tuple[str, ...]:
     """The names of the statistics that a spec opens, as ``[limits] metrics`` lists them."""
     found = ["count"]
@@ -134,8 +128,8 @@ def _broken(plan: PrivacyPlan, limits: LimitsSection) -> str:
 def _unlisted(plan: PrivacyPlan, limits: LimitsSection) -> str:
     if limits.plans and plan.hash not in limits.plans:
         return f"the plan {plan.hash} is not among the plans this site allows"
-    if limits.models and (found := model_hash(plan)) not in limits.models:
-        return f"the model {plan.model.name!r} ({found}) is not among the models this site allows"
+    if limits.models and plan.workload_hash not in limits.models:
+        return f"the model {plan.model.name!r} ({plan.workload_hash}) is not among the models this site allows"
     if isinstance(plan.model, StatsSpec):
         asked = [m for m in metrics_of(plan.model) if m not in limits.metrics]
         if asked:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedveil.client.egress.ledger_rows import ENDINGS
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
-from fedveil.client.train import clipper, site_sum
+from fedveil.client.train import site_sum
 from fedveil.common.errors import BudgetExhausted, ProtocolError, WireError
 from fedveil.common.identity import SERVER
 from fedveil.common.wire import Packet
@@ -30,7 +30,7 @@ def join(site: Site, request: Packet) -> Packet:
     h = request.expect("join").header
     session = site.accept(h.get("session", ""), h.get("plan"), h.get("roster_hash", ""), h.get("contract_hash", ""))
     if session.plan.task == "train":  # a model that couples records is refused before round 1
-        clipper(session.plan.network, site.engine, site.device, session.precision)
+        site.clipper(session)
     return Packet({"kind": "joined", "statement": site.statement(session)})
 
 
@@ -77,11 +77,9 @@ def contribute(site: Site, request: Packet) -> Packet:
     weights = _weights(site, session, request)
 
     if isinstance(plan.model, StatsSpec):
-        clipped = statistics_sum(plan, plan.model, request, site.X, site.y)
+        clipped = statistics_sum(plan, plan.model, request, site.X, site.y, site.capacity, site.persons)
     else:
-        clipped = site_sum(
-            clipper(plan.model, site.engine, site.device, session.precision), plan, weights, site.X, site.y
-        )
+        clipped = site_sum(site.clipper(session), plan, weights, site.X, site.y, site.capacity, site.persons)
     noisy = to_grid(clipped, plan.clamp, plan.grid)
     del clipped
     try:

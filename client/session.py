@@ -12,10 +12,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from fedveil.client import policy
+from fedveil.client import plan_fit, policy
 from fedveil.client.approval import Approvals
 from fedveil.client.peers import PeerHeads
 from fedveil.client.revealed_model import RevealedModel
+from fedveil.client.train import clipper
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
@@ -24,9 +25,8 @@ from fedveil.common.journal import Head, Row
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy import plan as plans
-from fedveil.privacy.dp.clipping import Precision
+from fedveil.privacy.dp.clipping import Clipper, Precision
 from fedveil.privacy.joining import JOIN, Copy, check_joins, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import PrivacyPlan
@@ -49,7 +49,7 @@ class Session:
         begun: this site has every site's statement. A sum with keys needs that before its first round.
         exhausted: the budget refused a step: nothing of this session is charged any more.
         ended: the server ended the session: nothing is charged any more.
-        precision: of the gradients of single records. It allows no more than what was noted when the plan was accepted.
+        precision: of the gradients of single records: what was noted when the plan was accepted.
         model: this site's own model, where only the sites read the sums.
         within: the limits that the plan was checked against, and keeps.
     """
@@ -60,7 +60,7 @@ class Session:
     begun: bool = False
     exhausted: bool = False
     ended: bool = False
-    precision: Precision = "float64"
+    precision: Precision = "float32"
     model: RevealedModel | None = None
     within: LimitsSection | None = None
 
@@ -83,9 +83,12 @@ class Site:
         evidence: pass/fail and salted commitments of ingestion; may leave.
         ledger: the budget of the data's lineage.
         store_for: durable storage of one session.
+        capacity: the most records (or persons) that this data set may ever hold: it decides the shape of a step.
+        persons: ``(n', m)`` the rows of each person, where the contract protects persons; None where it protects rows.
+        engine, device, microbatch: how gradients are computed (:func:`fedveil.client.train.clipper`).
         peers: what this site remembers of the others' journals.
         revoked: gives the newest list of revoked members that reached this site; None in the simulator.
-        precision: in which gradients of single records may be computed. Anything but float64 is noted in the ledger.
+        precision: in which gradients of single records are computed. Anything but float64 is noted in the ledger.
         models: folder for models that only the sites know; None keeps none.
         contract: the contract itself; None in simulations without one.
         approvals: where persons' approvals are found, for limits that ask for them.
@@ -105,8 +108,11 @@ class Site:
     evidence: dict[str, Any]
     ledger: Ledger
     store_for: Callable[[str], Store]
+    capacity: int
+    persons: NDArray[np.int64] | None = None
     engine: str = "auto"
-    precision: Precision = "float64"
+    precision: Precision = "float32"
+    microbatch: int = 0
     device: str = "cpu"
     models: Path | None = None
     peers: PeerHeads = field(default_factory=PeerHeads)
@@ -129,16 +135,7 @@ class Site:
         if contract_hash != self.contract_hash:
             raise ProtocolError("the server uses another data contract than the one this site's data were checked by")
         plan = plans.from_json(plan_json)
-        if plan.contract_hash != contract_hash:
-            raise ProtocolError("the plan was made for another data contract")
-        if plan.sites != len(self.roster.sites):
-            raise ProtocolError(f"the plan speaks of {plan.sites} sites, the roster of {len(self.roster.sites)}")
-        if (plan.model.inputs, plan.model.classes) != (self.width, self.classes):
-            raise ProtocolError("the plan's model does not fit the contract's features and classes")
-        if isinstance(plan.model, StatsSpec) and self.contract and (where := plan.model.misfit(self.contract)):
-            raise ProtocolError(f"the statistics read the records otherwise than the contract: {where}")
-        if self.ledger.tally.unit != plan.unit:
-            raise PolicyRefusal(f"this site's ledger counts each {self.ledger.tally.unit}, the plan each {plan.unit}")
+        plan_fit.check(plan, self)
         self._permitted(session, plan)
         approvals = [] if self._noted("plan.accepted", session) else self._admitted(session, plan)
         known = self._open(session, plan)
@@ -246,11 +243,20 @@ class Site:
         return self._sessions[session]
 
     def _precision(self, session: str, plan: PrivacyPlan) -> Precision:
-        """A session that was accepted without single precision never uses it, even if the settings allow it later."""
-        accepted = self._noted("plan.accepted", session)
-        if plan.task != "train" or any("precision" not in row.body for row in accepted):
+        """A session keeps the precision that was noted when its plan was accepted, even if the settings change."""
+        if plan.task != "train":
             return "float64"
+        for row in self._noted("plan.accepted", session):
+            return "float32" if row.body.get("precision") == "float32" else "float64"
         return self.precision
+
+    def clipper(self, session: Session) -> Clipper:
+        """The engine that computes a session's clipped sums; :class:`ModelError` if there is none for its network."""
+        plan = session.plan
+        return clipper(
+            plan.network, self.engine, self.device, session.precision, plan.places(self.capacity), plan.rows_per_person,
+            self.microbatch,
+        )  # fmt: skip
 
     def _noted(self, kind: str, session: str) -> list[Row]:
         """This ledger's rows of one kind about one session."""

@@ -14,7 +14,7 @@ from fedveil.common.errors import ModelError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp import clipping
-from fedveil.privacy.dp.sampling import poisson_sample
+from fedveil.privacy.dp.places import seat
 from fedveil.privacy.plan import PrivacyPlan
 
 _LOG = logging.getLogger("fedveil.client")
@@ -22,28 +22,46 @@ _LOG = logging.getLogger("fedveil.client")
 
 def pick_device(wanted: str) -> str:
     """``cuda`` if it is wanted or allowed and present, else ``cpu``."""
-    return "cuda" if wanted in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    if wanted not in ("auto", "cuda") or not torch.cuda.is_available():
+        return "cpu"
+    # One algorithm for one shape, chosen without trying, and no shortened products: the claim counts on it.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return "cuda"
 
 
 @lru_cache(maxsize=8)
-def clipper(spec: ModelSpec, engine: str, device: str, precision: clipping.Precision = "float64") -> clipping.Clipper:
-    """The clipping engine for a network, built once per process. ``auto`` probes parity first, then speed.
+def clipper(
+    spec: ModelSpec,
+    engine: str,
+    device: str,
+    precision: clipping.Precision = "float32",
+    places: int = 128,
+    rows: int = 1,
+    microbatch: int = 0,
+) -> clipping.Clipper:
+    """The clipping engine for a network, built once per process.
+
+    Only an engine that computes the right sum, and whose rows pass the test of independence at the shape of the steps,
+    is given (see :mod:`fedveil.privacy.dp.clipping`).
 
     Args:
-        engine: ``auto``, or one of :data:`fedveil.privacy.dp.clipping.Engine`, which is probed for parity too.
-        precision: ``float32`` allows it if it is faster and the probe finds no record that changes another's rounding
-            (see :mod:`fedveil.privacy.dp.clipping`). With ``float64`` no claim rests on a probe alone.
+        engine: ``auto``, the fastest; or one of :data:`fedveil.privacy.dp.clipping.Engine`, which has to pass too.
+        places, rows: the shape of a step (:meth:`PrivacyPlan.places`), and how many rows a place holds.
+        microbatch: the most rows at a time; 0: what is fastest.
 
     Raises:
-        ModelError: the network couples records (BatchNorm) or cannot be clipped per record (by that engine).
+        ModelError: the network couples records, or no engine passes; it says which failed and why.
     """
-    tried = "auto" if precision == "float32" else "float64"
-    if engine == "auto":
-        return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision=tried)
-    if engine not in get_args(clipping.Engine):
-        raise ModelError(f"unknown engine {engine!r}", hint="auto, " + ", ".join(get_args(clipping.Engine)))
-    named = cast(clipping.Engine, engine)
-    return clipping.choose(lambda: build(spec), spec.inputs, spec.classes, device, precision=tried, engines=(named,))
+    engines = get_args(clipping.Engine)
+    if engine not in ("auto", *engines):
+        raise ModelError(f"unknown engine {engine!r}", hint="auto, " + ", ".join(engines))
+    named = engines if engine == "auto" else (cast(clipping.Engine, engine),)
+    return clipping.choose(
+        lambda: build(spec), spec.inputs, spec.classes, device, precision=precision, engines=named, places=places,
+        rows=rows, microbatch=microbatch,
+    )  # fmt: skip
 
 
 def site_sum(
@@ -52,20 +70,27 @@ def site_sum(
     weights: NDArray[np.float32],
     X: NDArray[np.float32],
     y: NDArray[np.int64],
+    capacity: int,
+    persons: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """``(D,)``: what this site adds to the round before noise.
 
-    Sensitivity: one record (one client in mode ``client``) changes it by at most ``plan.clip`` in L2 norm.
-    Records that cannot be used are left out one by one. If the whole step fails all the same, the site adds nothing
-    and its noise still goes out, so no refusal shows. But the bound above does not cover such a failure. So nothing
-    that one record can do may cause one.
+    Args:
+        capacity: K, the most records (or persons) that the site may ever hold. It decides the step's shape.
+        persons: ``(n, R)`` the rows of each person, in a plan whose unit is the person.
+
+    Sensitivity: one unit changes it by at most ``plan.clip`` in L2 norm, beyond what rounding adds
+    (``docs/sensitivity.md``), whatever ``weights`` are. Records that cannot be used are left out one by one. If the
+    whole step fails all the same, the site adds nothing and its noise still goes out, so no refusal shows. But the
+    bound above does not cover such a failure. So nothing that one record can do may cause one.
     """
     engine.load(weights)
     try:
         if plan.mode == "client":
             return _client_update(engine, plan, X, y)
-        mask = poisson_sample(len(X), plan.sample_rate)
-        out = engine.clipped_sum(X[mask], y[mask], plan.clip)
+        units = len(X) if persons is None else len(persons)
+        seats = seat(units, plan.sample_rate, plan.places(capacity))
+        out = engine.clipped_sum(X, y, plan.clip, seats, persons)
     except Exception as e:  # of every class: a failure that the data can cause must not show
         _LOG.error("the step failed on this site's data (%s): releasing noise only", type(e).__name__)
         return np.zeros(plan.model.parameters)

@@ -113,6 +113,9 @@ class PrivacySection(_Section):
     records: int = Field(
         ge=1, le=1 << 48, description="declared number of records in all: a public constant, not a count"
     )
+    capacity: int | None = Field(
+        default=None, ge=1, le=1 << 48, description="largest capacity of a site; default: all declared records"
+    )
     steps: int = Field(ge=1, le=1 << 20, description="secure sums in the run")
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="chance of a record to enter a step")
     clip: float = Field(gt=0, le=1e9, description="L2 bound of one record's gradient")
@@ -173,6 +176,12 @@ class SiteSection(_Section):
     contract: Path = Field(description="the data contract, signed by the consortium")
     data: Path = Field(description="the site's own table: CSV or Parquet")
     lineage: Text = Field(min_length=1, max_length=128, description="name of the data set the budget belongs to")
+    capacity: int = Field(
+        ge=1,
+        le=1 << 48,
+        description="the most records (or persons) that this data set may ever hold: an administrative number, never a "
+        "count of the table; rows beyond it are left out",
+    )
     state: Path = Field(default=Path("state"), description="folder for the ledger and what stays at the site")
 
 
@@ -248,11 +257,12 @@ def window(hours: str) -> tuple[datetime.time, datetime.time]:
 class TrainingSection(_Section):
     """How gradients are computed, and how much of the machine that may take."""
 
-    engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus", "ghost"] = "auto"
-    precision: Literal["float64", "float32"] = Field(
-        default="float64",
-        description="float32 allows engines that compute each record's gradient in single precision (half the time of "
-        "large networks), under an assumption that is probed, written into the ledger and named in the report",
+    engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus"] = "auto"
+    precision: Literal["float32", "float64"] = Field(
+        default="float32", description="of each record's gradient; norms and sums are float64 in any case"
+    )
+    microbatch: int = Field(
+        default=0, ge=0, le=1024, description="rows computed at a time; 0: what is fastest; 1: no row has a neighbour"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, le=4096, description="CPU threads of one computation; 0: all")

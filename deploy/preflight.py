@@ -254,7 +254,7 @@ class Preflight:
             )
         if tally.lineage != self._site.lineage:
             raise JournalError("the ledger is another data set's", hint="correct [site] lineage or state")
-        if tally.unit != (unit := unit_of(limits)):
+        if tally.unit != (unit := unit_of(limits, self._contract)):
             raise JournalError(
                 f"the ledger counts each {tally.unit[:32]!r}, [limits] modes each {unit!r}",
                 hint="a ledger of its own for each: another [site] lineage and state",

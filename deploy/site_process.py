@@ -52,7 +52,7 @@ def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
     Raises:
         ConfigError, IdentityError, ContractError, DataError, AnonymityError, JournalError: what stops the site.
     """
-    s, unit = settings.site, unit_of(settings.limits)
+    s = settings.site
     site = site_id(s.id)
     key = identity.load_signing_key(s.identity / "signing.key")
     roster = load_roster(s.identity)
@@ -64,12 +64,14 @@ def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
     consortium = (s.identity / "consortium.pub").read_text().strip()
     contract = contracts.load_signed(s.contract, consortium)
     policy.check_contract(contract, settings.limits)
+    unit = unit_of(settings.limits, contract)
     s.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     salt = subject_salt(s.state)
     ledger = Ledger.open(
         s.state / LEDGER, site, key, lineage=s.lineage, unit=unit,
         cap=Epsilon(settings.limits.max_epsilon), delta=Delta(settings.limits.delta),
-        version=settings.data.version, subject_salt=hashlib.sha256(salt).hexdigest() if salt else "",
+        capacity=s.capacity, version=settings.data.version,
+        subject_salt=hashlib.sha256(salt).hexdigest() if salt else "",
     )  # fmt: skip
     try:
         data = ingested(settings, contract, key, salt, s.state / "data")
@@ -81,8 +83,9 @@ def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
     out = Site(
         id=site, key=key, roster=roster, contract_hash=contract.hash, width=contract.width,
         classes=contract.classes, limits=settings.limits, X=data.X, y=data.y, evidence=data.evidence, ledger=ledger,
-        store_for=lambda session: DirectoryStore(s.state / "sessions" / session),
-        engine=settings.training.engine, precision=settings.training.precision, device=device,
+        store_for=lambda session: DirectoryStore(s.state / "sessions" / session), capacity=s.capacity,
+        engine=settings.training.engine, precision=settings.training.precision,
+        microbatch=settings.training.microbatch, device=device, persons=data.persons,
         models=s.state / "models",
         peers=PeerHeads(s.state / "peers.json", roster),
         revoked=Revoked(s.identity, s.state),
@@ -95,14 +98,14 @@ def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
     return out, data
 
 
-def unit_of(limits: LimitsSection) -> str:
-    """What the ledger counts: clients where the owner allows mode "client", else records.
+def unit_of(limits: LimitsSection, contract: DataContract) -> str:
+    """What the ledger counts: clients where the owner allows mode "client", else the contract's persons or records.
 
     Raises:
         ConfigError: the modes count different units; one ledger counts only one.
     """
     if "client" not in limits.modes:
-        return "record"
+        return "record" if contract.rows_per_person is None else "person"
     if set(limits.modes) != {"client"}:
         raise ConfigError(
             "mode 'client' stands beside others in [limits] modes: it counts clients, they count records",
@@ -162,7 +165,10 @@ def ingested(
     own = corrections.load(d.corrections) if d.corrections else ()
     dialect = dialect_of(d.encoding, d.delimiter, d.decimal, d.thousands)
     rules = Rules(own, salt or secret)
-    return ingest(source_from(settings), contract, work, secret=secret, dialect=dialect, rules=rules, key=key)
+    return ingest(
+        source_from(settings), contract, work, secret=secret, dialect=dialect, rules=rules, key=key,
+        capacity=settings.site.capacity,
+    )  # fmt: skip
 
 
 def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 60.0) -> None:
@@ -177,6 +183,9 @@ def run(settings: SiteSettings, *, status: Callable[[str], None], wait: float = 
         status(f"the certificate holds for {days:.1f} more days: fedveil client renew {settings.site.identity}")
     site, data = prepare(settings)
     status(f"ingested: {Path(settings.site.data).name} meets the contract; reports in {data.released.parent}")
+
+    if data.left_out:
+        status(f"the table holds more rows than [site] capacity = {settings.site.capacity}: the last ones are left out")
 
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():

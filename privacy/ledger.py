@@ -10,6 +10,7 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
     ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}, and {version, subject_salt} where given
     ledger.import   {lineage, owner, public, ledger, carries, head, events}   what an older ledger has spent
     ledger.cap      {cap_epsilon}                      the site's policy changed its cap
+    ledger.capacity {capacity}                         the most records (or persons) that the site may hold
     ledger.closed   {ledger}                           nothing more is spent: that one (its first row) counts this
     plan.accepted   {session, plan_hash, roster_hash, contract_hash[, precision]}
     data.released   {...}                              pass/fail and salted commitments of ingestion
@@ -54,7 +55,8 @@ class Tally:
     def __init__(self) -> None:
         self.lineage, self.unit = "", ""
         self.filter: Filter | None = None
-        self.spent = 0.0
+        self.spent, self.overflow = 0.0, 0.0
+        self.capacity = 0  # 0: none was declared
         self.by_round: dict[tuple[str, int], SampledGaussian] = {}
         self.committed: set[tuple[str, int]] = set()
         self.version, self.subject_salt = "", ""
@@ -71,6 +73,9 @@ class Tally:
             elif row.kind == "ledger.cap":
                 f = self._filter(row)
                 self.filter = Filter(_number(b["cap_epsilon"]), f.delta, f.order)
+            elif row.kind == "ledger.capacity":
+                self._filter(row)
+                self.capacity = _capacity(b["capacity"])
             elif row.kind == "spend":
                 self._spend(row)
             elif row.kind == "ledger.import":
@@ -117,10 +122,10 @@ class Tally:
         key, event = _key(row.body), from_json(row.body["event"])
         if key in self.by_round:
             raise VerificationError(f"row {row.n} charges round {key[1]} a second time")
-        after = self.spent + rdp(event, f.order)
-        if not f.admits(after):
+        after, overflow = self.spent + rdp(event, f.order), self.overflow + event.overflow
+        if not f.admits(after, overflow):
             raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
-        self.spent, self.by_round[key] = after, event
+        self.spent, self.overflow, self.by_round[key] = after, overflow, event
 
     def _import(self, row: Row) -> None:
         """Add the spending of another ledger, whatever the cap says: it has happened. Once for each ledger."""
@@ -133,6 +138,7 @@ class Tally:
         if any(type(n) is not int or n < 1 for _, n in events) or before + sum(n for _, n in events) > MAX_IMPORTED:
             raise VerificationError(f"row {row.n} imports fewer than one or more than {MAX_IMPORTED} steps")
         self.spent += sum(n * rdp(e, f.order) for e, n in events)
+        self.overflow += sum(n * e.overflow for e, n in events)
         self.imported[b["ledger"]] = events
         self.counted |= names
 
@@ -145,17 +151,28 @@ class Tally:
     @property
     def epsilon(self) -> float:
         """ε spent so far over all runs, by the filter; 0 before the first release."""
-        return self.filter.epsilon_of(self.spent) if self.filter else 0.0
+        return self.filter.after(self.overflow).epsilon_of(self.spent) if self.filter else 0.0
 
     def affords(self, event: SampledGaussian) -> int:
         """How many steps of ``event`` the cap in force still carries; none before opening and after closing."""
-        return self.filter.affords(event, self.spent) if self.filter and not self.closed else 0
+        return self.filter.affords(event, self.spent, self.overflow) if self.filter and not self.closed else 0
+
+    def admits(self, event: SampledGaussian) -> bool:
+        """Whether one more step of ``event`` fits under the cap in force."""
+        f = self.filter
+        return f is not None and f.admits(self.spent + rdp(event, f.order), self.overflow + event.overflow)
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise TypeError
     return float(value)
+
+
+def _capacity(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 1 << 48:
+        raise TypeError
+    return value
 
 
 def _key(body: dict[str, Any]) -> tuple[str, int]:
@@ -184,6 +201,7 @@ class Ledger:
         unit: str = "record",
         version: str = "",
         subject_salt: str = "",
+        capacity: int = 0,
         durable: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> Ledger:
@@ -196,6 +214,8 @@ class Ledger:
             version: of the data set; another version of the same people's records continues the same budget only if
                 its ledger is imported (:meth:`adopt`).
             subject_salt: SHA-256 (hex) of the salt under which the site tells subjects apart; not the salt itself.
+            capacity: the most records (or persons) that the site may hold in this data set; a change is one row. 0:
+                as it is on file.
 
         Raises:
             JournalError: in use, forged, closed, or of another lineage, version, subject salt, unit or δ.
@@ -208,6 +228,8 @@ class Ledger:
                     hint="go on with that ledger, and keep this one for auditors",
                 )
             self._settle(lineage, cap, delta, unit, {"version": version, "subject_salt": subject_salt})
+            if capacity not in (0, self.tally.capacity):
+                self._append("ledger.capacity", capacity=capacity)
         except BaseException:
             self.close()
             raise
@@ -257,7 +279,15 @@ class Ledger:
 
     def note(self, kind: str, **body: Any) -> Row:
         """Add a row that spends nothing (``plan.accepted``, ``data.released``, ``refused``, ``model``, ...)."""
-        if kind in ("spend", "commit", "ledger.open", "ledger.cap", "ledger.import", "ledger.closed"):
+        if kind in (
+            "spend",
+            "commit",
+            "ledger.open",
+            "ledger.cap",
+            "ledger.capacity",
+            "ledger.import",
+            "ledger.closed",
+        ):
             raise JournalError(f"a row of kind {kind!r} cannot be added as a note")
         return self._append(kind, **body)
 
@@ -353,8 +383,7 @@ class Ledger:
                 f"round {round_} was charged before and its answer is not at hand",
                 hint="the site sits this round out; the budget stays spent",
             )
-        f = self.tally.filter
-        if f is None or not f.admits(self.tally.spent + rdp(event, f.order)):
+        if not self.tally.admits(event):
             self.note("refused", session=session, reason=BudgetExhausted.__name__)
             raise BudgetExhausted(
                 f"round {round_} does not fit into the privacy budget of {self.tally.lineage!r}",

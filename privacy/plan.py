@@ -16,11 +16,12 @@ from fedveil.common.errors import PlanError, WireError
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy import plan_rules as rules
 from fedveil.privacy.dp import calibrate
+from fedveil.privacy.dp.accounting import PLANNED_OVERFLOW
 from fedveil.privacy.dp.events import MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import choose
-from fedveil.privacy.plan_figures import FLOAT_SLACK, Mode, Optimizer, PlanFigures, Sum, Workload, clips_per_site
+from fedveil.privacy.plan_figures import Mode, Optimizer, PlanFigures, Sum, Unit, Workload, clips_per_site
 
-__all__ = ["FLOAT_SLACK", "Mode", "Optimizer", "PrivacyPlan", "Sum", "Workload", "from_json", "make_plan"]
+__all__ = ["Mode", "Optimizer", "PrivacyPlan", "Sum", "Unit", "Workload", "from_json", "make_plan"]
 
 _LEAST_EPSILON = 1e-3  # that is proposed where δ alone covers everything
 _EPSILONS = (*(float(f"{d}e{k}") for k in range(-3, 3) for d in (1, 2, 5)), calibrate.MAX_EPSILON)
@@ -37,6 +38,8 @@ class PrivacyPlan(PlanFigures):
 
 def from_json(value: Any) -> PrivacyPlan:
     """Parse and check a plan from elsewhere; :class:`PlanError` for anything malformed or inconsistent."""
+    if isinstance(value, dict) and value.get("v") == 1:
+        raise PlanError("this plan is of version 1", hint="fedveil 0.1 reads it, and verifies reports on it")
     try:
         plan = PrivacyPlan.model_validate_json(canonical.dumps(value))
     except WireError as e:
@@ -65,6 +68,8 @@ def make_plan(
     model: Workload,
     optimizer: Optimizer,
     contract_hash: str,
+    capacity: int | None = None,
+    rows_per_person: int | None = None,
     sample_rate: float = 1.0,
     local_steps: int = 1,
     colluders: int | None = None,
@@ -79,6 +84,8 @@ def make_plan(
     Args:
         epsilon: ε of all steps; the smallest noise that keeps it is found by bisection.
         noise_multiplier: σ; ε is then what the steps cost. Exactly one of the two is given.
+        capacity: the largest capacity of a site; by default all declared records, which holds for every site.
+        rows_per_person: given, a unit is a person with up to so many rows, and records and capacity count persons.
 
     Raises:
         PlanError: with the reason and the nearest consistent plan.
@@ -89,10 +96,12 @@ def make_plan(
     t, d = t if colluders is None else colluders, d if dropouts is None else dropouts
     given: dict[str, Any] = {
         "mode": mode, "sum": sum, "sites": sites, "colluders": t, "dropouts": d, "records": records,
+        "unit": "client" if mode == "client" else "record" if rows_per_person is None else "person",
+        "capacity": records if capacity is None else capacity, "rows_per_person": rows_per_person or 1,
         "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "delta": delta,
         "epsilon": 1.0 if epsilon is None else epsilon,
         "noise_multiplier": 1.0 if noise_multiplier is None else noise_multiplier,
-         "model": model, "optimizer": optimizer, "contract_hash": contract_hash,
+        "model": model, "optimizer": optimizer, "contract_hash": contract_hash, "workload_hash": workload_hash(model),
         "few_clients": few_clients, "reveal_to": reveal_to, "committee": committee,
         "committee_seed": committee_seed,
     }  # fmt: skip
@@ -110,22 +119,28 @@ def make_plan(
     return PrivacyPlan(**given | derived).check()
 
 
+def workload_hash(model: Workload) -> str:
+    """SHA-256 (hex) of the canonical form of what a plan computes."""
+    return canonical.digest(model.model_dump(mode="json"))
+
+
 def _derived(given: dict[str, Any]) -> dict[str, Any]:
     """What follows from the rest: σ from ε or (``epsilon`` being None) ε from σ, and the grid."""
     mode, sites, steps, model = given["mode"], given["sites"], given["steps"], given["model"]
     rate = 1.0 if mode == "client" else given["sample_rate"]
     epsilon, sigma = given["epsilon"], given["noise_multiplier"]
+    delta = given["delta"] * (1 - PLANNED_OVERFLOW if rate < 1 else 1)
     if epsilon is None:
-        epsilon = calibrate.epsilon(sigma, given["delta"], rate, steps)
+        epsilon = calibrate.epsilon(sigma, delta, rate, steps)
         if epsilon <= 0:
-            enough = calibrate.noise_multiplier(_LEAST_EPSILON, given["delta"], rate, steps)
+            enough = calibrate.noise_multiplier(_LEAST_EPSILON, delta, rate, steps)
             raise PlanError(
                 f"with a noise multiplier of {sigma:g} delta = {given['delta']:g} alone covers {steps} steps",
                 hint="less noise: nothing is gained by an epsilon of 0",
                 nearest={"noise_multiplier": enough},
             )
     else:
-        sigma = calibrate.noise_multiplier(epsilon, given["delta"], rate, steps)
+        sigma = calibrate.noise_multiplier(epsilon, delta, rate, steps)
     honest = 1 if mode == "local" else sites - given["colluders"] - given["dropouts"]
     per_site = clips_per_site(mode, given["sample_rate"], given["records"], sites, model, given["clip"])
     share, whole = sigma / math.sqrt(honest), isinstance(model, StatsSpec)

@@ -2,7 +2,8 @@
 
 Symbols: n sites, t colluders, d drop-outs, h = n - t - d honest shares, T the number of answers that open a sum,
 q sample rate, S steps, C clip, σ noise multiplier, γ grid width, R clamp, D parameters, N the declared
-number of records (a public constant: never the length of a data set).
+number of units (records, or persons; a public constant: never the length of a data set), K the largest capacity of a
+site (units that it may ever hold: public too), P places of a step.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from fedveil.common.settings import MIN_DELTA
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp import calibrate
-from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_pld, epsilon_replace_one
+from fedveil.privacy.dp.accounting import PLANNED_OVERFLOW, Filter, best_order, epsilon_pld, epsilon_replace_one
 from fedveil.privacy.dp.events import MIN_SAMPLE_RATE, SampledGaussian
+from fedveil.privacy.dp.places import places_needed
+from fedveil.privacy.dp.rounding import relative
 from fedveil.privacy.grid import choose, largest_sum
 from fedveil.privacy.secagg import committee as committees
 
 Mode = Literal["distributed", "local", "client"]
 Sum = Literal["keysum", "sharedkey", "plain", "none"]
+Unit = Literal["record", "person", "client"]
 Workload = Annotated[ModelSpec | StatsSpec, Field(discriminator="name")]
 
-FLOAT_SLACK = 1e-6
 MAX_CAP = 1e6  # of a ledger that could carry a plan
 
 
@@ -46,14 +49,17 @@ class PlanFigures(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    v: Literal[1] = 1
+    v: Literal[2] = 2
     mode: Mode
+    unit: Unit
     sum: Sum
     adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
     sites: int = Field(ge=1, le=4096)
     colluders: int = Field(ge=0)
     dropouts: int = Field(ge=0)
     records: int = Field(ge=1, le=1 << 48)
+    capacity: int = Field(ge=1, le=1 << 48)
+    rows_per_person: int = Field(default=1, ge=1, le=1 << 16)
     sample_rate: float = Field(ge=MIN_SAMPLE_RATE, le=1)
     steps: int = Field(ge=1, le=1 << 20)
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
@@ -64,17 +70,13 @@ class PlanFigures(BaseModel):
     grid: float = Field(gt=0, le=1e6)
     clamp: float = Field(gt=0, le=1e12)
     model: Workload
+    workload_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
     optimizer: Optimizer
     contract_hash: str = Field(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")
     few_clients: bool = False
     reveal_to: Literal["server", "sites"] = "server"
     committee: int = Field(default=0, ge=0, le=200)
     committee_seed: str = Field(default="", pattern="^([0-9a-f]{64})?$")
-
-    @property
-    def unit(self) -> str:
-        """Whose presence ε hides: one record of a site, or one client with all it holds."""
-        return "client" if self.mode == "client" else "record"
 
     @property
     def task(self) -> Literal["train", "stats"]:
@@ -112,8 +114,23 @@ class PlanFigures(BaseModel):
 
     @property
     def sensitivity(self) -> float:
-        """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ + float error."""
-        return self.clip * (1 + FLOAT_SLACK) + math.sqrt(self.model.parameters) * self.grid
+        """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ + what rounding adds.
+
+        The proof is in ``docs/sensitivity.md``.
+        """
+        return self.clip * (1 + relative(self.places(self.capacity))) + math.sqrt(self.model.parameters) * self.grid
+
+    @property
+    def overflow(self) -> float:
+        """The chance, over all steps, that a site's sample outgrows its places; taken off δ. 0 without sampling."""
+        sampled = self.mode != "client" and self.sample_rate < 1
+        return PLANNED_OVERFLOW * self.delta if sampled else 0.0
+
+    def places(self, capacity: int) -> int:
+        """P: how many places a step has at a site of this capacity; one for a whole client."""
+        if self.mode == "client":
+            return 1
+        return places_needed(capacity, self.sample_rate, self.overflow / self.steps)
 
     @property
     def inflation(self) -> float:
@@ -140,14 +157,15 @@ class PlanFigures(BaseModel):
 
     @property
     def event(self) -> SampledGaussian:
-        """What one step costs a record (or a client), at exactly h honest shares."""
+        """What one step costs a unit (a record, a person or a client), at exactly h honest shares."""
         rate = 1.0 if self.mode == "client" else self.sample_rate
-        return SampledGaussian(rate, self.noise_multiplier)
+        return SampledGaussian(rate, self.noise_multiplier, self.overflow / self.steps)
 
     @property
     def fallback_event(self) -> SampledGaussian:
         """What one step costs when every other participant is against the site: its own share only."""
-        return SampledGaussian(self.event.sample_rate, self.noise_multiplier / math.sqrt(self.honest))
+        e = self.event
+        return SampledGaussian(e.sample_rate, self.noise_multiplier / math.sqrt(self.honest), e.overflow)
 
     @property
     def claim(self) -> float:
@@ -156,7 +174,7 @@ class PlanFigures(BaseModel):
 
     @property
     def claim_replace_one(self) -> float:
-        """ε of all planned steps when one record is replaced by another, which counts as neither added nor removed."""
+        """ε of all planned steps when one unit is replaced by another, which counts as neither added nor removed."""
         return epsilon_replace_one([(self.event, self.steps)], self.delta)
 
     @property

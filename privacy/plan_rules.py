@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from fedveil.common import canonical
 from fedveil.common.errors import PlanError, SecureSumError
 from fedveil.common.settings import MIN_DELTA
 from fedveil.common.workload.statistics import StatsSpec
@@ -27,6 +28,7 @@ def check(plan: PlanFigures) -> None:
     if problem := plan.model.problem():
         raise PlanError(f"model {plan.model.name!r}: {problem}")
     _check_trust(plan)
+    _check_unit(plan)
     if isinstance(plan.model, StatsSpec):
         _check_stats(plan, plan.model)
     if plan.delta >= 1 / plan.records:
@@ -46,8 +48,8 @@ def check(plan: PlanFigures) -> None:
         )
     if plan.inflation > MAX_INFLATION:
         raise PlanError(
-            f"the grid widens the sensitivity by {plan.inflation:.1%}, more than {MAX_INFLATION:.0%}",
-            hint="make the plan again: its grid follows from its other numbers",
+            f"grid and rounding widen the sensitivity by {plan.inflation:.1%}, more than {MAX_INFLATION:.0%}",
+            hint="make the plan again: its grid follows from its other numbers; or state a smaller capacity",
             nearest=plan.regrid(),
         )
     if plan.share_std < MIN_SHARE_STD:
@@ -137,6 +139,23 @@ def _check_trust(plan: PlanFigures) -> None:
     if plan.mode != "client" and plan.local_steps != 1:
         raise PlanError(
             "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
+        )
+
+
+def _check_unit(plan: PlanFigures) -> None:
+    """What a place holds, and that the plan names what it computes."""
+    if plan.workload_hash != canonical.digest(plan.model.model_dump(mode="json")):
+        raise PlanError("the plan names another workload than the one it holds", hint="make the plan again")
+    if (plan.unit == "client") != (plan.mode == "client"):
+        raise PlanError(
+            f"mode {plan.mode!r} does not protect one {plan.unit}",
+            nearest={"unit": "client" if plan.mode == "client" else "record"},
+        )
+    if plan.unit != "person" and plan.rows_per_person != 1:
+        raise PlanError("only a person has several rows", nearest={"rows_per_person": 1})
+    if plan.capacity > plan.records:
+        raise PlanError(
+            f"no site can hold {plan.capacity} of {plan.records} declared records", nearest={"capacity": plan.records}
         )
 
 

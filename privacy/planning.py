@@ -50,6 +50,8 @@ def plan_from_settings(
         model=ModelSpec(name=m.name, inputs=contract.width, classes=contract.classes, hidden=m.hidden, seed=m.seed),
         optimizer=Optimizer(learning_rate=o.learning_rate, momentum=o.momentum),
         contract_hash=contract.hash,
+        capacity=p.capacity,
+        rows_per_person=None if p.mode == "client" else contract.rows_per_person,
         sample_rate=p.sample_rate,
         local_steps=p.local_steps,
         reveal_to=p.reveal_to,
@@ -87,6 +89,8 @@ def plan_of_statistics(
         model=spec,
         optimizer=Optimizer(learning_rate=1.0, momentum=0.0),  # there is no step; the field is the plan's
         contract_hash=contract.hash,
+        capacity=p.capacity,
+        rows_per_person=None if p.mode == "client" else contract.rows_per_person,
         colluders=p.colluders,
         dropouts=p.dropouts,
     )
@@ -104,6 +108,8 @@ class Forecast:
             most one clip long.
         bytes_per_parameter: what a site sends per parameter and step under ``keysum``; None for other sums.
         epsilon_replace_one: ε of all steps between data sets that differ in one replaced record.
+        places: of a step at a site that holds an even share of the declared records.
+        padding: how many places are computed for each record that is sampled there, on average.
         cap, affordable: a cap that was asked about, and the steps of this plan that it carries.
         spent, left: of a ledger that was asked about, ε spent so far, and the steps of this plan that it still carries.
         warnings: sentences.
@@ -116,6 +122,8 @@ class Forecast:
     noise_to_signal: float
     bytes_per_parameter: float | None
     epsilon_replace_one: float
+    places: int
+    padding: float
     cap: float | None
     affordable: int | None
     spent: float | None
@@ -139,6 +147,8 @@ class Forecast:
             "noise_per_parameter": self.noise_per_parameter,
             "noise_to_signal": self.noise_to_signal,
             "bytes_per_parameter": self.bytes_per_parameter,
+            "places": self.places,
+            "padding": self.padding,
             "cap": self.cap,
             "affordable_steps": self.affordable,
             "ledger_spent": self.spent,
@@ -165,6 +175,7 @@ def forecast(plan: PrivacyPlan, *, cap: float | None = None, ledger: Tally | Non
             hint="a site refuses such a plan",
         )
     each = _noise_per_parameter(plan)
+    share = min(plan.capacity, math.ceil(plan.records / plan.sites))
     fresh = Filter(cap, plan.delta, best_order(cap, plan.delta)) if cap is not None else None
     return Forecast(
         plan,
@@ -174,6 +185,8 @@ def forecast(plan: PrivacyPlan, *, cap: float | None = None, ledger: Tally | Non
         each * math.sqrt(plan.model.parameters),
         COEFFICIENT_BYTES / values_per_coefficient(plan.bound) if plan.sum == "keysum" else None,
         plan.claim_replace_one,
+        plan.places(share),
+        plan.places(share) / (plan.event.sample_rate * (1 if plan.mode == "client" else share)),
         cap,
         fresh.affords(plan.event) if fresh else None,
         ledger.epsilon if ledger else None,

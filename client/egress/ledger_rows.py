@@ -112,7 +112,7 @@ def _stage(value: Any) -> bool:
 _HEX = hexadecimal(64)
 _CODE = _one_of(*_codes())
 _OPEN: dict[str, Check] = {
-    "lineage": text(128), "unit": _one_of("record", "client"), "adjacency": _one_of("add-or-remove-one"),
+    "lineage": text(128), "unit": _one_of("record", "person", "client"), "adjacency": _one_of("add-or-remove-one"),
     "cap_epsilon": number, "delta": number, "order": number,
 }  # fmt: skip
 _FORMS: dict[str, dict[str, Check]] = {
@@ -122,6 +122,7 @@ _FORMS: dict[str, dict[str, Check]] = {
         "events": _counted,
     },
     "ledger.cap": {"cap_epsilon": number},
+    "ledger.capacity": {"capacity": whole},
     "plan.approved": {"session": _HEX, "plan_hash": _HEX, "approvals": _hashes},
     "plan.accepted": {"session": _HEX, "plan_hash": _HEX, "roster_hash": _HEX, "contract_hash": _HEX},
     "spend": {"session": _HEX, "round": whole, "plan_hash": _HEX, "event": _event},

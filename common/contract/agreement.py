@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedveil.common import canonical
 from fedveil.common.contract import hierarchies
@@ -56,7 +56,7 @@ class DataContract(Strict):
 
     Attributes:
         name, version, purpose: what the contract is called and what the data may be used for.
-        unit: what one row stands for: the unit of every privacy statement ("one row = one record").
+        unit: what one row stands for, or one person's rows: the unit of every privacy statement ("one patient").
         columns: the columns, in the order of the encoding.
         k: every class of equal quasi-identifiers has at least k rows (k >= 2).
         l: every class has at least l distinct values of every sensitive attribute (l = 1: nothing required).
@@ -69,6 +69,8 @@ class DataContract(Strict):
         expires: last day (UTC, ISO) on which the contract holds; "" for none.
         consent, retention: which rows may be used at all.
         quality: what is done about duplicates and outliers.
+        rows_per_person: given, a person's rows are protected together: at most so many of them are used, k counts
+            persons, and ε speaks of one person. Persons are told apart by the columns with ``pseudonym = true``.
     """
 
     name: Name
@@ -86,6 +88,14 @@ class DataContract(Strict):
     consent: Consent | None = None
     retention: Retention | None = None
     quality: Quality = Quality()
+    rows_per_person: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_persons(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if self.rows_per_person is None:
+            out.pop("rows_per_person", None)  # the hash of a contract about records does not depend on this field
+        return out
 
     @model_validator(mode="before")
     @classmethod
@@ -115,6 +125,7 @@ class DataContract(Strict):
             raise ContractError(f"k = {self.k} protects nobody", hint="k is at least 2; 5 is customary")
         self._check_diversity()
         self._check_rows_rules()
+        self._check_persons()
         return self
 
     def _check_names(self) -> None:
@@ -150,6 +161,20 @@ class DataContract(Strict):
             raise ContractError("near duplicates are dropped by no key", hint="declare near_key")
         if self.expires:
             self._last_day()
+
+    def _check_persons(self) -> None:
+        if self.rows_per_person is None:
+            return
+        if not any(c.pseudonym for c in self.columns):
+            raise ContractError(
+                "rows_per_person is given, but no column tells persons apart",
+                hint="pseudonym = true in the identifier that a person's rows share",
+            )
+        if self.suppression_limit > 0:
+            raise ContractError(
+                "suppression_limit does not go together with rows_per_person",
+                hint="suppression_limit = 0: with it, one person's rows could bring back a whole class of others",
+            )
 
     def _last_day(self) -> dt.date:
         try:

@@ -111,6 +111,10 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
         ("sites", f"n = {p.sites}, colluders t = {p.colluders}, drop-outs d = {p.dropouts}"),
         ("honest shares", f"h = {p.honest}; a sum has at least {p.members} sites and is opened by T = {p.threshold}"),
         ("steps", f"{p.steps} at sample rate q = {p.sample_rate:g}, divisor {p.divisor:g}, clip {p.clip:g}"),
+        (
+            "places",
+            f"{f.places} are computed in a step at a site with an even share: {f.padding:.2f} for each {p.unit} sampled",
+        ),
         ("noise multiplier", f"σ = {p.noise_multiplier:.4f} at h shares"),
         ("ε of the run", f"{p.claim:.4f} by PLD at δ = {p.delta:g} ({f.epsilon_rdp:.4f} by RDP)"),
         ("ledger's cap", f"at least ε = {f.filter_epsilon:.4f} left at every site to carry all steps"),

@@ -16,7 +16,7 @@ from fedveil.client.train import clipper
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten, unflatten
 from fedveil.privacy.dp.noise import discrete_gaussian
-from fedveil.privacy.dp.sampling import poisson_sample
+from fedveil.privacy.dp.places import seat
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.server.evaluate import Evaluator
 
@@ -39,11 +39,11 @@ def dp_sgd(plan: PrivacyPlan, table: Table, *, records: float, noise: float) -> 
         noise: total noise multiplier on the sum; 0 trains without privacy, though still clipped.
     """
     weights, velocity = _start(plan.network)
-    steps = clipper(plan.network, "closed", "cpu")
+    steps = clipper(plan.network, "closed", "cpu", places=len(table.y))
     for _ in range(plan.steps):
         unflatten(steps.model, weights.astype(np.float32))
-        mask = poisson_sample(len(table.y), plan.sample_rate)
-        total = steps.clipped_sum(table.X[mask], table.y[mask], plan.clip).values
+        seats = seat(len(table.y), plan.sample_rate, len(table.y))
+        total = steps.clipped_sum(table.X, table.y, plan.clip, seats).values
         if noise > 0:
             std = noise * plan.clip
             total = total + discrete_gaussian(std / (std * _FINE), total.size) * (std * _FINE)

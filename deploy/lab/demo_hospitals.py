@@ -149,6 +149,7 @@ identity = "../pki/sites/{site}"
 contract = "../contract.json"
 data = "patients.csv"
 lineage = "diabetes-{site}"
+capacity = 128
 
 [limits]                      # this hospital's own; no server can lift them
 max_epsilon = {CAP}             # over all runs, by the RDP filter

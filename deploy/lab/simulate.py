@@ -85,6 +85,7 @@ def make_plan(config: Config, split: Split) -> PrivacyPlan:
     contract = canonical.digest({"dataset": config.dataset, "inputs": split.inputs, "classes": split.classes})
     return plans.make_plan(
         mode=config.mode, sum=config.sum, sites=config.clients, records=split.records, epsilon=config.epsilon,  # type: ignore[arg-type]
+        capacity=max(1, *(len(y) for _, y in split.parts)),
         delta=config.delta, steps=r.steps, clip=r.clip, sample_rate=r.sample_rate,
         model=ModelSpec(name="mlp" if r.hidden else "logistic", inputs=split.inputs, classes=split.classes,
                         hidden=r.hidden, seed=config.seed + 7 if r.hidden else 0),

@@ -117,9 +117,11 @@ def make_site(
 ) -> Site:
     """One virtual site; its limits allow what the simulation asks for, its cap is enforced like any other."""
     member = roster.sites[index]
+    # Nothing real is here: where the plan states no capacity, the size of the part will do.
+    capacity = plan.capacity if plan.capacity < plan.records else max(1, len(X))
     ledger = Ledger.open(
         state / LEDGERS / f"{member.site}.jsonl", member.site, key, lineage=LINEAGE,
-        cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, durable=durable,
+        cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, capacity=capacity, durable=durable,
     )  # fmt: skip
     limits = LimitsSection(
         max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, tasks=(plan.task,),
@@ -139,7 +141,7 @@ def make_site(
         width=X.shape[1], classes=plan.model.classes, limits=limits, X=X, y=y,
         evidence={"contract_hash": plan.contract_hash, "criteria": {}, "stability_factor": 1,
                   "unit": f"one {plan.unit} of the simulated data", "commitments": {}},
-        ledger=ledger, store_for=store_for, engine=engine,
+        ledger=ledger, store_for=store_for, capacity=capacity, engine=engine,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from fedveil.common.errors import UsageError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.audit.evidence import Part, Release
-from fedveil.privacy.plan import FLOAT_SLACK, Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.dp.rounding import relative
+from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 
 LEARNING_RATE = 1e-12
 QUIET = 0.25
@@ -101,8 +102,8 @@ class Slab:
 
 
 def sensitivity(plan: PrivacyPlan) -> float:
-    """Δ = C·(1 + slack) + sqrt(D)·γ, written out: what the noise multiplier is relative to."""
-    return plan.clip * (1 + FLOAT_SLACK) + math.sqrt(plan.model.parameters) * plan.grid
+    """Δ = C·(1 + rounding) + sqrt(D)·γ, written out: what the noise multiplier is relative to."""
+    return plan.clip * (1 + relative(plan.places(plan.capacity))) + math.sqrt(plan.model.parameters) * plan.grid
 
 
 def noise_std(plan: PrivacyPlan, members: int) -> float:

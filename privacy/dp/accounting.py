@@ -42,6 +42,8 @@ MAX_PLD_EPSILON = 600
 _ROUNDING = 1e-12
 _REPEAT = 1 << 60
 _TOLERANCE = 1e-9
+# The part of a filter's δ for samples that outgrow their places. A plan takes a millionth of its own δ for that.
+RESERVE, PLANNED_OVERFLOW = 1e-3, 1e-6
 # dp-accounting warns through absl for every order it cannot use; the orders above are chosen, not tuned.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -115,7 +117,7 @@ def epsilon_pld(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> 
     lose is first taken off ``delta``. 0 for no events. Where the distribution would be too wide to hold (σ < 0.05, or
     an ε above 600), the bound by Rényi DP is returned instead, so that a hostile plan costs neither memory nor time.
     """
-    merged = _merge(events)
+    merged, delta = _merge(events, delta)
     if not merged:
         return 0.0
     if any(e.noise_multiplier < _MIN_PLD_NOISE for e, _ in merged):
@@ -132,7 +134,7 @@ def epsilon_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float) -> 
 
     Valid for events fixed in advance (the best order is chosen afterwards).
     """
-    merged = _merge(events)
+    merged, delta = _merge(events, delta)
     if not merged:
         return 0.0
     totals = [sum(steps * rdp(e, a) for e, steps in merged) for a in ORDERS]
@@ -147,7 +149,7 @@ def epsilon_replace_one(events: Iterable[tuple[SampledGaussian, int]], delta: fl
     never asked: it takes σ relative to the sensitivity *of the relation* (and so returns the ε of add/remove), and has
     no Poisson sampling under it. Where a distribution would be too wide: :func:`replace_one_rdp`.
     """
-    merged = _merge(events)
+    merged, delta = _merge(events, delta)
     if not merged:
         return 0.0
     narrow = all(e.noise_multiplier >= 2 * _MIN_PLD_NOISE for e, _ in merged)
@@ -171,7 +173,7 @@ def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float)
     weights) bounds its divergence of order a by those of orders 2a and 2a - 1. Twice the distance without sampling
     gives a bound too, which is exact for q = 1.
     """
-    merged = _merge(events)
+    merged, delta = _merge(events, delta)
     if not merged:
         return 0.0
 
@@ -186,20 +188,27 @@ def replace_one_rdp(events: Iterable[tuple[SampledGaussian, int]], delta: float)
 
 
 def delta_curve(events: Iterable[tuple[SampledGaussian, int]], epsilons: Iterable[float]) -> list[tuple[float, float]]:
-    """``(ε, δ)`` points of the whole privacy curve, by PLD; every δ holds what rounding may have lost, up to 1."""
-    merged = _merge(events)
-    accountant, lost = _accountant(merged), _rounded(merged)
+    """``(ε, δ)`` points of the whole privacy curve, by PLD; every δ holds overflow and lost rounding, up to 1."""
+    merged, left = _merge(events, 1.0)
+    accountant, lost = _accountant(merged), _rounded(merged) + (1.0 - left)
     return [(e, min(1.0, max(0.0, float(accountant.get_delta(e))) + lost)) for e in epsilons]
 
 
-def _merge(events: Iterable[tuple[SampledGaussian, int]]) -> tuple[tuple[SampledGaussian, int], ...]:
+def _merge(
+    events: Iterable[tuple[SampledGaussian, int]], delta: float
+) -> tuple[tuple[tuple[SampledGaussian, int], ...], float]:
+    """Equal events together, without their overflow, and the δ that is left once that is taken off."""
     out: dict[SampledGaussian, int] = {}
+    lost = 0.0
     for e, steps in events:
         if steps < 0:
             raise VerificationError("a negative number of steps")
         if steps:
-            out[e] = out.get(e, 0) + steps
-    return tuple(sorted(out.items(), key=lambda kv: (kv[0].sample_rate, kv[0].noise_multiplier)))
+            plain = SampledGaussian(e.sample_rate, e.noise_multiplier)
+            out[plain], lost = out.get(plain, 0) + steps, lost + steps * e.overflow
+    if lost >= delta:
+        raise VerificationError(f"samples that outgrow their places use up delta = {delta:g}")
+    return tuple(sorted(out.items(), key=lambda kv: (kv[0].sample_rate, kv[0].noise_multiplier))), delta - lost
 
 
 @lru_cache(maxsize=65536)
@@ -211,6 +220,8 @@ def rdp(event: SampledGaussian, order: float) -> float:
     does not converge (orders below 2 at a large q), the next whole order is taken: it is never smaller. Infinite where
     that cannot be computed either.
     """
+    if event.overflow:
+        return rdp(SampledGaussian(event.sample_rate, event.noise_multiplier), order)
     sigma = event.noise_multiplier
     if event.sample_rate == 1:
         return order / 2 / sigma / sigma if sigma > 1e-150 else math.inf
@@ -282,17 +293,30 @@ class Filter:
         """ε at the filter's δ of ``spent`` RDP; 0 before anything is spent."""
         return max(0.0, spent + conversion(self.order, self.delta)) if spent > 0 else 0.0
 
-    def affords(self, event: SampledGaussian, spent: float = 0.0) -> int:
-        """How many more steps of ``event`` fit under the cap.
+    def after(self, overflow: float) -> Filter:
+        """The filter that holds once samples may have outgrown their places: a thousandth of δ is set aside for that.
+
+        It is the same for every overflow above 0, so that what was admitted stays admitted.
+        """
+        return Filter(self.epsilon, self.delta * (1 - RESERVE), self.order) if overflow > 0 else self
+
+    def affords(self, event: SampledGaussian, spent: float = 0.0, overflow: float = 0.0) -> int:
+        """How many more steps of ``event`` fit under the cap, after so much RDP and overflow was spent.
 
         Half of the tolerance of :meth:`admits` stays unused, so that a number promised here is never cut by the
         rounding of the sum that grows step by step.
         """
-        return int(max(0.0, self.budget * (1 + _TOLERANCE / 2) - spent) / rdp(event, self.order))
+        room = self.after(overflow + event.overflow).budget * (1 + _TOLERANCE / 2) - spent
+        steps = int(max(0.0, room) / rdp(event, self.order))
+        if event.overflow > 0:
+            aside = RESERVE * self.delta * (1 + _TOLERANCE / 2) - overflow
+            steps = min(steps, int(max(0.0, aside) / event.overflow))
+        return steps
 
-    def admits(self, total: float) -> bool:
-        """Whether ``total`` RDP stays under the cap (a relative 1e-9 absorbs the rounding of long sums)."""
-        return total <= self.budget * (1 + _TOLERANCE)
+    def admits(self, total: float, overflow: float = 0.0) -> bool:
+        """Whether so much RDP and overflow stays under the cap (a relative 1e-9 absorbs the rounding of long sums)."""
+        room = self.after(overflow).budget * (1 + _TOLERANCE)
+        return total <= room and overflow <= RESERVE * self.delta * (1 + _TOLERANCE)
 
 
 def best_order(epsilon: float, delta: float) -> float:

@@ -37,13 +37,17 @@ def vectors(
     if spec.metric is not None and (predicted is None or predicted.shape != (n,)):
         raise DataError("a metric needs one prediction for each record")
     out = np.zeros((n, spec.parameters))
-    usable = np.isfinite(X).all(axis=1) & (y >= 0) & (y < spec.classes)
-    rows = np.flatnonzero(usable)
+    rows = np.flatnonzero(_usable(spec, X, y))
     X, y = np.clip(X[rows], -1.0, 1.0), y[rows]
     guesses = None if predicted is None else predicted[rows]
     for slot in spec.slots:
         out[rows, slot.start : slot.start + slot.width] = _block(spec, slot, X, y, guesses)
     return out
+
+
+def _usable(spec: StatsSpec, X: NDArray[np.float32], y: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """``(n,)``: which records count."""
+    return np.isfinite(X).all(axis=1) & (y >= 0) & (y < spec.classes)
 
 
 def clipped_sum(
@@ -52,20 +56,27 @@ def clipped_sum(
     y: NDArray[np.int64],
     clip: float,
     predicted: NDArray[np.int64] | None = None,
+    rows: int = 1,
 ) -> NDArray[np.float64]:
-    """``(D,)`` float64: the sum over records of ``φ · min(1, clip / ‖φ‖)``.
+    """``(D,)`` float64: the sum over places of ``φ · min(1, clip / ‖φ‖)``.
 
-    Guarantee: adding or removing one record changes it by at most ``clip`` in L2 norm, whatever the record holds and
-    whatever the spec says of its own norm (up to the float error that the plan adds to the sensitivity).
+    Args:
+        rows: R. ``X`` holds places of R rows each, and φ is the mean over a place's rows that count: a person's.
+
+    Guarantee: one record (or person) more at a place that is empty otherwise changes it by at most ``clip`` in L2 norm,
+    whatever it holds and whatever the spec says of its own norm (up to what the plan adds to the sensitivity).
 
     Raises:
         DataError: see :func:`vectors`.
     """
     total = np.zeros(spec.parameters)
-    block = max(1, _CELLS // spec.parameters)
+    block = max(1, _CELLS // (spec.parameters * rows)) * rows
     for i in range(0, len(X), block):
         part = slice(i, i + block)
         phi = vectors(spec, X[part], y[part], None if predicted is None else predicted[part])
+        if rows > 1:
+            counts = _usable(spec, X[part], y[part]).reshape(-1, rows).sum(1)
+            phi = phi.reshape(-1, rows, spec.parameters).sum(1) / np.maximum(counts, 1)[:, None]
         norms = np.sqrt(np.einsum("ij,ij->i", phi, phi))
         total += (phi * np.minimum(1.0, clip / np.maximum(norms, 1e-30))[:, None]).sum(axis=0)
     return total

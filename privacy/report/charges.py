@@ -113,9 +113,15 @@ def compose(rows: list[Row], session: str) -> Charges:
         earlier_sessions=len(state.earlier if mine else state.others),
         exhausted=state.exhausted, models=tuple(state.models), end=state.end, released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
-        left=max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0, spending=tuple(state.spending),
+        left=_left(tally), spending=tuple(state.spending),
         tightest=state.tightest,
     )  # fmt: skip
+
+
+def _left(tally: Tally) -> float:
+    """The part of the cap's RDP that is not spent."""
+    budget = tally.filter.after(tally.overflow).budget if tally.filter else 0.0
+    return max(0.0, 1 - tally.spent / budget) if budget > 0 else 0.0
 
 
 def _precision(accepted: Row | None) -> Precision:

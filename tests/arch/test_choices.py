@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 
 from fedveil.client.records.read import files
 from fedveil.common import cli, errors, settings
-from fedveil.common.contract import dates
+from fedveil.common.contract import DataContract, dates
 from fedveil.common.workload import statistics as stats_spec
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build
@@ -19,6 +20,8 @@ from fedveil.privacy.anonymization import anonymizer, stability
 from fedveil.privacy.dp.clipping import core
 from fedveil.privacy.report import catalogue
 from fedveil.privacy.secagg import interface
+
+CONTRACT = cast(DataContract, SimpleNamespace(rows_per_person=None))
 
 
 def listed(section: Any, name: str) -> tuple[str, ...]:
@@ -51,7 +54,7 @@ def test_every_mode_and_sum_of_the_settings_makes_a_plan(mode, sum_):
         return
     assert plan(mode, sum_).sum == sum_
     limits = settings.LimitsSection(max_epsilon=4.0, modes=(mode,), sums=(sum_,))
-    assert site_process.unit_of(limits) == plan(mode, sum_).unit
+    assert site_process.unit_of(limits, CONTRACT) == plan(mode, sum_).unit
 
 
 def test_every_reader_of_the_sums_makes_a_plan():

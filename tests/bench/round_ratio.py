@@ -89,7 +89,8 @@ def _lay_out(home: Path, port: int, protocol: str) -> None:
         (home / f"{site}.csv").write_text("\n".join(rows) + "\n")
         (home / f"{site}.toml").write_text(
             f'[site]\nid = "{site}"\nserver = "127.0.0.1:{port}"\nidentity = "pki/sites/{site}"\n'
-            f'contract = "contract.json"\ndata = "{site}.csv"\nlineage = "bench"\nstate = "state-{site}"\n'
+            f'contract = "contract.json"\ndata = "{site}.csv"\nlineage = "bench"\n'
+            f'capacity = 100000\nstate = "state-{site}"\n'
             '[limits]\nmax_epsilon = 50\nmodes = ["local"]\nsums = ["keysum", "none"]\nmin_sites = 1\n'
             '[training]\nengine = "closed"\ndevice = "cpu"\n'
         )

@@ -68,7 +68,7 @@ class World:
         return Site(
             id=member.site, key=self.keys[index], roster=self.roster, contract_hash=CONTRACT, width=INPUTS, classes=2,
             limits=limits, X=rng.standard_normal((10, INPUTS)).astype(np.float32),
-            y=rng.integers(0, 2, 10), evidence={}, ledger=ledger, engine="closed",
+            y=rng.integers(0, 2, 10), evidence={}, ledger=ledger, engine="closed", capacity=12,
             store_for=lambda session: DirectoryStore(own / "sessions" / session),
         )  # fmt: skip
 

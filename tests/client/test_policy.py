@@ -94,13 +94,13 @@ class TestLists:
         w = world()
         own, plan = w.limits, w.plan
         assert own == {}
-        policy.check(plan, limits(plans=(plan.hash,), models=(policy.model_hash(plan),)))
+        policy.check(plan, limits(plans=(plan.hash,), models=(plan.workload_hash,)))
         with pytest.raises(PolicyRefusal, match="plans this site allows"):
             policy.check(plan, limits(plans=("0" * 64,)))
         with pytest.raises(PolicyRefusal, match="models this site allows"):
             policy.check(plan, limits(models=("0" * 64,)))
         other = world(steps=3).plan
-        assert policy.model_hash(other) == policy.model_hash(plan)
+        assert other.workload_hash == plan.workload_hash
         with pytest.raises(PolicyRefusal):
             policy.check(other, limits(plans=(plan.hash,)))
 

@@ -173,28 +173,28 @@ class TestTheStep:
         site.X[3] *= 1e4
         for engine in ("closed", "opacus"):
             steps = train.clipper(plan.model, engine, "cpu")
-            whole = train.site_sum(steps, plan, weights, site.X, site.y)
+            whole = train.site_sum(steps, plan, weights, site.X, site.y, 12)
             for i in range(len(site.X)):
                 keep = np.arange(len(site.X)) != i
-                less = train.site_sum(steps, plan, weights, site.X[keep], site.y[keep])
-                assert np.linalg.norm(whole - less) <= plan.clip * (1 + 1e-6)
+                less = train.site_sum(steps, plan, weights, site.X[keep], site.y[keep], 12)
+                assert np.linalg.norm(whole - less) <= plan.clip * (1 + 1e-4)  # other places: float32 rounds otherwise
 
     def test_a_client_moves_the_sum_by_at_most_the_clip_and_a_broken_one_by_nothing(self, world):
         w = world(mode="client", few_clients=True, local_steps=5, limits={"min_noise_multiplier": 0.0})
         site, plan = w.sites[0], w.plan
         steps = train.clipper(plan.model, "closed", "cpu")
         zero = np.zeros(plan.model.parameters, np.float32)
-        update = train.site_sum(steps, plan, zero, 100 * site.X, site.y)
+        update = train.site_sum(steps, plan, zero, 100 * site.X, site.y, 12)
         assert 0 < np.linalg.norm(update) <= plan.clip * (1 + 1e-9)
         for X, y in ((site.X * np.nan, site.y), (site.X[:0], site.y[:0]), (site.X, site.y + 5)):
-            assert not train.site_sum(steps, plan, zero, X, y).any()
+            assert not train.site_sum(steps, plan, zero, X, y, 12).any()
 
     def test_poisson_sampling_takes_each_record_at_the_plans_rate(self, world):
         plan = world(sample_rate=0.25).plan
         steps = train.clipper(plan.model, "closed", "cpu")
         zero = np.zeros(plan.model.parameters, np.float32)
         X, y = np.ones((1, 3), np.float32), np.zeros(1, np.int64)
-        hits = sum(bool(train.site_sum(steps, plan, zero, X, y).any()) for _ in range(800))
+        hits = sum(bool(train.site_sum(steps, plan, zero, X, y, 12).any()) for _ in range(800))
         assert abs(hits - 200) < 5 * (800 * 0.25 * 0.75) ** 0.5
 
     def test_the_device(self):

@@ -32,6 +32,7 @@ identity = "keys"
 contract = "contract.json"
 data = "/srv/data.csv"
 lineage = "patients-2024"
+capacity = 5000
 [limits]
 max_epsilon = 4.0
 """

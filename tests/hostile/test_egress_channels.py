@@ -77,7 +77,7 @@ class World:
         return Site(
             id=member.site, key=key, roster=self.roster, contract_hash=CONTRACT, width=3, classes=2,
             limits=LimitsSection(max_epsilon=3.0), X=rng.standard_normal((10, 3)).astype(np.float32),
-            y=rng.integers(0, 2, 10), evidence={}, ledger=ledger, engine="closed",
+            y=rng.integers(0, 2, 10), evidence={}, ledger=ledger, engine="closed", capacity=12,
             store_for=lambda session: stores.setdefault(session, MemoryStore()),
         )  # fmt: skip
 

@@ -334,8 +334,8 @@ def test_the_number_of_records_a_site_holds_enters_nowhere() -> None:
     X = np.random.default_rng(0).normal(0, 3, (101, 4)).astype(np.float32)
     y = np.arange(101) % 2
     engine, weights = Clipper(build(model), "closed"), np.zeros(model.parameters, np.float32)
-    a, b = (site_sum(engine, small, weights, X[:n], y[:n]) for n in (100, 101))
-    assert 0 < np.linalg.norm(a - b) <= small.clip * (1 + 1e-6)
+    a, b = (site_sum(engine, small, weights, X[:n], y[:n], 128) for n in (100, 101))
+    assert 0 < np.linalg.norm(a - b) <= small.clip * (1 + 1e-4)  # other places: float32 rounds otherwise
     assert before == (small.hash, small.share_std, small.divisor, small.event)
 
 

@@ -103,6 +103,11 @@ def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) 
         AnonymityError: the criteria cannot be met, or the written file does not meet them. Then ``out`` does not exist.
     """
     require_new(out)
+    if contract.rows_per_person is not None:
+        raise UsageError(
+            "this way of releasing counts rows, and the contract's k counts persons (rows_per_person)",
+            hint="the contract's fixed levels count persons: fedveil data ingest",
+        )
     spec, models = specification(contract)
     engine = Anonymizer(spec, models, method=method, suppression_limit=contract.suppression_limit)
     done = write_release(engine, TableRows(as_table(raw, contract)), out, lambda draft: require_cells(draft, contract))

@@ -25,7 +25,7 @@ from fedveil.client.records.judge import drift, page, quality, stages
 from fedveil.client.records.judge.quality_report import QualityReport
 from fedveil.client.records.read import intake, sources
 from fedveil.client.records.read.sources import Dialect, RawTable, Rules, Source
-from fedveil.client.records.release import encode
+from fedveil.client.records.release import encode, persons
 from fedveil.client.records.release.closeness import require_closeness
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
@@ -48,6 +48,8 @@ class Ingested:
         evidence: the only part that may leave the site: no count, no plain hash of data.
         released: path of the verified released file, in the work folder.
         report: the quality report: local.
+        left_out: how many rows are beyond the site's capacity, or a person's: not trained on. Local.
+        persons: (n', m) the rows of X that belong to each person, -1 for none; None where a record is the unit.
     """
 
     X: NDArray[np.float32] = field(repr=False)
@@ -55,6 +57,8 @@ class Ingested:
     evidence: dict[str, Any]
     released: Path
     report: QualityReport = field(repr=False)
+    left_out: int = 0
+    persons: NDArray[np.int64] | None = field(default=None, repr=False)
 
 
 def ingest(
@@ -67,6 +71,7 @@ def ingest(
     rules: Rules | None = None,
     key: Ed25519PrivateKey | None = None,
     before: Mapping[str, Any] | None = None,
+    capacity: int | None = None,
 ) -> Ingested:
     """Turn ``source`` into features, writing the released file and local reports into ``work``.
 
@@ -79,6 +84,7 @@ def ingest(
         rules: the site's declared corrections, and whom to tell about progress.
         key: signs the lineage record; by default a key derived from ``secret``.
         before: an earlier table's report (:func:`.drift.earlier`), for the report to say what has moved.
+        capacity: the most records (or persons) to train on: the first ones of the source, in its order. None: all.
 
     Raises:
         DataError: the table does not meet the contract; the quality report is in ``work`` nevertheless.
@@ -90,7 +96,10 @@ def ingest(
     raw, report = assessed(source, contract, work, dialect=dialect, rules=rules, before=before)
     committed = sources.commitment(secret, source, contract)
     recoded = fixed.recode(raw.columns, raw.rows, contract)
-    table = recoded.table.take(random_order(recoded.table.rows))
+    order = random_order(recoded.table.rows)
+    table = recoded.table.take(order)
+    if contract.rows_per_person is not None and raw.persons is not None:
+        persons.require_k(recoded.table, raw.persons, contract)
     released = _write_verified(table, contract, work)
     with unless_signed(released):
         X, y = encode.encode(table, contract)
@@ -102,7 +111,11 @@ def ingest(
             released={"path": released.name, "sha256": lineage.file_hash(released), "rows": table.rows},
         )  # fmt: skip
         lineage.write_signed(work / LINEAGE, work / SIGNATURE, record, key or lineage.derived_key(secret))
-    return Ingested(X, y, evidence, released, report)
+    if contract.rows_per_person is not None and raw.persons is not None:
+        grouped = persons.rows_of(raw.persons, order, contract.rows_per_person, capacity)
+        return Ingested(X, y, evidence, released, report, len(y) - int((grouped >= 0).sum()), grouped)
+    within = order < (table.rows if capacity is None else capacity)
+    return Ingested(X[within], y[within], evidence, released, report, int((~within).sum()))
 
 
 @contextmanager

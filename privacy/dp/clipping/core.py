@@ -1,10 +1,11 @@
-"""One interface in front of the engines: microbatches, records that cannot be used, the bound that is checked."""
+"""One interface in front of the engines: places, microbatches of one shape, records that cannot be used."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,27 +17,25 @@ from torch import nn
 from fedveil.common.errors import ModelError
 from fedveil.common.workload.torch.networks import fill, trainable
 from fedveil.privacy.dp.clipping.direct import Book, Chain
-from fedveil.privacy.dp.clipping.engines import Backend, Ghost, Hooked, Mapped
-from fedveil.privacy.dp.clipping.gradient_factors import Limit
+from fedveil.privacy.dp.clipping.engines import Backend, Hooked, Mapped
+from fedveil.privacy.dp.clipping.gradient_factors import Batch
 from fedveil.privacy.dp.clipping.guard import refuse_coupled
 from fedveil.privacy.dp.clipping.small import SmallChain
+from fedveil.privacy.dp.places import EMPTY
+from fedveil.privacy.dp.rounding import LONGEST_BLOCK, MAX_MICROBATCH, margin
 
-Engine = Literal["closed", "numpy", "book", "vmap", "opacus", "ghost"]
-Precision = Literal["float64", "float32"]
-FLOAT_SLACK = 1e-6
-MAX_MICROBATCH = 1024
+Engine = Literal["closed", "numpy", "book", "vmap", "opacus"]
+Precision = Literal["float32", "float64"]
 BACKENDS: dict[Engine, Callable[[nn.Module], Backend]] = {
     "closed": Chain,
     "numpy": SmallChain,
     "book": Book,
     "vmap": Mapped,
     "opacus": Hooked,
-    "ghost": Ghost,
 }
-_BLOCK = 1024
 _USUAL = 64
 _GRADIENT_BYTES = 1 << 28
-_MARGIN = 2.0**-40  # more than float64 rounds away in a product of factor and gradient
+_FAULT = 2.0**-20  # more than rounding, less than any fault of the program
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ class ClippedSum:
     """What one step makes of a site's sampled records. Only ``values`` goes on, and only with noise.
 
     Attributes:
-        values: ``(D,)`` float64, the sum of clipped gradients; its norm is at most ``records * clip``.
-        records: how many records entered (stays at the site).
-        excluded: how many gave a NaN or an infinity and were left out (stays at the site).
+        values: ``(D,)`` float64, the sum of clipped gradients; its norm is at most ``entered * clip``.
+        entered: how many places were added (stays at the site).
+        excluded: how many taken places could not be used (stays at the site).
     """
 
     values: NDArray[np.float64]
-    records: int
+    entered: int
     excluded: int
 
 
@@ -61,10 +60,9 @@ class Clipper:
         model: the network; it is moved to ``device`` and ``precision``, and its weights are the caller's to set.
         engine: which implementation (see the package's text).
         device: a torch device; CUDA is used by the callers when present.
-        precision: of the forward and backward pass; sums and norms are float64 in any case. float32 holds the claim
-            under an assumption that :func:`fedveil.privacy.dp.clipping.position_free` checks.
-        microbatch: records at a time, to which a shorter rest is filled up; by default 64 (32 for vmap), or as many
-            as 256 MiB of per-record gradients allow.
+        precision: of the forward and backward pass. Norms, and sums of what is added, are float64 in any case.
+        microbatch: the most places at a time; by default 64 (32 for vmap), or as many as 256 MiB of gradients of
+            single records allow.
 
     Raises:
         ModelError: the network couples records, or the engine cannot treat it.
@@ -76,29 +74,26 @@ class Clipper:
         engine: Engine,
         device: str = "cpu",
         *,
-        precision: Precision = "float64",
+        precision: Precision = "float32",
         microbatch: int | None = None,
     ) -> None:
         refuse_coupled(model)
         if engine not in BACKENDS:
             raise ModelError(f"unknown engine {engine!r}", hint=", ".join(BACKENDS))
-        if precision == "float32" and engine == "ghost":
-            raise ModelError("ghost clipping adds up in the network's own precision", hint="float64, or another engine")
         if microbatch is not None and not 1 <= microbatch <= MAX_MICROBATCH:
             raise ModelError(f"a microbatch of {microbatch} records is outside 1..{MAX_MICROBATCH}")
         self.engine: Engine = engine
         self.precision: Precision = precision
         self.device = torch.device(device)
-        self._dtype = torch.float64 if precision == "float64" else torch.float32
-        self.model = model.to(self.device, self._dtype)
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        self.model = model.to(self.device, self.dtype)
         self.parameters = trainable(self.model)
         self.size = sum(p.numel() for p in self.parameters)
         self.microbatch = microbatch or fitting(engine, self.size, 32 if engine == "vmap" else _USUAL)
         self._classes = 0
-        self._places = torch.arange(self.microbatch, device=self.device)
         self._random = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())  # noqa: SLF001
         try:
-            self._backend = BACKENDS[engine](self.model)
+            self.backend = BACKENDS[engine](self.model)
         except NotImplementedError as e:  # Opacus: a layer with buffers or without a rule
             raise ModelError(f"the engine {engine!r} cannot treat this network: {e}", hint="the engine 'auto'") from e
 
@@ -118,50 +113,65 @@ class Clipper:
             mask &= known(X)
         return mask & (y < self._outputs(X.shape[1]))
 
-    def clipped_sum(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float) -> ClippedSum:
-        """Sum over records of ``g · min(1, clip / ‖g‖)``.
+    def shape(self, places: int, rows: int = 1) -> tuple[int, int]:
+        """How ``places`` of ``rows`` rows each are computed: (microbatches, places in each). No record decides it."""
+        most = max(1, self.microbatch // rows)
+        batches = max(1, math.ceil(places / most))
+        return batches, max(1, math.ceil(places / batches))
+
+    def clipped_sum(
+        self,
+        X: NDArray[np.float32],
+        y: NDArray[np.int64],
+        clip: float,
+        seats: NDArray[np.int64] | None = None,
+        persons: NDArray[np.int64] | None = None,
+    ) -> ClippedSum:
+        """Sum over the taken places of ``g · min(1, clip / ‖g‖)``.
 
         Args:
-            X: ``(B, inputs)``; B may be 0.
-            y: ``(B,)`` class indices.
+            X: ``(n, inputs)``; n may be 0.
+            y: ``(n,)`` class indices.
             clip: C > 0.
+            seats: ``(P,)`` which record (or person) sits at each place, :data:`~fedveil.privacy.dp.places.EMPTY` for
+                none (:func:`~fedveil.privacy.dp.places.seat`). By default each record at its own place, in order.
+            persons: ``(n', R)`` the rows of each person, ``EMPTY`` for none. Then seats name persons, and g is the
+                mean of a person's usable rows' gradients. By default each record is by itself.
 
-        Guarantee: adding or removing one record changes ``values`` by at most ``clip`` in L2 norm (up to
-        :data:`FLOAT_SLACK` relative), whatever the record holds; for float32 see ``precision``. Records whose class or
-        token ids do not exist are left out. So are records whose gradient is not finite: their microbatch is summed
-        again without them, since 0 · NaN is NaN. Dropout draws a mask for each record by itself, from a generator that
-        the operating system's randomness seeds anew for every call.
+        Guarantee: one record (person) more or less at a place that is empty otherwise changes ``values`` by at most
+        ``clip`` times (1 + :func:`~fedveil.privacy.dp.rounding.relative`) in L2 norm, whatever it holds and whatever
+        the weights are. Assumption: a row's result depends on shapes, its place and its own values (tested by
+        :func:`~fedveil.privacy.dp.clipping.stand_alone.problem`). What cannot be used (a class or token that does not
+        exist, a gradient that is not finite) is left out by itself, nobody moves and nothing is computed again.
+        Dropout draws a mask for each place by itself, from a generator seeded by the operating system for every call.
 
         Raises:
-            ModelError: the clip is not positive, or the bound on the sum does not hold (a fault of the program). Never
-                for the number of records: a limit on it would let one record switch off the sum of all others.
+            ModelError: the clip is not positive, or the bound on the sum does not hold (a fault of the program).
         """
         if not 0 < clip < float("inf"):
             raise ModelError(f"a clip of {clip!r} is not positive and finite")
-        usable = self.usable(X, y)
-        excluded = 0 if usable.all() else len(X) - int(usable.sum())
-        if excluded:
-            X, y = X[usable], y[usable]
-        if self._random:
-            with _fresh_randomness(self.device):
-                total, entered = self._blocks(X, y, clip * (1 - _MARGIN))
-        else:
-            total, entered = self._blocks(X, y, clip * (1 - _MARGIN))
-        excluded += len(X) - entered
+        groups = np.arange(len(X))[:, None] if persons is None else persons
+        seats = np.arange(len(groups)) if seats is None else seats
+        batches, each = self.shape(len(seats), groups.shape[1])
+        padded = np.full(batches * each, EMPTY, np.int64)
+        padded[: len(seats)] = seats
+        table = (X, y, groups, persons is not None)
+        with _fresh_randomness(self.device) if self._random else nullcontext():
+            total, entered = self._blocks(table, padded.reshape(batches, each), clip * (1 - margin(self.size)))
         out = total.cpu().numpy()
-        if not float(torch.linalg.vector_norm(total)) <= entered * clip * (1 + FLOAT_SLACK):
+        if not float(torch.linalg.vector_norm(total)) <= entered * clip * (1 + _FAULT):
             raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
-        return ClippedSum(out, entered, excluded)
+        return ClippedSum(out, entered, int((seats >= 0).sum()) - entered)
 
-    def _blocks(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, int]:
-        """The sum over all microbatches and how many records entered; two levels, so that rounding adds up slowly."""
-        total, entered = torch.zeros(self.size, dtype=torch.float64, device=self.device), 0
+    def _blocks(self, table: _Table, seats: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, int]:
+        """The sum over all microbatches and how many places entered; two levels, so that rounding adds up slowly."""
+        total, entered = torch.zeros(self.size, dtype=torch.float64, device=self.device), []
         out = total
-        for turn, at in enumerate(range(0, len(X), self.microbatch), 1):
-            entered += self._add(X[at : at + self.microbatch], y[at : at + self.microbatch], clip, out)
-            if turn % _BLOCK == 0:
+        for turn, at in enumerate(seats, 1):
+            entered.append(self.backend.add(self.batch(table, at), clip, out).sum())
+            if turn % LONGEST_BLOCK == 0:
                 out = self._next_block(total, out)
-        return (total if out is total else total.add_(out)), entered
+        return (total if out is total else total.add_(out)), int(sum(map(int, entered)))
 
     @staticmethod
     def _next_block(total: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -171,40 +181,47 @@ class Clipper:
         total += out
         return out.zero_()
 
-    def _add(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> int:
-        """Add the sum over the records with a finite gradient to ``out``; returns their number."""
-        while len(X):
-            good = np.isfinite(self._run(X, y, clip, out).cpu().numpy()[: len(X)])
-            if good.all():
-                return len(X)
-            X, y = X[good], y[good]
-        return 0
+    def batch(self, table: _Table, seats: NDArray[np.int64]) -> Batch:
+        """One microbatch. Empty places, and rows that cannot be used, hold the constant record: zeros of class 0."""
+        X, y, groups, weighted = table
+        rows = np.full((len(seats), groups.shape[1]), EMPTY, np.int64)
+        taken = seats >= 0
+        rows[taken] = groups[seats[taken]]
+        flat = rows.reshape(-1)
+        features, classes = np.zeros((len(flat), X.shape[1]), np.float32), np.zeros(len(flat), np.int64)
+        held = flat >= 0
+        features[held], classes[held] = X[flat[held]], y[flat[held]]
+        good = held & self.usable(features, classes)
+        features[~good], classes[~good] = 0, 0
+        counts = good.reshape(rows.shape).sum(1)
+        weights = None
+        if weighted:
+            shares = good.reshape(rows.shape) / np.maximum(counts, 1)[:, None]
+            weights = torch.from_numpy(shares).to(self.device)
+        return Batch(
+            self._aligned(features, self.dtype), self._aligned(classes, torch.int64),
+            self._aligned(counts > 0, torch.bool), weights,
+        )  # fmt: skip
 
-    def _run(self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, out: torch.Tensor) -> torch.Tensor:
-        records = len(X)
-        if records < self.microbatch:
-            # one shape for all, so that the batch size changes no kernel: filled up with copies of the first record,
-            # with a factor of 0 (they are finite if it is)
-            fill = np.arange(self.microbatch)
-            fill[records:] = 0
-            X, y = X[fill], y[fill]
-        if len(self._places) != len(X):
-            self._places = torch.arange(len(X), device=self.device)
-        keep = self._places < records
-        features = torch.from_numpy(X).to(self.device, self._dtype)
-        return self._backend(features, torch.from_numpy(y).to(self.device), Limit(clip, keep), out)
+    def _aligned(self, values: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
+        """A copy in torch's own memory, which starts at a multiple of 64 bytes. NumPy's start differs by the call."""
+        return torch.empty(values.shape, dtype=dtype, device=self.device).copy_(torch.from_numpy(values))
 
     @torch.no_grad()
     def _outputs(self, inputs: int) -> int:
         """Number of classes: asked from the network once, with a record of zeros."""
         if not self._classes:
-            self._classes = self.model(torch.zeros(1, inputs, dtype=self._dtype, device=self.device)).shape[1]
+            self._classes = self.model(torch.zeros(1, inputs, dtype=self.dtype, device=self.device)).shape[1]
         return self._classes
 
 
+# features, classes, the rows of each record or person, and whether a place's gradient is a mean
+_Table = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], bool]
+
+
 def fitting(engine: Engine, size: int, wanted: int) -> int:
-    """``wanted`` records at a time, or fewer where their gradients (of ``size`` values) would not fit."""
-    if engine in ("closed", "numpy", "ghost"):  # hold activations, no gradient of a single record
+    """``wanted`` places at a time, or fewer where their gradients (of ``size`` values) would not fit."""
+    if engine in ("closed", "numpy"):  # hold activations, no gradient of a single record
         return wanted
     return max(1, min(wanted, _GRADIENT_BYTES // (16 * size)))
 

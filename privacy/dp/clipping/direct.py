@@ -11,7 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 from fedveil.common.errors import ModelError
-from fedveil.privacy.dp.clipping.gradient_factors import Dense, Limit, Outer, Piece, Rows, clip_pieces
+from fedveil.privacy.dp.clipping.engines import InPieces
+from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, Rows, outer
+
+# Smaller exponents give denormal numbers, which take a processor many times as long: time would tell of a record.
+LEAST_EXPONENT = -60.0
 
 # (before, after) the activation -> its derivative
 _DERIVATIVES: dict[type[nn.Module], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -24,7 +28,7 @@ _DERIVATIVES: dict[type[nn.Module], Callable[[torch.Tensor, torch.Tensor], torch
 }
 
 
-class Chain:
+class Chain(InPieces):
     """``Sequential(Linear, activation, Linear, ..., Linear)`` in closed form, of any depth.
 
     Activations: Tanh, ReLU, Sigmoid, GELU (exact form). Linear layers may lack a bias.
@@ -36,7 +40,7 @@ class Chain:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model) if isinstance(model, nn.Sequential) else []
         self.linears = [m for m in modules[::2] if type(m) is nn.Linear and m.weight.requires_grad]
-        self._sizes = [p.numel() for m in self.linears for p in m.parameters()]
+        super().__init__([p.numel() for m in self.linears for p in m.parameters()])
         self.activations = [m for m in modules[1::2] if type(m) in _DERIVATIVES and _exact(m)]
         alone = len({id(p) for m in self.linears for p in m.parameters()}) == len(list(model.parameters()))
         whole = len(self.linears) + len(self.activations) == len(modules) and len(modules) % 2 == 1
@@ -44,23 +48,25 @@ class Chain:
             raise ModelError("the closed form needs a chain of Linear layers and activations", hint="the engine 'auto'")
 
     @torch.no_grad()
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
-        """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
-        inputs, slopes = [X], []
+    def pieces(self, batch: Batch) -> list[Piece]:
+        """See :class:`fedveil.privacy.dp.clipping.engines.InPieces`."""
+        inputs, slopes = [batch.X], []
         for layer, activation in zip(self.linears, self.activations, strict=False):
             before = layer(inputs[-1])
             inputs.append(activation(before))
             slopes.append(_DERIVATIVES[type(activation)](before, inputs[-1]))
-        delta = torch.softmax(self.linears[-1](inputs[-1]), 1)
-        delta[torch.arange(len(y), device=y.device), y] -= 1
+        scores = self.linears[-1](inputs[-1])
+        delta = (scores - scores.amax(1, keepdim=True)).clamp(min=LEAST_EXPONENT).exp()
+        delta /= delta.sum(1, keepdim=True)
+        delta[torch.arange(len(delta), device=delta.device), batch.y] -= 1
         pieces: list[Piece] = []
         for at in reversed(range(len(self.linears))):
             layer = self.linears[at]
-            own: list[Piece] = [Outer(delta, inputs[at])]
-            pieces = own + ([Dense(delta)] if layer.bias is not None else []) + pieces
+            own: list[Piece] = [outer(delta, inputs[at], batch.weights)]
+            pieces = own + ([Dense(delta, batch.weights)] if layer.bias is not None else []) + pieces
             if at:
                 delta = (delta @ layer.weight) * slopes[at - 1]
-        return clip_pieces(pieces, self._sizes, limit, out)
+        return pieces
 
 
 def _exact(module: nn.Module) -> bool:
@@ -75,7 +81,7 @@ class _Use:
     output: torch.Tensor
 
 
-class Book:
+class Book(InPieces):
     """Book-keeping (Bu et al. 2023, arXiv:2210.00038): one forward pass, one backward pass to the layers' outputs.
 
     The weights' own gradients are never computed by autograd: the norms and, once these are known, the clipped sum
@@ -91,22 +97,23 @@ class Book:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
         owned = [p for m in self._layers for p in m.parameters(recurse=False) if p.requires_grad]
+        super().__init__([p.numel() for p in self._parameters])
         if any(type(m) not in _GRADIENTS or not _plain(m) for m in self._layers):
             raise ModelError("book-keeping knows Linear, Conv2d, Embedding, LayerNorm, GroupNorm", hint="'auto'")
         if len({id(p) for p in owned}) != len(owned):
             raise ModelError("book-keeping cannot treat a parameter that two layers share", hint="the engine 'auto'")
 
-    def __call__(self, X: torch.Tensor, y: torch.Tensor, limit: Limit, out: torch.Tensor) -> torch.Tensor:
-        """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
-        uses = self._forward_backward(X, y)
+    def pieces(self, batch: Batch) -> list[Piece]:
+        """See :class:`fedveil.privacy.dp.clipping.engines.InPieces`."""
+        uses = self._forward_backward(batch.X, batch.y)
         found: dict[int, Piece] = {}
         with torch.no_grad():
             for layer, calls in uses.items():
-                found |= {id(p): piece for p, piece in _GRADIENTS[type(layer)](layer, calls) if p.requires_grad}
+                own = _GRADIENTS[type(layer)](layer, calls, batch.weights)
+                found |= {id(p): piece for p, piece in own if p.requires_grad}
         zero = [p for p in self._parameters if id(p) not in found]
-        found |= {id(p): Dense(p.new_zeros(len(X), *p.shape)) for p in zero}
-        sizes = [p.numel() for p in self._parameters]
-        return clip_pieces([found[id(p)] for p in self._parameters], sizes, limit, out)
+        found |= {id(p): Dense(p.new_zeros(len(batch.keep), *p.shape)) for p in zero}
+        return [found[id(p)] for p in self._parameters]
 
     def _forward_backward(self, X: torch.Tensor, y: torch.Tensor) -> dict[nn.Module, list[_Call]]:
         uses: list[tuple[nn.Module, _Use]] = []
@@ -139,22 +146,23 @@ class Book:
 
 _Call = tuple[torch.Tensor, torch.Tensor]  # a layer's input and the gradient at its output
 _Found = list[tuple[torch.Tensor, Piece]]
+_Weights = torch.Tensor | None  # see Batch
 
 
-def _linear(layer: nn.Linear, calls: list[_Call]) -> _Found:
+def _linear(layer: nn.Linear, calls: list[_Call], weights: _Weights) -> _Found:
     inward = torch.cat([a.reshape(len(a), -1, a.shape[-1]) for a, _ in calls], 1)
     delta = torch.cat([d.reshape(len(d), -1, d.shape[-1]) for _, d in calls], 1)
     if inward.shape[1] == 1:
-        weight: Piece = Outer(delta[:, 0], inward[:, 0])
+        weight = outer(delta[:, 0], inward[:, 0], weights)
     else:
-        weight = Dense(torch.bmm(delta.transpose(1, 2), inward))
+        weight = Dense(torch.bmm(delta.transpose(1, 2), inward), weights)
     found: _Found = [(layer.weight, weight)]
     if layer.bias is not None:
-        found.append((layer.bias, Dense(delta.sum(1))))
+        found.append((layer.bias, Dense(delta.sum(1), weights)))
     return found
 
 
-def _conv2d(layer: nn.Conv2d, calls: list[_Call]) -> _Found:
+def _conv2d(layer: nn.Conv2d, calls: list[_Call], weights: _Weights) -> _Found:
     groups, (out, inner, *kernel) = layer.groups, layer.weight.shape
     total, bias = None, None
     for a, d in calls:
@@ -165,9 +173,9 @@ def _conv2d(layer: nn.Conv2d, calls: list[_Call]) -> _Found:
         total = product if total is None else total + product
         sums = d.sum((2, 3))
         bias = sums if bias is None else bias + sums
-    found: _Found = [] if total is None else [(layer.weight, Dense(total))]
+    found: _Found = [] if total is None else [(layer.weight, Dense(total, weights))]
     if layer.bias is not None and bias is not None:
-        found.append((layer.bias, Dense(bias)))
+        found.append((layer.bias, Dense(bias, weights)))
     return found
 
 
@@ -182,30 +190,30 @@ def _patches(layer: nn.Conv2d, a: torch.Tensor, places: torch.Size) -> torch.Ten
     return padded.as_strided(shape, steps).reshape(len(a), -1, places.numel())
 
 
-def _embedding(layer: nn.Embedding, calls: list[_Call]) -> _Found:
+def _embedding(layer: nn.Embedding, calls: list[_Call], weights: _Weights) -> _Found:
     ids = torch.cat([a.reshape(len(a), -1) for a, _ in calls], 1)
     delta = torch.cat([d.reshape(len(d), -1, d.shape[-1]) for _, d in calls], 1)
     if layer.padding_idx is not None:
         delta = delta * (ids != layer.padding_idx).unsqueeze(-1)
-    return [(layer.weight, Rows(ids, delta, layer.num_embeddings))]
+    return [(layer.weight, Rows(ids, delta, layer.num_embeddings, weights))]
 
 
-def _layer_norm(layer: nn.LayerNorm, calls: list[_Call]) -> _Found:
+def _layer_norm(layer: nn.LayerNorm, calls: list[_Call], weights: _Weights) -> _Found:
     own = len(layer.normalized_shape)
     products = [(functional.layer_norm(a, layer.normalized_shape, eps=layer.eps) * d, d) for a, d in calls]
     shape = (len(products[0][1]), -1, *products[0][1].shape[-own:])
-    return _affine(layer, [(p.reshape(shape).sum(1), d.reshape(shape).sum(1)) for p, d in products])
+    return _affine(layer, [(p.reshape(shape).sum(1), d.reshape(shape).sum(1)) for p, d in products], weights)
 
 
-def _group_norm(layer: nn.GroupNorm, calls: list[_Call]) -> _Found:
+def _group_norm(layer: nn.GroupNorm, calls: list[_Call], weights: _Weights) -> _Found:
     products = [(functional.group_norm(a, layer.num_groups, eps=layer.eps) * d, d) for a, d in calls]
-    return _affine(layer, [(p.flatten(2).sum(2), d.flatten(2).sum(2)) for p, d in products])
+    return _affine(layer, [(p.flatten(2).sum(2), d.flatten(2).sum(2)) for p, d in products], weights)
 
 
-def _affine(layer: nn.LayerNorm | nn.GroupNorm, sums: list[_Call]) -> _Found:
-    found: _Found = [(layer.weight, Dense(torch.stack([w for w, _ in sums]).sum(0)))]
+def _affine(layer: nn.LayerNorm | nn.GroupNorm, sums: list[_Call], weights: _Weights) -> _Found:
+    found: _Found = [(layer.weight, Dense(torch.stack([w for w, _ in sums]).sum(0), weights))]
     if layer.bias is not None:
-        found.append((layer.bias, Dense(torch.stack([b for _, b in sums]).sum(0))))
+        found.append((layer.bias, Dense(torch.stack([b for _, b in sums]).sum(0), weights)))
     return found
 
 

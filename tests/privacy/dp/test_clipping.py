@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -15,8 +14,10 @@ from torch import nn
 from fedveil.common.errors import ModelError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten, trainable, unflatten
-from fedveil.privacy.dp.clipping import FLOAT_SLACK, Clipper, Engine
+from fedveil.privacy.dp.clipping import Clipper, Engine
 from fedveil.privacy.dp.clipping.probe import reference
+from fedveil.privacy.dp.places import EMPTY
+from fedveil.privacy.dp.rounding import relative
 
 LOGISTIC = ModelSpec(name="logistic", inputs=6, classes=3)
 MLP = ModelSpec(name="mlp", inputs=6, classes=3, hidden=(5, 4), seed=3)
@@ -27,14 +28,17 @@ LSTM = ModelSpec(name="lstm", inputs=6, classes=3, hidden=(12, 5, 4), seed=8)
 LORA_MLP = ModelSpec(name="lora-mlp", inputs=6, classes=3, hidden=(2, 5, 4), seed=9)
 LORA_TEXT = ModelSpec(name="lora-transformer", inputs=6, classes=3, hidden=(2, 12, 8, 2, 1), seed=10)
 SPECS = [LOGISTIC, MLP, CNN, RESNET, TRANSFORMER, LSTM, LORA_MLP, LORA_TEXT]
-ENGINES: tuple[Engine, ...] = ("closed", "numpy", "book", "vmap", "opacus", "ghost")
-# the closed form knows dense chains only, ghost no layer that is used in every time step
+ENGINES: tuple[Engine, ...] = ("closed", "numpy", "book", "vmap", "opacus")
 CASES = [
     pytest.param(s, e, id=f"{s.name}-{e}")
     for s in SPECS
     for e in ENGINES
-    if not (e in ("closed", "numpy") and s not in (LOGISTIC, MLP)) and not (e == "ghost" and s is LSTM)
+    if not (e in ("closed", "numpy") and s not in (LOGISTIC, MLP))
 ]
+
+
+def exact(model: nn.Module, engine: Engine, **more: int) -> Clipper:
+    return Clipper(model, engine, precision="float64", **more)
 
 
 def network(spec: ModelSpec, seed: int = 11) -> nn.Module:
@@ -71,42 +75,35 @@ def brute(spec: ModelSpec, X: np.ndarray, y: np.ndarray, clip: float, seed: int 
 @pytest.mark.parametrize(("spec", "engine"), CASES)
 def test_the_sum_is_the_one_of_the_definition(spec, engine, clip) -> None:
     X, y = records(spec, 12)
-    out = Clipper(network(spec), engine).clipped_sum(X, y, clip)
+    out = exact(network(spec), engine).clipped_sum(X, y, clip)
     expected = brute(spec, X, y, clip)
     assert out.values.dtype == np.float64
     assert out.values.shape == (spec.parameters,)
-    assert (out.records, out.excluded) == (12, 0)
+    assert (out.entered, out.excluded) == (12, 0)
     scale = float(np.linalg.norm(expected))
     np.testing.assert_allclose(out.values, expected, rtol=1e-10, atol=1e-11 * scale)
     np.testing.assert_allclose(reference(network(spec), (X, y), clip), expected, rtol=1e-10, atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize(("spec", "engine"), [c for c in CASES if c.values[1] not in ("numpy", "ghost")])
+@pytest.mark.parametrize(("spec", "engine"), CASES)
 def test_float32_is_the_same_up_to_its_rounding_and_as_strictly_bounded(spec, engine) -> None:
     X, y = records(spec, 12)
     if not spec.vocabulary:
         X /= 10
     for clip in (1e-3, 0.5):
-        out = Clipper(network(spec), engine, precision="float32").clipped_sum(X, y, clip)
+        out = Clipper(network(spec), engine).clipped_sum(X, y, clip)
         expected = brute(spec, X, y, clip)
         assert np.linalg.norm(out.values - expected) <= 1e-3 * np.linalg.norm(expected)
-        alone = Clipper(network(spec), engine, precision="float32").clipped_sum(X[:1], y[:1], clip)
+        alone = Clipper(network(spec), engine).clipped_sum(X[:1], y[:1], clip)
         assert np.linalg.norm(alone.values) <= clip
-
-
-def test_ghost_and_numpy_are_not_offered_in_float32() -> None:
-    with pytest.raises(ModelError, match="own precision"):
-        Clipper(network(MLP), "ghost", precision="float32")
-    with pytest.raises(ModelError, match="float64"):
-        Clipper(network(MLP), "numpy", precision="float32")
 
 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(0, 12), microbatch=st.integers(1, 8), engine=st.sampled_from(ENGINES), seed=st.integers(0, 99))
 def test_every_batch_size_in_every_microbatch(n, microbatch, engine, seed) -> None:
     X, y = records(MLP, n, seed)
-    out = Clipper(network(MLP), engine, microbatch=microbatch).clipped_sum(X, y, 0.1)
-    assert (out.records, out.excluded) == (n, 0)
+    out = exact(network(MLP), engine, microbatch=microbatch).clipped_sum(X, y, 0.1)
+    assert (out.entered, out.excluded) == (n, 0)
     np.testing.assert_allclose(out.values, brute(MLP, X, y, 0.1), rtol=1e-9, atol=1e-11)
 
 
@@ -120,7 +117,7 @@ def test_without_clipping_the_definition_is_not_met() -> None:
 SHARED: dict[tuple[str, str], Clipper] = {}
 for case in CASES:
     _spec, _engine = cast(tuple[ModelSpec, Engine], case.values)
-    SHARED[_spec.name, _engine] = Clipper(network(_spec), _engine, microbatch=4)
+    SHARED[_spec.name, _engine] = exact(network(_spec), _engine, microbatch=4)
 HOSTILE = st.sampled_from([0.0, -0.0, 1.0, 1e-30, 1e10, -1e20, 3e38, -3.4e38, float("nan"), float("inf"), 1e-45])
 
 
@@ -135,14 +132,11 @@ def test_one_record_moves_the_sum_by_at_most_the_clip(spec, engine, data) -> Non
     values = data.draw(st.lists(HOSTILE | st.floats(-100, 100, width=32), min_size=6, max_size=6))
     X[-1, :6] = values
     y[-1] = data.draw(st.sampled_from([0, 1, 2, -1, -100, 99, 1 << 40]))
-    without, with_ = clipper.clipped_sum(X[:-1], y[:-1], clip), clipper.clipped_sum(X, y, clip)
-    assert np.linalg.norm(with_.values - without.values) <= clip * (1 + FLOAT_SLACK)
+    seats = np.array(data.draw(st.permutations([*range(n + 1), *[EMPTY] * 3])))
+    empty = np.where(seats == n, EMPTY, seats)
+    without, with_ = (clipper.clipped_sum(X, y, clip, at) for at in (empty, seats))
+    assert np.linalg.norm(with_.values - without.values) <= clip * (1 + relative(len(seats)))
     assert np.isfinite(with_.values).all()
-    place = data.draw(st.integers(0, n))  # where the record stands does not matter
-    order = np.insert(np.arange(n), place, n)
-    moved = clipper.clipped_sum(X[order], y[order], clip)
-    # a record that overflows in float32 only may lose digits; its length stays bounded by the assertion above
-    assert np.linalg.norm(moved.values - with_.values) <= 1e-6 * clip
 
 
 @pytest.mark.parametrize(("spec", "engine"), CASES)
@@ -151,7 +145,7 @@ def test_a_sum_without_clipping_breaks_the_bound(spec, engine) -> None:
     X, y = records(spec, 4)
     clipper = SHARED[spec.name, engine]
     free = clipper.clipped_sum(X, y, 1e30).values - clipper.clipped_sum(X[:-1], y[:-1], 1e30).values
-    assert np.linalg.norm(free) > 1e-3 * (1 + FLOAT_SLACK)
+    assert np.linalg.norm(free) > 1e-3
 
 
 @pytest.mark.parametrize("spec", [TRANSFORMER, LSTM, LORA_TEXT], ids=lambda s: s.name)
@@ -161,7 +155,7 @@ def test_a_token_that_does_not_exist_stops_nothing(spec, bad) -> None:
     clean = SHARED[spec.name, "book"].clipped_sum(X[1:], y[1:], 1.0)
     X[0, 2] = bad
     out = SHARED[spec.name, "book"].clipped_sum(X, y, 1.0)
-    assert (out.records, out.excluded) == (4, 1)
+    assert (out.entered, out.excluded) == (4, 1)
     np.testing.assert_allclose(out.values, clean.values, rtol=1e-9, atol=1e-12)
 
 
@@ -172,25 +166,25 @@ def test_a_record_without_numbers_is_left_out_and_the_rest_unchanged(spec, engin
     clean = SHARED[spec.name, engine].clipped_sum(np.delete(X, 3, 0), np.delete(y, 3), 1.0)
     X[3, 2] = bad
     out = SHARED[spec.name, engine].clipped_sum(X, y, 1.0)
-    assert (out.records, out.excluded) == (6, 1)
+    assert (out.entered, out.excluded) == (6, 1)
     np.testing.assert_allclose(out.values, clean.values, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_gradient_that_overflows_is_left_out(engine) -> None:
-    """Finite features, infinite gradient: 0 · NaN would poison the batch, so the sum is taken again."""
+    """Finite features, infinite gradient: 0 · NaN would poison the batch."""
     model = network(MLP).double()
     with torch.no_grad():
         next(model.parameters()).mul_(1e300)
         list(model.parameters())[-2].mul_(1e308)
-    clipper = Clipper(model, engine)
+    clipper = exact(model, engine)
     X, y = records(MLP, 5)
     X[2] *= np.float32(1e30) / np.abs(X[2]).max()
     out = clipper.clipped_sum(X, y, 1.0)
-    assert out.records + out.excluded == 5
+    assert out.entered + out.excluded == 5
     assert out.excluded >= 1
     assert np.isfinite(out.values).all()
-    assert np.linalg.norm(out.values) <= out.records * (1 + FLOAT_SLACK)
+    assert np.linalg.norm(out.values) <= out.entered
 
 
 @pytest.mark.parametrize(("spec", "engine"), CASES)
@@ -198,10 +192,10 @@ def test_an_empty_batch_and_one_of_unusable_records_give_zero(spec, engine) -> N
     clipper = SHARED[spec.name, engine]
     X, y = records(spec, 3)
     nothing = clipper.clipped_sum(X[:0], y[:0], 1.0)
-    assert (nothing.records, nothing.excluded) == (0, 0)
+    assert (nothing.entered, nothing.excluded) == (0, 0)
     X[:, 0] = np.nan
     refused = clipper.clipped_sum(X, y, 1.0)
-    assert (refused.records, refused.excluded) == (0, 3)
+    assert (refused.entered, refused.excluded) == (0, 3)
     for out in (nothing, refused):
         assert out.values.dtype == np.float64
         np.testing.assert_array_equal(out.values, np.zeros(spec.parameters))
@@ -215,7 +209,7 @@ def test_a_class_that_does_not_exist_stops_nothing(spec, engine, label) -> None:
     clean = SHARED[spec.name, engine].clipped_sum(X[:-1], y[:-1], 1.0)
     y[-1] = label
     out = SHARED[spec.name, engine].clipped_sum(X, y, 1.0)
-    assert (out.records, out.excluded) == (3, 1)
+    assert (out.entered, out.excluded) == (3, 1)
     np.testing.assert_allclose(out.values, clean.values, rtol=1e-9, atol=1e-12)
 
 
@@ -231,7 +225,7 @@ def test_engines_agree_over_steps(spec) -> None:
 
 def test_new_weights_are_used_at_once() -> None:
     for engine in ENGINES:
-        clipper = Clipper(network(MLP, 1), engine)
+        clipper = exact(network(MLP, 1), engine)
         X, y = records(MLP, 4)
         first = clipper.clipped_sum(X, y, 1.0).values
         unflatten(clipper.model, flatten(network(MLP, 2)))
@@ -241,9 +235,9 @@ def test_new_weights_are_used_at_once() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_that_clips_nothing_is_caught_at_run_time(engine, monkeypatch) -> None:
-    clipper = Clipper(network(MLP), engine)
-    honest = clipper._backend
-    monkeypatch.setattr(clipper, "_backend", lambda X, y, limit, out: honest(X, y, replace(limit, clip=1e9), out))
+    clipper = exact(network(MLP), engine)
+    honest = clipper.backend.add
+    monkeypatch.setattr(clipper.backend, "add", lambda batch, clip, out: honest(batch, 1e9, out))
     X, y = records(MLP, 8)
     with pytest.raises(ModelError, match="longer than its bound"):
         clipper.clipped_sum(X, y, 1e-3)
@@ -253,18 +247,18 @@ def test_arguments_out_of_bounds_are_refused() -> None:
     X, y = records(LOGISTIC, 2)
     for clip in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ModelError, match="clip"):
-            Clipper(network(LOGISTIC), "closed").clipped_sum(X, y, clip)
+            exact(network(LOGISTIC), "closed").clipped_sum(X, y, clip)
     for microbatch in (0, 1025):
         with pytest.raises(ModelError, match="microbatch"):
-            Clipper(network(LOGISTIC), "closed", microbatch=microbatch)
+            exact(network(LOGISTIC), "closed", microbatch=microbatch)
     with pytest.raises(ModelError, match="unknown engine"):
-        Clipper(network(LOGISTIC), "fast")  # type: ignore[arg-type]
+        exact(network(LOGISTIC), "fast")  # type: ignore[arg-type]
 
 
 def test_no_number_of_records_is_refused() -> None:
     """A limit on the batch would be an edge where one record more changes the sum from everything to nothing."""
     n = (1 << 20) + 1
     X, y = np.ones((n, 6), np.float32), np.zeros(n, np.int64)
-    out = Clipper(network(LOGISTIC), "closed", microbatch=1024).clipped_sum(X, y, 1e-3)
-    assert (out.records, out.excluded) == (n, 0)
+    out = exact(network(LOGISTIC), "closed", microbatch=1024).clipped_sum(X, y, 1e-3)
+    assert (out.entered, out.excluded) == (n, 0)
     np.testing.assert_allclose(out.values, n * brute(LOGISTIC, X[:1], y[:1], 1e-3), rtol=1e-9)

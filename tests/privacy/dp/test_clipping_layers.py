@@ -15,8 +15,8 @@ from fedveil.common.errors import ModelError
 from fedveil.privacy.dp.clipping import Clipper, Engine, choose, refuse_coupled
 from fedveil.privacy.dp.clipping.probe import reference
 
-ENGINES: tuple[Engine, ...] = ("closed", "numpy", "book", "vmap", "opacus", "ghost")
-DENSE: tuple[Engine, ...] = ("closed", "book", "vmap", "opacus", "ghost")
+ENGINES: tuple[Engine, ...] = ("closed", "numpy", "book", "vmap", "opacus")
+DENSE: tuple[Engine, ...] = ("closed", "book", "vmap", "opacus")
 
 
 class Tied(nn.Module):
@@ -95,13 +95,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, tuple[Engine, ...]]
     "twice": (Twice, 6, 3, ("book", "vmap", "opacus")),
     "raw": (Raw, 6, 3, ("vmap",)),
     "padded": (Padded, 6, 3, ("book", "vmap")),
-    "grouped": (Grouped, 36, 3, ("book", "vmap", "opacus", "ghost")),
+    "grouped": (Grouped, 36, 3, ("book", "vmap", "opacus")),
     "lstm": (Recurrent, 6, 3, ("vmap", "opacus")),
     "relu": (chain(nn.ReLU()), 6, 3, ENGINES),
     "sigmoid": (chain(nn.Sigmoid()), 6, 3, DENSE),
     "gelu": (chain(nn.GELU()), 6, 3, DENSE),
     "no bias": (chain(nn.Tanh(), bias=False), 6, 3, ENGINES),
-    "gelu by tanh": (chain(nn.GELU("tanh")), 6, 3, ("book", "vmap", "opacus", "ghost")),
+    "gelu by tanh": (chain(nn.GELU("tanh")), 6, 3, ("book", "vmap", "opacus")),
 }
 
 
@@ -128,10 +128,10 @@ def test_an_engine_is_right_or_refuses(name, engine) -> None:
     make = seeded(make)
     if engine not in able:
         try:
-            choose(make, inputs, classes, engines=(engine,))
+            choose(make, inputs, classes, engines=(engine,), precision="float64")
         except ModelError:
             return
-    clipper = choose(make, inputs, classes, engines=(engine,))
+    clipper = choose(make, inputs, classes, engines=(engine,), precision="float64")
     X, y = batch(make(), inputs, classes)
     for clip in (0.05, 1e6):
         expected = reference(make(), (X, y), clip)
@@ -193,7 +193,7 @@ class Centred(nn.Module):
 
 
 def test_a_hidden_coupling_is_seen_by_the_probe() -> None:
-    for engine in ("book", "opacus", "ghost"):
+    for engine in ("book", "opacus"):
         with pytest.raises(ModelError, match="another sum"):
             choose(seeded(Centred), 6, 3, engines=(engine,))
     # vmap shows the network one record at a time: there is nobody to meet
@@ -209,7 +209,7 @@ class Dropped(nn.Module):
         return self.out(self.drop(self.first(x)))
 
 
-@pytest.mark.parametrize("engine", ["book", "vmap", "opacus", "ghost"])
+@pytest.mark.parametrize("engine", ["book", "vmap", "opacus"])
 def test_dropout_draws_for_each_record_by_itself(engine) -> None:
     """Copies of one record get different masks, and nothing about torch's own generator decides which."""
     clipper = choose(seeded(Dropped), 6, 3, engines=(engine,))

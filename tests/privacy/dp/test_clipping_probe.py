@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 from fedveil.common.errors import ModelError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, unflatten
-from fedveil.privacy.dp.clipping import Clipper, choose, core, direct, position_free, probe
+from fedveil.privacy.dp.clipping import Clipper, choose, engines, probe, problem
 from fedveil.privacy.dp.clipping.gradient_factors import Dense
 from fedveil.privacy.dp.clipping.probe import reference
 
@@ -31,39 +30,40 @@ def network(spec: ModelSpec) -> nn.Module:
 
 
 @pytest.mark.parametrize("spec", [MLP, CNN, TEXT, LORA], ids=lambda s: s.name)
-@pytest.mark.parametrize("precision", ["float64", "float32", "auto"])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_choose_takes_an_engine_that_is_right_and_leaves_the_weights_alone(spec, precision) -> None:
-    clipper = choose(lambda: network(spec), spec.inputs, spec.classes, precision=precision, batch=16)
+    clipper = choose(lambda: network(spec), spec.inputs, spec.classes, precision=precision, places=16)
     X, y = probe._synthetic(network(spec), spec.inputs, spec.classes, 9)
     expected = reference(network(spec), (X, y), 0.2)
     off = np.linalg.norm(clipper.clipped_sum(X, y, 0.2).values - expected) / np.linalg.norm(expected)
     assert off < (1e-9 if clipper.precision == "float64" else 1e-4)
-    assert precision in ("auto", clipper.precision)
+    assert precision == clipper.precision
 
 
 @pytest.mark.parametrize("forgotten", range(6))
 def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) -> None:
     """Negative control: one parameter's gradient missing from the norm, then from the sum, however fast that is."""
-    honest = direct.clip_pieces
+    honest = engines.clip_pieces
     monkeypatch.setattr(probe, "_seconds", lambda c, records: 0.0 if c.engine == "closed" else 1.0)
     assert choose(lambda: network(MLP), 6, 3, engines=("closed", "vmap")).engine == "closed"
 
     class Unmeasured:
         def __init__(self, piece):
             self.squares = lambda: torch.zeros_like(piece.squares())
-            self.add = piece.add
+            self.add, self.operands = piece.add, piece.operands
 
     class Unsummed:
         def __init__(self, piece):
             self.squares = piece.squares
-            self.add = lambda factor, out: None
+            self.operands = piece.operands
+            self.add = lambda factor, keep, out: None
 
     for fault in (Unmeasured, Unsummed):
 
-        def wrong(pieces, sizes, limit, out, fault=fault):
-            return honest([fault(p) if i == forgotten else p for i, p in enumerate(pieces)], sizes, limit, out)
+        def wrong(pieces, sizes, keep, clip, out, fault=fault):
+            return honest([fault(p) if i == forgotten else p for i, p in enumerate(pieces)], sizes, keep, clip, out)
 
-        monkeypatch.setattr(direct, "clip_pieces", wrong)
+        monkeypatch.setattr(engines, "clip_pieces", wrong)
         assert choose(lambda: network(MLP), 6, 3, engines=("closed", "vmap")).engine == "vmap"
         with pytest.raises(ModelError, match="closed: another sum"):
             choose(lambda: network(MLP), 6, 3, engines=("closed",))
@@ -71,26 +71,26 @@ def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) ->
 
 def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) -> None:
     """Fresh adapters multiply by zero: without moved weights the thin layers below them could be forgotten unseen."""
-    honest = direct.clip_pieces
+    honest = engines.clip_pieces
     names = [n for n, p in build(LORA).named_parameters() if p.requires_grad]
     at = next(i for i, n in enumerate(names) if n.endswith("inward.weight"))
 
-    def wrong(pieces, sizes, limit, out):
-        zeroed = Dense(torch.zeros(len(limit.keep), sizes[at]))
-        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], sizes, limit, out)
+    def wrong(pieces, sizes, keep, clip, out):
+        zeroed = Dense(torch.zeros(len(keep), sizes[at]))
+        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], sizes, keep, clip, out)
 
-    monkeypatch.setattr(direct, "clip_pieces", wrong)
+    monkeypatch.setattr(engines, "clip_pieces", wrong)
     with pytest.raises(ModelError, match="another sum"):
         choose(lambda: build(LORA), LORA.inputs, LORA.classes, engines=("book",))
 
 
 def test_an_engine_that_is_off_by_little_is_rejected(monkeypatch) -> None:
-    honest = direct.clip_pieces
+    honest = engines.clip_pieces
 
-    def loose(pieces, sizes, limit, out):
-        return honest(pieces, sizes, replace(limit, clip=limit.clip * (1 + 1e-7)), out)
+    def loose(pieces, sizes, keep, clip, out):
+        return honest(pieces, sizes, keep, clip * (1 + 1e-7), out)
 
-    monkeypatch.setattr(direct, "clip_pieces", loose)
+    monkeypatch.setattr(engines, "clip_pieces", loose)
     with pytest.raises(ModelError, match="another sum"):
         choose(lambda: network(MLP), 6, 3, engines=("book",))
 
@@ -112,27 +112,11 @@ class Leaky(nn.Module):
 def test_a_coupling_below_the_tolerance_is_seen_bit_for_bit() -> None:
     """Negative control of the condition under which float32 may be used."""
     clipper = Clipper(Leaky(), "book", precision="float32")
-    assert not position_free(clipper, 6, 3)
-    with pytest.raises(ModelError, match="depends on its place"):
+    assert "neighbours" in problem(clipper, 6, 16)
+    with pytest.raises(ModelError, match="depend on its neighbours"):
         choose(Leaky, 6, 3, engines=("book",), precision="float32")
     wide = ModelSpec(name="mlp", inputs=16, classes=16, hidden=(16,), seed=3)
-    assert position_free(Clipper(network(wide), "closed", precision="float32"), 16, 16)
-
-
-def test_the_sum_of_neighbours_differs_by_one_contribution_exactly() -> None:
-    """What float32 rests on: adding the last record changes nothing else, to the accuracy of a float64 sum."""
-    spec = ModelSpec(name="transformer", inputs=8, classes=4, hidden=(50, 16, 4, 1), seed=7)
-    clipper = choose(lambda: network(spec), spec.inputs, spec.classes, precision="float32", engines=("book",))
-    X, y = probe._synthetic(network(spec), spec.inputs, spec.classes, 66)
-    for n in (1, 63, 64, 65):
-        with_, without = (clipper.clipped_sum(X[:k], y[:k], 0.3).values for k in (n + 1, n))
-        alone = clipper.clipped_sum(X[n : n + 1], y[n : n + 1], 0.3).values
-        assert np.linalg.norm(with_ - without - alone) <= 1e-12 * 0.3
-        first, second = np.roll(np.arange(n + 1), 1), np.arange(n + 1)  # in front, so that all others move by a place
-        moved = (
-            clipper.clipped_sum(X[first], y[first], 0.3).values - clipper.clipped_sum(X[second], y[second], 0.3).values
-        )
-        assert np.linalg.norm(moved) <= core.FLOAT_SLACK * 0.3 * 1e-3
+    assert not problem(Clipper(network(wide), "closed", precision="float32"), 16, 64)
 
 
 MEMORY = """
@@ -163,9 +147,9 @@ def test_a_batch_ten_times_larger_takes_no_more_memory(engine) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [MLP, CNN, TEXT, LORA], ids=lambda s: s.name)
-@pytest.mark.parametrize("engine", ["book", "vmap", "opacus", "ghost"])
+@pytest.mark.parametrize("engine", ["book", "vmap", "opacus"])
 def test_the_same_sum_on_a_gpu(spec, engine) -> None:
-    clipper = Clipper(network(spec), engine, "cuda")
+    clipper = Clipper(network(spec), engine, "cuda", precision="float64")
     X, y = probe._synthetic(network(spec), spec.inputs, spec.classes, 70)
     np.testing.assert_allclose(
         clipper.clipped_sum(X, y, 0.3).values, reference(network(spec), (X, y), 0.3), rtol=1e-8, atol=1e-10

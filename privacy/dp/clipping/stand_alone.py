@@ -1,0 +1,146 @@
+"""Assumption A1, tested on the machine at hand: a row's result depends on shapes, its place and its own values.
+
+With it, a record that is added at an empty place changes no other record's gradient by a single bit, whatever the
+weights are (``docs/sensitivity.md``). So the test compares bits: what an engine stores for a row, beside many kinds of
+neighbours, under usual weights and under weights that cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedveil.common.errors import ModelError
+from fedveil.privacy.dp.clipping.core import Clipper, Engine, Precision
+from fedveil.privacy.dp.clipping.gradient_factors import Batch
+
+_CANCELLING = 2.0**40
+_Bits = list[NDArray[np.uint8]]
+
+
+def problem(clipper: Clipper, inputs: int, places: int, rows: int = 1) -> str:
+    """Why ``clipper`` fails the test at the shape that so many places have; empty if it passes.
+
+    Every row is looked at: half of the places hold the records that are compared, the other half their neighbours, and
+    then the other way round. Neighbours: zeros, infinities, NaN, huge and denormal numbers, copies, other records; for
+    networks on tokens, several kinds of token sequences. The weights are the present ones, moved; the same with units
+    in pairs that cancel; and huge ones.
+
+    Raises:
+        ModelError: a planted coupling of the last bit is not found on this machine, so nothing is proven by the test.
+    """
+    if not _sees_planted(clipper.precision, str(clipper.device)):
+        raise ModelError(
+            "the test of row independence does not see a planted fault on this machine",
+            hint="a microbatch of 1 in [training] of site.toml needs no such test",
+        )
+    _, each = clipper.shape(places, rows)
+    return "" if each == 1 else _difference(clipper, inputs, each, rows)
+
+
+def _difference(clipper: Clipper, inputs: int, places: int, rows: int) -> str:
+    base = _records(clipper, inputs, places * rows)
+    for weights in _weights(clipper.model):
+        with torch.no_grad():
+            before = [p.detach().clone() for p in clipper.parameters]
+            for p, value in zip(clipper.parameters, weights, strict=True):
+                p.copy_(value)
+        try:
+            expected = _bits(clipper, base, places, rows)
+            for name, neighbour in _neighbours(clipper, base):
+                for half in (0, 1):
+                    mixed = neighbour.copy().reshape(places, rows, inputs)
+                    mixed[half::2] = base.reshape(places, rows, inputs)[half::2]
+                    found = _bits(clipper, mixed.reshape(-1, inputs), places, rows)
+                    if any((a[half::2] != b[half::2]).any() for a, b in zip(expected, found, strict=True)):
+                        return f"a row's bits depend on its neighbours ({name})"
+        finally:
+            with torch.no_grad():
+                for p, value in zip(clipper.parameters, before, strict=True):
+                    p.copy_(value)
+    return ""
+
+
+def _bits(clipper: Clipper, X: NDArray[np.float32], places: int, rows: int) -> _Bits:
+    """What the engine stores for each place, as ``(places, bytes)``. Dropout's coins stay the same."""
+    each = torch.full((places, rows), 1 / rows, dtype=torch.float64, device=clipper.device) if rows > 1 else None
+    classes = torch.arange(len(X), device=clipper.device) % 2
+    features = torch.empty(X.shape, dtype=clipper.dtype, device=clipper.device).copy_(torch.from_numpy(X))
+    keep = torch.ones(places, dtype=torch.bool, device=clipper.device)
+    with torch.random.fork_rng([clipper.device.index or 0] if clipper.device.type == "cuda" else []):
+        torch.manual_seed(7)
+        stored = clipper.backend.operands(Batch(features, classes, keep, each))
+    return [t.detach().cpu().contiguous().reshape(places, -1).numpy().view(np.uint8) for t in stored]
+
+
+def _records(clipper: Clipper, inputs: int, n: int) -> NDArray[np.float32]:
+    """Fixed records that differ from each other, of the kind that the network takes."""
+    place = np.arange(n * inputs, dtype=np.float64).reshape(n, inputs)
+    wave = np.sin(place * 0.7311 + np.square(place % 97) * 0.013)  # no two alike, no symmetry
+    vocabulary = int(getattr(clipper.model, "vocabulary", 0))
+    return (np.floor((wave + 1) / 2 * (vocabulary - 1e-6)) if vocabulary else wave).astype(np.float32)
+
+
+def _neighbours(clipper: Clipper, base: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    vocabulary = int(getattr(clipper.model, "vocabulary", 0))
+    yield "zeros", np.zeros_like(base)
+    yield "copies of one record", np.repeat(base[:1], len(base), 0)
+    yield "other records", base[::-1].copy()
+    if vocabulary:
+        yield "the last token", np.full_like(base, vocabulary - 1)
+        return
+    for name, value in (
+        ("infinities", np.inf), ("negative infinities", -np.inf), ("NaN", np.nan), ("1e30", 1e30),
+        ("denormal numbers", 1e-42),
+    ):  # fmt: skip
+        yield name, np.full_like(base, value)
+
+
+def _weights(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Weights under which a difference in rounding would show: moved ones, cancelling ones, huge ones."""
+    parameters = [p.detach() for p in model.parameters() if p.requires_grad]
+    moved = []
+    for p in parameters:
+        steps = torch.arange(p.numel(), dtype=torch.float64).mul_(1.7).cos_().mul_(0.05).view(p.shape)
+        moved.append(p + steps.to(p.device, p.dtype))
+    yield moved
+    yield [_cancelling(p) if p.dim() > 1 else p for p in moved]
+    yield [p * 1e12 for p in moved]
+
+
+def _cancelling(p: torch.Tensor) -> torch.Tensor:
+    """Inputs two and two with opposite weights, one pair of rows alike: what is left of a sum is its rounding."""
+    out = p.clone()
+    flat = out.view(len(out), -1)
+    even = flat.shape[1] // 2 * 2
+    flat[:, 1:even:2] = -flat[:, 0:even:2]
+    flat[1::2] = flat[0 : len(flat) // 2 * 2 : 2]
+    return out.mul_(_CANCELLING)
+
+
+class _Planted(nn.Module):
+    """A layer that moves every row by the last bit of its neighbour's. Only the test's own test uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(n, 2)`` scores, of which each depends on the row before too."""
+        h = torch.tanh(self.first(x))
+        least = torch.finfo(h.dtype).eps
+        return self.last(h * (1 + least * (h.roll(1, 0) > 0).to(h.dtype)))
+
+
+@lru_cache(maxsize=8)
+def _sees_planted(precision: Precision, device: str) -> bool:
+    engine: Engine = "book"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        planted = Clipper(_Planted(), engine, device, precision=precision)
+    return _difference(planted, 5, 8, 1) != ""
