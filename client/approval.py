@@ -61,7 +61,7 @@ class Waiting:
             "plan_hash": p.hash,
             "ledger": self.ledger,
             "model": p.model.name,
-            "model_hash": model_hash(p),
+            "model_hash": p.workload_hash,
             "task": p.task,
             "mode": p.mode,
             "sum": p.sum,

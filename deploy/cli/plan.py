@@ -113,7 +113,7 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
         ("steps", f"{p.steps} at sample rate q = {p.sample_rate:g}, divisor {p.divisor:g}, clip {p.clip:g}"),
         (
             "places",
-            f"{f.places} are computed in a step at a site with an even share: {f.padding:.2f} for each {p.unit} sampled",
+            f"{f.places} in a step of a site with an even share: {f.padding:.2f} for each {p.unit} sampled",
         ),
         ("noise multiplier", f"σ = {p.noise_multiplier:.4f} at h shares"),
         ("ε of the run", f"{p.claim:.4f} by PLD at δ = {p.delta:g} ({f.epsilon_rdp:.4f} by RDP)"),
