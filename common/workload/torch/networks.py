@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedveil.common.errors import ModelError
+from fedveil.common.workload.initial import normals
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.layers import Lstm, ResNet, Tokens, Transformer, adapt
 
@@ -21,7 +22,7 @@ _CHUNK = 1024
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """The network of ``spec`` with its public initialisation (same values at every site), in training mode.
+    """The network of ``spec`` with its public initialisation (the same bits on every machine), in training mode.
 
     For ``lora-*`` the base is frozen (``requires_grad`` is off) and the adapters start at a product of zero, so that
     the network starts as its base.
@@ -36,10 +37,9 @@ def build(spec: ModelSpec) -> nn.Module:
     if spec.rank:
         if spec.base:
             fill(list(model.parameters()), _base(spec))
-        generator = torch.Generator().manual_seed((spec.seed + 1) % (1 << 63))
-        for adapter in adapt(model, spec.rank):
+        for number, adapter in enumerate(adapt(model, spec.rank)):
+            _draw(adapter.inward.weight, spec.seed, f"adapter {number}")
             with torch.no_grad():
-                adapter.inward.weight.normal_(0, adapter.inward.in_features**-0.5, generator=generator)
                 adapter.outward.weight.zero_()
     return model
 
@@ -74,17 +74,22 @@ def _network(spec: ModelSpec) -> nn.Module:
 
 def _initialise(model: nn.Module, seed: int) -> None:
     """Weights N(0, 1/fan-in) from a public seed; norms' scales one; biases and a logistic model zero."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = [p for p in model.parameters() if p.dim() > 1]
+    several = sum(p.dim() > 1 for p in model.parameters()) > 1
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1 and len(weights) > 1:
-                p.normal_(0, (p[0].numel()) ** -0.5, generator=generator)
+        for number, p in enumerate(model.parameters()):
+            if p.dim() > 1 and several:
+                _draw(p, seed, f"parameter {number}")
             else:
                 p.zero_()
         for module in model.modules():
             if isinstance(module, _NORMS):
                 module.weight.fill_(1)
+
+
+def _draw(p: torch.Tensor, seed: int, what: str) -> None:
+    values = normals(p.numel(), p[0].numel(), seed, what)
+    with torch.no_grad():
+        p.copy_(torch.from_numpy(values).view(p.shape))
 
 
 def use_base(path: Path) -> str:

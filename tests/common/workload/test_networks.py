@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedveil.common.errors import ModelError
+from fedveil.common.workload.initial import normals
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten, predict, unflatten, use_base
 
@@ -111,6 +112,21 @@ def test_the_initialisation_is_public_and_the_same_everywhere() -> None:
     first_layer = next(build(spec).parameters()).detach().numpy()
     assert first_layer.std() * 50**0.5 == pytest.approx(1, abs=0.1)
     assert not flatten(build(ModelSpec(name="logistic", inputs=50, classes=3))).any()
+
+
+def test_initial_values_are_integers_of_a_hash_and_correctly_rounded() -> None:
+    """In plain Python, and as a known answer: no machine may come to other bits."""
+    data = hashlib.shake_256(b"fedveil/initial/1|7|parameter 0|0").digest(24 * 1000)
+    sums = [sum(int.from_bytes(data[24 * i + 2 * j :][:2], "little") for j in range(12)) for i in range(1000)]
+    values = normals(1000, 25, 7, "parameter 0")
+    np.testing.assert_array_equal(values, np.array([(n - 393210) / (65536 * 5) for n in sums]).astype(np.float32))
+    known = "89775f1e81f79339718e388071ad3966ff5ca4d63008f45905ae9affe924ce41"
+    assert hashlib.sha256(values.tobytes()).hexdigest() == known
+    many = normals((1 << 18) + 1000, 1, 7, "parameter 1").astype(float)  # of two calls
+    assert not np.array_equal(many[:1000], many[1 << 18 :])
+    assert abs(many.mean()) < 5 / many.size**0.5
+    assert abs(many.std() - 1) < 5 / (2 * many.size) ** 0.5
+    assert np.abs(many).max() <= 6
 
 
 def test_probabilities_are_the_formula() -> None:
