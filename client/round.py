@@ -2,10 +2,12 @@
 
 A record's way through a round is :func:`contribute`, top to bottom: sample, clip, clamp, grid, **charge**, noise,
 encrypt, persist, hand on. The plan that the site signed fixed everything that a message can ask for. A message only
-names the session and the round, and carries weights.
+names the session and the round, and brings the sums that were opened since the one before.
 """
 
 from __future__ import annotations
+
+import logging
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from fedveil.client.egress.ledger_rows import ENDINGS
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import site_sum
-from fedveil.common.errors import BudgetExhausted, ProtocolError, WireError
+from fedveil.common.errors import BudgetExhausted, ProtocolError, StateMismatch, WireError
 from fedveil.common.identity import SERVER
 from fedveil.common.wire import Packet
 from fedveil.common.workload.statistics import StatsSpec
@@ -22,6 +24,7 @@ from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.quantize import to_grid
 from fedveil.privacy.secagg.interface import MAX_NONCE, Integers, is_hex
 
+_LOG = logging.getLogger("fedveil.client")
 _MANY = 1 << 16  # from so many values on, less memory is worth the microseconds of a look at them
 
 
@@ -74,35 +77,39 @@ def contribute(site: Site, request: Packet) -> Packet:
     site.permit(session)
     # If every site holds the one key that reads the sums, a revoked site has it too. So nothing more is contributed.
     site.not_revoked([SERVER, *(m.site for m in site.roster.sites)] if plan.sum == "sharedkey" else [SERVER])
-    weights = _weights(site, session, request)
+    model = site.model(session)
+    model.follow(request)
 
     if isinstance(plan.model, StatsSpec):
         clipped = statistics_sum(plan, plan.model, request, site.X, site.y, site.capacity, site.persons)
     else:
-        clipped = site_sum(site.clipper(session), plan, weights, site.X, site.y, site.capacity, site.persons)
+        clipped = site_sum(site.clipper(session), plan, model.weights, site.X, site.y, site.capacity, site.persons)
     noisy = to_grid(clipped, plan.clamp, plan.grid)
     del clipped
     try:
-        site.ledger.reserve(session.id, round_, session.plan_hash, plan.event)
+        site.ledger.reserve(session.id, round_, session.plan_hash, plan.event, model.held.name)
     except BudgetExhausted:
         session.exhausted = True
         raise
     noisy += discrete_gaussian(plan.share_std, plan.model.parameters)
-    sealed = session.sum.contribute(round_, nonce, _narrow(noisy), site.head)
+    sealed = session.sum.contribute(round_, nonce, _narrow(noisy), site.head, model.held.name)
     site.ledger.commit(session.id, round_)
     return sealed
 
 
 def apply(site: Site, request: Packet) -> Packet:
-    """If only sites can read the sums: apply one to this site's model. The answer says how far this site has come."""
+    """Take opened sums that this site lacks, if the request brings some. The answer says how far its model has come.
+
+    Sums that do not lead to the state that the request names change nothing. Then the answer says that too.
+    """
     h = request.expect("apply").header
-    session = site.session(h.get("session"))
-    model = site.revealed(session)
-    if (inner := h.get("packet")) is not None:
-        if not isinstance(inner, dict):
-            raise WireError("a relayed packet without a header")
-        model.apply(Packet(inner, request.buffers))
-    return Packet({"kind": "applied", "round": model.round, "model_hash": model.name})
+    model = site.model(site.session(h.get("session")))
+    if "sums" in h:
+        try:
+            model.follow(request)
+        except StateMismatch as e:
+            _LOG.warning("sums of session %s are not taken: %s", str(h.get("session"))[:16], e)
+    return Packet({"kind": "applied", "round": model.held.round, "state": model.held.name})
 
 
 def agree(site: Site, request: Packet) -> Packet:
@@ -122,17 +129,18 @@ def open_sum(site: Site, request: Packet) -> Packet:
 
 
 def finish(site: Site, request: Packet) -> Packet:
-    """End the session: note the final model, destroy the session's keys, hand over the ledger."""
+    """End the session: note the final model, which is this site's own, destroy the keys, hand over the ledger."""
     h = request.expect("finish").header
     session = site.session(h.get("session"))
     model_hash, status = h.get("model_hash"), h.get("status")
     if not (is_hex(model_hash, 64) and status in ENDINGS):
         raise WireError("a malformed end of session")
+    model = site.model(session)
+    model.follow(request)
+    if model_hash != model.model_hash:
+        raise StateMismatch("the server ends the session with another model than this site's")
     if session.plan.reveal_to == "sites":
-        model = site.revealed(session)
-        if model_hash != model.name:
-            raise ProtocolError("the server ends the session with another model than this site's")
-        site.keep(session.id, model.state.sent())
+        site.keep(session.id, model.held.state.sent())
     if not session.ended:
         site.ledger.note(
             "model", session=session.id, round=_round(h.get("round"), session.plan.steps, 0), model_hash=model_hash
@@ -142,20 +150,6 @@ def finish(site: Site, request: Packet) -> Packet:
     session.sum.end()
     lines = b"".join(row.line() for row in site.ledger.journal.rows)
     return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})
-
-
-def _weights(site: Site, session: Session, request: Packet) -> NDArray[np.float32]:
-    """The weights from which the step starts: those that the server sent. If it knows none: this site's own model."""
-    plan = session.plan
-    if plan.reveal_to == "sites":
-        model = site.revealed(session)
-        if request.header.get("model_hash") != model.name:
-            raise ProtocolError("this site's model is not the one the round starts from")
-        return np.frombuffer(model.state.sent(), "<f4")
-    weights = np.frombuffer(request.buffer("weights", 4 * plan.model.parameters), "<f4")
-    if not np.isfinite(weights).all():
-        raise WireError("the weights hold a NaN or an infinity")
-    return weights
 
 
 def _narrow(values: NDArray[np.int64]) -> Integers:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fedveil.client import plan_fit, policy
 from fedveil.client.approval import Approvals
+from fedveil.client.own_model import OwnModel
 from fedveil.client.peers import PeerHeads
-from fedveil.client.revealed_model import RevealedModel
 from fedveil.client.train import clipper
 from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
@@ -29,11 +29,13 @@ from fedveil.privacy import plan as plans
 from fedveil.privacy.dp.clipping import Clipper, Precision
 from fedveil.privacy.joining import JOIN, Copy, check_joins, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import SiteSum, is_hex
 from fedveil.privacy.secagg.rollback import check_head
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import Store
+from fedveil.privacy.start import start
 
 _DAY_S = 86400.0
 
@@ -50,7 +52,7 @@ class Session:
         exhausted: the budget refused a step: nothing of this session is charged any more.
         ended: the server ended the session: nothing is charged any more.
         precision: of the gradients of single records: what was noted when the plan was accepted.
-        model: this site's own model, where only the sites read the sums.
+        model: this site's own model, once it was asked for.
         within: the limits that the plan was checked against, and keeps.
     """
 
@@ -61,7 +63,7 @@ class Session:
     exhausted: bool = False
     ended: bool = False
     precision: Precision = "float32"
-    model: RevealedModel | None = None
+    model: OwnModel | None = None
     within: LimitsSection | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class Site:
         approvals: where persons' approvals are found, for limits that ask for them.
         reports: folder for the federation's reports that this site has verified; None signs none.
         consortium: the consortium's public key as this site has pinned it, under which reports are verified.
+        start: where training starts; an examination of this program may choose it, nothing else does.
     """
 
     id: SiteId
@@ -121,6 +124,7 @@ class Site:
     approvals: Approvals | None = None
     reports: Path | None = None
     consortium: str = ""
+    start: Callable[[PrivacyPlan], ModelState] = start
     _sessions: dict[str, Session] = field(default_factory=dict)
 
     def accept(self, session: str, plan_json: Any, roster_hash: str, contract_hash: str) -> Session:
@@ -360,12 +364,11 @@ class Site:
             {s: Copy(Head(rows, hash_), ledger) for s, (rows, hash_, ledger) in heads.items() if s != self.id}
         )
 
-    def revealed(self, session: Session) -> RevealedModel:
-        """This site's own model of a session; :class:`ProtocolError` if the server reads the sums."""
-        if session.plan.reveal_to != "sites":
-            raise ProtocolError("the server reads this session's sums")
+    def model(self, session: Session) -> OwnModel:
+        """This site's own model of a session."""
         if session.model is None:
-            session.model = RevealedModel(session.plan, session.sum, self.store_for(session.id))
+            start = self.start(session.plan)
+            session.model = OwnModel(session.plan, session.sum, self.store_for(session.id), start)
         return session.model
 
     def keep(self, session: str, weights: bytes) -> None:

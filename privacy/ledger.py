@@ -14,7 +14,7 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
     ledger.closed   {ledger}                           nothing more is spent: that one (its first row) counts this
     plan.accepted   {session, plan_hash, roster_hash, contract_hash[, precision]}
     data.released   {...}                              pass/fail and salted commitments of ingestion
-    spend           {session, round, plan_hash, event}
+    spend           {session, round, plan_hash, event[, state]}   state: SHA-256 of the model it is computed from
     commit          {session, round}                   the value reserved for has been handed on
     refused         {session, reason}                  an error's code, no detail
     model           {session, round, model_hash}
@@ -371,8 +371,11 @@ class Ledger:
         """How many steps of ``event`` the cap in force still carries."""
         return self.tally.affords(event)
 
-    def reserve(self, session: str, round_: int, plan_hash: str, event: SampledGaussian) -> None:
+    def reserve(self, session: str, round_: int, plan_hash: str, event: SampledGaussian, state: str = "") -> None:
         """Charge one step; on disk when this returns. Only then may noise be drawn and a value leave.
+
+        Args:
+            state: the name of the model state that the step is computed from.
 
         Raises:
             BudgetExhausted: the step does not fit under the cap; a ``refused`` row is written, nothing is charged.
@@ -389,7 +392,8 @@ class Ledger:
                 f"round {round_} does not fit into the privacy budget of {self.tally.lineage!r}",
                 hint="a normal ending: the last model is kept",
             )
-        self._append("spend", session=session, round=round_, plan_hash=plan_hash, event=event.to_json())
+        named = {"state": state} if state else {}
+        self._append("spend", session=session, round=round_, plan_hash=plan_hash, event=event.to_json(), **named)
 
     def commit(self, session: str, round_: int) -> None:
         """Record that the value reserved for was handed on; :class:`JournalError` for a round never reserved."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
@@ -18,10 +17,11 @@ from fedveil.common.files import write_durably
 from fedveil.common.identity import SERVER, Roster
 from fedveil.common.journal import Journal
 from fedveil.common.workload.statistics import EVALUATED, StatsSpec
-from fedveil.common.workload.torch.networks import build, flatten
 from fedveil.privacy import plan as plans
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report.states import START
+from fedveil.privacy.start import start
 from fedveil.server import checkpoints
 from fedveil.server.evaluate import Evaluator
 
@@ -43,7 +43,7 @@ class Job:
         journal: the server's signed journal of this run, open.
         first_round, state, nonce: where to go on. ``nonce`` is set if a round was open at a crash.
         durable: False in the simulator (no checkpoints, no fsync).
-        attached: further buffers that go to every site with the weights.
+        attached: further buffers that go to every site in a round.
         countersigned: whether the report is written at the end of the run and sent to the sites for their signatures.
         progress: called for events (``joined``, ``round``, ``aborted``, ``end``) with their public numbers.
     """
@@ -69,7 +69,7 @@ class Job:
     def checkpoint(self) -> str:
         """Keep the state for a restart; returns its content hash."""
         if not self.durable:
-            return self.state.hash
+            return self.state.digest
         return checkpoints.save(self.run / "checkpoints", self.state)
 
     def metrics(self, line: dict[str, Any]) -> None:
@@ -87,12 +87,14 @@ def create(
     documents: dict[str, Any],
     durable: bool = True,
     engine: str = "grpc",
+    begun: ModelState | None = None,
     **options: Any,
 ) -> Job:
     """A new run in the new folder ``run``.
 
     Args:
         documents: file name -> JSON document or text to keep beside the journal (signed roster, signed contract).
+        begun: where training starts, for an examination; None: the plan's public start.
         options: further fields of :class:`Job`.
 
     Raises:
@@ -101,16 +103,15 @@ def create(
     if (run / "journal.jsonl").exists():
         raise JournalError(f"{run} holds a run already", hint="'fedveil server resume' goes on with it")
     run.mkdir(parents=True, exist_ok=True)
+    state = begun or start(plan)
     documents = {"plan.json": plan.to_json(), **documents}
     for name, value in documents.items():
         (run / name).write_bytes(value.encode() if isinstance(value, str) else canonical.dumps(value))
     for name, data in options.get("attached", {}).items():
         write_durably(run / f"{name}.f32", data)
+    (run / START).write_bytes(state.sent())
     session = secrets.token_hex(32)
     journal = Journal.open(run / "journal.jsonl", SERVER, key, durable=durable)
-    # The sums of a run of statistics are added to zeros, which stand in the place of a trained model's weights.
-    first = np.zeros(plan.model.parameters, np.float32) if plan.task == "stats" else flatten(build(plan.network))
-    state = ModelState.start(first)
     body = {
         "session": session,
         "plan_hash": plan.hash,
@@ -119,6 +120,7 @@ def create(
         "simulated": engine in ("inprocess", "ray"),
         "engine": engine,
         "model_hash": state.hash,
+        "state": state.hash if plan.reveal_to == "sites" else state.digest,
     }
     job = Job(run, session, plan, roster, key, journal, state, durable=durable, **options)
     job.journal.append("run.open", {**body, "checkpoint": job.checkpoint()})

@@ -18,9 +18,10 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import FedveilError, ProtocolError, RunAborted, SecureSumError
+from fedveil.common.errors import FedveilError, ProtocolError, RunAborted, SecureSumError, SumTooLong
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
+from fedveil.privacy import norm_cap
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import ServerSum
 
@@ -38,18 +39,21 @@ class Phase(IntEnum):
 class Round:
     """Round ``number`` over one :class:`ServerSum`.
 
+    Args:
+        state: the model state that every contribution must name.
+
     Attributes:
         refusals: by site, the error that its message caused. They are counted and reported, never dropped silently.
     """
 
-    def __init__(self, plan: PrivacyPlan, server_sum: ServerSum, number: int, nonce: str) -> None:
+    def __init__(self, plan: PrivacyPlan, server_sum: ServerSum, number: int, nonce: str, state: str = "") -> None:
         if not 1 <= number <= plan.steps:
             raise ProtocolError(f"round {number} is outside the plan's 1..{plan.steps}")
         self.plan, self.number, self.nonce = plan, number, nonce
         self.phase = Phase.COLLECTING
         self.refusals: dict[SiteId, FedveilError] = {}
         self._sum = server_sum
-        self._sum.start_round(number, nonce)
+        self._sum.start_round(number, nonce, state)
 
     def collect(self, site: SiteId, packet: Packet) -> None:
         """Admit one contribution (signature, roster, session, round, sizes, no second one) and add it."""
@@ -101,27 +105,25 @@ class Round:
         self._require(Phase.OPENING)
         self._try(site, lambda: self._sum.add_answer(site, packet))
 
-    def blinded(self) -> Packet:
-        """The opened sum in a form that only the sites can read; :class:`RunAborted` if it cannot be opened."""
-        self._require(Phase.OPENING)
-        try:
-            packet = self._sum.blinded()
-        except SecureSumError as e:
-            raise self._abort(e.message) from e
-        self._done()
-        return packet
+    def opened(self) -> tuple[Packet, NDArray[np.int64] | None]:
+        """The opened sum as the sites get it, and its ``(D,)`` integers where the server reads it.
 
-    def result(self) -> NDArray[np.float64]:
-        """``(D,)``: the opened sum in the gradient's unit; :class:`RunAborted` if it cannot be opened."""
+        Raises:
+            RunAborted: it cannot be opened, or is longer than records and noise can make it.
+        """
         self._require(Phase.OPENING)
         try:
-            values, members = self._sum.result()
-        except SecureSumError as e:
+            values = None
+            if self.plan.reveal_to == "server":
+                values, members = self._sum.result()
+                if len(members) < self.plan.members:
+                    raise self._abort(f"the sum holds {len(members)} sites, fewer than {self.plan.members}")
+                norm_cap.check(self.plan, values, len(members))
+            packet = self._sum.opened()
+        except (SecureSumError, SumTooLong) as e:
             raise self._abort(e.message) from e
-        if len(members) < self.plan.members:
-            raise self._abort(f"the sum holds {len(members)} sites, fewer than {self.plan.members}")
         self._done()
-        return values.astype(np.float64) * self.plan.grid
+        return packet, values
 
     def _done(self) -> None:
         for site in self.suspects:

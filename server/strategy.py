@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedveil.common.errors import BudgetExhausted, ProtocolError, RunAborted, SecureSumError
+from fedveil.common.errors import BudgetExhausted, ProtocolError, RunAborted, SecureSumError, StateMismatch
 from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
@@ -26,9 +26,9 @@ from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.round_outcomes import Conduct
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.server import admission, ledger_handover, report_signatures, statistics
-from fedveil.server.blinded import BlindedSums, blinded_sums
 from fedveil.server.exchange import Exchange
 from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job
+from fedveil.server.opened_sums import opened_sums
 from fedveil.server.rounds import Round
 
 MAX_CONSECUTIVE_ABORTS = 3
@@ -57,7 +57,7 @@ class SecureSumStrategy(Strategy):
         self._consecutive, self._bearable = 0, True
         self._counted = (0, 0)
         self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster))
-        self._blinded = blinded_sums(job) if job.plan.reveal_to == "sites" else None
+        self._opened = opened_sums(job)
         self._round: Round | None = None
         self._linked: Exchange | None = None
 
@@ -152,18 +152,18 @@ class SecureSumStrategy(Strategy):
     @property
     def _name(self) -> str:
         """The model's name in journals: the hash of its weights. If the server has none: of the sums it came from."""
-        return self.job.state.hash if self._blinded is None else self._blinded.name
+        return self.job.state.hash if self.plan.reveal_to == "server" else self._opened.state
 
     def _metrics(self) -> dict[str, float]:
         """Public test metrics. There are none for a model that only the sites know."""
-        if self.job.evaluate is None or self._blinded is not None:
+        if self.job.evaluate is None or self.plan.reveal_to == "sites":
             return {}
         return self.job.evaluate(self.job.state.weights)
 
-    def _share(self, blinded: BlindedSums) -> None:
-        """Bring every site's own model up to date."""
+    def _catch_up(self) -> None:
+        """Bring the sites up to date whose models lack more sums than one message brings."""
         link = self._exchange
-        blinded.share(link.nodes, lambda packets: link.packets(link.ask(packets, "query.apply")))
+        self._opened.share(link.nodes, lambda packets: link.packets(link.ask(packets, "query.apply")))
 
     # --- Flower's hooks -------------------------------------------------------------------------------------
 
@@ -172,28 +172,30 @@ class SecureSumStrategy(Strategy):
     ) -> Iterable[Message]:
         """Write the round's opening into the journal (its nonce first) and ask every joined site to contribute."""
         job = self.job
-        sent = {"weights": arrays["weights"].data, **job.attached}
-        if self._blinded is not None:
-            self._share(self._blinded)
-            sent = {}
+        self._catch_up()
         nonce, job.nonce = job.nonce, ""
         if not nonce:
             nonce = secrets.token_hex(16)
             job.journal.append(
                 "round.open",
-                {"session": job.session, "round": server_round, "nonce": nonce, "model_hash": self._name},
+                {
+                    "session": job.session,
+                    "round": server_round,
+                    "nonce": nonce,
+                    "model_hash": self._name,
+                    "state": self._opened.state,
+                },
             )
-        self._round = Round(self.plan, self._sum, server_round, nonce)
+        self._round = Round(self.plan, self._sum, server_round, nonce, self._opened.state)
         header = {
             "kind": "contribute",
             "session": job.session,
             "round": server_round,
             "nonce": nonce,
             "plan_hash": self.plan.hash,
-            "model_hash": self._name,
         }
-        packet = Packet(header, sent)
-        return self._exchange.messages(dict.fromkeys(self._exchange.nodes, packet), "train.contribute", server_round)
+        packets = self._opened.packets(self._exchange.nodes, header, job.attached)
+        return self._exchange.messages(packets, "train.contribute", server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -209,13 +211,14 @@ class SecureSumStrategy(Strategy):
             self._exchange.each(replies, current.collect, current.refuse)
             agreements = current.close()
             members = current.members
+            self._opened.reached(members)
             job.journal.append("round.set", {"session": job.session, "round": server_round, "members": list(members)})
             self._exchange.each(self._help(agreements, "train.agree", server_round), current.agree, current.refuse)
             self._exchange.each(self._help(current.ask(), "train.open", server_round), current.answer, current.refuse)
-            if self._blinded is not None:
-                self._blinded.add(server_round, current.blinded())
-            else:
-                job.state = job.state.step(self.plan, current.result())
+            packet, values = current.opened()
+            if values is not None:
+                job.state = job.state.after(self.plan, values)
+            kept = self._opened.add(server_round, packet, "" if values is None else job.state.digest)
         except RunAborted as e:
             _LOG.warning("%s", e)
             self._note_refusals(current)
@@ -231,6 +234,8 @@ class SecureSumStrategy(Strategy):
                 "members": list(members),
                 "noise_multiplier": self.plan.realised_noise_multiplier(len(members)),
                 "model_hash": self._name,
+                "state": self._opened.state,
+                "sum": kept,
                 "checkpoint": job.checkpoint(),
             },
         )
@@ -253,8 +258,7 @@ class SecureSumStrategy(Strategy):
         """Collect every site's ledger, verify its chain, and close the journal of the run."""
         job, link = self.job, self._exchange
         done = sum(1 for _ in job.journal.of_kind("round.applied"))
-        if self._blinded is not None:
-            self._share(self._blinded)
+        self._catch_up()
         header = {
             "kind": "finish",
             "session": job.session,
@@ -262,11 +266,11 @@ class SecureSumStrategy(Strategy):
             "round": done,
             "model_hash": self._name,
         }
-        replies = link.packets(link.ask(dict.fromkeys(link.nodes, Packet(header)), "query.finish"))
+        replies = link.packets(link.ask(self._opened.packets(link.nodes, header), "query.finish"))
         end = End(self.status, done, self._name, {}, {})
         heads = ledger_handover.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()}, end)
         metrics = self._metrics()
-        if self._blinded is None:
+        if self.plan.reveal_to == "server":
             write_durably(job.run / "model.f32", job.state.sent())
         statistics.publish(job)
         body = {
@@ -296,6 +300,8 @@ class SecureSumStrategy(Strategy):
         for site, error in current.refusals.items():
             if isinstance(error, BudgetExhausted):
                 self._exhausted.add(site)
+            if isinstance(error, StateMismatch):
+                self._opened.lost(site)
             body = {"session": self.job.session, "round": current.number, "site": site, "code": error.code}
             self.job.journal.append("site.refused", body)
             _LOG.warning("round %d, %s: %s", current.number, site, error)

@@ -95,8 +95,8 @@ class Forms:
         _exact(packet, {"kind": "dealt"})
 
     def _apply(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
-        model = site.revealed(session)
-        _exact(packet, {"kind": "applied", "round": model.round, "model_hash": model.name})
+        held = site.model(session).held
+        _exact(packet, {"kind": "applied", "round": held.round, "state": held.name})
 
     def _finish(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         """The ledger, row by row, exactly as it is on disk."""
@@ -127,12 +127,12 @@ class Forms:
             raise PolicyRefusal("a contribution to a round that the ledger was not charged for")
         if (session.id, round_) not in site.ledger.tally.committed:
             raise PolicyRefusal("a contribution that the ledger does not know as handed on")
-        spec, nonce = self._spec(session, site), request.header.get("nonce")
+        spec, nonce, state = self._spec(session, site), request.header.get("nonce"), _charged(round_, site, session)
         if spec.protocol == "keysum":
-            self._keysum(packet, round_, str(nonce), site, session)
+            self._keysum(packet, round_, str(nonce), state, site, session)
         elif spec.protocol == "sharedkey":
             lengths = packet.header.get("lengths")
-            fields = sharedkey.fields(spec, sharedkey.SEALED, round_, nonce=nonce, site=site.id)
+            fields = sharedkey.fields(spec, sharedkey.SEALED, round_, nonce=nonce, site=site.id, state=state)
             data = packet.buffers.get("ciphertexts", b"")
             fields |= {"lengths": lengths, "ciphertexts": sha256(data), "signature": _SIGNATURE}
             _exact(packet, fields, ciphertexts=len(data))
@@ -144,15 +144,15 @@ class Forms:
                 packet,
                 {
                     "kind": f"{spec.protocol}/contribution", "session": session.id, "round": round_, "nonce": nonce,
-                    "site": site.id,
+                    "site": site.id, "state": state,
                 },
                 values=8 * spec.length,
             )  # fmt: skip
 
-    def _keysum(self, packet: Packet, round_: int, nonce: str, site: Site, session: Session) -> None:
+    def _keysum(self, packet: Packet, round_: int, nonce: str, state: str, site: Site, session: Session) -> None:
         spec, joins = self._spec(session, site), self._joined(session, site)
         boxes, n = packet.buffers.get("shares", b""), len(joins.helpers)
-        fields = keysum.contribution_header(spec, joins, round_, nonce, site.id) | {
+        fields = keysum.contribution_header(spec, joins, round_, nonce, site.id, state) | {
             "ciphertext": sha256(packet.buffers.get("ciphertext", b"")),
             "shares": [sha256(boxes[i * keysum.BOX_BYTES : (i + 1) * keysum.BOX_BYTES]) for i in range(n)],
             "signature": _SIGNATURE,
@@ -213,6 +213,14 @@ def _exact(packet: Packet, header: dict[str, Any], **buffers: int) -> None:
     lengths = {name: len(data) for name, data in packet.buffers.items()}
     if lengths != buffers:
         raise PolicyRefusal(f"the answer {header['kind']!r} has buffers that it may not have")
+
+
+def _charged(round_: int, site: Site, session: Session) -> str:
+    """The model state that the ledger names for this round's charge."""
+    for row in reversed(site.ledger.journal.rows):
+        if row.kind == "spend" and (row.body["session"], row.body["round"]) == (session.id, round_):
+            return str(row.body.get("state", ""))
+    return ""
 
 
 def _own_head(value: Any, site: Site) -> bool:

@@ -135,6 +135,7 @@ _FORMS: dict[str, dict[str, Check]] = {
 _OPTIONAL: dict[str, dict[str, Check]] = {
     "ledger.open": {"version": text(128), "subject_salt": text(128)},
     "plan.accepted": {"precision": _one_of("float32")},
+    "spend": {"state": _HEX},  # ledgers of the first release lack it
 }
 _EVIDENCE: dict[str, Check] = {
     "v": _one_of(1),

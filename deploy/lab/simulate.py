@@ -161,7 +161,7 @@ def run_split(
             run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=_drops(config.drop_rate))
         if plan.reveal_to == "sites" and job.evaluate is not None:
             # Only the simulation can look into a site: its own model on the public table.
-            looked_at = job.evaluate(sites[0].revealed(sites[0].session(job.session)).state.weights)
+            looked_at = job.evaluate(sites[0].model(sites[0].session(job.session)).held.state.weights)
         for site in sites:
             site.ledger.close()
     else:

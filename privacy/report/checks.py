@@ -20,7 +20,17 @@ from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import claims, ledgers, progress, recompute, schema, signatures, software_bill, tables
+from fedveil.privacy.report import (
+    claims,
+    ledgers,
+    progress,
+    recompute,
+    schema,
+    signatures,
+    software_bill,
+    states,
+    tables,
+)
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import Charges, compose
@@ -268,7 +278,9 @@ class Audit:
         found = bundles.file_digest(self._report.parent / bundles.MODEL)
         if found not in (None, h.ended.model_hash):
             raise VerificationError(f"{bundles.MODEL} is not the model that the journals and the report speak of")
-        return f"final model {h.ended.model_hash[:16]}..., {'its file too' if found else 'no model file here'}"
+        states.chain(h)
+        again = states.steps(self._report.parent, self._got("plan", self._plan), h)
+        return f"final model {h.ended.model_hash[:16]}..., {'its file too' if found else 'no model file here'}; {again}"
 
     def _statistics(self) -> str:
         return claims.statistics(self._got("plan", self._plan), self._ended(), self._report.parent)

@@ -28,7 +28,9 @@ class Round:
     Attributes:
         outcome: ``applied``, ``aborted``, ``interrupted`` (the run ended in between).
         members: the announced set U; None if it never came to that.
-        model_in, model_out: SHA-256 of the weights sent out, and of those after the step (applied rounds only).
+        model_in, model_out: SHA-256 of the weights before, and of those after the step (applied rounds only).
+        state_in, state_out: the names of the whole model states; empty in journals of the first release.
+        opened: digest of the opened sum (applied rounds only), as the server keeps it.
         noise_multiplier: the realised σ as the server states it.
     """
 
@@ -40,6 +42,9 @@ class Round:
     noise_multiplier: float | None = None
     model_out: str | None = None
     reason: str = ""
+    state_in: str = ""
+    state_out: str = ""
+    opened: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,14 @@ class Refusal:
 
 @dataclass
 class History:
-    """The whole journal; made by :func:`replay`. ``model_hash`` is the initial model's."""
+    """The whole journal; made by :func:`replay`. ``model_hash`` and ``state`` are the initial model's."""
 
     session: str = ""
     plan_hash: str = ""
     roster_hash: str = ""
     contract_hash: str = ""
     model_hash: str = ""
+    state: str = ""
     simulated: bool = False
     joins_digest: str = ""
     joined: tuple[str, ...] = ()
@@ -151,7 +157,7 @@ class _Reader:
             raise VerificationError(f"{where}: the session has no name")
         for key in ("plan_hash", "roster_hash", "contract_hash"):
             setattr(h, key, fields.hexadecimal(b, key, where))
-        h.model_hash = _model(b, where)
+        h.model_hash, h.state = _model(b, where), _optional(b, "state", where)
         if type(b.get("simulated")) is not bool:
             raise VerificationError(f"{where}: simulated is neither true nor false")
         h.simulated = b["simulated"]
@@ -176,6 +182,7 @@ class _Reader:
         last = h.rounds[-1].number if h.rounds else 0
         if new.number != last + 1:
             raise VerificationError(f"{where} opens round {new.number} after round {last}")
+        new.state_in = _optional(b, "state", where)
         h.rounds.append(new)
         self._open, self._may_announce = new, False
 
@@ -198,6 +205,7 @@ class _Reader:
             raise VerificationError(f"{where} applies the sum of another set than the announced one")
         r.noise_multiplier = fields.number(b, "noise_multiplier", where, high=1e9)
         r.model_out, r.outcome = _model(b, where), "applied"
+        r.state_out, r.opened = _optional(b, "state", where), _optional(b, "sum", where)
         self._open = None
 
     def _round_aborted(self, b: dict[str, Any], where: str) -> None:
@@ -239,6 +247,10 @@ class _Reader:
             {str(s): fields.head(v, where) for s, v in heads.items()},
             fields.metrics(b.get("metrics", {}), where),
         )
+
+
+def _optional(b: dict[str, Any], key: str, where: str) -> str:
+    return fields.hexadecimal(b, key, where) if key in b else ""
 
 
 def _model(b: dict[str, Any], where: str) -> str:

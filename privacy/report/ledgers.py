@@ -62,13 +62,17 @@ def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[s
 
 
 def counts(c: Charges, plan: PrivacyPlan, h: History, site: str) -> int:
-    """It was charged the plan's step, only for opened rounds and for every sum the site is in. Returns how often."""
-    opened = {r.number for r in h.rounds}
+    """It was charged the plan's step, only for opened rounds, for the states that the server's journal names, and for
+    every sum the site is in. Returns how often.
+    """
+    opened = {r.number: r.state_in for r in h.rounds}
     for n, row in c.spends.items():
         if n not in opened:
             raise VerificationError(f"{site} charged round {n}, which the server never opened")
         if row.body["event"] != plan.event.to_json() or row.body.get("plan_hash") != plan.hash:
             raise VerificationError(f"{site} charged round {n} with another event or plan than the signed one")
+        if row.body.get("state", "") != opened[n]:
+            raise VerificationError(f"{site} charged round {n} for another model state than the server's journal names")
     for r in h.applied:
         if site in (r.members or ()) and r.number not in c.spends:
             raise VerificationError(f"{site} is in the sum of round {r.number}, but its ledger was not charged")

@@ -19,7 +19,7 @@ class Contributions:
 
     def __init__(self, session: SessionKey, store: Store) -> None:
         self._session, self._store = session, store
-        self._digest = (-1, "")
+        self._said = (-1, "", "")
         prefix = f"{session.name('contribution')}-"
         kept = sorted(int(name.removeprefix(prefix)) for name in store.names(prefix))
         self._latest = kept.pop() if kept else -1
@@ -33,14 +33,17 @@ class Contributions:
         data = self._store.get(self._session.name("contribution", round))
         return None if data is None else from_bytes(data)
 
-    def digest(self, round: int) -> str | None:
-        """The digest of the header of the contribution that is kept of ``round``, which is read at most once."""
-        if self._digest[0] != round:
+    def said(self, round: int) -> tuple[str, str] | None:
+        """Of the contribution that is kept of ``round``: its header's digest, and the model state that it names.
+
+        The contribution is read at most once.
+        """
+        if self._said[0] != round:
             packet = self.replay(round)
             if packet is None:
                 return None
-            self._digest = round, canonical.digest(packet.header)
-        return self._digest[1]
+            self._said = _said(round, packet)
+        return self._said[1:]
 
     def held(self, round: int, nonce: str) -> Packet | None:
         """What was contributed to ``round`` under ``nonce``, or None if a contribution may be made.
@@ -67,19 +70,23 @@ class Contributions:
         self._store.put(name("spent", round), b"spent")
         if 0 <= self._latest < round:
             self._forget(self._latest)
-        self._latest, self._digest = round, (round, canonical.digest(packet.header))
+        self._latest, self._said = round, _said(round, packet)
         return packet
 
     def drop(self) -> None:
         """Drop what is still kept: the session is over."""
         if self._latest >= 0:
             self._forget(self._latest)
-        self._digest = (-1, "")
+        self._said = (-1, "", "")
 
     def _forget(self, round: int) -> None:
         """Erase the contribution of ``round``, whose mark stays."""
         self._store.put(self._session.name("spent", round), b"spent")
         self._store.erase(self._session.name("contribution", round))
+
+
+def _said(round: int, packet: Packet) -> tuple[int, str, str]:
+    return round, canonical.digest(packet.header), str(packet.header.get("state", ""))
 
 
 def to_parts(packet: Packet) -> list[bytes]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import SecureSumError
+from fedveil.common.errors import SecureSumError, StateMismatch
 from fedveil.common.identity import Roster
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
@@ -158,11 +158,15 @@ class SiteSum(ABC):
         """Take what the server relays after all replies came; :class:`SecureSumError` if nothing was expected."""
 
     @abstractmethod
-    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None, state: str = "") -> Packet:
         """This site's contribution: (D,) integers of any sign, noise included; on stable storage on return.
 
-        int32 takes half of the memory of int64 and gives the same contribution; the vector is only read. ``head`` is
-        where this site's journal stands; protocols with an agreement show it to the helpers.
+        int32 takes half of the memory of int64 and gives the same contribution; the vector is only read.
+
+        Args:
+            head: where this site's journal stands; protocols with an agreement show it to the helpers.
+            state: SHA-256 (hex) of the model state that the values were computed from. The contribution names it, and
+                the server adds up only contributions that name one and the same.
 
         A second call for the same round and nonce returns the same bytes and ignores ``values``.
 
@@ -178,6 +182,7 @@ class SiteSum(ABC):
     def agree(self, request: Packet, witness: Witness | None = None) -> Packet:
         """Check the announced members of a sum and sign them; :class:`HelperRefusal` otherwise.
 
+        The members' contributions must name one model state, and the one that this site's own contribution names.
         ``witness`` is given the members' signed journal heads before anything is promised, and may refuse.
         """
 
@@ -185,13 +190,16 @@ class SiteSum(ABC):
     def open(self, request: Packet) -> Packet:
         """Help to open the agreed sum; :class:`HelperRefusal` otherwise."""
 
-    def unblind(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
-        """The sum in :meth:`ServerSum.blinded`'s packet, (D,) int64, and its members.
+    @abstractmethod
+    def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """The sum in :meth:`ServerSum.opened`'s packet, (D,) int64, and its members.
+
+        A sum in the clear is the server's word: nothing proves that the members' contributions add up to it. But a
+        helper that signed a set of members takes no sum of another one.
 
         Raises:
-            SecureSumError, WireError: sums are revealed to the server, or the packet does not hold.
+            SecureSumError, WireError: the packet does not hold.
         """
-        raise SecureSumError("this session's sums are not blinded", hint='it needs reveal_to = "sites"')
 
     @abstractmethod
     def end(self) -> None:
@@ -208,8 +216,13 @@ class ServerSum(ABC):
         """Take the sites' join fields and replies; returns packets to relay to sites (often none)."""
 
     @abstractmethod
-    def start_round(self, round: int, nonce: str) -> None:
-        """Forget the round before and begin ``round``; ``nonce`` is what the sites contribute under."""
+    def start_round(self, round: int, nonce: str, state: str = "") -> None:
+        """Forget the round before and begin ``round``.
+
+        Args:
+            nonce: what the sites contribute under.
+            state: the model state that they compute from; a contribution that names another one is refused.
+        """
 
     @abstractmethod
     def add(self, site: SiteId, packet: Packet) -> None:
@@ -248,13 +261,13 @@ class ServerSum(ABC):
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """The opened sum, (D,) int64, and its members; :class:`SecureSumError` says why there is none."""
 
-    def blinded(self) -> Packet:
-        """The opened sum as only the sites can read it, for all of them (``reveal_to = "sites"``).
+    @abstractmethod
+    def opened(self) -> Packet:
+        """The opened sum for all sites: in the clear, or as only they can read it (``reveal_to = "sites"``).
 
         Raises:
             SecureSumError: it says why there is none.
         """
-        raise SecureSumError("this session's sums are not blinded", hint='it needs reveal_to = "sites"')
 
     @property
     def suspects(self) -> tuple[SiteId, ...]:
@@ -264,6 +277,14 @@ class ServerSum(ABC):
         to ask others instead (:class:`~fedveil.privacy.secagg.round_outcomes.Conduct`).
         """
         return ()
+
+
+def another_state(site: SiteId) -> StateMismatch:
+    """What the server says of a contribution that it leaves out."""
+    return StateMismatch(
+        f"{site!r} computed its contribution from another model state than this round's",
+        hint="the site lacks a sum, or was given another one; it gets the sums that it lacks before the next round",
+    )
 
 
 def is_hex(value: object, digits: int) -> bool:

@@ -11,6 +11,7 @@
                          for the receiver
 ``keysum/answer``        helper -> server: buffer ``answer``, the sum of the shares modulo 65521, 2 bytes a coefficient
 ``keysum/blinded``       server -> sites: members, T agreements; buffer ``blinded``, 7 bytes a coefficient
+``sum/opened``           server -> sites, where the server reads the sums: see :mod:`.opened_sum`
 =======================  ==================================================================================
 """
 
@@ -33,7 +34,7 @@ from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
 
 CONTRIBUTION, MEMBERS, AGREEMENT = "keysum/contribution", "keysum/members", "keysum/agreement"
 OPEN, ANSWER = "keysum/open", "keysum/answer"
-DEAL, GROUP, BLINDED = "keysum/deal", "keysum/group", "keysum/blinded"
+DEAL, GROUP = "keysum/deal", "keysum/group"
 SHARE_BYTES = 2 * N
 BOX_BYTES = SHARE_BYTES + TAG_BYTES
 _DOMAINS = {
@@ -47,7 +48,11 @@ _DOMAINS = {
 
 @dataclass(frozen=True)
 class Contribution:
-    """A verified header of a contribution; ``digest`` stands for all of it, ``head`` is where its journal stood."""
+    """A verified header of a contribution.
+
+    ``digest`` stands for all of it, ``head`` is where its journal stood, ``state`` names the model state that it was
+    computed from (empty if it names none).
+    """
 
     site: SiteId
     nonce: str
@@ -55,6 +60,7 @@ class Contribution:
     shares: tuple[str, ...]
     digest: str
     head: Head | None
+    state: str
 
 
 def sign_header(key: Ed25519PrivateKey, header: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +84,9 @@ def check_signature(spec: SumSpec, site: SiteId, header: Mapping[str, Any]) -> N
         raise SecureSumError(e.message) from e
 
 
-def contribution_header(spec: SumSpec, joins: Joins, round: int, nonce: str, site: SiteId) -> dict[str, Any]:
+def contribution_header(
+    spec: SumSpec, joins: Joins, round: int, nonce: str, site: SiteId, state: str = ""
+) -> dict[str, Any]:
     """What a contribution's header says before the hashes of its buffers."""
     return {
         "kind": CONTRIBUTION,
@@ -89,6 +97,7 @@ def contribution_header(spec: SumSpec, joins: Joins, round: int, nonce: str, sit
         "plan_hash": spec.plan_hash,
         "roster_hash": spec.roster.hash,
         "joins": joins.digest,
+        **({"state": state} if state else {}),
     }
 
 
@@ -103,8 +112,10 @@ def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, head
     site = header.get("site")
     if not isinstance(site, str) or site not in joins.keys:
         raise SecureSumError("a contribution of a site that did not join")
-    site = SiteId(site)
-    expected = contribution_header(spec, joins, round, nonce, site)
+    site, state = SiteId(site), header.get("state", "")
+    if "state" in header and not is_hex(state, 64):
+        raise WireError(f"the model state that {site!r} names is malformed")
+    expected = contribution_header(spec, joins, round, nonce, site, state)
     if set(header) - {"head"} != {*expected, "ciphertext", "shares", "signature"}:
         raise WireError(f"the header of the contribution of {site!r} has missing or unknown fields")
     for name, value in expected.items():
@@ -117,7 +128,7 @@ def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, head
         raise WireError(f"the contribution of {site!r} has a malformed header")
     head = _head(site, header["head"]) if "head" in header else None
     check_signature(spec, site, header)
-    return Contribution(site, nonce, header["ciphertext"], tuple(shares), canonical.digest(header), head)
+    return Contribution(site, nonce, header["ciphertext"], tuple(shares), canonical.digest(header), head, state)
 
 
 def _head(site: SiteId, value: Any) -> Head:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from fedveil.common.errors import SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, opening, reed_solomon, shamir
+from fedveil.privacy.secagg import _seal, lattice, opened_sum, opening, reed_solomon, shamir
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
-from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec, another_state
 from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, HALF_BITS, N, choose
 from fedveil.privacy.secagg.sealed import Joins
 
@@ -37,7 +37,7 @@ class KeysumServer(ServerSum):
         self._engine = _seal.engine(self._params.plain_bits)
         self._joins: Joins | None = None
         self._round: int | None = None
-        self._nonce = ""
+        self._nonce = self._state = ""
         self._forget()
 
     def begin(
@@ -62,14 +62,14 @@ class KeysumServer(ServerSum):
             for i, site in enumerate(others)
         }
 
-    def start_round(self, round: int, nonce: str) -> None:
+    def start_round(self, round: int, nonce: str, state: str = "") -> None:
         """See :meth:`ServerSum.start_round`."""
         self._spec.check_round(round, nonce)
         if self._joins is None:
             raise SecureSumError("no site has joined")
         if self._round is not None and round <= self._round:
             raise SecureSumError(f"round {round} does not follow round {self._round}", hint="rounds only go forward")
-        self._round, self._nonce = round, nonce
+        self._round, self._nonce, self._state = round, nonce, state
         self._forget()
 
     def add(self, site: SiteId, packet: Packet) -> None:
@@ -83,6 +83,8 @@ class KeysumServer(ServerSum):
         if site in self._headers:
             raise SecureSumError(f"{site!r} contributed to round {round} before")
         said = messages.check_contribution(self._spec, joins, round, self._nonce, packet.header)
+        if said.state != self._state:
+            raise another_state(site)
         data = packet.buffer("ciphertext", self._params.ciphertext_bytes)
         boxes = packet.buffer("shares", messages.BOX_BYTES * len(joins.helpers))
         if sha256(data) != said.ciphertext:
@@ -165,15 +167,16 @@ class KeysumServer(ServerSum):
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`ServerSum.result`. Beyond T answers, wrong ones are set aside and named in ``suspects``."""
         if self._spec.reveal_to != "server":
-            raise SecureSumError("the sum is revealed to the sites only", hint="send them what blinded() returns")
+            raise SecureSumError("the sum is revealed to the sites only", hint="send them what opened() returns")
         return np.array(self._opened_sum(), np.int64), self.members
 
-    def blinded(self) -> Packet:
-        """See :meth:`ServerSum.blinded`."""
-        if self._spec.reveal_to != "sites":
-            return super().blinded()
+    def opened(self) -> Packet:
+        """See :meth:`ServerSum.opened`."""
+        if self._spec.reveal_to == "server":
+            values, members = self.result()
+            return opened_sum.pack(self._spec, self._open_round()[0], members, values, self._digest or "")
         opened = bytes(self._opened_sum())
-        header = self._announced | {"kind": messages.BLINDED, "digest": self._digest}
+        header = self._announced | {"kind": opened_sum.BLINDED, "digest": self._digest}
         return Packet(header | {"agreements": dict(self._agreements)}, {"blinded": opened})
 
     @property

@@ -21,7 +21,7 @@ from fedveil.common import canonical
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, opening, shamir
+from fedveil.privacy.secagg import _seal, lattice, opened_sum, opening, shamir
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.blinding import GroupKey
@@ -63,7 +63,7 @@ class KeysumSite(SiteSum):
         messages.check_request(self._spec, packet, messages.GROUP)
         self._group.take(joins.sites[0], packet.buffer("box", GROUP_BOX_BYTES))
 
-    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None, state: str = "") -> Packet:
         """See :meth:`SiteSum.contribute`: encrypt, share the key, seal, sign, store."""
         self._spec.check_round(round, nonce)
         joins = self._joined()
@@ -78,7 +78,7 @@ class KeysumSite(SiteSum):
             boxes = self._seal_shares(joins, round, nonce, digest, secret)
         finally:
             secret.fill(0)
-        header = messages.contribution_header(self._spec, joins, round, nonce, self._site)
+        header = messages.contribution_header(self._spec, joins, round, nonce, self._site, state)
         header |= {"ciphertext": digest, "shares": [sha256(box) for box in boxes]}
         if head is not None:
             header["head"] = list(head)
@@ -134,16 +134,27 @@ class KeysumSite(SiteSum):
         self._store.put(self._session.name("answer", round), *to_parts(packet))
         return packet
 
-    def unblind(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
-        """See :meth:`SiteSum.unblind`: T helpers agreed on the members, and the errors are those of honest sites."""
-        if self._group is None:
-            return super().unblind(packet)
-        round, found = self._check_members(packet, messages.BLINDED)
+    def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """See :meth:`SiteSum.opened`.
+
+        Where sums are blinded, T helpers agreed on the members, and the errors are those of honest sites.
+        """
+        if self._group is not None:
+            return self._unblind(packet, self._group)
+        values, members = opened_sum.unpack(self._spec, packet)
+        round = packet.header["round"]
+        signed = self._store.get(self._session.name("agreed", round))
+        if signed is not None and canonical.loads(signed)["digest"] != packet.header["digest"]:
+            raise SecureSumError(f"a sum over other members than this site signed for round {round}")
+        return values, members
+
+    def _unblind(self, packet: Packet, group: GroupKey) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        round, found = self._check_members(packet, opened_sum.BLINDED)
         members, p = tuple(m.site for m in found), self._params
         digest = messages.members_digest(self._spec, round, {m.site: m.digest for m in found})
         self._check_agreements(packet, round, digest)
         data = memoryview(packet.buffer("blinded", p.ciphertext_bytes))
-        blinds = self._group.streams(self._spec.session, round, found[0].nonce, members)
+        blinds = group.streams(self._spec.session, round, found[0].nonce, members)
         step, per_block = lattice.CHUNK * N * COEFFICIENT_BYTES, p.per_coefficient * N
         out = np.empty(p.blocks * per_block, np.int64)
         for first in range(0, p.blocks, lattice.CHUNK):
@@ -219,13 +230,17 @@ class KeysumSite(SiteSum):
         order = [spec.roster.index(m.site) for m in members]
         if any(a >= b for a, b in pairwise(order)):
             raise SecureSumError("a site is announced twice, or the members are out of order")
+        if (states := len({m.state for m in members})) > 1:
+            raise SecureSumError(f"the members of round {round} computed from {states} different model states")
         return round, members
 
     def _check_own(self, round: int, members: list[messages.Contribution]) -> None:
+        said = self._contributions.said(round)
         for m in members:
-            if m.site == self._site:
-                if self._contributions.digest(round) != m.digest:
-                    raise SecureSumError("this site is announced with a contribution that it did not make")
+            if m.site == self._site and (said is None or said[0] != m.digest):
+                raise SecureSumError("this site is announced with a contribution that it did not make")
+        if said is not None and said[1] != members[0].state:
+            raise SecureSumError(f"the members of round {round} computed from another model state than this site")
 
     def _promise(self, round: int) -> dict[str, Any]:
         self._joined()

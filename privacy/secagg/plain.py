@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from fedveil.common.errors import HelperRefusal, SecureSumError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.privacy.secagg.interface import READY, Head, Integers, ServerSum, SiteSum, SumSpec, Witness
+from fedveil.privacy.secagg import opened_sum
+from fedveil.privacy.secagg.interface import (
+    READY,
+    Head,
+    Integers,
+    ServerSum,
+    SiteSum,
+    SumSpec,
+    Witness,
+    another_state,
+)
 from fedveil.privacy.secagg.store import Store
 
 
@@ -29,7 +39,7 @@ class PlainSite(SiteSum):
         self._kind = f"{spec.protocol}/contribution"
         # Nothing real is protected in the simulator, and thousands of sites share one process.
         self._durable = spec.protocol == "none"
-        self._first_kept, self._latest = 0, ("", b"")
+        self._first_kept, self._latest = 0, ("", "", b"")
 
     def join_fields(self) -> dict[str, Any]:
         """Nothing: there are no keys."""
@@ -45,7 +55,7 @@ class PlainSite(SiteSum):
         """Nothing is relayed in this protocol."""
         raise SecureSumError(f"an unexpected message in the protocol {self._spec.protocol!r}")
 
-    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None, state: str = "") -> Packet:
         """See :meth:`SiteSum.contribute`."""
         self._spec.check_round(round, nonce)
         held = self._held(round)
@@ -57,12 +67,12 @@ class PlainSite(SiteSum):
             raise SecureSumError(f"round {round} was contributed to and is over")
         data = self._spec.vector(values).astype("<i8", copy=False).tobytes()
         if self._durable:
-            self._store.put(self._name("contribution", round), nonce.encode() + b"\n" + data)
+            self._store.put(self._name("contribution", round), f"{nonce}\n{state}\n".encode() + data)
             self._store.put(self._name("nonce", round), nonce.encode())
             for old in range(self._first_kept, round):
                 self._store.erase(self._name("contribution", old))
-        self._first_kept, self._latest = round, (nonce, data)
-        return self._packet(round, nonce, data)
+        self._first_kept, self._latest = round, (nonce, state, data)
+        return self._packet(round, nonce, state, data)
 
     def replay(self, round: int) -> Packet | None:
         """See :meth:`SiteSum.replay`."""
@@ -77,28 +87,33 @@ class PlainSite(SiteSum):
         """This protocol opens nothing: always refused."""
         raise HelperRefusal(f"the protocol {self._spec.protocol!r} has no opening step")
 
+    def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """See :meth:`SiteSum.opened`: the server's word."""
+        return opened_sum.unpack(self._spec, packet)
+
     def end(self) -> None:
         """Nothing to destroy."""
 
     def _name(self, what: str, round: int) -> str:
         return f"{self._spec.session}-{self._index}-{what}-{round}"
 
-    def _held(self, round: int) -> tuple[str, bytes] | None:
+    def _held(self, round: int) -> tuple[str, str, bytes] | None:
         if round == self._first_kept and self._latest[0]:
             return self._latest
         stored = self._store.get(self._name("contribution", round))
         if stored is None:
             return None
-        nonce, _, data = stored.partition(b"\n")
-        return nonce.decode(), data
+        nonce, state, data = stored.split(b"\n", 2)
+        return nonce.decode(), state.decode(), data
 
-    def _packet(self, round: int, nonce: str, data: bytes) -> Packet:
+    def _packet(self, round: int, nonce: str, state: str, data: bytes) -> Packet:
         header = {
             "kind": self._kind,
             "session": self._spec.session,
             "round": round,
             "nonce": nonce,
             "site": self._site,
+            **({"state": state} if state else {}),
         }
         return Packet(header, {"values": data})
 
@@ -109,7 +124,7 @@ class PlainServer(ServerSum):
     def __init__(self, spec: SumSpec) -> None:
         self._spec = spec
         self._kind = f"{spec.protocol}/contribution"
-        self._round: tuple[int, str] | None = None
+        self._round: tuple[int, str, str] | None = None
         self._sum = np.zeros(spec.length, np.int64)
         self._members: set[SiteId] = set()
 
@@ -121,10 +136,10 @@ class PlainServer(ServerSum):
             self._spec.roster.index(site)
         return {}
 
-    def start_round(self, round: int, nonce: str) -> None:
+    def start_round(self, round: int, nonce: str, state: str = "") -> None:
         """See :meth:`ServerSum.start_round`."""
         self._spec.check_round(round, nonce)
-        self._round = (round, nonce)
+        self._round = (round, nonce, state)
         self._sum = np.zeros(self._spec.length, np.int64)
         self._members = set()
 
@@ -134,11 +149,13 @@ class PlainServer(ServerSum):
             raise SecureSumError("no round is open")
         self._spec.roster.index(site)
         header = packet.expect(self._kind).header
-        round, nonce = self._round
+        round, nonce, state = self._round
         if (header.get("round"), header.get("nonce")) != (round, nonce) or header.get("session") != self._spec.session:
             raise SecureSumError(f"a contribution of {site!r} for another session, round or nonce")
         if header.get("site") != site:
             raise SecureSumError(f"a contribution in another site's name came from {site!r}")
+        if header.get("state", "") != state:
+            raise another_state(site)
         if site in self._members:
             raise SecureSumError(f"{site!r} contributed to round {round} before")
         data = packet.buffer("values", 8 * self._spec.length)
@@ -173,6 +190,13 @@ class PlainServer(ServerSum):
         if self._sum.max() > self._spec.bound or self._sum.min() < -self._spec.bound:
             raise SecureSumError("the sum left the bound declared in the plan", hint="the plan's range is too small")
         return self._sum.copy(), self.members
+
+    def opened(self) -> Packet:
+        """See :meth:`ServerSum.opened`."""
+        if self._round is None:
+            raise SecureSumError("no round is open")
+        values, members = self.result()
+        return opened_sum.pack(self._spec, self._round[0], members, values)
 
     def _check_members(self) -> None:
         if len(self._members) < self._spec.min_members:

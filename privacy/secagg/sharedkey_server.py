@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from fedveil.common.errors import SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal
+from fedveil.privacy.secagg import _seal, opened_sum
 from fedveil.privacy.secagg import sharedkey_common as messages
-from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec
+from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec, another_state
 from fedveil.privacy.secagg.keysum_common import check_signature
 from fedveil.privacy.secagg.params import check_sharedkey
 from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
@@ -31,6 +31,7 @@ class SharedKeyServer(ServerSum):
         self._spec, self._ckks = spec, _seal.Ckks(None)
         self._joins: Joins | None = None
         self._round: tuple[int, str] | None = None
+        self._state = ""
         self._forget()
 
     def begin(
@@ -50,12 +51,12 @@ class SharedKeyServer(ServerSum):
         header = messages.fields(self._spec, messages.KEY, 0)
         return {site: Packet(header, {"box": boxes[i * size : (i + 1) * size]}) for i, site in enumerate(others)}
 
-    def start_round(self, round: int, nonce: str) -> None:
+    def start_round(self, round: int, nonce: str, state: str = "") -> None:
         """See :meth:`ServerSum.start_round`."""
         self._spec.check_round(round, nonce)
         if self._joins is None:
             raise SecureSumError("no site has joined")
-        self._round = (round, nonce)
+        self._round, self._state = (round, nonce), state
         self._forget()
 
     def add(self, site: SiteId, packet: Packet) -> None:
@@ -67,7 +68,9 @@ class SharedKeyServer(ServerSum):
         if site not in joins.keys or site in self._members:
             raise SecureSumError(f"{site!r} did not join, or contributed to round {round} before")
         expected = messages.fields(self._spec, messages.SEALED, round, nonce=nonce, site=site)
-        self._check(site, header, expected, {"lengths", "ciphertexts"})
+        self._check(site, header, expected, {"lengths", "ciphertexts", *header.keys() & {"state"}})
+        if header.get("state", "") != self._state:
+            raise another_state(site)
         parts = list(messages.pieces(self._spec, packet))
         if sha256(packet.buffers["ciphertexts"]) != header["ciphertexts"]:
             raise SecureSumError(f"the ciphertexts of {site!r} are not those it signed")
@@ -125,6 +128,11 @@ class SharedKeyServer(ServerSum):
         wrong = (site for site, said in self._answers.items() if said != best)
         self._suspects = tuple(sorted(wrong, key=self._spec.roster.index))
         return values, self.members
+
+    def opened(self) -> Packet:
+        """See :meth:`ServerSum.opened`."""
+        values, members = self.result()
+        return opened_sum.pack(self._spec, self._open_round()[0], members, values)
 
     @property
     def suspects(self) -> tuple[SiteId, ...]:

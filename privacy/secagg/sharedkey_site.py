@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
 
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal
+from fedveil.privacy.secagg import _seal, opened_sum
 from fedveil.privacy.secagg import sharedkey_common as messages
 from fedveil.privacy.secagg.contributions import Contributions
 from fedveil.privacy.secagg.interface import READY, Head, Integers, SiteSum, SumSpec, Witness
@@ -65,7 +66,7 @@ class SharedKeySite(SiteSum):
         self._ckks = _seal.Ckks(key)
         self._store.put(self._session.name("ckks"), key)
 
-    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None) -> Packet:
+    def contribute(self, round: int, nonce: str, values: Integers, head: Head | None = None, state: str = "") -> Packet:
         """See :meth:`SiteSum.contribute`.
 
         Raises:
@@ -81,7 +82,8 @@ class SharedKeySite(SiteSum):
             raise SecureSumError("a value too large for a sum under CKKS", hint="use keysum")
         parts = [engine.encrypt(values[i : i + CKKS_SLOTS]) for i in range(0, values.size, CKKS_SLOTS)]
         data = b"".join(parts)
-        header = messages.fields(self._spec, messages.SEALED, round, nonce=nonce, site=self._site)
+        named = {"state": state} if state else {}
+        header = messages.fields(self._spec, messages.SEALED, round, nonce=nonce, site=self._site, **named)
         header |= {"lengths": [len(p) for p in parts], "ciphertexts": sha256(data)}
         return self._contributions.keep(round, Packet(sign_header(self._signing_key, header), {"ciphertexts": data}))
 
@@ -109,6 +111,10 @@ class SharedKeySite(SiteSum):
         data = values.astype("<i8").tobytes()
         header = messages.fields(self._spec, messages.OPENED, round, site=self._site, values=sha256(data))
         return Packet(sign_header(self._signing_key, header), {"values": data})
+
+    def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """See :meth:`SiteSum.opened`: the server's word."""
+        return opened_sum.unpack(self._spec, packet)
 
     def end(self) -> None:
         """Destroy the shared key and the X25519 key."""

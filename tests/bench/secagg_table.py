@@ -149,8 +149,8 @@ def whole_round(n: int, k: int, length: int, contributors: int, reveal_to: str =
     if reveal_to == "server":
         opened, (total, _) = cpu(world.server.result)
     else:
-        opened, packet = cpu(world.server.blinded)
-        read, (total, _) = cpu(lambda: world.sites[world.names[0]].unblind(packet))
+        opened, packet = cpu(world.server.opened)
+        read, (total, _) = cpu(lambda: world.sites[world.names[0]].opened(packet))
     if not np.array_equal(total, n * values):
         raise SystemExit("the opened sum is wrong: no figures are written")
     return {

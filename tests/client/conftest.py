@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.common.wire import Packet
 from fedveil.common.workload.model import ModelSpec
+from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.secagg.opened_sum import pack, with_sums
 from fedveil.privacy.secagg.store import DirectoryStore
+from fedveil.privacy.start import start
 
 CONTRACT = "c" * 64
 INPUTS = 3
@@ -95,16 +98,21 @@ class World:
             line.begin(s, Packet({"kind": "begin", "session": self.session, "joins": joins}))
         return self
 
-    def request(self, round_: Any = 1, weights: Any = None, **changes: Any) -> Packet:
-        """The server's ``contribute``."""
+    def request(self, round_: Any = 1, sums: Sequence[Packet] = (), **changes: Any) -> Packet:
+        """The server's ``contribute``, from the start of training; with ``sums`` it also names the ``state`` after."""
         header = {"kind": "contribute", "session": self.session, "round": round_, "nonce": f"nonce-{round_}",
-                  "plan_hash": self.plan.hash}  # fmt: skip
-        w = np.zeros(self.plan.model.parameters, "<f4") if weights is None else weights
-        return Packet({**header, **changes}, {"weights": np.ascontiguousarray(w).tobytes()})
+                  "plan_hash": self.plan.hash, "state": start(self.plan).digest}  # fmt: skip
+        return with_sums({**header, **changes}, {}, sums)
+
+    def opened(self, round_: int, values: Any) -> Packet:
+        """What the server says that a round opened to, in grid units."""
+        spec = sum_spec(self.plan, self.session, self.roster)
+        return pack(spec, round_, [m.site for m in self.roster.sites], np.asarray(values, np.int64))
 
     def finish(self, **changes: Any) -> Packet:
         """The server's ``finish``."""
-        header = {"kind": "finish", "session": self.session, "status": "COMPLETED", "round": 1, "model_hash": "d" * 64}
+        header = {"kind": "finish", "session": self.session, "status": "COMPLETED", "round": 1,
+                  "model_hash": start(self.plan).hash, "state": start(self.plan).digest}  # fmt: skip
         return Packet({**header, **changes})
 
     def spends(self, index: int = 0) -> list[int]:

@@ -29,6 +29,7 @@ from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.render import render_report
 from fedveil.privacy.report.verify import verify_report
+from fedveil.privacy.start import start
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 
@@ -312,7 +313,7 @@ class TestRefusals:
         other = plan_for(request(CONTRACT, ["count"]), sum="plain")
         ask = {"kind": "contribute", "session": "a" * 64, "round": 1, "nonce": "n", "plan_hash": other.hash}
         with pytest.raises(ProtocolError, match="another plan"):
-            line.contribute(site, Packet(ask, {"weights": bytes(4 * plan.model.parameters)}))
+            line.contribute(site, Packet(ask))
         assert not list(site.ledger.journal.of_kind("spend"))
         site.ledger.close()
 
@@ -323,14 +324,14 @@ class TestRefusals:
         plan = plan_for(request(CONTRACT, ["accuracy"], metric=metric), sum="plain")
         site = consortium.site(0, plan, 2.0)
         line.join(site, self.proposal(consortium, plan))
-        zeros = {"weights": bytes(4 * plan.model.parameters)}
         ask = {"kind": "contribute", "session": "a" * 64, "round": 1, "nonce": "n", "plan_hash": plan.hash}
+        ask["state"] = start(plan).digest
         other = b"\x00\x00\x80\x3f" + weights[4:]
-        for buffers in (zeros, zeros | {EVALUATED: other}, zeros | {EVALUATED: weights[4:]}):
+        for buffers in ({}, {EVALUATED: other}, {EVALUATED: weights[4:]}):
             with pytest.raises(ProtocolError):
                 line.contribute(site, Packet(ask, buffers))
         assert not list(site.ledger.journal.of_kind("spend"))
-        line.contribute(site, Packet(ask, zeros | {EVALUATED: weights}))  # negative control
+        line.contribute(site, Packet(ask, {EVALUATED: weights}))  # negative control
         assert len(list(site.ledger.journal.of_kind("spend"))) == 1
         site.ledger.close()
 

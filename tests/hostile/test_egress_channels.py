@@ -37,6 +37,7 @@ from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.secagg import keysum_common as keysum
 from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore
+from fedveil.privacy.start import start
 
 CONTRACT, VALUES = "c" * 64, (0.8714562177658081, 0.3321099877357483)  # both exact in float32
 
@@ -63,6 +64,7 @@ class World:
         self.roster = Roster("small", Member(SERVER, "a" * 64), members)
         self.sites = [self._site(folder / f"{i}-{secrets.token_hex(4)}", i, k) for i, k in enumerate(keys)]
         self.sites[0].X[3, 1] = value
+        self.state = start(self.plan).hash if reveal_to == "sites" else start(self.plan).digest
         self.lies: dict[str, Callable[..., Packet]] = {}
         self.now = 100.0
 
@@ -89,13 +91,12 @@ class World:
         elif action == "begin":
             header["joins"] = {s.id: line.join(s, self.packet("join")).header["statement"] for s in self.sites}
         elif action == "contribute":
-            header |= {"round": 1, "nonce": "n", "plan_hash": self.plan.hash}
-            return Packet(header, {"weights": np.zeros(8, "<f4").tobytes()})
+            header |= {"round": 1, "nonce": "n", "plan_hash": self.plan.hash, "state": self.state}
         elif action == "agree":
             made = [line.contribute(s, self.packet("contribute")) for s in self.sites]
             header |= {"kind": keysum.MEMBERS, "round": 1, "nonce": "n", "members": [p.header for p in made]}
         elif action == "finish":
-            header |= {"status": "COMPLETED", "round": 1, "model_hash": "d" * 64}
+            header |= {"status": "COMPLETED", "round": 1, "model_hash": start(self.plan).hash, "state": self.state}
         return Packet(header)
 
     def ready(self, action: str) -> World:
@@ -482,7 +483,7 @@ def test_the_model_that_only_sites_know_is_named_by_its_chain(tmp_path, monkeypa
         dealt = [line.begin(s, begin) for s in w.sites]
         assert any(p.kind == keysum.DEAL for p in dealt)
         monkeypatch.setattr(line, "apply", lambda *_, v=value: Packet(
-            {"kind": "applied", "round": 0, "model_hash": canonical.sha256_hex(repr(v).encode())}
+            {"kind": "applied", "round": 0, "state": canonical.sha256_hex(repr(v).encode())}
         ))  # fmt: skip
         replies.append(w.ask("apply")[0])
     assert replies[0] == replies[1]

@@ -33,7 +33,7 @@ class FakeSum(ServerSum):
     def begin(self, joins: Any, replies: Any) -> dict[SiteId, Packet]:
         return {}
 
-    def start_round(self, round: int, nonce: str) -> None:
+    def start_round(self, round: int, nonce: str, state: str = "") -> None:
         self._call("start_round")
 
     def add(self, site: SiteId, packet: Packet) -> None:
@@ -61,6 +61,10 @@ class FakeSum(ServerSum):
     def result(self) -> tuple[np.ndarray, tuple[SiteId, ...]]:
         self._call("result")
         return np.arange(8), tuple(self.added)[: self._count]
+
+    def opened(self) -> Packet:
+        self._call("opened")
+        return PACKET
 
     @property
     def suspects(self) -> tuple[SiteId, ...]:
@@ -90,7 +94,7 @@ def collected(plan, fake, sites=(A, B, C, D)):
 ALLOWED = {
     Phase.COLLECTING: {"collect", "close"},
     Phase.AGREEING: {"agree", "ask"},
-    Phase.OPENING: {"answer", "result"},
+    Phase.OPENING: {"answer", "opened"},
     Phase.DONE: set(),
     Phase.ABORTED: set(),
 }
@@ -100,7 +104,7 @@ CALLS = {
     "agree": lambda r: r.agree(A, PACKET),
     "ask": lambda r: r.ask(),
     "answer": lambda r: r.answer(A, PACKET),
-    "result": lambda r: r.result(),
+    "opened": lambda r: r.opened(),
 }
 
 
@@ -111,7 +115,7 @@ def at(plan, phase):
             r.close()
         return r
     r = collected(plan, FakeSum())
-    for step in (r.close, r.ask, r.result)[: phase - 1]:
+    for step in (r.close, r.ask, r.opened)[: phase - 1]:
         step()
     return r
 
@@ -132,8 +136,10 @@ def test_forward_only(plan, phase, call):
         assert len(r.fake.calls) == made
 
 
-def test_the_result_is_in_the_gradients_unit(plan):
-    np.testing.assert_array_equal(at(plan, Phase.OPENING).result(), np.arange(8) * plan.grid)
+def test_the_result_is_in_grid_units(plan):
+    packet, values = at(plan, Phase.OPENING).opened()
+    assert packet is PACKET
+    np.testing.assert_array_equal(values, np.arange(8))
 
 
 @pytest.mark.parametrize(("sites", "enough"), [((A, B, C, D), True), ((A, B, C), True), ((A, B), False), ((), False)])
@@ -152,14 +158,14 @@ def test_a_sum_that_lost_members_on_the_way_is_not_applied(plan):
     r.close()
     r.ask()
     with pytest.raises(RunAborted, match="2 sites, fewer than 3"):
-        r.result()
+        r.opened()
 
 
 @pytest.mark.parametrize("fails", ["open_requests", "result"])
 def test_a_sum_that_cannot_be_opened_is_an_abort(plan, fails):
     r = collected(plan, FakeSum(fails))
     r.close()
-    steps = [r.ask] if fails == "open_requests" else [r.ask, r.result]
+    steps = [r.ask] if fails == "open_requests" else [r.ask, r.opened]
     for step in steps[:-1]:
         step()
     with pytest.raises(RunAborted, match=f"{fails} failed"):
@@ -178,13 +184,13 @@ def test_a_bad_message_is_its_senders_refusal_and_no_more(plan, fails):
     r.ask()
     r.answer(A, PACKET)
     assert {s: e.message for s, e in r.refusals.items()} == {A: f"{fails} failed"}
-    assert r.result().shape == (8,)
+    assert r.opened()[0] is PACKET
 
 
 def test_a_corrected_answer_is_counted_against_its_helper(plan):
     r = at(plan, Phase.OPENING)
     r.fake.wrong = (B,)
-    r.result()
+    r.opened()
     assert set(r.refusals) == {B}
 
 

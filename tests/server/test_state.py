@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import DataError, FedveilError, JournalError, RunAborted
+from fedveil.common.errors import DataError, FedveilError, JournalError, RunAborted, StoreError
 from fedveil.common.files import write_durably
 from fedveil.common.journal import Journal
 from fedveil.common.workload.model import ModelSpec
@@ -66,7 +66,7 @@ class TestCheckpoints:
 
     def test_any_altered_byte_is_noticed(self, tmp_path):
         name = checkpoints.save(tmp_path, self.state(0.1))
-        path = tmp_path / f"{name}.npz"
+        path = tmp_path / f"{name}.state"
         data = path.read_bytes()
         for at in range(0, len(data), 37):
             path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
@@ -78,15 +78,15 @@ class TestCheckpoints:
 
     def test_the_one_before_is_kept_and_older_ones_go(self, tmp_path):
         names = [checkpoints.save(tmp_path, self.state(float(i))) for i in range(4)]
-        assert {p.stem for p in tmp_path.glob("*.npz")} == set(names[-2:])
+        assert {p.stem for p in tmp_path.glob("*.state")} == set(names[-2:])
         assert not list(tmp_path.glob(".*"))
 
     def test_no_pickles(self, tmp_path):
         out = io.BytesIO()
         np.savez(out, weights=np.array([print], dtype=object), velocity=np.zeros(1))
         name = checkpoints.sha256(out.getvalue())
-        (tmp_path / f"{name}.npz").write_bytes(out.getvalue())
-        with pytest.raises(ValueError, match="allow_pickle"):
+        (tmp_path / f"{name}.state").write_bytes(out.getvalue())
+        with pytest.raises(StoreError, match="damaged"):
             checkpoints.load(tmp_path, name)
 
 

@@ -14,6 +14,7 @@ from fedveil.common.journal import parse
 from fedveil.common.wire import Packet
 from fedveil.privacy.joining import JOIN
 from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
 from fedveil.privacy.secagg.plain import PlainServer
@@ -48,18 +49,17 @@ class TestHonest:
         assert verified(r)["ledgers delivered"] == "all 4"
 
     def test_the_model_is_what_the_optimiser_makes_of_the_opened_sums(self, run, monkeypatch):
-        sums, opened = [], PlainServer.result
+        sums, opened = {}, PlainServer.result
 
         def kept(self):
-            values, members = opened(self)
-            sums.append(values)
-            return values, members
+            sums[self._round], members = opened(self)
+            return sums[self._round], members
 
         monkeypatch.setattr(PlainServer, "result", kept)
         r = run()
         r.go()
         weights = velocity = np.zeros(8)
-        for s in sums:
+        for s in sums.values():
             velocity = r.plan.optimizer.momentum * velocity + s * r.plan.grid / (r.plan.sample_rate * r.plan.records)
             weights = weights - r.plan.optimizer.learning_rate * velocity
         assert len(sums) == 4
@@ -202,7 +202,7 @@ class TestRounds:
         assert all("site-0001" not in b["members"] for b in r.bodies("round.applied"))
 
     def test_a_model_that_leaves_the_numbers_is_not_applied(self, run, monkeypatch):
-        monkeypatch.setattr(PlainServer, "result", lambda self: (np.full(8, np.nan), self.members))
+        monkeypatch.setattr(ModelState, "after", lambda self, plan, _: self.step(plan, np.full(8, np.nan)))
         r = run()
         assert r.go() == "ABORTED"
         assert {b["reason"] for b in r.bodies("round.aborted")} == {"the model diverged"}

@@ -128,9 +128,9 @@ def _round(case, spec, names, sites, server) -> dict[str, Any]:
         data = answer.buffers["answer"]
         expected["answers"][names[i]] = {"first_values": data[:16].hex(), "answer": sha256(data)}
     if spec.reveal_to == "sites":
-        packet = server.blinded()
+        packet = server.opened()
         expected["blinded"] = sha256(packet.buffers["blinded"])
-        values, _ = sites[names[0]].unblind(packet)
+        values, _ = sites[names[0]].opened(packet)
     else:
         values, _ = server.result()
     assert np.array_equal(values, sum(vector(case, i) for i in case["members"]))

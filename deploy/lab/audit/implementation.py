@@ -25,6 +25,7 @@ from fedveil.privacy.audit.evidence import Charge, Part, Release, Run
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import ServerSum
+from fedveil.privacy.start import start
 from fedveil.server import job as jobs
 from fedveil.server.strategy import SecureSumStrategy
 
@@ -81,7 +82,8 @@ class InProcess:
         """See :class:`~fedveil.privacy.audit.evidence.Implementation`.
 
         Args:
-            weights: where the server lets training start, for an attack by a server; None: the plan's public start.
+            weights: where training starts, for an attack by a server; None: the plan's public start. A real server
+                has no such choice: it can only move the model, by a sum that nobody verified, within the norm's cap.
         """
         flwr_adapter.quiet_flower()
         virtual_sites.fit_threads(plan.model.parameters)
@@ -98,11 +100,11 @@ class InProcess:
         folder: Path,
     ) -> Run:
         world = virtual_sites.World.make(plan.sites)
+        begun = start(plan) if weights is None else ModelState.start(weights)
         job = jobs.create(
-            folder / "run", plan, world.roster, world.server, documents={}, durable=False, engine="inprocess"
-        )
-        if weights is not None:
-            job.state = ModelState.start(weights)
+            folder / "run", plan, world.roster, world.server, documents={}, durable=False, engine="inprocess",
+            begun=begun,
+        )  # fmt: skip
         states = [job.state.weights]
 
         def progress(kind: str, facts: dict[str, Any]) -> None:
@@ -114,9 +116,11 @@ class InProcess:
 
         def make(i: int) -> Site:
             carried = cap or plan.filter_epsilon()
-            return virtual_sites.make_site(
+            site = virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *parts[i], folder, cap=carried, engine=self.engine
             )
+            site.start = lambda _: begun
+            return site
 
         resolve, sites = virtual_sites.keep(make)
 

@@ -96,7 +96,7 @@ class Session:
         for s, packet in self.answers(helpers).items():
             self.server.add_answer(s, packet)
         if self.spec.reveal_to == "sites":
-            return self.site(self.names[-1]).unblind(self.server.blinded())
+            return self.site(self.names[-1]).opened(self.server.opened())
         return self.server.result()
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedveil.common.errors import ProtocolError, SecureSumError
+from fedveil.common.errors import ProtocolError, SecureSumError, WireError
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import lattice, shamir
 from fedveil.privacy.secagg.keysum_common import sign_header
@@ -24,9 +24,9 @@ def test_every_site_reads_the_blinded_sum_and_the_server_does_not(blind):
     s = blind(length=30_000, bound=1447)
     rows = np.arange(120_000).reshape(4, -1) % 701 - 350
     s.sum(1, dict(zip(s.names, rows, strict=True)))
-    packet = s.server.blinded()
+    packet = s.server.opened()
     for name in s.names:
-        values, members = s.site(name).unblind(packet)
+        values, members = s.site(name).opened(packet)
         assert np.array_equal(values, rows.sum(0))
         assert members == tuple(s.names)
     with pytest.raises(SecureSumError, match="sites only"):
@@ -36,7 +36,7 @@ def test_every_site_reads_the_blinded_sum_and_the_server_does_not(blind):
 def test_what_the_server_holds_is_uniform_also_for_a_sum_of_zeros(blind):
     s = blind(length=16 * 4 * N, bound=1447)
     s.sum(1, dict.fromkeys(s.names, np.zeros(s.spec.length, np.int64)))
-    held = lattice.from_bytes(s.server.blinded().buffers["blinded"]).reshape(-1)
+    held = lattice.from_bytes(s.server.opened().buffers["blinded"]).reshape(-1)
     counts = np.bincount((held.astype(np.float64) * 64 / Q).astype(int), minlength=64)
     expected = held.size / 64
     assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 8 * math.sqrt(2 * 63)
@@ -85,7 +85,7 @@ def test_a_site_without_the_group_key_neither_contributes_nor_reads(blind):
     s.stores[s.names[1]].erase(f"{s.spec.session}-1-group")
     for act in (
         lambda: s.site(s.names[1]).contribute(2, "n", np.arange(4)),
-        lambda: s.site(s.names[1]).unblind(s.server.blinded()),
+        lambda: s.site(s.names[1]).opened(s.server.opened()),
     ):
         with pytest.raises(SecureSumError, match="no group key"):
             act()
@@ -112,7 +112,7 @@ def test_a_dealt_key_that_is_not_the_lead_sites_or_comes_unasked_is_refused(blin
 def test_a_blinded_sum_that_was_changed_or_wrongly_labelled_is_refused(blind):
     s = blind(4, length=5, min_members=3)
     s.sum(1, dict.fromkeys(s.names, np.arange(5)))
-    packet = s.server.blinded()
+    packet = s.server.opened()
     site, h = s.site(s.names[0]), packet.header
     data = packet.buffers["blinded"]
     flipped = data[:5] + bytes([data[5] ^ 64]) + data[6:]
@@ -130,8 +130,8 @@ def test_a_blinded_sum_that_was_changed_or_wrongly_labelled_is_refused(blind):
         Packet(h),
     ):
         with pytest.raises(ProtocolError):
-            site.unblind(bad)
-    assert site.unblind(packet)[0].tolist() == [0, 4, 8, 12, 16]
+            site.opened(bad)
+    assert site.opened(packet)[0].tolist() == [0, 4, 8, 12, 16]
 
 
 @pytest.mark.parametrize("seen_by", ["server", "site"])
@@ -152,12 +152,12 @@ def test_a_wrong_answer_among_exactly_enough_is_seen_by_the_server_or_by_the_sit
         s.server.add_answer(n, packet)
     if seen_by == "server":
         with pytest.raises(SecureSumError, match="wrong"):
-            s.server.blinded()
+            s.server.opened()
     else:
-        packet = s.server.blinded()
+        packet = s.server.opened()
         for n in s.names:
             with pytest.raises(SecureSumError, match="honest sites"):
-                s.site(n).unblind(packet)
+                s.site(n).opened(packet)
 
 
 def test_the_deal_is_checked_by_the_server_and_only_keysum_can_blind(blind, session):
@@ -177,7 +177,6 @@ def test_the_deal_is_checked_by_the_server_and_only_keysum_can_blind(blind, sess
             session(protocol, 3, reveal_to=reveal_to)
     plain = session("keysum", 3)
     plain.sum(1, dict.fromkeys(plain.names, np.zeros(10, np.int64)))
-    for act in (plain.server.blinded, lambda: plain.site(lead).unblind(Packet({"kind": "keysum/blinded"}))):
-        with pytest.raises(SecureSumError, match="not blinded"):
-            act()
+    with pytest.raises(WireError, match="'sum/opened' was expected"):
+        plain.site(lead).opened(Packet({"kind": "keysum/blinded"}))
     assert isinstance(plain.stores[lead], MemoryStore)

@@ -1,0 +1,78 @@
+"""The chain of model states, and the opened sums that lead from one to the next, where the run's folder has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.common import canonical
+from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.wire import Packet, sha256
+from fedveil.privacy import norm_cap
+from fedveil.privacy.joining import chained
+from fedveil.privacy.optimiser import ModelState
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.report import bundle as bundles
+from fedveil.privacy.report.history import History, Round
+from fedveil.privacy.secagg.opened_sum import BUFFERS, FOLDER, OPENED
+
+START = "start.f32"
+_HEADER = 1 << 22
+
+
+def chain(h: History) -> None:
+    """Every round starts from the state before it; :class:`VerificationError` names the first that does not."""
+    now = h.state
+    for r in h.rounds:
+        if r.state_in != now:
+            raise VerificationError(f"round {r.number} does not start from the model state before it")
+        now = r.state_out if r.outcome == "applied" else now
+
+
+def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
+    """Take every step again, from the opened sums in the run's folder.
+
+    None is too long, and each leads to the state that the journal names. Without those files, or where only the sites
+    read the sums, there is nothing to take.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        VerificationError: a file is missing among others, is not the one that the journal names, holds a sum longer
+            than :func:`~fedveil.privacy.norm_cap.cap`, or leads to another state.
+    """
+    if plan.reveal_to == "sites" or not (folder / FOLDER).is_dir() or not h.applied:
+        return "opened sums are not here"
+    first = bundles.read_bounded(folder / START, 4 * plan.model.parameters)
+    if sha256(first) != h.model_hash or len(first) != 4 * plan.model.parameters:
+        raise VerificationError(f"{START} is not the model that the journal begins with")
+    state = ModelState.start(np.frombuffer(first, "<f4"))
+    for r in h.applied:
+        values = _values(folder / FOLDER, plan, r)
+        try:
+            norm_cap.check(plan, values, len(r.members or ()))
+            state = state.after(plan, values)
+        except FedveilError as e:
+            raise VerificationError(f"round {r.number}: {e.message}") from e
+        if state.digest != r.state_out:
+            raise VerificationError(f"the opened sum of round {r.number} does not lead to the model state after it")
+    return f"{len(h.applied)} steps taken again from the opened sums"
+
+
+def _values(folder: Path, plan: PrivacyPlan, r: Round) -> NDArray[np.int64]:
+    header = canonical.loads(bundles.read_bounded(folder / f"{r.number}.json", _HEADER))
+    data = bundles.read_bounded(folder / f"{r.number}.bin", 8 * plan.model.parameters)
+    if not isinstance(header, dict) or chained("", Packet(header, {BUFFERS[OPENED]: data})) != r.opened:
+        raise VerificationError(f"the opened sum of round {r.number} is not the one that the journal names")
+    if header.get("kind") != OPENED or header.get("members") != list(r.members or ()):
+        raise VerificationError(f"the opened sum of round {r.number} is of other members than the journal names")
+    width, rest = divmod(len(data), plan.model.parameters)
+    if rest or width not in (4, 8):
+        raise VerificationError(f"the opened sum of round {r.number} has another length than the model")
+    values = np.frombuffer(data, f"<i{width}").astype(np.int64)
+    if max(int(values.max()), -int(values.min())) > plan.bound:
+        raise VerificationError(f"the opened sum of round {r.number} is beyond the plan's bound")
+    return values

@@ -1,0 +1,155 @@
+"""The opened sums of a run, kept in its folder: every site steps its own model on them, and is sent what it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fedveil.common import canonical
+from fedveil.common.errors import JournalError
+from fedveil.common.files import write_durably
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+from fedveil.privacy.joining import chained
+from fedveil.privacy.secagg.opened_sum import BUFFERS, FOLDER, MAX_SUMS, with_sums
+from fedveil.server.job import Job
+
+Ask = Callable[[dict[SiteId, Packet]], dict[SiteId, Packet]]
+_BYTES = 1 << 28  # of sums in one message; a single larger one goes alone
+
+
+class OpenedSums:
+    """What was opened so far, and how far each site has come at least.
+
+    Args:
+        folder: where the sums are kept; for a resumed run it holds those of the applied rounds.
+        session: goes into every message.
+        states: the name of the model state after round 0 (the start) and after every applied round, in order.
+        durable: False in the simulator (no fsync).
+        resumed: it is not known where the sites stand.
+    """
+
+    def __init__(self, folder: Path, session: str, states: dict[int, str], *, durable: bool, resumed: bool) -> None:
+        self._folder, self._session, self._states, self._durable = folder, session, states, durable
+        self._unknown = -1 if resumed else 0
+        self._at: dict[SiteId, int] = {}
+        self._latest: tuple[int, Packet] | None = None
+
+    @property
+    def state(self) -> str:
+        """The name of the model state after the last opened sum."""
+        return self._states[self._last]
+
+    def add(self, number: int, packet: Packet, state: str = "") -> str:
+        """Keep the sum of one more round, on disk when this returns.
+
+        Args:
+            state: the state after it. Empty where the server does not know it: the chain of sums names it.
+
+        Returns:
+            The digest of the sum.
+        """
+        write = write_durably if self._durable else _write
+        write(self._folder / f"{number}.json", canonical.dumps(packet.header))
+        write(self._folder / f"{number}.bin", packet.buffers[BUFFERS[packet.kind]])
+        before, self._latest = self.state, (number, packet)
+        self._states[number] = state or chained(before, packet)
+        return chained("", packet)
+
+    def packets(
+        self, sites: Iterable[SiteId], header: dict[str, Any], buffers: dict[str, bytes] | None = None
+    ) -> dict[SiteId, Packet]:
+        """A message for each site, with the sums that it may lack and the name of the state after them.
+
+        Where not all fit, they are the latest. Sites that lack the same share one packet.
+        """
+        made: dict[int, Packet] = {}
+        out: dict[SiteId, Packet] = {}
+        for site in sites:
+            at = max(self._at.get(site, self._unknown), 0)
+            if at not in made:
+                sums = [self._sum(n) for n in self._missing(at)[-self._fits :]]
+                made[at] = with_sums({**header, "state": self.state}, buffers or {}, sums)
+            out[site] = made[at]
+        return out
+
+    def share(self, sites: Iterable[SiteId], ask: Ask) -> None:
+        """Ask the sites whose place is not known where they stand, and send what does not fit into one message.
+
+        A site that does not answer is asked before the next round again.
+        """
+        behind = {s for s in sites if self._far(s)}
+        stuck = set[SiteId]()
+        while behind:
+            replies = ask({s: self._next(self._at.get(s, self._unknown)) for s in behind})
+            for site, reply in replies.items():
+                before, at = self._at.get(site, self._unknown), reply.header.get("round")
+                if reply.header.get("kind") != "applied" or type(at) is not int or at not in self._states:
+                    behind.discard(site)
+                    continue
+                self._at[site] = at
+                if at <= before:  # its state was lost: once more, from where it stands
+                    (behind.discard if site in stuck else stuck.add)(site)
+            behind = {s for s in behind & set(replies) if self._far(s)}
+
+    def reached(self, sites: Iterable[SiteId]) -> None:
+        """These sites named the present state."""
+        self._at.update(dict.fromkeys(sites, self._last))
+
+    def lost(self, site: SiteId) -> None:
+        """This site's state is not the one that it should have: it is asked again."""
+        self._at[site] = -1
+
+    @property
+    def _last(self) -> int:
+        return next(reversed(self._states))
+
+    @property
+    def _fits(self) -> int:
+        """How many sums go into one message: all of a run are of one size."""
+        size = sum(map(len, self._sum(self._last).buffers.values())) if self._last else 1
+        return max(1, min(MAX_SUMS, _BYTES // size))
+
+    def _missing(self, at: int) -> list[int]:
+        return [n for n in self._states if n > at]
+
+    def _far(self, site: SiteId) -> bool:
+        at = self._at.get(site, self._unknown)
+        return at < 0 or len(self._missing(at)) > self._fits
+
+    def _next(self, at: int) -> Packet:
+        """The first sums after ``at``. If it is not known where the site stands: the question."""
+        header = {"kind": "apply", "session": self._session}
+        if at < 0:
+            return Packet(header)
+        numbers = self._missing(at)[: self._fits]
+        return with_sums({**header, "state": self._states[numbers[-1]]}, {}, [self._sum(n) for n in numbers])
+
+    def _sum(self, number: int) -> Packet:
+        if self._latest is not None and number == self._latest[0]:
+            return self._latest[1]
+        try:
+            header = canonical.loads((self._folder / f"{number}.json").read_bytes())
+            packet = Packet(header, {BUFFERS[header["kind"]]: (self._folder / f"{number}.bin").read_bytes()})
+        except OSError as e:
+            raise JournalError(f"the opened sum of round {number} cannot be read", hint="restore the folder") from e
+        if number == self._last:
+            self._latest = number, packet
+        return packet
+
+
+def opened_sums(job: Job) -> OpenedSums:
+    """The opened sums of ``job``: none yet, or those whose rounds its journal calls applied before a restart."""
+    start = next(job.journal.of_kind("run.open"))
+    applied = list(job.journal.of_kind("round.applied"))
+    if not all("state" in row.body for row in (start, *applied)):
+        raise JournalError(f"the run in {job.run} was begun by an older version", hint="begin a new run")
+    states = {0: str(start.body["state"])} | {int(r.body["round"]): str(r.body["state"]) for r in applied}
+    resumed = any(True for _ in job.journal.of_kind("run.resumed"))
+    return OpenedSums(job.run / FOLDER, job.session, states, durable=job.durable, resumed=resumed)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
