@@ -7,14 +7,14 @@ import secrets
 from pathlib import Path
 
 from fedveil.common import canonical
-from fedveil.common.errors import FedveilError, HelperRefusal, JournalError
+from fedveil.common.errors import FedveilError, FreshLedger, HelperRefusal, JournalError
 from fedveil.common.files import write_durably
 from fedveil.common.identity import Roster
-from fedveil.common.journal import Head
+from fedveil.common.journal import Copy
 from fedveil.common.units import SiteId
-from fedveil.privacy.joining import MAX_LEDGERS, Copy, carried, heads_of, share
+from fedveil.privacy.joining import MAX_LEDGERS, carried, genuine, heads_of, share
 
-MAX_BYTES = 1 << 22
+MAX_BYTES = 1 << 23
 
 
 class PeerHeads:
@@ -22,6 +22,9 @@ class PeerHeads:
 
     A peer has a ledger for each of its data sets. If a peer has more than :data:`MAX_LEDGERS`, the one that has not
     moved for the longest time is forgotten.
+
+    Every copy carries its owner's signature. Those without one were written by an older version: this site goes on
+    comparing with them, and passes them on to nobody.
 
     Args:
         path: where they are kept. None keeps them in memory (the simulator).
@@ -44,18 +47,25 @@ class PeerHeads:
     def copies(self) -> dict[SiteId, list[list[int | str]]]:
         """The JSON form that goes into this site's signed join statement, of at most its share of bytes.
 
-        It says nothing about sites that are not on the roster. If not everything fits, the newest ledgers come first.
-        If not even one ledger of each peer fits, this site draws a subset of the peers. It draws anew when journals
-        have moved, so in every run. Nobody else knows the draw, not even the server, which names the sessions. Hence,
-        over all sites' statements, many cover each peer, as long as a statement has room for a fair part of the peers.
+        It says nothing about sites that are not on the roster, and nothing that the key there has not signed. If not
+        everything fits, the newest ledgers come first. If not even one ledger of each peer fits, this site draws a
+        subset of the peers. It draws anew when journals have moved, so in every run. Nobody else knows the draw, not
+        even the server, which names the sessions. Hence, over all sites' statements, many cover each peer, as long as
+        a statement has room for a fair part of the peers.
         """
         sites = list(self._heads) if self._roster is None else [m.site for m in self._roster.sites]
-        known = sorted((s for s in sites if s in self._heads), key=self._drawn)
-        return carried(self._heads, known, share(len(sites) + (self._roster is None)))
+        signed = {
+            s: by for s in sites if (by := {k: c for k, c in self._heads.get(s, {}).items() if self._passes(s, c)})
+        }
+        return carried(signed, sorted(signed, key=self._drawn), share(len(sites) + (self._roster is None)))
+
+    def of(self, site: SiteId) -> list[Copy]:
+        """What is known of the ledgers of ``site``; the one that moved last stands last."""
+        return list(self._heads.get(site, {}).values())
 
     def keep(self, heads: dict[SiteId, Copy]) -> None:
         """Remember ``heads`` that are new or ahead of the known ones. They are on disk when this returns."""
-        ahead = {s: c for s, c in heads.items() if (known := self._known(s, c)) is None or c.head.rows > known.rows}
+        ahead = {s: c for s, c in heads.items() if self._is_news(s, c)}
         if not ahead:
             return
         for site, copy in ahead.items():
@@ -66,7 +76,7 @@ class PeerHeads:
                 del by[next(iter(by))]
         self._salt = secrets.token_bytes(16)
         if self._path is not None:
-            all_ = {site: [[*c.head, c.ledger] for c in by.values()] for site, by in self._heads.items()}
+            all_ = {site: [c.to_json() for c in by.values()] for site, by in self._heads.items()}
             write_durably(self._path, canonical.dumps(all_))
 
     def follow(self, heads: dict[SiteId, Copy]) -> None:
@@ -74,15 +84,21 @@ class PeerHeads:
 
         Raises:
             HelperRefusal: it names the site whose journal went back in time, or has as many rows but another last row.
+            FreshLedger: it names the site whose journal is another one than that with which it joined.
         """
         for site, copy in sorted(heads.items()):
-            known = self._known(site, copy)
+            known = self._heads.get(site, {}).get(copy.ledger)
             if known is None:
+                if any(other.data_set == copy.data_set for other in self.of(site) if copy.data_set):
+                    raise FreshLedger(
+                        f"{site!r} contributes under another ledger of its data set than it joined with",
+                        hint="no sum that it is in is opened",
+                    )
                 continue
-            same = copy.head.rows == known.rows
-            if copy.head.rows < known.rows or (same and copy.head.hash != known.hash):
+            same, before = copy.head.rows == known.head.rows, known.head.rows
+            if copy.head.rows < before or (same and copy.head.hash != known.head.hash):
                 raise HelperRefusal(
-                    f"the journal of {site!r} went back in time: {copy.head.rows} rows, {known.rows} before",
+                    f"the journal of {site!r} went back in time: {copy.head.rows} rows, {before} before",
                     hint="its disk was restored, or its journal rewritten; no sum that it is in is opened",
                 )
         self.keep(heads)
@@ -90,7 +106,11 @@ class PeerHeads:
     def _drawn(self, site: SiteId) -> bytes:
         return hashlib.sha256(self._salt + site.encode()).digest()
 
-    def _known(self, site: SiteId, copy: Copy) -> Head | None:
-        """Where this ledger of ``site`` stood last; None if it was never seen."""
+    def _passes(self, site: SiteId, copy: Copy) -> bool:
+        return bool(copy.signature) if self._roster is None else genuine(site, copy, self._roster)
+
+    def _is_news(self, site: SiteId, copy: Copy) -> bool:
         known = self._heads.get(site, {}).get(copy.ledger)
-        return known.head if known is not None else None
+        if known is None or copy.head.rows > known.head.rows:
+            return True
+        return copy.head == known.head and bool(copy.signature) and not known.signature

@@ -12,6 +12,7 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
+from fedveil.client import witness
 from fedveil.client.egress.ledger_rows import ENDINGS
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
@@ -113,12 +114,19 @@ def apply(site: Site, request: Packet) -> Packet:
 
 
 def agree(site: Site, request: Packet) -> Packet:
-    """Sign the announced set of members, once per round, unless one was revoked or its journal went back in time."""
+    """Sign the announced set of members, once per round, unless one was revoked or its journal went back in time.
+
+    The ledger holds the set before the signature leaves.
+    """
     members = request.header.get("members")
     headers = members if isinstance(members, list) else []
     named = [h["site"] for h in headers if isinstance(h, dict) and isinstance(h.get("site"), str)]
     site.not_revoked([SERVER, *named])
-    return site.session(request.header.get("session")).sum.agree(request, site.witness)
+    session = site.session(request.header.get("session"))
+    witness.refuse_barred(named, session.barred)
+    signed = session.sum.agree(request, site.witness)
+    witness.note_agreed(site.ledger, session.id, signed.header["round"], named, signed.header["digest"])
+    return signed
 
 
 def open_sum(site: Site, request: Packet) -> Packet:

@@ -12,7 +12,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from fedveil.client import plan_fit, policy
+from fedveil.client import plan_fit, policy, witness
 from fedveil.client.approval import Approvals
 from fedveil.client.own_model import OwnModel
 from fedveil.client.peers import PeerHeads
@@ -21,18 +21,17 @@ from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import BudgetExhausted, PolicyRefusal, ProtocolError
 from fedveil.common.identity import Revocations, Roster
-from fedveil.common.journal import Head, Row
+from fedveil.common.journal import Copy, Row
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy import plan as plans
 from fedveil.privacy.dp.clipping import Clipper, Precision
-from fedveil.privacy.joining import JOIN, Copy, check_joins, heads_in, sum_spec
+from fedveil.privacy.joining import JOIN, check_joins, data_set, heads_in, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import SiteSum, is_hex
-from fedveil.privacy.secagg.rollback import check_head
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import Store
 from fedveil.privacy.start import start
@@ -54,6 +53,7 @@ class Session:
         precision: of the gradients of single records: what was noted when the plan was accepted.
         model: this site's own model, once it was asked for.
         within: the limits that the plan was checked against, and keeps.
+        barred: sites that joined with another ledger than they may: no sum that one of them is in is opened.
     """
 
     id: str
@@ -65,6 +65,7 @@ class Session:
     precision: Precision = "float32"
     model: OwnModel | None = None
     within: LimitsSection | None = None
+    barred: frozenset[SiteId] = frozenset()
 
     def __post_init__(self) -> None:
         self.plan_hash = self.plan.hash  # kept, because it is needed twice a round
@@ -282,6 +283,7 @@ class Site:
         found = self._open(name, plans.from_json(canonical.loads(held)))
         if not found.ended and (joins := self.store_for(name).get("joins")) is not None:
             found.sum.begin(canonical.loads(joins))
+            found.barred = frozenset(canonical.loads(self.store_for(name).get("barred") or b"[]"))
             found.begun = True
         return found
 
@@ -312,24 +314,23 @@ class Site:
         fields = check_joins(joins, found.id, found.plan.hash, self.roster)
         if self.store_for(found.id).get("joins") is None:  # a run that has begun goes on without revoked members
             self.not_revoked(set(fields))
-        self._compare_heads(joins)
+        self._compare_heads(found, joins)
         self.store_for(found.id).put("joins", canonical.dumps({s: dict(f) for s, f in fields.items()}))
         reply = found.sum.begin(fields)
         found.begun = True
         return reply
 
-    def _compare_heads(self, joins: dict[SiteId, Any]) -> None:
-        """Refuse to help when a peer has seen a later journal of this site: its state was restored from a backup.
-
-        Every site's signed statement is there, so the server cannot keep a copy back. A peer without a copy has
-        never met this site.
-        """
-        heads = heads_in(joins)
-        rows = self.ledger.journal.rows
-        seen = {s: peers[self.id] for s, (_, peers) in heads.items() if s != self.id and self.id in peers}
-        copies = {s: copy.head for s, copy in seen.items() if copy.ledger == self._ledger_id}
-        check_head(self.ledger.head, copies, need=0, hash_at=lambda n: rows[n - 1].hash)
-        self.peers.keep({s: copy for s, (copy, _) in heads.items() if s != self.id})
+    def _compare_heads(self, found: Session, joins: dict[SiteId, Any]) -> None:
+        """Refuse to help when a copy that this site has signed is of a later ledger, or of another of its data set."""
+        told = heads_in(joins, self.roster)
+        witness.check_own(self.id, self.ledger, told)
+        store = self.store_for(found.id)
+        if store.get("barred") is None:
+            store.put("barred", canonical.dumps(witness.barred(self.id, self.data_set, self.peers, told)))
+        found.barred = frozenset(canonical.loads(store.get("barred") or b"[]"))
+        if found.plan.sum != "keysum":  # without agreements, a set cannot be refused
+            witness.refuse_barred(told, found.barred)
+        self.peers.keep({s: said.own for s, said in told.items() if s != self.id and s not in found.barred})
 
     def not_revoked(self, sites: Collection[str]) -> None:
         """Raise :class:`IdentityError` if the newest list at this site says that one of these members was revoked.
@@ -349,20 +350,25 @@ class Site:
         return self.ledger.journal.rows[0].hash
 
     @property
-    def head(self) -> tuple[int, str, str]:
-        """Where this site's journal stands, and which journal it is."""
-        rows, last = self.ledger.head
-        return rows, last, self._ledger_id
+    def data_set(self) -> str:
+        """The data set whose budget the ledger counts, by hash: the contract's name for it, or the lineage's."""
+        name = self.contract.name if self.contract is not None else self.ledger.tally.lineage
+        return self.ledger.tally.data_set or data_set(name, self.ledger.tally.unit)
 
-    def witness(self, heads: Mapping[SiteId, tuple[int, str, str]]) -> None:
+    @property
+    def head(self) -> Copy:
+        """Where this site's journal stands, and which journal it is, signed for the others to keep."""
+        return self.ledger.journal.copy(self.data_set)
+
+    def witness(self, heads: Mapping[SiteId, Copy]) -> None:
         """Remember the heads of the members' journals; :class:`HelperRefusal` if one of them went back in time.
 
-        Here its peers notice a site whose disk was restored within a run, in the round in which it contributes again.
-        Such a site would not know what it has charged, nor which keys it has used.
+        So peers notice a site whose disk was restored within a run: it does not know what it charged, nor which keys it
+        used.
         """
-        self.peers.follow(
-            {s: Copy(Head(rows, hash_), ledger) for s, (rows, hash_, ledger) in heads.items() if s != self.id}
-        )
+        for site, head in heads.items():
+            witness.check_data_set(site, head, self.data_set)
+        self.peers.follow({s: head for s, head in heads.items() if s != self.id})
 
     def model(self, session: Session) -> OwnModel:
         """This site's own model of a session."""
@@ -389,9 +395,7 @@ class Site:
                 "roster_hash": self.roster.hash,
                 "contract_hash": self.contract_hash,
                 "fields": session.sum.join_fields(),
-                "head": list(self.ledger.head),
-                "ledger": self._ledger_id,
-                "peers": self.peers.copies(),
+                **witness.told(self.ledger, self.data_set, self.peers),
             },
         )
 

@@ -12,10 +12,11 @@
     ├── IdentityError           exit 30   keys, certificates, the roster
     ├── ProtocolError           exit 40   a peer sent what the protocol does not allow
     │   ├── WireError           exit 41   a message breaks its size or shape bounds
-    │   ├── SecureSumError      exit 42   the secure sum cannot go on
-    │   │   └── HelperRefusal   exit 43   a site refuses to help open a sum
-    │   ├── StateMismatch       exit 44   two participants hold different states of one model
-    │   └── SumTooLong          exit 45   an opened sum is longer than records and noise can make it
+     │   ├── SecureSumError      exit 42   the secure sum cannot go on
+     │   │   └── HelperRefusal   exit 43   a site refuses to help open a sum
+     │   │       └── FreshLedger exit 46   a site's ledger was replaced by one that does not count it
+     │   ├── StateMismatch       exit 44   two participants hold different states of one model
+     │   └── SumTooLong          exit 45   an opened sum is longer than records and noise can make it
     ├── PolicyRefusal           exit 50   the site's own limits say no
     ├── JournalError            exit 51   a journal is torn, forged or in use
     ├── StoreError              exit 52   a file or folder of one's own cannot be read or written
@@ -127,6 +128,12 @@ class HelperRefusal(SecureSumError):
     """A site refuses to help open a sum: wrong set, second set, too few members, bad signature."""
 
     exit_code = 43
+
+
+class FreshLedger(HelperRefusal):
+    """A site takes part with a new ledger for a data set that another ledger of it counted, and has not imported it."""
+
+    exit_code = 46
 
 
 class StateMismatch(ProtocolError):

@@ -1,5 +1,7 @@
 """The append-only journal: a hash chain of signed rows, one JSON object a line.
 
+Times never fall: where the clock was set back, a row carries the time of the row before it.
+
 Row ``n`` holds ``{"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"}``. ``prev`` is the hash of
 row ``n - 1`` (64 zeros before the first). ``hash`` is the SHA-256 of the canonical row without ``hash`` and
 ``sig``. ``sig`` is the owner's Ed25519 signature of the hash. Whoever holds a later head can see every change,
@@ -20,17 +22,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
-from fedveil.common.errors import MALFORMED, FedveilError, IdentityError, JournalError, VerificationError
+from fedveil.common.errors import (
+    MALFORMED,
+    FedveilError,
+    IdentityError,
+    JournalError,
+    ProtocolError,
+    VerificationError,
+)
 from fedveil.common.files import sync_folder
 from fedveil.common.identity import public_hex, sign, verify
 
 DOMAIN = "fedveil/journal/1"
+HEAD = "fedveil/head/1"
 GENESIS = "0" * 64
 MAX_ROW_BYTES = 1 << 20
 MAX_ROWS = 1 << 22
@@ -43,6 +54,63 @@ class Head(NamedTuple):
 
     rows: int
     hash: str
+
+
+class Copy(NamedTuple):
+    """A journal's head in the form in which others keep it and pass it on, with its owner's word for it.
+
+    Attributes:
+        head: where the journal stood.
+        ledger: hash of its first row: which journal it is.
+        data_set: the data set whose budget it counts (see :func:`~fedveil.privacy.joining.data_set`).
+        signature: the owner's, over all of this and the owner's name. Empty in copies written by older versions: these
+            are hearsay, and nobody passes them on.
+    """
+
+    head: Head
+    ledger: str
+    data_set: str = ""
+    signature: str = ""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Copy:
+        """What :meth:`to_json` gave; the signature is not checked. Anything else is a :class:`ProtocolError`."""
+        ok = isinstance(value, list) and len(value) in (3, 5) and type(value[0]) is int
+        if not ok or not 0 <= value[0] <= MAX_ROWS or not all(map(_hexadecimal, value[1:], (64, 64, 64, 128))):
+            raise ProtocolError("a journal head is malformed")
+        return cls(Head(value[0], value[1]), *value[2:])
+
+    def to_json(self) -> list[int | str]:
+        """``[rows, hash, ledger, data set, signature]``; hearsay has the first three only."""
+        own = [*self.head, self.ledger]
+        return [*own, self.data_set, self.signature] if self.signature else own
+
+    def by(self, owner: str, key: Ed25519PrivateKey) -> Copy:
+        """The same, signed by its owner."""
+        return self._replace(signature=sign(key, HEAD, _word(owner, self)).hex())
+
+    def signed_by(self, owner: str, public: str) -> bool:
+        """Whether this is a head of ``owner``'s journal by the word of the key ``public`` (hex)."""
+        return bool(self.signature) and _is_word_of(owner, public, self)
+
+
+def _hexadecimal(value: Any, length: int) -> bool:
+    return type(value) is str and len(value) == length and _HEX.fullmatch(value) is not None
+
+
+def _word(owner: str, copy: Copy) -> bytes:
+    rows, last = copy.head
+    named = {"site": owner, "rows": rows, "hash": last, "ledger": copy.ledger, "data_set": copy.data_set}
+    return canonical.dumps(named)
+
+
+@lru_cache(maxsize=1 << 14)  # many pass on one head
+def _is_word_of(owner: str, public: str, copy: Copy) -> bool:
+    try:
+        verify(public, HEAD, _word(owner, copy), bytes.fromhex(copy.signature), what="a journal head")
+    except (IdentityError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -123,6 +191,8 @@ class Journal:
         if head.rows >= MAX_ROWS:
             raise JournalError(f"{self.path} is full", hint=f"a journal holds at most {MAX_ROWS} rows")
         at = int(self._clock()) if self._at is None else self._at
+        if self.rows:
+            at = max(at, self.rows[-1].at)
         start = b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
         rest = canonical.dumps({"kind": kind, "n": head.rows, "owner": self.owner, "prev": head.hash, "v": 1})[1:]
         digest = hashlib.sha256(start + rest).hexdigest()
@@ -155,6 +225,15 @@ class Journal:
     def head(self) -> Head:
         """Row count and last hash."""
         return self._head
+
+    def copy(self, data_set: str) -> Copy:
+        """The head for others to keep, signed; the journal must have a row."""
+        return Copy(self.head, self.rows[0].hash, data_set).by(self.owner, self._key)
+
+    @property
+    def ahead(self) -> float:
+        """Seconds by which the last row is dated later than this machine's clock; 0 where it is not."""
+        return max(0.0, self.rows[-1].at - self._clock()) if self.rows else 0.0
 
     def of_kind(self, *kinds: str) -> Iterator[Row]:
         """The rows whose kind is one of ``kinds``, in order."""
@@ -257,7 +336,7 @@ def _row(i: int, line: bytes) -> Row:
                 raise ValueError
         for name, length in (("prev", 64), ("hash", 64), ("sig", 128)):
             # lower case only: otherwise a signature could be written in many ways
-            if type(d[name]) is not str or len(d[name]) != length or not _HEX.fullmatch(d[name]):
+            if not _hexadecimal(d[name], length):
                 raise ValueError
     except (*MALFORMED, FedveilError) as e:
         raise VerificationError(f"row {i} is not a well-formed journal row") from e

@@ -37,6 +37,7 @@ from fedveil.deploy.enrol.join import due
 from fedveil.deploy.enrol.provision import load_roster, load_tls
 from fedveil.deploy.enrol.revoked import Revoked
 from fedveil.deploy.transport.grpc_site import run_site
+from fedveil.privacy.joining import data_set
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report import local as locals_
 from fedveil.privacy.report.bundle import REPORT
@@ -70,7 +71,7 @@ def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
     ledger = Ledger.open(
         s.state / LEDGER, site, key, lineage=s.lineage, unit=unit,
         cap=Epsilon(settings.limits.max_epsilon), delta=Delta(settings.limits.delta),
-        capacity=s.capacity, version=settings.data.version,
+        capacity=s.capacity, version=settings.data.version, data_set=data_set(contract.name, unit),
         subject_salt=hashlib.sha256(salt).hexdigest() if salt else "",
     )  # fmt: skip
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import FedveilError, ProtocolError
-from fedveil.common.identity import Roster
-from fedveil.common.journal import Head
+from fedveil.common.errors import FedveilError, FreshLedger, IdentityError, ProtocolError
+from fedveil.common.identity import Member, Roster
+from fedveil.common.journal import MAX_ROWS, Copy
 from fedveil.common.units import MAX_SITES, SiteId, site_id
 from fedveil.common.wire import Limits, Packet, sha256
 from fedveil.privacy.plan import PrivacyPlan
@@ -17,7 +17,22 @@ from fedveil.privacy.secagg.interface import SumSpec, is_hex
 
 JOIN = "fedveil/join/1"
 MAX_LEDGERS = 4  # of one site that are remembered
-_STATEMENT_BYTES = 1280  # the most that a statement measures without its copies, with its place among the others
+MAX_IMPORTS = 8  # ledgers that a site's statement names as counted in its own
+_STATEMENT_BYTES = 2176  # the most that a statement measures without its copies, with its place among the others
+
+
+def data_set(name: str, unit: str) -> str:
+    """What a ledger and the copies of its heads call a data set: SHA-256 (hex) of the contract's name and the unit.
+
+    A site has one ledger for it. Another version of a contract keeps its name, and so its ledger. Charges of different
+    units (records, clients) cannot be added up, so each unit has a ledger of its own.
+    """
+    return canonical.digest({"data_set": name, "unit": unit})
+
+
+def names_of(members: Iterable[str]) -> str:
+    """A set of sites by hash: SHA-256 (hex) of their names."""
+    return canonical.digest(sorted(members))
 
 
 def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
@@ -51,6 +66,8 @@ def check_joins(documents: Any, session: str, plan_hash: str, roster: Roster) ->
 def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster: Roster) -> dict[str, Any]:
     """The join fields of one site's statement, after its signature, its hashes and the form of its heads were checked.
 
+    What it says of the other sites' journals is not looked at here, beside its form: see :func:`check_copies`.
+
     Raises:
         ProtocolError, IdentityError: the statement does not hold, or is larger than its site's room in the message that
             shows all statements to every site.
@@ -66,25 +83,59 @@ def check_join(document: Any, site: SiteId, session: str, plan_hash: str, roster
     if not isinstance(fields, dict):
         raise ProtocolError(f"the join statement of {site!r} is malformed")
     try:
-        heads_in({site: document})
+        _told(payload, member)
     except FedveilError as e:
         raise ProtocolError(f"the join statement of {site!r}: {e.message}") from e
     return fields
 
 
-class Copy(NamedTuple):
-    """The head of one site's journal, and the hash of that journal's first row: a site may own several ledgers."""
+def check_copies(document: Any, site: SiteId, roster: Roster) -> None:
+    """Raise :class:`ProtocolError` if a statement that was checked carries a copy that its owner has not signed.
 
-    head: Head
-    ledger: str
+    An honest site passes on nothing else. The server, which takes statements in, refuses one for it. The sites, which
+    get all statements at once, leave such copies out: nobody makes another site refuse with what he made up.
+    """
+    for owner, copies in heads_of(document["payload"].get("peers", {})).items():
+        for copy in copies.values():
+            if not genuine(owner, copy, roster):
+                raise ProtocolError(
+                    f"the join statement of {site!r} is malformed: its copy of a journal head of {owner!r} is not "
+                    f"signed by {owner!r}",
+                    hint=f"{site!r} runs another program, or keeps a peers.json that was edited: it is not let in",
+                )
+
+
+class Told(NamedTuple):
+    """What one site's signed statement says of journals.
+
+    Attributes:
+        own: where its own journal stands; signed.
+        imports: ledgers whose spending its own ledger counts, and up to how many rows of each.
+        copies: heads of the others' journals that it passes on, by site and ledger; each signed by its owner.
+    """
+
+    own: Copy
+    imports: Mapping[str, int]
+    copies: Mapping[SiteId, Mapping[str, Copy]]
+
+    def ignores(self, known: Iterable[Copy]) -> Copy | None:
+        """A ledger among the ``known`` ones of this site that counted the same data set, and now is counted nowhere.
+
+        It is another ledger than the one that the site takes part with, which has not imported it, or not all of it.
+        """
+        for copy in known:
+            other = copy.data_set == self.own.data_set and copy.ledger != self.own.ledger
+            if other and self.imports.get(copy.ledger, -1) < copy.head.rows:
+                return copy
+        return None
 
 
 def share(sites: int) -> int:
     """How many bytes of copies each of so many statements may carry.
 
     The message that begins a run holds all of them, and every site gets it. Together they take three quarters of the
-    largest header (:class:`~fedveil.common.wire.Limits`). From about 70 sites with four ledgers each, not all copies
-    fit. From about 2400 sites, none fits.
+    largest header (:class:`~fedveil.common.wire.Limits`). From about 45 sites with four ledgers each, not all copies
+    fit. From about 1400 sites, none fits.
     """
     return max(0, Limits.header * 3 // 4 // max(sites, 1) - _STATEMENT_BYTES)
 
@@ -105,7 +156,7 @@ def carried(heads: Mapping[SiteId, Mapping[str, Copy]], order: Iterable[SiteId],
             copies = list(heads[site].values())
             if len(copies) < rank:
                 continue
-            entry = [*copies[-rank].head, copies[-rank].ledger]
+            entry = copies[-rank].to_json()
             budget -= len(canonical.dumps(entry)) + 1 + (len(site) + 6 if rank == 1 else 0)  # "site":[...],
             if budget < 0:
                 return out
@@ -114,9 +165,10 @@ def carried(heads: Mapping[SiteId, Mapping[str, Copy]], order: Iterable[SiteId],
 
 
 def heads_of(value: Any) -> dict[SiteId, dict[str, Copy]]:
-    """Parse ``{site: [[rows, hash, ledger], ...]}`` into copies by site and ledger, in the order in which they stand.
+    """Parse ``{site: [[rows, hash, ledger, data set, signature], ...]}`` into copies by site and ledger, in that order.
 
-    One ``[rows, hash, ledger]`` instead of a list is the older form, in which one ledger of a site was remembered.
+    ``[rows, hash, ledger]`` is the older form, without a signature; and one such entry instead of a list is the oldest,
+    in which one ledger of a site was remembered. No signature is checked.
 
     Raises:
         ProtocolError: anything else, more than :data:`MAX_LEDGERS` of one site, or one ledger twice.
@@ -126,21 +178,84 @@ def heads_of(value: Any) -> dict[SiteId, dict[str, Copy]]:
     return {site_id(site): _copies(entries) for site, entries in value.items()}
 
 
-def heads_in(documents: Mapping[SiteId, Any]) -> dict[SiteId, tuple[Copy, dict[SiteId, Copy]]]:
-    """Per site, its own journal head and its copies of the others', from statements that were checked already.
+def heads_in(documents: Mapping[SiteId, Any], roster: Roster) -> dict[SiteId, Told]:
+    """What the statements say of journals, from statements that were checked already (:func:`check_joins`).
 
-    Of the several ledgers that a site may own, the copies are those of the one that it takes part with here.
+    Copies that their owner has not signed are left out: they are hearsay.
     """
-    payloads = {site: document["payload"] for site, document in documents.items()}
-    own = {
-        s: _copy([*p["head"], p.get("ledger")] if isinstance(p.get("head"), list) else None)
-        for s, p in payloads.items()
-    }
-    held = {s: heads_of(p.get("peers", {})) for s, p in payloads.items()}
+    found = {site: _told(document["payload"], roster.member(site)) for site, document in documents.items()}
     return {
-        s: (own[s], {o: by[own[o].ledger] for o, by in held[s].items() if o in own and own[o].ledger in by})
-        for s in payloads
+        site: t._replace(
+            copies={
+                owner: {name: copy for name, copy in by.items() if genuine(owner, copy, roster)}
+                for owner, by in t.copies.items()
+            }
+        )
+        for site, t in found.items()
     }
+
+
+def seen_of(told: Mapping[SiteId, Told], site: SiteId) -> list[tuple[SiteId, Copy]]:
+    """Every signed copy of a head of ``site``'s journals in the statements of the others, and who passed it on."""
+    return [(s, copy) for s, t in told.items() if s != site for copy in t.copies.get(site, {}).values()]
+
+
+def left_out(
+    told: Mapping[SiteId, Told], data_set: str, memory: Callable[[SiteId], Iterable[Copy]] = lambda _: ()
+) -> dict[SiteId, FreshLedger]:
+    """The sites that may not take part with the ledger that they joined with, each with the refusal.
+
+    It is of another data set than the run's; or it is a fresh one, and a copy that the site itself has signed shows
+    another ledger of this data set, whose spending it does not count.
+
+    Args:
+        data_set: the run's, as :func:`data_set` gives it.
+        memory: gives what is known of a site's ledgers beside what the statements show.
+    """
+    out: dict[SiteId, FreshLedger] = {}
+    for site, said in told.items():
+        if said.own.data_set != data_set:
+            out[site] = FreshLedger(
+                f"{site!r} takes part with the ledger of another data set than the contract's",
+                hint="one ledger for each data set, which the contract names",
+            )
+        elif known := said.ignores([*(copy for _, copy in seen_of(told, site)), *memory(site)]):
+            out[site] = fresh(site, known)
+    return out
+
+
+def fresh(site: SiteId, known: Copy) -> FreshLedger:
+    """The refusal of a site whose ledger does not count the ``known`` one."""
+    return FreshLedger(
+        f"{site!r} takes part with a ledger that does not count what was spent on this data set from its ledger "
+        f"{known.ledger[:16]}..., of which {known.head.rows} rows were seen",
+        hint="restore that ledger (the folder of its last run holds a copy, journals/SITE.jsonl), or count it in a new "
+        "one: 'fedveil ledger import'",
+    )
+
+
+def genuine(owner: SiteId, copy: Copy, roster: Roster) -> bool:
+    """Whether ``copy`` is the word of a member of the roster, under the key that the roster names."""
+    try:
+        return copy.signed_by(owner, roster.member(owner).signing_key)
+    except IdentityError:  # no longer on the roster
+        return False
+
+
+def _told(payload: Mapping[str, Any], member: Member) -> Told:
+    head, imports = payload.get("head"), payload.get("imports")
+    if not isinstance(head, list) or len(head) != 2:
+        raise ProtocolError("a journal head is malformed")
+    own = Copy.from_json([*head, payload.get("ledger"), payload.get("data_set"), payload.get("head_signature")])
+    if not own.signed_by(member.site, member.signing_key):
+        raise ProtocolError("its own journal head is not signed")
+    if not isinstance(imports, list) or len(imports) > MAX_IMPORTS:
+        raise ProtocolError("the imported ledgers are malformed")
+    for entry in imports:
+        ok = isinstance(entry, list) and len(entry) == 2 and is_hex(entry[0], 64) and type(entry[1]) is int
+        if not ok or not 0 <= entry[1] <= MAX_ROWS:
+            raise ProtocolError("the imported ledgers are malformed")
+    return Told(own, dict(imports), heads_of(payload.get("peers", {})))
 
 
 def _copies(entries: Any) -> dict[str, Copy]:
@@ -148,15 +263,8 @@ def _copies(entries: Any) -> dict[str, Copy]:
         entries = [entries]
     if not isinstance(entries, list) or not 0 < len(entries) <= MAX_LEDGERS:
         raise ProtocolError("journal heads are malformed")
-    copies = [_copy(entry) for entry in entries]
+    copies = [Copy.from_json(entry) for entry in entries]
     by = {copy.ledger: copy for copy in copies}
     if len(by) != len(copies):
         raise ProtocolError("journal heads are malformed: one ledger twice")
     return by
-
-
-def _copy(value: Any) -> Copy:
-    ok = isinstance(value, list) and len(value) == 3 and type(value[0]) is int
-    if not ok or value[0] < 0 or not all(is_hex(v, 64) for v in value[1:]):
-        raise ProtocolError("a journal head is malformed")
-    return Copy(Head(value[0], value[1]), value[2])

@@ -7,8 +7,9 @@ the round succeeded or not.
 
 Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
 
-    ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}, and {version, subject_salt} where given
-    ledger.import   {lineage, owner, public, ledger, carries, head, events}   what an older ledger has spent
+    ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}, and {version, subject_salt, data_set} where
+                    given: data_set names the contract's data set by hash
+    ledger.import   {lineage, owner, public, ledger, carries, head, events[, covers]}   what an older ledger has spent
     ledger.cap      {cap_epsilon}                      the site's policy changed its cap
     ledger.capacity {capacity}                         the most records (or persons) that the site may hold
     ledger.closed   {ledger}                           nothing more is spent: that one (its first row) counts this
@@ -16,6 +17,7 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
     data.released   {...}                              pass/fail and salted commitments of ingestion
     spend           {session, round, plan_hash, event[, state]}   state: SHA-256 of the model it is computed from
     commit          {session, round}                   the value reserved for has been handed on
+    agreed          {session, round, members, digest}  the set U that was signed: its names and the whole, by hash
     refused         {session, reason}                  an error's code, no detail
     model           {session, round, model_hash}
     session.end     {session, status}
@@ -40,6 +42,7 @@ from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.dp.accounting import ORDERS, Filter, best_order, rdp
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 
+CLOCK_S = 86_400  # how far the clocks of a run's machines may be apart
 MAX_IMPORTED = 1 << 20
 MAX_NAMED = 4096  # different events of one import, and ledgers that it carries: what fits into a row
 _HEX = re.compile("[0-9a-f]{64}")
@@ -59,10 +62,12 @@ class Tally:
         self.capacity = 0  # 0: none was declared
         self.by_round: dict[tuple[str, int], SampledGaussian] = {}
         self.committed: set[tuple[str, int]] = set()
-        self.version, self.subject_salt = "", ""
+        self.agreed: dict[tuple[str, int], tuple[str, str]] = {}  # by round: the signed set's names and digest
+        self.version, self.subject_salt, self.data_set = "", "", ""
         self.closed = ""  # the ledger that counts this one's spending from now on
         self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
         self.counted: set[str] = set()  # every ledger whose spending is in here: the imported ones and theirs
+        self.covers: dict[str, int] = {}  # by ledger: up to which of its rows; what was imported last stands last
 
     def feed(self, row: Row) -> None:
         """Apply one row."""
@@ -82,6 +87,10 @@ class Tally:
                 self._import(row)
             elif row.kind == "ledger.closed":
                 self._close(row)
+            elif row.kind == "agreed":
+                said = str(b["members"]), str(b["digest"])
+                if self.agreed.setdefault(_key(b), said) != said:
+                    raise VerificationError(f"row {row.n} signs another set for round {b['round']} than a row before")
             elif row.kind == "commit":
                 key = _key(b)
                 if key not in self.by_round:
@@ -99,6 +108,7 @@ class Tally:
         self.filter = Filter(_number(b["cap_epsilon"]), _number(b["delta"]), _number(b["order"]))
         self.lineage, self.unit = str(b["lineage"]), str(b["unit"])
         self.version, self.subject_salt = str(b.get("version", "")), str(b.get("subject_salt", ""))
+        self.data_set = str(b.get("data_set", ""))
 
     def _filter(self, row: Row) -> Filter:
         if self.filter is None:
@@ -130,17 +140,20 @@ class Tally:
     def _import(self, row: Row) -> None:
         """Add the spending of another ledger, whatever the cap says: it has happened. Once for each ledger."""
         f, b = self._open_filter(row), row.body
-        names = {b["ledger"], *b["carries"]}
+        names, covers = {b["ledger"], *b["carries"]}, [*b.get("covers", []), [b.get("head", [0])[0], b["ledger"]]]
         if not all(isinstance(name, str) for name in names) or names & self.counted:
             raise VerificationError(f"row {row.n} imports a ledger that was imported before")
         events = [(from_json(e), n) for e, n in b["events"]]
         before = sum(n for old in self.imported.values() for _, n in old)
         if any(type(n) is not int or n < 1 for _, n in events) or before + sum(n for _, n in events) > MAX_IMPORTED:
             raise VerificationError(f"row {row.n} imports fewer than one or more than {MAX_IMPORTED} steps")
+        if any(type(rows) is not int or name not in names for rows, name in covers):
+            raise VerificationError(f"row {row.n} covers rows of a ledger that it does not import")
         self.spent += sum(n * rdp(e, f.order) for e, n in events)
         self.overflow += sum(n * e.overflow for e, n in events)
         self.imported[b["ledger"]] = events
         self.counted |= names
+        self.covers |= {name: rows for rows, name in covers}
 
     @property
     def events(self) -> list[SampledGaussian]:
@@ -202,6 +215,7 @@ class Ledger:
         version: str = "",
         subject_salt: str = "",
         capacity: int = 0,
+        data_set: str = "",
         durable: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> Ledger:
@@ -216,9 +230,10 @@ class Ledger:
             subject_salt: SHA-256 (hex) of the salt under which the site tells subjects apart; not the salt itself.
             capacity: the most records (or persons) that the site may hold in this data set; a change is one row. 0:
                 as it is on file.
+            data_set: its name by hash, as the other sites remember it (:func:`~fedveil.privacy.joining.data_set`).
 
         Raises:
-            JournalError: in use, forged, closed, or of another lineage, version, subject salt, unit or δ.
+            JournalError: in use, forged, closed, or of another lineage, version, subject salt, data set, unit or δ.
         """
         self = cls._replayed(Journal.open(path, site, key, durable=durable, clock=clock))
         try:
@@ -227,7 +242,8 @@ class Ledger:
                     f"{path} was closed: ledger {self.tally.closed[:16]}... counts what was spent from it",
                     hint="go on with that ledger, and keep this one for auditors",
                 )
-            self._settle(lineage, cap, delta, unit, {"version": version, "subject_salt": subject_salt})
+            subjects = {"version": version, "subject_salt": subject_salt, "data_set": data_set}
+            self._settle(lineage, cap, delta, unit, subjects)
             if capacity not in (0, self.tally.capacity):
                 self._append("ledger.capacity", capacity=capacity)
         except BaseException:
@@ -257,7 +273,8 @@ class Ledger:
             )  # fmt: skip
             return
         for name, asked in subjects.items():
-            if asked and asked != getattr(self.tally, name):
+            held = getattr(self.tally, name)
+            if asked and asked != held and (held or name != "data_set"):  # older ledgers do not name their data set
                 raise JournalError(
                     f"{self.journal.path} was opened for another {name.replace('_', ' ')} of {lineage!r}",
                     hint="a new ledger for it, and 'fedveil ledger import' for what this one has spent",
@@ -359,10 +376,11 @@ class Ledger:
         counted = Counter(old.events)
         if max(len(counted), len(old.counted)) > MAX_NAMED:
             raise VerificationError(f"more than {MAX_NAMED} different events or ledgers cannot be imported at once")
+        covers = [[rows_, carried] for carried, rows_ in old.covers.items()]
         body = {
             "lineage": old.lineage, "owner": verified[0].owner, "public": public, "ledger": name,
             "carries": sorted(old.counted), "head": [len(verified), verified[-1].hash],
-            "events": [[e.to_json(), n] for e, n in counted.items()],
+            "events": [[e.to_json(), n] for e, n in counted.items()], **({"covers": covers} if covers else {}),
         }  # fmt: skip
         copy.deepcopy(self.tally).feed(Row(self.head.rows, self.journal.owner, 0, "ledger.import", body, "", "", ""))
         return body

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
+from collections.abc import Collection
 
 from flwr.app import Message
 
@@ -11,10 +14,11 @@ from fedveil.common.errors import BudgetExhausted, IdentityError, ProtocolError,
 from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
-from fedveil.privacy.joining import check_join, check_joins
+from fedveil.privacy.joining import check_copies, check_join, check_joins, heads_in, left_out
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.server.exchange import Exchange
 
+_LOG = logging.getLogger("fedveil.server")
 _KEYED = ("keysum", "sharedkey")
 _POLL = 0.05
 _LATE_S = 10.0  # for the sites beyond those that a sum needs
@@ -36,6 +40,8 @@ def join(exchange: Exchange, server_sum: ServerSum) -> None:
     job.progress("joined", {"sites": [m.site for m in job.roster.sites]})
     if job.plan.sum in _KEYED:
         _begin(exchange, server_sum)
+    else:
+        _leave_out(exchange)
 
 
 def _begin(exchange: Exchange, server_sum: ServerSum) -> None:
@@ -49,6 +55,24 @@ def _begin(exchange: Exchange, server_sum: ServerSum) -> None:
         for s, p in server_sum.begin(fields, ready).items()
     }
     exchange.packets(exchange.ask(wrapped, "query.deal"))
+    _leave_out(exchange, [s for s in exchange.nodes if s not in ready])
+
+
+def _leave_out(exchange: Exchange, refused: Collection[str] = ()) -> None:
+    """Ask nothing more of a site that takes part with another ledger than it may: no sum with it would be opened.
+
+    Args:
+        refused: who has refused already, and is in the journal for it.
+    """
+    job = exchange.job
+    statements = {SiteId(site): document for site, document in job.joins.items()}
+    told = heads_in(statements, job.roster)
+    named = Counter(said.own.data_set for said in told.values())  # all sites have read the same contract
+    for site, error in left_out(told, named.most_common(1)[0][0]).items():
+        _LOG.warning("%s takes no part: %s", site, error)
+        if site not in refused:
+            job.journal.append("site.refused", {"session": job.session, "site": site, "code": error.code})
+        exchange.nodes.pop(site, None)
 
 
 def _gather(exchange: Exchange) -> None:
@@ -100,6 +124,7 @@ def _admit(exchange: Exchange, reply: Message) -> None:
     if not isinstance(site, str):
         raise ProtocolError("a malformed join statement")
     check_join(document, SiteId(site), job.session, job.plan.hash, job.roster)
+    check_copies(document, SiteId(site), job.roster)
     if authenticated not in ("", site) or site in job.joins:
         raise IdentityError(f"two sites speak as {site!r}", hint="every site needs its own keys")
     job.joins[site] = document

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedveil.client import report_receipt
+from fedveil.client import report_receipt, witness
 from fedveil.client.egress.ledger_rows import check_rows, exactly, hexadecimal
 from fedveil.client.session import Session, Site
 from fedveil.common import canonical, identity
-from fedveil.common.errors import FedveilError, PolicyRefusal
+from fedveil.common.errors import PolicyRefusal, ProtocolError
+from fedveil.common.journal import Copy
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.joining import JOIN, heads_of, sum_spec
+from fedveil.privacy.joining import JOIN, check_copies, sum_spec
 from fedveil.privacy.report import signatures
 from fedveil.privacy.secagg import keysum_common as keysum
 from fedveil.privacy.secagg import sharedkey_common as sharedkey
@@ -68,10 +69,9 @@ class Forms:
         exactly("the statement", payload, {
             "v": 1, "session": request.header["session"], "site": site.id, "plan_hash": session.plan_hash,
             "roster_hash": site.roster.hash, "contract_hash": site.contract_hash,
-            "fields": lambda _: True, "head": list(site.ledger.head), "ledger": site.head[2],
-            "peers": site.peers.copies(),
+            "fields": lambda _: True, **witness.told(site.ledger, site.data_set, site.peers),
         })  # fmt: skip
-        heads_of(payload["peers"])
+        check_copies(packet.header["statement"], site.id, site.roster)
         keyed = session.plan.sum in ("keysum", "sharedkey")
         exactly("the statement's fields", payload["fields"], {"x25519": hexadecimal(64)} if keyed else {})
         if payload["fields"] != session.sum.join_fields():
@@ -169,6 +169,8 @@ class Forms:
         digest = keysum.members_digest(spec, int(str(round_)), members)
         _exact(packet, keysum.agreement_header(spec, int(str(round_)), site.id, digest) | {"signature": _SIGNATURE})
         keysum.check_signature(spec, site.id, packet.header)
+        if (session.id, round_) not in site.ledger.tally.agreed:
+            raise PolicyRefusal("an agreement that the ledger does not hold")
 
     def _open(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         """A helper's share of the sum of keys. If every site has the key: the sum itself."""
@@ -227,7 +229,9 @@ def _own_head(value: Any, site: Site) -> bool:
     """Whether ``value`` is a head that this site's own journal had at some time."""
     rows = site.ledger.journal.rows
     try:
-        count, last, first = value
-        return type(count) is int and 0 < count <= len(rows) and rows[count - 1].hash == last and rows[0].hash == first
-    except (FedveilError, TypeError, ValueError):
+        copy = Copy.from_json(value)
+    except ProtocolError:
         return False
+    (count, last), known = copy.head, (rows[0].hash, site.data_set)
+    genuine = copy.signed_by(site.id, identity.public_hex(site.key)) and (copy.ledger, copy.data_set) == known
+    return genuine and 0 < count <= len(rows) and rows[count - 1].hash == last

@@ -91,6 +91,10 @@ def _head(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and whole(value[0]) and is_hex(value[1], 64)
 
 
+def _covered(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_head, value))
+
+
 def _criteria(value: Any) -> bool:
     return isinstance(value, dict) and all(
         text(64)(name) and isinstance(c, dict) and set(c) == {"required", "met"} and number(c["required"])
@@ -127,13 +131,15 @@ _FORMS: dict[str, dict[str, Check]] = {
     "plan.accepted": {"session": _HEX, "plan_hash": _HEX, "roster_hash": _HEX, "contract_hash": _HEX},
     "spend": {"session": _HEX, "round": whole, "plan_hash": _HEX, "event": _event},
     "commit": {"session": _HEX, "round": whole},
+    "agreed": {"session": _HEX, "round": whole, "members": _HEX, "digest": _HEX},
     "refused": {"session": _HEX, "reason": _CODE},
     "model": {"session": _HEX, "round": whole, "model_hash": _HEX},
     "session.end": {"session": _HEX, "status": _one_of(*ENDINGS)},
     "journal.repaired": {"dropped_bytes": whole},
 }  # fmt: skip
 _OPTIONAL: dict[str, dict[str, Check]] = {
-    "ledger.open": {"version": text(128), "subject_salt": text(128)},
+    "ledger.open": {"version": text(128), "subject_salt": text(128), "data_set": _HEX},
+    "ledger.import": {"covers": _covered},
     "plan.accepted": {"precision": _one_of("float32")},
     "spend": {"state": _HEX},  # ledgers of the first release lack it
 }

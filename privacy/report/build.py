@@ -9,13 +9,13 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, fields, identity
 from fedveil.common.errors import VerificationError
 from fedveil.common.files import replacing
 from fedveil.privacy import plan as plans
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import software_bill
-from fedveil.privacy.report.bundle import PLAN, REPORT, Bundle, journal_name
+from fedveil.privacy.report.bundle import JOINS, PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import compose
 from fedveil.privacy.report.derive import Facts, derive
 from fedveil.privacy.report.history import replay
@@ -65,4 +65,6 @@ def open_facts(bundle: Bundle) -> Facts:
     charges = {s: compose(bundle.site_rows(roster, s), history.session) for s in delivered}
     head = (len(rows), rows[-1].hash) if rows else (0, "0" * 64)
     found = bundle.metrics(), bundle.digests, bundle.roots, bundle.audit(plan)
-    return Facts(plan, roster, history, charges, head, *found)
+    documents = fields.mapping(bundle.json(JOINS), JOINS)
+    joins = {s: fields.mapping(fields.mapping(d, JOINS).get("payload"), JOINS) for s, d in documents.items()}
+    return Facts(plan, roster, history, charges, head, *found, joins)

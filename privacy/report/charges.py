@@ -12,6 +12,7 @@ from fedveil.common.journal import Row
 from fedveil.privacy.dp.accounting import ORDERS
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 from fedveil.privacy.ledger import Tally
+from fedveil.privacy.report.history import falling
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
 Precision = Literal["float64", "float32"]
@@ -19,7 +20,7 @@ _MAX_CRITERIA, _MAX_EVENTS = 64, 4096
 KINDS = frozenset(
     {
         "ledger.open", "ledger.import", "ledger.cap", "ledger.closed", "journal.repaired", "data.released",
-        "plan.approved", "plan.accepted", "spend", "commit", "refused", "model", "session.end",
+        "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model", "session.end",
     }
 )  # fmt: skip
 
@@ -57,6 +58,11 @@ class Charges:
         left: the part of the filter's Rényi budget that is not spent, in [0, 1].
         spending: in order, the session of every row that spent (empty for an import) and the filter's ε after it.
         tightest: at the spend that came closest to the cap then in force, all events up to it, and that cap.
+        data_set: the data set that it counts, by hash; empty in ledgers of older versions.
+        covers: by imported ledger, up to how many of its rows.
+        agreed: by round of this session, the set that the site signed: its names and the whole, by hash.
+        times: of the first and the last row of this session; empty if there is none.
+        fall: the first row of all that is dated before the one before it; None if none is.
     """
 
     lineage: str
@@ -80,6 +86,11 @@ class Charges:
     left: float
     spending: tuple[tuple[str, float], ...]
     tightest: tuple[tuple[SampledGaussian, ...], float]
+    data_set: str
+    covers: dict[str, int]
+    agreed: dict[int, tuple[str, str]]
+    times: tuple[int, ...]
+    fall: int | None
 
 
 def compose(rows: list[Row], session: str) -> Charges:
@@ -114,7 +125,10 @@ def compose(rows: list[Row], session: str) -> Charges:
         exhausted=state.exhausted, models=tuple(state.models), end=state.end, released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
         left=_left(tally), spending=tuple(state.spending),
-        tightest=state.tightest,
+        tightest=state.tightest, data_set=tally.data_set, covers=tally.covers,
+        agreed={n: said for (s, n), said in tally.agreed.items() if s == session},
+        times=(min(at), max(at)) if (at := [r.at for r in rows if r.body.get("session") == session]) else (),
+        fall=falling(rows),
     )  # fmt: skip
 
 
@@ -224,15 +238,18 @@ def bounded(row: Row) -> None:
         fields.number(row.body, "delta", where, low=1e-300, high=0.01)
         fields.text(row.body, "lineage", where)
         fields.text(row.body, "unit", where)
-        for name in {"version", "subject_salt"} & set(row.body):
+        for name in {"version", "subject_salt", "data_set"} & set(row.body):
             fields.text(row.body, name, where)
     if row.kind == "ledger.import":
         _bounded_import(row, where)
     if row.kind in ("ledger.open", "ledger.cap"):
         fields.number(row.body, "cap_epsilon", where, low=1e-9, high=1000)
-    if row.kind in ("spend", "commit"):
+    if row.kind in ("spend", "commit", "agreed"):
         fields.text(row.body, "session", where)
         fields.integer(row.body, "round", where, high=1 << 20)
+    if row.kind == "agreed":
+        for name in ("members", "digest"):
+            fields.hexadecimal(row.body, name, where)
     if row.kind == "spend" and from_json(row.body.get("event")).noise_multiplier < MIN_NOISE:
         raise VerificationError(f"{where}: a noise multiplier below {MIN_NOISE:g} gives no privacy to account for")
 
@@ -242,6 +259,9 @@ def _bounded_import(row: Row, where: str) -> None:
     events, carries = row.body.get("events"), row.body.get("carries")
     if not isinstance(carries, list) or len(carries) > _MAX_EVENTS:
         raise VerificationError(f"{where}: it does not say which ledgers it carries along")
+    covers = row.body.get("covers", [])
+    if not isinstance(covers, list) or len(covers) > _MAX_EVENTS:
+        raise VerificationError(f"{where}: it does not say which rows it covers")
     if not isinstance(events, list) or len(events) > _MAX_EVENTS:
         raise VerificationError(f"{where}: no list of events, or more than {_MAX_EVENTS}")
     for entry in events:

@@ -17,7 +17,7 @@ from fedveil.common.errors import VerificationError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import GENESIS, Row
 from fedveil.privacy import plan as plans
-from fedveil.privacy.joining import JOIN
+from fedveil.privacy.joining import JOIN, data_set
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import (
@@ -117,6 +117,12 @@ class Audit:
                 if m.site in self._history.end.heads or self._has(journal_name(m.site)):
                     what = "chain, signatures, head; its end, its table, no step charged twice or past the cap"
                     yield f"ledger of {m.site}", what, partial(self._ledger, m.site)
+        yield "row times", "no time falls; rows of this session lie inside the run, give or take a day", self._times
+        yield (
+            "signed sets",
+            "the sets that the sites signed against each other and the server's journal",
+            self._agreements,
+        )
         yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
         for name, what, check in _CLAIMS:
@@ -297,8 +303,12 @@ class Audit:
         if head != fields.head(named, "the report's head"):
             raise VerificationError("its head is not the one that the report names")
         joined = self._got("join statements", self._joins)[site]
-        remark = ledgers.continues(rows, joined, self._seen.get(site, ()), plan.colluders)
+        seen, public = self._seen.get(site, []), self._got("roster", self.roster).member(site).signing_key
+        remark = ledgers.continues(rows, joined, seen, plan.colluders, public)
         c = compose(rows, h.session)
+        others = ledgers.others(site, public, joined, seen, c.covers)
+        named = data_set(self._agreed.name, c.unit) if self._agreed else ""
+        remark += ledgers.replaces_none(c, joined, others, named)
         ledgers.charged(c, plan, h, joined["head"][0])
         ledgers.ends(c, h, site)
         if not self.simulated:
@@ -306,6 +316,12 @@ class Audit:
         self._charges[site] = c
         spent = f"filter epsilon {c.epsilon_after:.4f} of {c.cap:g}"
         return f"{len(rows)} rows, {len(c.spends)} steps charged, {spent}{remark}"
+
+    def _times(self) -> str:
+        return ledgers.dated(self._charges, self._ended())
+
+    def _agreements(self) -> str:
+        return ledgers.agreed(self._charges, self._got("plan", self._plan), self._ended())
 
     def _delivered(self) -> str:
         h, roster, plan = self._ended(), self._got("roster", self.roster), self._got("plan", self._plan)
@@ -354,6 +370,7 @@ class Audit:
         facts = Facts(
             plan, self._got("roster", self.roster), self._ended(), self._in_order(),
             (len(rows), rows[-1].hash), bundle.metrics(), bundle.digests, bundle.roots, bundle.audit(plan),
+            self._got("join statements", self._joins),
         )  # fmt: skip
         claims.same(payload, canonical.loads(canonical.dumps(derive(facts))), REPORT)
         by = {name: software[name]["version"] for name in ("dp-accounting", "fedveil") if name in software}

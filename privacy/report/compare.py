@@ -24,7 +24,7 @@ from fedveil.privacy.report.bundle import JOURNAL, JOURNALS, REPORT
 SAME, CONTINUES, UNKNOWN = "same", "continues", "not comparable"
 CUT, FORKED, REWRITTEN, REPLACED, ALTERED = "cut", "forked", "rewritten", "replaced", "altered"
 BAD = frozenset({CUT, FORKED, REWRITTEN, REPLACED, ALTERED})
-_LIMIT, _PEERS_LIMIT = 1 << 28, 1 << 22
+_LIMIT, _PEERS_LIMIT = 1 << 28, 1 << 23
 
 
 @dataclass(frozen=True)

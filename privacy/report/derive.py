@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedveil.common.identity import Roster
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp, interval
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import privacy_loss, wording
+from fedveil.privacy.report import ledgers, privacy_loss, wording
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round
@@ -33,6 +33,7 @@ class Facts:
         digests: SHA-256 of every file of the bundle.
         roots: Merkle root of every journal, by owner.
         audit: an empirical audit's results, repeated and not recomputed.
+        joins: every site's join statement.
     """
 
     plan: PrivacyPlan
@@ -44,6 +45,7 @@ class Facts:
     digests: Mapping[str, str]
     roots: Mapping[str, str]
     audit: dict[str, Any] | None = None
+    joins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def simulated(self) -> bool:
@@ -97,6 +99,8 @@ def derive(f: Facts) -> dict[str, Any]:
         "metrics": _metrics(f),
         "hashes": _hashes(f),
     }
+    if other := _other_ledgers(f):
+        numbers["other_ledgers"] = other
     return wording.insert(numbers, Speaker(SIGNED_IN))
 
 
@@ -216,6 +220,16 @@ def _site(f: Facts, site: str) -> dict[str, Any] | None:
         "precision": c.precision,
         "anonymisation": _anonymisation(f.plan, c),
     }
+
+
+def _other_ledgers(f: Facts) -> dict[str, list[dict[str, Any]]]:
+    """By site, its other ledgers of which members of the run hold a signed head; sites without any are left out."""
+    seen, out = ledgers.seen_by_peers(f.joins), dict[str, list[dict[str, Any]]]()
+    for m in f.roster.sites:
+        covers = f.charges[m.site].covers if m.site in f.charges else {}
+        if found := ledgers.others(m.site, m.signing_key, f.joins.get(m.site, {}), seen.get(m.site, []), covers):
+            out[m.site] = [o._asdict() for o in found]
+    return out
 
 
 def _runs(c: Charges) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ the same nonce, and its set may be announced once more. ``join.refused`` and ``s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from fedveil.common import fields
@@ -28,6 +29,7 @@ class Round:
     Attributes:
         outcome: ``applied``, ``aborted``, ``interrupted`` (the run ended in between).
         members: the announced set U; None if it never came to that.
+        announced: every set that was announced for the round: a second one only after a restart.
         model_in, model_out: SHA-256 of the weights before, and of those after the step (applied rounds only).
         state_in, state_out: the names of the whole model states; empty in journals of the first release.
         opened: digest of the opened sum (applied rounds only), as the server keeps it.
@@ -38,6 +40,7 @@ class Round:
     nonce: str
     model_in: str
     members: tuple[str, ...] | None = None
+    announced: tuple[tuple[str, ...], ...] = ()
     outcome: str = "interrupted"
     noise_multiplier: float | None = None
     model_out: str | None = None
@@ -69,7 +72,13 @@ class Refusal:
 
 @dataclass
 class History:
-    """The whole journal; made by :func:`replay`. ``model_hash`` and ``state`` are the initial model's."""
+    """The whole journal; made by :func:`replay`.
+
+    Attributes:
+        model_hash, state: the initial model's.
+        times: of the first and the last row; empty for an empty journal.
+        fall: the first row that is dated before the one before it; None if none is.
+    """
 
     session: str = ""
     plan_hash: str = ""
@@ -85,6 +94,8 @@ class History:
     repairs: int = 0
     refusals: list[Refusal] = field(default_factory=list)
     end: End | None = None
+    times: tuple[int, ...] = ()
+    fall: int | None = None
 
     @property
     def ended(self) -> End:
@@ -112,7 +123,14 @@ def replay(rows: list[Row]) -> History:
     reader = _Reader()
     for row in rows:
         reader.feed(row)
+    reader.history.times = (rows[0].at, rows[-1].at) if rows else ()
+    reader.history.fall = falling(rows)
     return reader.history
+
+
+def falling(rows: list[Row]) -> int | None:
+    """The number of the first row that is dated before the one before it; None if none is."""
+    return next((b.n for a, b in pairwise(rows) if b.at < a.at), None)
 
 
 class _Reader:
@@ -196,6 +214,7 @@ class _Reader:
         if r.members is not None and not self._may_announce:
             raise VerificationError(f"{where} announces a second set for round {r.number}")
         r.members, self._may_announce = fields.sites(b, "members", where), False
+        r.announced = (*r.announced, r.members)
 
     def _round_applied(self, b: dict[str, Any], where: str) -> None:
         r = self._current(b, where)

@@ -6,12 +6,13 @@ Every function raises :class:`VerificationError` and names what does not hold.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedveil.common import fields
 from fedveil.common.errors import FedveilError, VerificationError
-from fedveil.common.journal import GENESIS, Row
-from fedveil.privacy.joining import Copy, heads_of
+from fedveil.common.journal import GENESIS, Copy, Row
+from fedveil.privacy.joining import heads_of, names_of
+from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import recompute
 from fedveil.privacy.report.charges import Charges
@@ -20,8 +21,21 @@ from fedveil.privacy.report.history import COMPLETED, History
 Seen = list[tuple[str, Copy]]  # who has seen it, and what
 
 
+class Other(NamedTuple):
+    """Another ledger of a site: its first row's hash, the most rows and how many members saw, and what counts it.
+
+    ``same_data_set``: it counted the data set of this run. ``imported``: this run's ledger counts all of these rows.
+    """
+
+    ledger: str
+    rows: int
+    members: int
+    same_data_set: bool
+    imported: bool
+
+
 def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
-    """By site, every head of its ledgers that another site's signed join statement names."""
+    """By site, every head of its ledgers that a signed join statement names; whether its owner signed it or not."""
     out: dict[str, Seen] = {}
     for witness, statement in joins.items():
         try:
@@ -33,16 +47,20 @@ def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
     return out
 
 
-def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[str, Copy]], colluders: int) -> str:
+def continues(
+    rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[str, Copy]], colluders: int, public: str = ""
+) -> str:
     """It is the ledger that the site joined with, and holds every row that other sites had seen of it.
 
-    A copy is the word of its witness: the owner has not signed it. Up to ``colluders`` sites may invent one together,
-    and must not be able to accuse another site with it. Of more witnesses than that, at least one is honest.
+    One copy that the owner has signed is enough. In older versions a copy is the word of its witness. Up to
+    ``colluders`` sites may invent one together, and must not be able to accuse another site with it. Of more witnesses
+    than that, at least one is honest.
 
     Args:
         joined: the site's own join statement.
         seen: see :func:`seen_by_peers`; of the site's other ledgers it says nothing here.
         colluders: t of the plan.
+        public: the site's key (hex).
 
     Returns:
         A remark on witnesses who say otherwise and are too few to be believed; empty if there are none.
@@ -52,13 +70,119 @@ def continues(rows: list[Row], joined: Mapping[str, Any], seen: Iterable[tuple[s
     count, digest = fields.head(joined.get("head"), "the join statement")
     if not _holds(rows, count, digest) or joined.get("ledger", rows[0].hash) != rows[0].hash:
         raise VerificationError("it does not continue the ledger that the site had when it joined")
-    against = {w: c.head.rows for w, c in seen if c.ledger == rows[0].hash and not _holds(rows, *c.head)}
+    lost = [(w, c) for w, c in seen if c.ledger == rows[0].hash and not _holds(rows, *c.head)]
+    if signed := [(w, c) for w, c in lost if c.signed_by(rows[0].owner, public)]:
+        witness, copy = signed[0]
+        raise VerificationError(
+            f"before this run it had other rows, or more: {witness} holds a head of {copy.head.rows} rows that the "
+            "site has signed"
+        )
+    against = {w: c.head.rows for w, c in lost}
     if not against:
         return ""
     said = ", ".join(f"{w} ({n} rows)" for w, n in sorted(against.items())[:8])
     if len(against) > colluders:
         raise VerificationError(f"these sites signed that it had other rows, or more, before this run: {said}")
     return f"; {said} signed that it had other rows, or more: one word against another, up to {colluders} may collude"
+
+
+def others(site: str, public: str, joined: Mapping[str, Any], seen: Seen, covers: Mapping[str, int]) -> list[Other]:
+    """The other ledgers of a site that members of this run have seen, by heads that the site has signed.
+
+    Args:
+        public: the site's key (hex).
+        joined: its own join statement.
+        seen: see :func:`seen_by_peers`.
+        covers: by imported ledger, up to how many of its rows.
+    """
+    by: dict[str, list[tuple[str, Copy]]] = {}
+    for witness, copy in seen:
+        if witness != site and copy.ledger != joined.get("ledger") and copy.signed_by(site, public):
+            by.setdefault(copy.ledger, []).append((witness, copy))
+    return [
+        Other(
+            name, max(c.head.rows for _, c in copies), len({w for w, _ in copies}),
+            any(c.data_set == joined.get("data_set") for _, c in copies),
+            covers.get(name, -1) >= max(c.head.rows for _, c in copies),
+        )
+        for name, copies in sorted(by.items())
+    ]  # fmt: skip
+
+
+def replaces_none(c: Charges, joined: Mapping[str, Any], others: Iterable[Other], data_set: str) -> str:
+    """It counts what other ledgers of the data set have spent, as far as members saw them; and is of this data set.
+
+    Args:
+        joined: the site's own join statement.
+        others: see :func:`others`.
+        data_set: the contract's, by hash; empty where no contract is at hand.
+
+    Returns:
+        A remark that lists the other ledgers; empty if there are none.
+    """
+    said = joined.get("data_set")
+    if said is not None and (said != (data_set or said) or c.data_set not in ("", said)):
+        raise VerificationError("the site joined with the ledger of another data set than the contract's")
+    for entry in joined.get("imports", []):
+        name, rows = entry
+        if c.covers.get(name, -1) < rows:
+            raise VerificationError(f"the site said that it counts {rows} rows of ledger {name[:16]}...; it does not")
+    listed = []
+    for o in others:
+        if o.same_data_set and not o.imported:
+            raise VerificationError(
+                f"it is a fresh ledger: {o.members} members have seen another one of this data set, "
+                f"{o.ledger[:16]}... with {o.rows} rows, which it does not count"
+            )
+        how = "counted in this one" if o.imported else "of another data set"
+        listed.append(f"{o.ledger[:16]}... ({o.rows} rows, seen by {o.members} members, {how})")
+    return f"; other ledgers of this site: {', '.join(listed)}" if listed else ""
+
+
+def agreed(charges: Mapping[str, Charges], plan: PrivacyPlan, h: History) -> str:
+    """Every set that a site signed is one that the journal announces, the same for all, and signed by enough.
+
+    Ledgers of older versions do not say what their site signed. So this begins with the first one that does.
+    """
+    found = {s: c.agreed for s, c in charges.items() if c.agreed}
+    if not found:
+        return "no ledger says which sets its site signed (a sum without agreement, or an older version)"
+    rounds = {r.number: r for r in h.rounds}
+    for site, sets in found.items():
+        for n, (names, digest) in sets.items():
+            r = rounds.get(n)
+            if r is None or names not in map(names_of, r.announced):
+                raise VerificationError(f"{site} signed another set in round {n} than the server's journal announces")
+            other = next((s for s, o in found.items() if n in o and o[n][0] == names and o[n][1] != digest), None)
+            if other is not None:
+                raise VerificationError(f"{site} and {other} signed different sums of the same sites in round {n}")
+    unknown = plan.sites - len(charges)
+    for r in h.applied:
+        last = names_of(r.members or ())
+        signed = sum(sets.get(r.number, ("", ""))[0] == last for sets in found.values())
+        if signed + unknown < plan.threshold:
+            raise VerificationError(
+                f"the set of round {r.number} was signed by {signed} of the {plan.threshold} sites that its sum needs"
+            )
+    return f"{sum(map(len, found.values()))} signed sets of {len(found)} sites"
+
+
+def dated(charges: Mapping[str, Charges], h: History) -> str:
+    """No row is dated before the one before it, and this session's rows lie inside the run, give or take a day.
+
+    A journal's writer never lets times fall. Clocks of different machines may be apart, by :data:`CLOCK_S` at most.
+    """
+    if h.fall is not None:
+        raise VerificationError(f"row {h.fall} of the server's journal is dated before the row before it")
+    first, last = h.times
+    for site, c in charges.items():
+        if c.fall is not None:
+            raise VerificationError(f"row {c.fall} of the ledger of {site} is dated before the row before it")
+        if c.times and not (first - CLOCK_S <= c.times[0] and c.times[1] <= last + CLOCK_S):
+            raise VerificationError(
+                f"the ledger of {site} dates rows of this session more than {CLOCK_S // 3600} hours outside of the run"
+            )
+    return f"{len(charges) + 1} journals; the run took {last - first} seconds"
 
 
 def counts(c: Charges, plan: PrivacyPlan, h: History, site: str) -> int:

@@ -163,6 +163,8 @@ class _Words:
         ]
         if missing := self.p["ledgers_missing"]:
             out.insert(0, say("open.ledgers", sites=say("list.join").join(missing)))
+        if others := self.p.get("other_ledgers"):
+            out.insert(0, say("open.other_ledgers", sites=say("list.join").join(others)))
         return out
 
     def deviations(self) -> list[str]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import SecureSumError, StateMismatch
 from fedveil.common.identity import Roster
+from fedveil.common.journal import Copy
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 
@@ -35,7 +36,7 @@ MAX_NONCE = 128
 READY = "sum/ready"
 
 Integers = NDArray[np.int64 | np.int32]
-Head = tuple[int, str, str]  # rows of a journal, the hash of the last one, and the hash of the first one
+Head = Copy  # where a site's journal stands, signed by the site
 Witness = Callable[[Mapping[SiteId, Head]], None]
 
 

@@ -24,8 +24,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import IdentityError, SecureSumError, WireError
-from fedveil.common.journal import MAX_ROWS
+from fedveil.common.errors import IdentityError, ProtocolError, SecureSumError, WireError
+from fedveil.common.journal import Copy
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.secagg.interface import Head, SumSpec, is_hex
@@ -126,17 +126,19 @@ def check_contribution(spec: SumSpec, joins: Joins, round: int, nonce: str, head
         raise WireError(f"the contribution of {site!r} has a malformed header")
     if not all(is_hex(h, 64) for h in shares):
         raise WireError(f"the contribution of {site!r} has a malformed header")
-    head = _head(site, header["head"]) if "head" in header else None
+    head = _head(spec, site, header["head"]) if "head" in header else None
     check_signature(spec, site, header)
     return Contribution(site, nonce, header["ciphertext"], tuple(shares), canonical.digest(header), head, state)
 
 
-def _head(site: SiteId, value: Any) -> Head:
-    if not (isinstance(value, list) and len(value) == 3 and type(value[0]) is int and 0 < value[0] <= MAX_ROWS):
-        raise WireError(f"the journal head of {site!r} is malformed")
-    if not (is_hex(value[1], 64) and is_hex(value[2], 64)):
-        raise WireError(f"the journal head of {site!r} is malformed")
-    return value[0], value[1], value[2]
+def _head(spec: SumSpec, site: SiteId, value: Any) -> Head:
+    try:
+        head = Copy.from_json(value)
+    except ProtocolError as e:
+        raise WireError(f"{e.message}: in the contribution of {site!r}") from e
+    if head.head.rows == 0 or not head.signed_by(site, spec.roster.member(site).signing_key):
+        raise SecureSumError(f"the journal head in the contribution of {site!r} is not signed by it")
+    return head
 
 
 def box_context(round: int, nonce: str, ciphertext: str) -> list[Any]:

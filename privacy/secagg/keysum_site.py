@@ -81,7 +81,7 @@ class KeysumSite(SiteSum):
         header = messages.contribution_header(self._spec, joins, round, nonce, self._site, state)
         header |= {"ciphertext": digest, "shares": [sha256(box) for box in boxes]}
         if head is not None:
-            header["head"] = list(head)
+            header["head"] = head.to_json()
         packet = Packet(
             messages.sign_header(self._signing_key, header), {"ciphertext": ciphertext, "shares": b"".join(boxes)}
         )

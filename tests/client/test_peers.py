@@ -9,20 +9,33 @@ import pytest
 
 from fedveil.client.app import make_app as client_app
 from fedveil.client.peers import PeerHeads
-from fedveil.common import canonical
+from fedveil.common import canonical, identity
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.errors import FedveilError, HelperRefusal, JournalError, ProtocolError
-from fedveil.common.journal import Head
+from fedveil.common.errors import FedveilError, FreshLedger, HelperRefusal, JournalError, ProtocolError
+from fedveil.common.identity import SERVER, Member, Roster
+from fedveil.common.journal import Copy, Head
 from fedveil.common.units import SiteId
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.lab import datasets, virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
-from fedveil.privacy.joining import MAX_LEDGERS, Copy, heads_in, heads_of
+from fedveil.privacy.joining import MAX_LEDGERS, heads_in, heads_of, left_out, seen_of
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 
 A, B = SiteId("a"), SiteId("b")
+KEYS = {s: identity.new_signing_key() for s in (A, B)}
+ROSTER = Roster(
+    "two", Member(SERVER, "a" * 64), tuple(Member(s, identity.public_hex(k)) for s, k in KEYS.items())
+)  # fmt: skip
+ONE, TWO = "1" * 64, "2" * 64
+
+
+def signed(site, rows, last, ledger, data_set=""):
+    """A copy of a head in the form in which it travels: each ledger is of a data set of its own, unless it is named."""
+    return Copy(Head(rows, last * 64), ledger, data_set or ledger).by(site, KEYS[site])
+
+
 SPLIT = datasets.load("trivial", 4, 0)
 
 
@@ -56,7 +69,7 @@ def run(world, folder, sites, plan=PLAN, drop=None):
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after a run on their other data sets"])
-def test_a_restored_site_refuses_and_the_others_go_on(tmp_path, between):
+def test_a_restored_site_refuses_and_the_others_go_on(tmp_path, between, monkeypatch):
     world, state = virtual_sites.World.make(4), tmp_path / "state"
     peers = [PeerHeads(tmp_path / f"peers-{i}.json") for i in range(4)]
     sites = [make(world, i, state, peers[i]) for i in range(4)]
@@ -67,10 +80,12 @@ def test_a_restored_site_refuses_and_the_others_go_on(tmp_path, between):
     for site in sites:
         site.ledger.close()
     if between:
+        monkeypatch.setattr(virtual_sites, "LINEAGE", "another data set")
         others = [make(world, i, tmp_path / "others", PeerHeads(tmp_path / f"peers-{i}.json")) for i in range(4)]
         run(world, tmp_path / "between", others)
         for site in others:
             site.ledger.close()
+        monkeypatch.undo()
     shutil.copy(tmp_path / "backup", ledger)  # the disk of the first site goes back to before the second run
     sites = [make(world, i, state, PeerHeads(tmp_path / f"peers-{i}.json")) for i in range(4)]
     job, strategy = run(world, tmp_path / "three", sites)
@@ -119,58 +134,108 @@ def test_a_site_restored_within_a_run_is_seen_in_the_next_round(tmp_path, restor
 def test_heads_only_move_forward_and_survive(tmp_path):
     path = tmp_path / "peers.json"
     peers = PeerHeads(path)
-    one, two = "1" * 64, "2" * 64
-    peers.keep({A: Copy(Head(5, "a" * 64), one), B: Copy(Head(1, "b" * 64), one)})
-    peers.keep({A: Copy(Head(4, "c" * 64), one)})
-    assert PeerHeads(path).copies() == {A: [[5, "a" * 64, one]], B: [[1, "b" * 64, one]]}
-    peers.keep({A: Copy(Head(1, "d" * 64), two)})  # another data set's ledger has its own count
-    assert PeerHeads(path).copies()[A] == [[5, "a" * 64, one], [1, "d" * 64, two]]
-    peers.keep({A: Copy(Head(6, "e" * 64), one)})  # what moved last stands last
-    assert PeerHeads(path).copies()[A] == [[1, "d" * 64, two], [6, "e" * 64, one]]
+    five, first = signed(A, 5, "a", ONE), signed(B, 1, "b", ONE)
+    peers.keep({A: five, B: first})
+    peers.keep({A: signed(A, 4, "c", ONE)})
+    assert PeerHeads(path).copies() == {A: [five.to_json()], B: [first.to_json()]}
+    assert five.to_json() == [5, "a" * 64, ONE, ONE, five.signature]
+    other, six = signed(A, 1, "d", TWO), signed(A, 6, "e", ONE)
+    peers.keep({A: other})  # another data set's ledger has its own count
+    assert PeerHeads(path).copies()[A] == [five.to_json(), other.to_json()]
+    peers.keep({A: six})  # what moved last stands last
+    assert PeerHeads(path).copies()[A] == [other.to_json(), six.to_json()]
 
 
 def test_a_site_with_two_data_sets_cannot_wind_one_back_behind_the_other(tmp_path):
     peers = PeerHeads(tmp_path / "peers.json")
-    one, two = "1" * 64, "2" * 64
-    peers.follow({A: Copy(Head(9, "a" * 64), one)})
-    peers.follow({A: Copy(Head(3, "b" * 64), two)})  # a run on its other ledger in between
+    peers.follow({A: signed(A, 9, "a", ONE)})
+    peers.follow({A: signed(A, 3, "b", TWO)})  # a run on its other ledger in between
     for again in (peers, PeerHeads(tmp_path / "peers.json")):
         for rows, last in ((8, "c"), (9, "c")):
             with pytest.raises(HelperRefusal, match="back in time"):
-                again.follow({A: Copy(Head(rows, last * 64), one)})
-        again.follow({A: Copy(Head(3, "b" * 64), two), B: Copy(Head(1, "e" * 64), one)})
-    peers.follow({A: Copy(Head(10, "c" * 64), one)})
+                again.follow({A: signed(A, rows, last, ONE)})
+        again.follow({A: signed(A, 3, "b", TWO), B: signed(B, 1, "e", ONE)})
+    peers.follow({A: signed(A, 10, "c", ONE)})
 
 
 def test_ledgers_without_end_cost_a_bounded_memory(tmp_path):
     peers = PeerHeads(tmp_path / "peers.json")
     for n in range(50):
-        peers.keep({A: Copy(Head(n, "a" * 64), f"{n:064x}"), B: Copy(Head(n, "b" * 64), "1" * 64)})
+        peers.keep({A: signed(A, n, "a", f"{n:064x}"), B: signed(B, n, "b", ONE)})
     held = PeerHeads(tmp_path / "peers.json").copies()
     assert [entry[0] for entry in held[A]] == list(range(50 - MAX_LEDGERS, 50))
-    assert held[B] == [[49, "b" * 64, "1" * 64]]
+    assert held[B] == [signed(B, 49, "b", ONE).to_json()]
 
 
 def test_what_was_written_when_one_ledger_was_remembered_is_read(tmp_path):
     (tmp_path / "peers.json").write_bytes(canonical.dumps({A: [5, "a" * 64, "1" * 64]}))
     with pytest.raises(HelperRefusal):
-        PeerHeads(tmp_path / "peers.json").follow({A: Copy(Head(4, "b" * 64), "1" * 64)})
+        PeerHeads(tmp_path / "peers.json").follow({A: signed(A, 4, "b", ONE)})
+
+
+def test_heads_without_a_signature_are_compared_with_and_not_passed_on(tmp_path):
+    path = tmp_path / "peers.json"
+    path.write_bytes(canonical.dumps({A: [[5, "a" * 64, ONE], [2, "a" * 64, TWO]]}))  # as older versions wrote it
+    for peers in (PeerHeads(path), PeerHeads(path, ROSTER)):
+        assert peers.copies() == {}
+        with pytest.raises(HelperRefusal, match="back in time"):
+            peers.follow({A: signed(A, 4, "b", ONE)})
+    same = signed(A, 5, "a", ONE)
+    peers.keep({A: same})  # the same head, now with its owner's word
+    assert PeerHeads(path, ROSTER).copies() == {A: [same.to_json()]}
+
+
+def test_what_another_key_has_signed_is_not_passed_on(tmp_path):
+    """A site that enrolled anew has another key: what its old one signed is still compared with here."""
+    peers = PeerHeads(tmp_path / "peers.json", ROSTER)
+    peers.keep({A: Copy(Head(5, "a" * 64), ONE, ONE).by(A, KEYS[B]), B: signed(B, 1, "b", ONE)})
+    assert set(peers.copies()) == {B}
+    assert [copy.head.rows for copy in peers.of(A)] == [5]
+
+
+def test_a_member_that_contributes_under_another_ledger_than_it_joined_with(tmp_path):
+    peers = PeerHeads(tmp_path / "peers.json", ROSTER)
+    peers.keep({A: signed(A, 5, "a", ONE, TWO)})
+    with pytest.raises(FreshLedger, match="'a' contributes under another ledger"):
+        peers.follow({A: signed(A, 9, "b", "3" * 64, TWO)})
+    peers.follow({A: signed(A, 9, "b", "3" * 64, "4" * 64)})  # of another data set
 
 
 def test_peers_of_a_site_restored_on_one_of_two_ledgers_say_so_when_a_run_begins():
     """Statements: the copies that count are those of the ledger with which a site takes part this time."""
-    one, two = "1" * 64, "2" * 64
-    statement = lambda ledger, peers: {"payload": {"head": [2, "c" * 64], "ledger": ledger, "peers": peers}}  # noqa: E731
-    copies = {A: [[9, "a" * 64, one], [3, "b" * 64, two]], "gone": [[1, "a" * 64, one]]}
-    for ledger, rows in ((one, 9), (two, 3)):
-        found = heads_in({A: statement(ledger, {}), B: statement("3" * 64, copies)})
-        assert {s: c.head.rows for s, c in found[B][1].items()} == {A: rows}
-        assert found[A] == (Copy(Head(2, "c" * 64), ledger), {})
-    assert heads_in({A: statement("4" * 64, {}), B: statement("3" * 64, copies)})[B][1] == {}
+    nine, three = signed(A, 9, "a", ONE), signed(A, 3, "b", TWO)
+    hearsay = [[99, "a" * 64, "5" * 64], Copy(Head(98, "a" * 64), "6" * 64, ONE).by(A, KEYS[B]).to_json()]
+    copies = {A: [nine.to_json(), three.to_json(), *hearsay], "gone": [[1, "a" * 64, ONE]]}
+    for ledger in (ONE, TWO):
+        found = heads_in({A: statement(A, ledger), B: statement(B, "3" * 64, copies)}, ROSTER)
+        assert found[A].own == signed(A, 2, "c", ledger)
+        assert seen_of(found, A) == [(B, nine), (B, three)], "and nothing that A has not signed"
+        assert (seen_of(found, B), set(left_out(found, ledger))) == ([], {B})
+
+
+def statement(site, ledger, peers=None, *, data_set="", imports=()):
+    own = signed(site, 2, "c", ledger, data_set)
+    said = {"head": list(own.head), "ledger": ledger, "data_set": own.data_set, "head_signature": own.signature}
+    return {"payload": {**said, "imports": [list(i) for i in imports], "peers": peers or {}}}
+
+
+@pytest.mark.parametrize(("imports", "out"), [
+    ([], True), ([(ONE, 8)], True), ([(TWO, 9)], True), ([(ONE, 9)], False), ([(TWO, 1), (ONE, 12)], False),
+])  # fmt: skip
+def test_a_fresh_ledger_for_a_known_data_set_counts_the_known_one_or_is_out(imports, out):
+    known = signed(A, 9, "a", ONE)
+    told = heads_in(
+        {A: statement(A, "3" * 64, data_set=ONE, imports=imports), B: statement(B, ONE, {A: [known.to_json()]})}, ROSTER
+    )
+    assert set(left_out(told, ONE)) == ({A} if out else set())
+    own = heads_in({A: statement(A, "3" * 64, data_set=ONE, imports=imports), B: statement(B, ONE)}, ROSTER)
+    assert left_out(own, ONE) == {}
+    assert set(left_out(own, ONE, {A: [known], B: []}.__getitem__)) == ({A} if out else set()), "from memory"
 
 
 @pytest.mark.parametrize("entries", [
-    [], [[]], [[1, "a" * 64]], [[1, "a" * 64, "1" * 64]] * 2,
+    [], [[]], [[1, "a" * 64]], [[1, "a" * 64, ONE, ONE]], [[1, "a" * 64, ONE, ONE, ONE]],
+    [[1 << 40, "a" * 64, ONE]], [[1, "a" * 64, "1" * 64]] * 2,
     [[i, "a" * 64, f"{i:064x}"] for i in range(MAX_LEDGERS + 1)], [[True, "a" * 64, "1" * 64]], [1, 2], {"1": 2},
     None, 5,
 ])  # fmt: skip

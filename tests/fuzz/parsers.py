@@ -18,7 +18,7 @@ from fedveil.common.contract.signing import DOMAIN as CONTRACT
 from fedveil.common.contract.signing import VERSION, open_contract
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Revocations, Roster, new_signing_key, public_hex
-from fedveil.common.journal import Row
+from fedveil.common.journal import Copy, Head, Row
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.common.workload.model import ModelSpec
@@ -150,7 +150,7 @@ def _identities() -> dict[str, Parser]:
         "signed contract": Parser(payload, by_consortium(CONTRACT, lambda d: open_contract(d, public))),
         "contract": Parser(contract.payload, DataContract.model_validate),
         "statements": Parser({s: _statement(s) for s in _KEYS}, _joined),
-        "journal heads": Parser({"west": [[3, HEX, HEX], [4, HEX, "d" * 64]]}, heads_of),
+        "journal heads": Parser({"west": [[3, HEX, HEX], [4, HEX, "d" * 64, HEX, HEX * 2]]}, heads_of),
         "countersignature": Parser(
             signatures.statement("west", SESSION, HEX),
             lambda p: signatures.require(
@@ -177,7 +177,8 @@ _CONTRACT = {
 def _statement(site: SiteId) -> dict[str, Any]:
     return {
         "v": 1, "session": SESSION, "site": site, "plan_hash": HEX, "roster_hash": ROSTER.hash, "contract_hash": HEX,
-        "fields": {"x25519": canonical.sha256_hex(site.encode())}, "head": [3, HEX], "ledger": HEX,
+        "fields": {"x25519": canonical.sha256_hex(site.encode())}, "head": [3, HEX], "ledger": HEX, "data_set": HEX,
+        "head_signature": Copy(Head(3, HEX), HEX, HEX).by(site, _KEYS[site]).signature, "imports": [["d" * 64, 3]],
         "peers": {"east": [[3, HEX, HEX]]},
     }  # fmt: skip
 
@@ -352,7 +353,8 @@ def _rows() -> dict[str, Parser]:
 _EVENT = events.SampledGaussian(0.1, 1.0).to_json()
 _LEDGER: dict[str, Any] = {
     "ledger.open": {"lineage": "l", "cap_epsilon": 5.0, "delta": 1e-5, "order": 8.0, "unit": "record"},
-    "ledger.import": {"ledger": HEX, "carries": ["d" * 64], "events": [[_EVENT, 2]]},
+    "ledger.import": {"ledger": HEX, "carries": ["d" * 64], "events": [[_EVENT, 2]], "head": [3, HEX],
+                      "covers": [[2, "d" * 64]]},
     "ledger.cap": {"cap_epsilon": 6.0},
     "data.released": {
         "contract_hash": HEX, "criteria": {"k": {"required": 5, "met": True}}, "stability_factor": 1,
@@ -361,6 +363,7 @@ _LEDGER: dict[str, Any] = {
     "plan.accepted": {"session": SESSION, "plan_hash": HEX, "roster_hash": HEX, "contract_hash": HEX},
     "spend": {"session": SESSION, "round": 1, "plan_hash": HEX, "event": _EVENT},
     "commit": {"session": SESSION, "round": 1},
+    "agreed": {"session": SESSION, "round": 1, "members": HEX, "digest": HEX},
     "refused": {"session": SESSION, "reason": "PlanError"},
     "model": {"session": SESSION, "round": 1, "model_hash": HEX},
     "session.end": {"session": SESSION, "status": "COMPLETED"},

@@ -9,6 +9,7 @@ import pytest
 from fedveil.common import canonical, flwr_adapter, identity
 from fedveil.common.errors import IdentityError, ProtocolError
 from fedveil.common.identity import Member, Roster
+from fedveil.common.journal import Copy, Head
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.common.workload.model import ModelSpec
@@ -28,9 +29,11 @@ SESSION = "5" * 64
 
 
 def statement(signer: str, /, *, key: Any = None, domain: str = JOIN, **changes: Any) -> Any:
+    own = Copy(Head(1, "a" * 64), "a" * 64, "d" * 64).by(signer, KEYS[signer])
     payload = {
         "v": 1, "session": SESSION, "site": signer, "plan_hash": PLAN.hash, "roster_hash": ROSTER.hash,
-        "fields": {"public": signer}, "head": [1, "a" * 64], "ledger": "a" * 64, "peers": {},
+        "fields": {"public": signer}, "head": [1, "a" * 64], "ledger": "a" * 64, "data_set": own.data_set,
+        "head_signature": own.signature, "imports": [], "peers": {},
     } | changes  # fmt: skip
     return canonical.loads(canonical.dumps(identity.signed(key or KEYS[signer], domain, payload)))
 
@@ -76,6 +79,13 @@ def test_nobody_missing_and_nobody_else(documents) -> None:
         (statement("s1", head=[1]), ProtocolError),
         (statement("s1", ledger="A" * 64), ProtocolError),
         (statement("s1", peers=[]), ProtocolError),
+        (statement("s1", head_signature="a" * 128), ProtocolError),
+        (statement("s1", head=[2, "a" * 64]), ProtocolError),
+        (statement("s1", data_set="e" * 64), ProtocolError),
+        (statement("s1", imports=None), ProtocolError),
+        (statement("s1", imports=[["a" * 64]]), ProtocolError),
+        (statement("s1", imports=[["a" * 64, -1]]), ProtocolError),
+        (statement("s1", imports=[["a" * 64, 1]] * 9), ProtocolError),
         (statement("s1", peers={"BAD NAME": [[1, "a" * 64, "a" * 64]]}), ProtocolError),
         (statement("s1", peers={"s2": [[1]]}), ProtocolError),
         (identity.signed(KEYS["s1"], JOIN, ["no", "object"]), ProtocolError),

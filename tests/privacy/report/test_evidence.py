@@ -12,11 +12,10 @@ from fedveil.client.peers import PeerHeads
 from fedveil.common import canonical, identity
 from fedveil.common.contract import Column
 from fedveil.common.errors import IdentityError, UsageError, VerificationError
-from fedveil.common.journal import Head, parse
+from fedveil.common.journal import Copy, Head, parse
 from fedveil.common.units import SiteId
 from fedveil.deploy.cli.audit import app
 from fedveil.deploy.cli.ledger import app as ledger_app
-from fedveil.privacy.joining import Copy
 from fedveil.privacy.report import compare, local, pdf, row_proof
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.countersign import countersign, see, sign
