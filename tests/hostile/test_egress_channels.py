@@ -446,7 +446,7 @@ class TestTime:
         honest = line.contribute
         for seconds in (0.0, 40.0):
             w = World(tmp_path, VALUES[0]).ready("contribute")
-            clock = [1_700_000_000.3]
+            clock = [4_000_000_000.3]
             monkeypatch.setattr(w.sites[0].ledger.journal, "_clock", lambda c=clock: c[0])
 
             def slow(site: Site, request: Packet, c: list[float] = clock, seconds: float = seconds) -> Packet:
@@ -457,7 +457,7 @@ class TestTime:
             assert HELD.encode() not in w.ask("contribute")[0]
             rows = w.sites[0].ledger.journal.rows
             dates.append([r.at for r in rows if r.kind in ("spend", "commit")])
-        assert dates == [[1_700_000_000] * 2] * 2
+        assert dates == [[4_000_000_000] * 2] * 2
 
     def test_without_slots_nothing_waits(self, tmp_path):
         w = World(tmp_path, VALUES[0]).ready("contribute")

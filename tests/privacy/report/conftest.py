@@ -20,6 +20,7 @@ from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.joining import data_set, names_of
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.build import build_report
@@ -77,6 +78,8 @@ class World:
     restart_in: int = 0
     stop_after: int | None = None
     peers: dict[str, Any] = field(default_factory=dict)  # by site: what its join statement says of the others
+    witnesses: bool = False  # heads are signed, ledgers name their data set and the sets that were signed
+    before: dict[str, Ledger] = field(default_factory=dict)  # by site: the ledger that its ledger imports
     released: dict[str, Any] = field(
         default_factory=lambda: {
             "v": 1, "contract": AGREED.hash, "recoding": "fixed",
@@ -108,6 +111,10 @@ class World:
     def json(self, name: str, value: Any) -> None:
         (self.folder / name).write_bytes(canonical.dumps(value))
 
+    @property
+    def data_set(self) -> str:
+        return data_set(self.contract.name, self.plan.unit)
+
     def members(self, round_: int) -> list[str]:
         return [s for s in self.sites if s not in self.absent.get(round_, ())]
 
@@ -131,8 +138,10 @@ class World:
         ledger = Ledger.open(
             self.folder / "journals" / f"{site}.jsonl", site, self.sites[site], lineage=f"{site}-patients",
             cap=Epsilon(self.cap), delta=Delta(self.delta or self.plan.delta), unit=self.plan.unit, durable=False,
-            clock=lambda: 1e9,
+            clock=lambda: 1e9, data_set=self.data_set if self.witnesses else "",
         )  # fmt: skip
+        if site in self.before:
+            ledger.adopt(self.before[site].journal.rows, identity.public_hex(self.sites[site]))
         events = self.earlier_events or (self.plan.event,)
         for n in range(self.earlier_steps):
             ledger.reserve("earlier", n + 1, "e" * 64, events[n % len(events)])
@@ -147,7 +156,9 @@ class World:
         return ledger
 
     def join(self, site: str, ledger: Ledger) -> dict[str, Any]:
-        payload = {
+        own, covers = ledger.journal.copy(self.data_set), ledger.tally.covers
+        told = {"data_set": own.data_set, "head_signature": own.signature, "imports": [list(c) for c in covers.items()]}
+        payload = (told if self.witnesses else {}) | {
             "v": 1, "session": self.session, "site": site, "plan_hash": self.plan.hash,
             "roster_hash": self.roster.hash, "contract_hash": self.plan.contract_hash, "fields": {},
             "head": list(ledger.head), "ledger": ledger.journal.rows[0].hash, "peers": self.peers.get(site, {}),
@@ -174,6 +185,9 @@ class World:
                 status = "BUDGET_EXHAUSTED"
                 break
             add("round.set", round=r, members=members)
+            for ledger in ledgers.values() if self.witnesses else ():
+                said = {"members": names_of(members), "digest": canonical.sha256_hex(f"{r} {members}".encode())}
+                ledger.note("agreed", session=self.session, round=r, **said)
             if r == self.restart_in:
                 add("run.resumed", round=r)
                 add("round.set", round=r, members=members)
@@ -224,15 +238,23 @@ class World:
             sites=self.sites,
         )
 
-    def rewrite(self, name: str, owner: str, change: Callable[[list[tuple[str, dict[str, Any]]]], Any]) -> None:
-        """Sign a whole journal anew after ``change`` edited its ``(kind, body)`` list: its owner cheats."""
+    def rewrite(
+        self, name: str, owner: str, change: Callable[[list[tuple[str, dict[str, Any]]]], Any],
+        at: Callable[[int], float] = lambda _: 1e9,
+    ) -> None:  # fmt: skip
+        """Sign a whole journal anew after ``change`` edited its ``(kind, body)`` list: its owner cheats.
+
+        Args:
+            at: gives the time of a row, by its number; times that fall are written, too.
+        """
         path, key = self.folder / name, self.server if owner == "server" else self.sites[owner]
         rows = [canonical.loads(line) for line in path.read_bytes().splitlines()]
         items = [(r["kind"], r["body"]) for r in rows]
         change(items)
         path.unlink()
-        with Journal.open(path, owner, key, durable=False, clock=lambda: 1e9) as journal:
+        with Journal.open(path, owner, key, durable=False, clock=lambda: at(journal.head.rows)) as journal:
             for kind, body in items:
+                journal.rows.clear()  # a writer that does not look at the time of the row before
                 journal.append(kind, body)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -245,6 +267,8 @@ class World:
         ledgers: dict[str, Callable[[list[Any]], Any]] | None = None,
         peers: dict[str, Any] | None = None,
         server: Callable[[list[Any]], Any] | None = None,
+        told: dict[str, dict[str, Any]] | None = None,
+        at: dict[str, Callable[[int], float]] | None = None,
     ) -> None:
         """Everybody who is named cheats and signs again, the server too; so only what the others signed is against it.
 
@@ -252,15 +276,19 @@ class World:
             ledgers: by site, a change of its ``(kind, body)`` list; its join statement then names the new ledger.
             peers: by site, what its join statement says of the other sites' ledgers.
             server: a change of the server's ``(kind, body)`` list.
+            told: by site, other fields of its join statement.
+            at: by owner, the times of the rows of the journals that are signed again.
         """
+        told, times = told or {}, at or {}
         joins = canonical.loads((self.folder / "joins.json").read_bytes())
-        for site in {*(ledgers or {}), *(peers or {})}:
+        for site in {*(ledgers or {}), *(peers or {}), *told}:
             payload = joins[site]["payload"]
             if site in (ledgers or {}):
-                self.rewrite(f"journals/{site}.jsonl", site, (ledgers or {})[site])
+                self.rewrite(f"journals/{site}.jsonl", site, (ledgers or {})[site], times.get(site, lambda _: 1e9))
                 rows = self.rows(f"journals/{site}.jsonl")
-                at = [r["kind"] == "plan.accepted" for r in rows].index(True)
-                payload |= {"head": [at + 1, rows[at]["hash"]], "ledger": rows[0]["hash"]}
+                joined = [r["kind"] == "plan.accepted" for r in rows].index(True)
+                payload |= {"head": [joined + 1, rows[joined]["hash"]], "ledger": rows[0]["hash"]}
+            payload |= told.get(site, {})
             payload |= {"peers": peers[site]} if peers and site in peers else {}
             joins[site] = identity.signed(self.sites[site], "fedveil/join/1", payload)
         self.json("joins.json", joins)
@@ -273,7 +301,7 @@ class World:
             if server is not None:
                 server(items)
 
-        self.rewrite("journal.jsonl", "server", tell)
+        self.rewrite("journal.jsonl", "server", tell, times.get("server", lambda _: 1e9))
         try:
             build_report(self.folder, self.server)
         except VerificationError:  # the builder refuses: the old report by hand, with the new heads
