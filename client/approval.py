@@ -6,8 +6,9 @@
     <state>/requests/<plan hash>/<approver>.json     one person's signed yes, named by the public key
 
 An approval is for one plan (its hash), one ledger (the hash of its first row) and one run. The first session that is
-accepted under it is written into that ledger, with the digests of all approvals that the request had. After that these
-approvals are used up, and the request is removed. In another ledger, even of the same data, they never count.
+accepted under it is written into that ledger, with the digests and the persons' keys of all approvals that the request
+had. After that these approvals are used up, and the request is removed. In another ledger, even of the same data, they
+never count.
 Approvers' keys are Ed25519 keys of persons, listed in ``[limits] approvers``. The site's process holds none of them, so
 it cannot approve anything itself.
 """
@@ -87,8 +88,10 @@ class Approvals:
     ) -> None:
         self._folder, self._site, self._limits, self._clock = folder, site, limits, clock
 
-    def require(self, plan: PrivacyPlan, ledger: str, used: Iterable[str]) -> list[str]:
-        """The digests of all valid approvals of ``plan``, none of them in ``used``; [] if no approval is needed.
+    def require(self, plan: PrivacyPlan, ledger: str, used: Iterable[str]) -> dict[str, str]:
+        """All valid approvals of ``plan``, by their persons' keys: digests, none of them in ``used``.
+
+        Empty if no approval is needed.
 
         Args:
             ledger: the hash of the first row of the ledger that is charged.
@@ -98,11 +101,11 @@ class Approvals:
         """
         need = self._limits.approvals
         if not need:
-            return []
+            return {}
         spent, own = set(used), self._folder / plan.hash
         found = {a: names[0] for a, names in self._valid(own, plan.hash, ledger) if spent.isdisjoint(names)}
         if len(found) >= need:
-            return sorted(found.values())  # one run uses up all of them
+            return found  # one run uses up all of them
         self._clear(ledger, spent)
         self._ask(plan, ledger)
         raise PolicyRefusal(

@@ -142,14 +142,18 @@ class Site:
         plan = plans.from_json(plan_json)
         plan_fit.check(plan, self)
         self._permitted(session, plan)
-        approvals = [] if self._noted("plan.accepted", session) else self._admitted(session, plan)
+        approvals = {} if self._noted("plan.accepted", session) else self._admitted(session, plan)
         known = self._open(session, plan)
         if known.plan.hash != plan.hash:
             raise ProtocolError("another plan was signed for this session")
         if not self._noted("plan.accepted", session):
             self.ledger.note("data.released", **self.evidence)
             if approvals:
-                self.ledger.note("plan.approved", session=session, plan_hash=plan.hash, approvals=approvals)
+                self.ledger.note(
+                    "plan.approved",
+                    session=session, plan_hash=plan.hash,
+                    approvals=sorted(approvals.values()), approvers=sorted(approvals),
+                )  # fmt: skip
                 if self.approvals is not None:
                     self.approvals.remove(plan)
             self.ledger.note(
@@ -187,8 +191,8 @@ class Site:
             self.refused(session, e.code)
             raise
 
-    def _admitted(self, session: str, plan: PrivacyPlan) -> list[str]:
-        """Check what a new session needs beside a fitting plan; returns the digests of the approvals that it uses up.
+    def _admitted(self, session: str, plan: PrivacyPlan) -> dict[str, str]:
+        """Check what a new session needs beside a fitting plan; returns the approvals that it uses up, by their keys.
 
         Raises:
             PolicyRefusal, BudgetExhausted: nothing was written for it, except that this was refused.
@@ -207,7 +211,7 @@ class Site:
             self.refused(session, BudgetExhausted.__name__)
             raise BudgetExhausted("the budget of this site's data set does not carry one step of the plan")
         if not self.limits.approvals:
-            return []
+            return {}
         if self.approvals is None:
             raise PolicyRefusal("this site asks for approvals and keeps none", hint="run it from its site.toml")
         used = [d for r in self.ledger.journal.of_kind("plan.approved") for d in r.body["approvals"]]

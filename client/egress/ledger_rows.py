@@ -142,6 +142,7 @@ _OPTIONAL: dict[str, dict[str, Check]] = {
     "ledger.import": {"covers": _covered},
     "plan.accepted": {"precision": _one_of("float32")},
     "spend": {"state": _HEX},  # ledgers of the first release lack it
+    "plan.approved": {"approvers": _hashes},
 }
 _EVIDENCE: dict[str, Check] = {
     "v": _one_of(1),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from fedveil.privacy.report import front
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charts import alike
 from fedveil.privacy.report.wording import words
@@ -50,7 +51,9 @@ def _model(p: dict[str, Any], w: dict[str, Any], say: Speaker, page: Callable[..
             say("card.made_steps", done=steps["applied"], planned=steps["planned"], status=status),
             say("card.made_rule", **rule),
         ]),
-        ("card.privacy", [w["claim"], w["fallback"], w["replace_one"], w["attack"], *w["audit"]]),
+        ("card.privacy", [
+            *front.sentences(p, say), w["claim"], w["fallback"], w["replace_one"], w["attack"], *w["audit"],
+        ]),
         ("card.results", final or [say("card.results_none")]),
         ("card.use", [say("card.use_text", result=say(f"result.{kind}"))]),
         ("card.limits", [*w["not_covered"], *w["deviations"]]),
@@ -89,8 +92,9 @@ def _criteria(names: list[str], entry: Any, say: Speaker) -> str:
 def _spent(names: list[str], entry: Any, say: Speaker) -> str:
     if entry is None:
         return f"{_names(names, say)}: {say('page.not_delivered')}"
+    more = say("front.runs_sentence", n=entry["runs_left"])
     spent, cap = f"{entry['epsilon_after']:.4g}", f"{entry['cap_epsilon']:.4g}"
-    return f"{_names(names, say)}: ε = {spent} / {cap}, {say('page.left')} {100 * entry['left']:.3g} %"
+    return f"{_names(names, say)}: ε = {spent} / {cap}, {say('page.left')} {100 * entry['left']:.3g} %, {more}"
 
 
 def _names(names: list[str], say: Speaker) -> str:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from fedveil.common import fields
 from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.journal import Row
-from fedveil.privacy.dp.accounting import ORDERS
+from fedveil.privacy.dp.accounting import ORDERS, Filter
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 from fedveil.privacy.ledger import Tally
 from fedveil.privacy.report.history import falling
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
 Precision = Literal["float64", "float32"]
-_MAX_CRITERIA, _MAX_EVENTS = 64, 4096
+_MAX_CRITERIA, _MAX_EVENTS, _MAX_APPROVALS = 64, 4096, 256
 KINDS = frozenset(
     {
-        "ledger.open", "ledger.import", "ledger.cap", "ledger.closed", "journal.repaired", "data.released",
+        "ledger.open", "ledger.import", "ledger.cap", "ledger.capacity", "ledger.closed", "journal.repaired", "data.released",
         "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model", "session.end",
     }
 )  # fmt: skip
@@ -41,6 +41,14 @@ class Released:
     unit: str
 
 
+class Spent(NamedTuple):
+    """A row that spent: its session (empty for an import), the filter's ε after it, its time by the site's clock."""
+
+    session: str
+    epsilon: float
+    at: int
+
+
 @dataclass(frozen=True)
 class Charges:
     """One ledger, composed again from its rows.
@@ -56,7 +64,9 @@ class Charges:
         models, end: this session's ``model`` rows, and its ``session.end`` row if there is one.
         events: every charge of all sessions, what was imported from older ledgers first.
         left: the part of the filter's Rényi budget that is not spent, in [0, 1].
-        spending: in order, the session of every row that spent (empty for an import) and the filter's ε after it.
+        affordable: see :meth:`affords`; None once the ledger was closed.
+        spending: every row that spent, in order.
+        approvals: keys of the persons who approved this session, as the ledger names them; None if nobody was asked.
         tightest: at the spend that came closest to the cap then in force, all events up to it, and that cap.
         data_set: the data set that it counts, by hash; empty in ledgers of older versions.
         covers: by imported ledger, up to how many of its rows.
@@ -84,13 +94,19 @@ class Charges:
     events: tuple[SampledGaussian, ...]
     head: tuple[int, str]
     left: float
-    spending: tuple[tuple[str, float], ...]
+    affordable: tuple[Filter, float, float] | None
+    spending: tuple[Spent, ...]
+    approvals: tuple[str, ...] | None
     tightest: tuple[tuple[SampledGaussian, ...], float]
     data_set: str
     covers: dict[str, int]
     agreed: dict[int, tuple[str, str]]
     times: tuple[int, ...]
     fall: int | None
+
+    def affords(self, event: SampledGaussian) -> int:
+        """How many more steps of ``event`` the cap in force carries; 0 once the ledger was closed."""
+        return 0 if self.affordable is None else self.affordable[0].affords(event, *self.affordable[1:])
 
 
 def compose(rows: list[Row], session: str) -> Charges:
@@ -124,7 +140,8 @@ def compose(rows: list[Row], session: str) -> Charges:
         earlier_sessions=len(state.earlier if mine else state.others),
         exhausted=state.exhausted, models=tuple(state.models), end=state.end, released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
-        left=_left(tally), spending=tuple(state.spending),
+        left=_left(tally), affordable=None if tally.closed else (f, tally.spent, tally.overflow),
+        spending=tuple(state.spending), approvals=state.approvals,
         tightest=state.tightest, data_set=tally.data_set, covers=tally.covers,
         agreed={n: said for (s, n), said in tally.agreed.items() if s == session},
         times=(min(at), max(at)) if (at := [r.at for r in rows if r.body.get("session") == session]) else (),
@@ -160,14 +177,15 @@ class _State:
         self.models: list[Row] = []
         self.released: Released | None = None
         self._table: dict[str, Any] | None = None
-        self.spending: list[tuple[str, float]] = []
+        self.spending: list[Spent] = []
+        self.approvals: tuple[str, ...] | None = None
         self._booked: list[list[tuple[SampledGaussian, int]]] = []
         self._strain: tuple[float, int, float] = (0.0, 0, 0.0)  # part of the cap spent, rows booked, the cap
 
     def book(self, row: Row, tally: Tally) -> None:
         """Remember a row that spent, once the tally let it pass."""
         own = row.kind == "spend"
-        self.spending.append((str(row.body.get("session", "")), tally.epsilon))
+        self.spending.append(Spent(str(row.body.get("session", "")), tally.epsilon, row.at))
         key = (row.body.get("session", ""), row.body.get("round", 0))
         self._booked.append([(tally.by_round[key], 1)] if own else tally.imported[row.body["ledger"]])
         cap = tally.filter.epsilon if tally.filter else 0.0
@@ -191,6 +209,8 @@ class _State:
             if self.accepted is not None:
                 raise VerificationError(f"row {row.n} accepts a session that was accepted before")
             self.accepted = row
+        elif row.kind == "plan.approved":
+            self.approvals = _approvals(row)
         elif row.kind == "refused":
             self.exhausted |= row.body.get("reason") == BudgetExhausted.__name__
         elif row.kind in ("model", "session.end") and self.end is not None:
@@ -242,6 +262,8 @@ def bounded(row: Row) -> None:
             fields.text(row.body, name, where)
     if row.kind == "ledger.import":
         _bounded_import(row, where)
+    if row.kind == "ledger.capacity":
+        fields.integer(row.body, "capacity", where, low=1, high=1 << 48)
     if row.kind in ("ledger.open", "ledger.cap"):
         fields.number(row.body, "cap_epsilon", where, low=1e-9, high=1000)
     if row.kind in ("spend", "commit", "agreed"):
@@ -292,6 +314,15 @@ def _released(row: Row) -> Released:
         factor,
         fields.text(b, "unit", where, limit=1024) if "unit" in b else "",
     )
+
+
+def _approvals(row: Row) -> tuple[str, ...]:
+    """Who approved: the persons' keys. An older row has only the digests of their approvals; then those."""
+    where = f"row {row.n} (plan.approved)"
+    named = row.body.get("approvers", row.body.get("approvals"))
+    if not isinstance(named, list) or not 0 < len(named) <= _MAX_APPROVALS:
+        raise VerificationError(f"{where} does not name from one to {_MAX_APPROVALS} approvals")
+    return tuple(fields.hexadecimal({"key": name}, "key", where) for name in named)
 
 
 def _stages(stages: Any, factor: int | None, where: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fedveil.privacy.report import privacy_loss
 from fedveil.privacy.report.catalogue import Speaker
-from fedveil.privacy.report.plots import Chart, Series
+from fedveil.privacy.report.plots import Chart, Series, moment
 
-MAX_LINES = 3
+MAX_LINES, MAX_LABEL = 3, 24
 _GRID = (0.0, 0.001, 0.0025, 0.005, *(i / 100 for i in range(1, 100)), 1.0)
 
 
@@ -21,23 +22,32 @@ def charts(p: dict[str, Any], say: Speaker, attack_sentence: str) -> list[Chart]
     return [c for c in drawn if c]
 
 
-def alike(p: dict[str, Any], *, few: int = 0) -> list[tuple[list[str], Any]]:
+def alike(
+    p: dict[str, Any], *, few: int = 0, over: Callable[[dict[str, Any]], Any] | None = None
+) -> list[tuple[list[str], Any]]:
     """The sites' entries, equal ones together: ``(names, entry)`` in the roster's order; None if not delivered.
 
-    Up to ``few`` sites are left each by itself.
+    Args:
+        few: up to so many sites are left each by itself.
+        over: what has to be equal; by default everything but the data set's name and the times of charges.
     """
     if len(p["sites"]) <= few:
         return [([site], entry) for site, entry in p["sites"].items()]
-    groups: list[tuple[list[str], Any]] = []
+    groups: list[tuple[list[str], Any, Any]] = []
     for site, entry in p["sites"].items():
-        same = None if entry is None else {k: v for k, v in entry.items() if k != "lineage"}
-        for names, other in groups:
-            if other == same:
+        same = None if entry is None else (over or _timeless)(entry)
+        for names, other, first in groups:
+            if other == same and (entry is None) == (first is None):
                 names.append(site)
                 break
         else:
-            groups.append(([site], same))
-    return groups
+            groups.append(([site], same, entry))
+    return [(names, entry) for names, _, entry in groups]
+
+
+def _timeless(entry: dict[str, Any]) -> dict[str, Any]:
+    runs = [{k: v for k, v in run.items() if k not in ("first_at", "last_at")} for run in entry["runs"]]
+    return {**{k: v for k, v in entry.items() if k != "lineage"}, "runs": runs}
 
 
 def _spending(p: dict[str, Any], say: Speaker) -> Chart:
@@ -74,12 +84,10 @@ def _sites(p: dict[str, Any], say: Speaker) -> Chart | None:
         return None
     top = lines[0][1][-1][1]
 
-    def label(names: list[str]) -> str:
-        return names[0] if len(names) == 1 else say("page.alike", first=names[0], n=len(names) - 1)
-
     styles = ("a", "b", *"c" * MAX_LINES)
     series = [
-        Series(label(names), points, styles[i], dots=i == 0) for i, (names, points) in enumerate(lines[:MAX_LINES])
+        Series(_label(names, say), points, styles[i], dots=i == 0)
+        for i, (names, points) in enumerate(lines[:MAX_LINES])
     ]
     total = max((s["spending"][-1][0] for _, s in found), default=0)
     begin = total - max((s["charged"] for _, s in found), default=0)
@@ -87,6 +95,43 @@ def _sites(p: dict[str, Any], say: Speaker) -> Chart | None:
         series.append(Series(say("chart.this_run"), [(begin, 0), (begin, top)], "ref"))
     text = say("chart.sites_spending_text", n=sum(len(names) for names, _ in found), top=f"{top:.4g}")
     return Chart(say("chart.sites_spending"), say("chart.steps_all"), "ε", text, series, low=0, whole_x=True)
+
+
+def dates(p: dict[str, Any], say: Speaker) -> Chart | None:
+    """ε of the sites' filters by date, up to three lines of sites alike; None if no ledger shows a charge."""
+    found = [(names, s) for names, s in alike(p) if s is not None and s["runs"]]
+    if not found:
+        return None
+    found.sort(key=lambda x: -x[1]["epsilon_after"])
+    lines = [
+        Series(_label(names, say), _over_time(s), style, dots=True)
+        for (names, s), style in zip(found[:MAX_LINES], ("a", "b", "c"), strict=False)
+    ]
+    caps = {s["cap_epsilon"] for _, s in found}
+    times = [x for line in lines for x, _ in line.points]
+    if len(caps) == 1:
+        cap = caps.pop()
+        label = say("front.cap", cap=f"{cap:.4g}")
+        lines.append(Series(label, [(min(times), cap), (max(times), cap)], "ref"))
+    top, day = lines[0].points[-1][1], moment(lines[0].points[-1][0])
+    text = say("front.dates_text", top=f"{top:.4g}", day=day)
+    return Chart(say("front.dates"), say("front.date"), "ε", text, lines, low=0, dates=True)
+
+
+def _over_time(entry: dict[str, Any]) -> list[tuple[float, float]]:
+    """ε grows between the first and the last charge of a run, and rests between runs."""
+    runs, points = entry["runs"], list[tuple[float, float]]()
+    whole = sum(run["steps"] for run in runs) >= entry["spending"][-1][0]  # a report names the last 64 runs
+    epsilon = 0.0 if whole else runs[0]["epsilon_after"]
+    for run in runs:
+        points += [(run["first_at"], epsilon), (run["last_at"], run["epsilon_after"])]
+        epsilon = run["epsilon_after"]
+    return points
+
+
+def _label(names: list[str], say: Speaker) -> str:
+    first = names[0] if len(names[0]) <= MAX_LABEL else f"{names[0][:MAX_LABEL]}…"
+    return first if len(names) == 1 else say("page.alike", first=first, n=len(names) - 1)
 
 
 def _metric(p: dict[str, Any], say: Speaker) -> Chart | None:

@@ -121,6 +121,7 @@ def _claim(plan: PrivacyPlan) -> dict[str, Any]:
         "fallback_epsilon": weakest,
         "fallback_accountant": accountant,
         "filter_epsilon": plan.filter_epsilon(),
+        "groups": privacy_loss.groups(plan),
         "curve": [list(p) for p in points],
         "attack": [{"false_positive_rate": a, "true_positive_rate": b} for a, b in rates],
     }
@@ -211,6 +212,8 @@ def _site(f: Facts, site: str) -> dict[str, Any] | None:
         "epsilon_before": c.epsilon_before,
         "epsilon_after": c.epsilon_after,
         "left": c.left,
+        "runs_left": c.affords(f.plan.event) // f.plan.steps,
+        "approvals": None if c.approvals is None else list(c.approvals),
         "runs": _runs(c),
         "spending": _spending(c),
         "charged": len(c.spends),
@@ -233,18 +236,18 @@ def _other_ledgers(f: Facts) -> dict[str, list[dict[str, Any]]]:
 
 
 def _runs(c: Charges) -> list[dict[str, Any]]:
-    """What each session (empty name: an imported ledger) was charged, in the order of its first charge."""
+    """What each session (empty name: an imported ledger) was charged and when, in the order of its first charge."""
     found: dict[str, dict[str, Any]] = {}
-    for session, epsilon in c.spending:
-        run = found.setdefault(session, {"session": session[:64], "steps": 0})
+    for session, epsilon, at in c.spending:
+        run = found.setdefault(session, {"session": session[:64], "steps": 0, "first_at": at})
         run["steps"] += 1
-        run["epsilon_after"] = epsilon
+        run |= {"epsilon_after": epsilon, "last_at": at}
     return list(found.values())[-MAX_RUNS:]
 
 
 def _spending(c: Charges) -> list[list[float]]:
     """``[rows that spent, ε of the filter after them]``, thinned evenly; the first and the last are kept."""
-    points = [[i + 1, epsilon] for i, (_, epsilon) in enumerate(c.spending)]
+    points = [[i + 1, epsilon] for i, (_, epsilon, _) in enumerate(c.spending)]
     every = max(1, -(-len(points) // MAX_SPENDING))
     return [p for i, p in enumerate(points) if i == 0 or (len(points) - 1 - i) % every == 0]
 

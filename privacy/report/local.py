@@ -49,7 +49,7 @@ def collect(folder: Path, rows: list[Row], report: Path | None, quasi: Sequence[
     site = rows[0].owner
     classes = _classes(folder / RELEASED, [c.name for c in quasi])
     sessions: dict[str, dict[str, Any]] = {}
-    for name, epsilon in charges.spending:
+    for name, epsilon, _ in charges.spending:
         s = sessions.setdefault(name, {"session": name, "steps": 0})
         s["steps"], s["epsilon_after"] = s["steps"] + 1, epsilon
     lineage = _json(folder / LINEAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,11 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 480, 268
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 42
 _MAX_POINTS = 240
+_DAY = 86400.0
+_STEPS = (
+    *(1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 43200.0),
+    *(_DAY * n for n in (1, 2, 4, 7, 14, 28, 56, 91, 182, 365, 730, 1825, 3650)),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Chart:
         low, high: limits of the vertical axis; by default from the data.
         bars: heights by x, drawn behind the lines.
         whole_x, whole_y: ticks at whole numbers only.
+        dates: the horizontal axis is in seconds since 1970, and its ticks are dates or times of day.
     """
 
     title: str
@@ -54,6 +61,7 @@ class Chart:
     high: float | None = None
     whole_x: bool = False
     whole_y: bool = False
+    dates: bool = False
 
     def svg(self) -> str:
         """The chart as one ``<svg>`` element; every text in it is escaped."""
@@ -63,13 +71,14 @@ class Chart:
         if not every:
             every = [(0.0, 1.0), (1.0, 1.0)]
         pad = 0.5 if bars else 0.0
+        moments = Moments(min(x for x, _ in every), max(x for x, _ in every)) if self.dates else None
         frame = _Frame(
             (min(x for x, _ in every) - pad, max(x for x, _ in every) + pad), self._y_range(every), self.log_y
         )
         parts = [
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">',
             f"<title>{escape(self.title)}</title><desc>{escape(self.text)}</desc>",
-            *frame.axes(self.x_label, self.y_label, self.whole_x, self.whole_y),
+            *frame.axes(self.x_label, self.y_label, self.whole_x, self.whole_y, moments),
             *frame.bars(bars),
         ]
         for s, points in lines:
@@ -103,7 +112,9 @@ class _Frame:
         at = math.log10(value) if self.log else value
         return HEIGHT - _BOTTOM - (at - self.y0) / (self.y1 - self.y0) * (HEIGHT - _TOP - _BOTTOM)
 
-    def axes(self, x_label: str, y_label: str, whole_x: bool, whole_y: bool) -> list[str]:
+    def axes(
+        self, x_label: str, y_label: str, whole_x: bool, whole_y: bool, moments: Moments | None = None
+    ) -> list[str]:
         bottom, out = HEIGHT - _BOTTOM, list[str]()
         if self.log:
             step = max(1, round((self.y1 - self.y0) / 5))
@@ -114,10 +125,11 @@ class _Frame:
             y = self.y(value)
             out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             out.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 3.6:.1f}" text-anchor="end">{label}</text>')
-        for value in nice(self.x0, self.x1, 6, whole_x):
+        at = moments.ticks() if moments else [(x, _short(x)) for x in nice(self.x0, self.x1, 6, whole_x)]
+        for value, label in at:
             x = self.x(value)
             out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-            out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{_short(value)}</text>')
+            out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
         out.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
         middle, across = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + bottom) / 2
         out.append(
@@ -150,6 +162,27 @@ class _Frame:
                 f'<circle class="dot {s.style}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="2.6"/>' for x, y in points
             ]
         return out
+
+
+class Moments:
+    """Ticks between two times (seconds since 1970): at most five whole days, minutes or seconds, named in UTC."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """``(time, text)`` of every tick, at least one."""
+        span = self.high - self.low
+        step = next((s for s in _STEPS if span / s < 4.5), max(span, 1.0))
+        first = math.ceil(self.low / step)
+        at = [i * step for i in range(first, math.floor(self.high / step) + 1)][:5] or [self.low]
+        form = "%Y-%m-%d" if step >= _DAY else "%m-%d %H:%M" if step >= 60 else "%H:%M:%S"
+        return [(x, moment(x, form)) for x in at]
+
+
+def moment(seconds: float, form: str = "%Y-%m-%d") -> str:
+    """A time in UTC; one that no calendar has (a foreign ledger may claim it) as the nearest that one has."""
+    return time.strftime(form, time.gmtime(min(max(seconds, 0.0), 253402300799.0)))
 
 
 def nice(low: float, high: float, count: int, whole: bool = False) -> list[float]:

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import DictLoader, Environment, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from fedveil.common import canonical
@@ -21,11 +21,13 @@ from fedveil.common.files import replacing
 from fedveil.privacy.report import cards, catalogue
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.catalogue import LANGUAGES, Speaker
-from fedveil.privacy.report.charts import alike, charts
+from fedveil.privacy.report.charts import alike, charts, dates
+from fedveil.privacy.report.front import front, sitenames, spoken, ticks
+from fedveil.privacy.report.plots import Chart
 from fedveil.privacy.report.verify import Verification, verify_report
 from fedveil.privacy.report.wording import words
 
-TEMPLATE = "report.html.j2"
+TEMPLATES = ("report.html.j2", "front.html.j2")
 MAX_ROWS, FEW = 60, 12
 _LIMIT = 1 << 28
 
@@ -83,20 +85,31 @@ def render_html(document: Any, lang: str = LANGUAGES[0], verification: Verificat
         UsageError: the catalogue does not have the language.
     """
     say = Speaker(lang)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    room = files("fedveil.privacy.report")
+    sources = DictLoader({name: room.joinpath(name).read_text(encoding="utf-8") for name in TEMPLATES})
+    environment = Environment(
+        loader=sources, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
     def number(value: Any, digits: int = 4) -> str:
         return _number(value, say, digits)
 
-    environment.filters |= {"num": number, "short": _short, "when": _when, "bytes": _bytes, "tight": _tight}
-    source = files("fedveil.privacy.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    def names(value: list[str]) -> str:
+        return sitenames([_short(name, 24) for name in value], say)
+
+    environment.filters |= {
+        "num": number, "short": _short, "when": _when, "bytes": _bytes, "tight": _tight, "sitenames": names,
+        "eps": spoken,
+    }  # fmt: skip
     try:
         p = document["payload"]
         w = words(p, say)
-        drawn = [(c, Markup(c.svg())) for c in charts(p, say, w["attack"])]  # noqa: S704 - escaped texts and numbers
+        drawn = [_drawn(c) for c in charts(p, say, w["attack"])]
+        over_time = dates(p, say)
         groups = rounds(p)
-        return environment.from_string(source).render(
+        return environment.get_template(TEMPLATES[0]).render(
             p=p, w=w, t=say, charts=drawn, signer=str(document["signer"]), sites=alike(p, few=FEW), v=verification,
+            f=front(p, say), ticks=ticks(), dated=_drawn(over_time) if over_time else None,
             rounds=groups[:MAX_ROWS], more_rounds=max(0, len(groups) - MAX_ROWS), max_rows=MAX_ROWS,
             lineages={s: "-" if e is None else e["lineage"] for s, e in p["sites"].items()},
             tags=catalogue.TAGS, points=_points(p),
@@ -115,6 +128,10 @@ def rounds(p: dict[str, Any]) -> list[dict[str, Any]]:
 
     runs = [list(g) for _, g in groupby(p["rounds"], key=key)]
     return [{**g[0], "first": g[0]["round"], "last": g[-1]["round"]} for g in runs]
+
+
+def _drawn(chart: Chart) -> tuple[Chart, Markup]:
+    return chart, Markup(chart.svg())  # noqa: S704 - escaped texts and numbers
 
 
 def _points(p: dict[str, Any]) -> list[tuple[float, float]]:

@@ -41,7 +41,16 @@ def unit(contract: DataContract) -> str:
     n = factor(contract)
     if n is None:
         return "one row of the released table; not bounded for the original records"
-    return contract.unit if n == 1 else f"{contract.unit}; a group of {n} of them"
+    return contract.unit if n == 1 else contract.unit + _group(n)
+
+
+def spoken(said: str, n: int | None) -> str:
+    """The contract's own words in what :func:`unit` says at the factor ``n``; empty where it does not use them."""
+    return "" if n is None else said.removesuffix(_group(n))
+
+
+def _group(n: int) -> str:
+    return f"; a group of {n} of them"
 
 
 def held(said: Released | None, contract: DataContract) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from fedveil.privacy.planning import HIGH_EPSILON
-from fedveil.privacy.report.catalogue import Speaker
+from fedveil.privacy.report.catalogue import Speaker, messages
 from fedveil.privacy.report.results import empirical
 
 SPOKEN_RATES = (0.01, 0.1)  # false alarms for which the attack sentence states the members found
@@ -25,7 +25,7 @@ def words(p: Mapping[str, Any], say: Speaker) -> dict[str, Any]:
         "replace_one": w.replace_one(),
         "fallback": w.fallback(),
         "attack": w.attack(),
-        "protects": say(f"protects.{'client' if w.mode == 'client' else 'record'}"),
+        "protects": say(f"protects.{w.kind}"),
         "against": w.against(),
         "mechanism": say(f"mechanism.{'stats' if w.stats else 'train'}"),
         "sampling": say(f"sampling.{'poisson' if w.q < 1 else 'all'}"),
@@ -39,6 +39,16 @@ def words(p: Mapping[str, Any], say: Speaker) -> dict[str, Any]:
         "deviations": w.deviations(),
         "audit": empirical(p["audit"], say),
     }
+
+
+def kind(p: Mapping[str, Any]) -> str:
+    """What ε speaks of, as the catalogue's keys name it: ``record``, ``person`` or ``client``.
+
+    The one place that chooses every word about it. A payload that names something else does not verify; it is shown in
+    the words for a record.
+    """
+    said = str(p["claim"]["unit"])
+    return said if f"unit.{said}" in messages() else "record"
 
 
 def insert(p: dict[str, Any], say: Speaker) -> dict[str, Any]:
@@ -64,6 +74,7 @@ class _Words:
     def __init__(self, p: Mapping[str, Any], say: Speaker) -> None:
         trust, claim, mechanism = p["trust"], p["claim"], p["mechanism"]
         self.p, self.say = p, say
+        self.kind = kind(p)
         self.mode, self.sum, self.t = str(trust["mode"]), str(trust["sum"]), int(trust["colluders"])
         self.stats = trust["task"] == "stats"
         self.q = float(mechanism["sample_rate"])
@@ -72,11 +83,11 @@ class _Words:
 
     @cached_property
     def unit(self) -> str:
-        return self.say(f"unit.{'client' if self.mode == 'client' else 'record'}")
+        return self.say(f"unit.{self.kind}")
 
     @cached_property
     def units(self) -> str:
-        return self.say(f"units.{'client' if self.mode == 'client' else 'record'}")
+        return self.say(f"units.{self.kind}")
 
     @cached_property
     def result(self) -> str:
@@ -152,7 +163,7 @@ class _Words:
     def not_covered(self) -> list[str]:
         say, measured = self.say, bool((self.p["audit"] or {}).get("conformance"))
         out = [
-            say("open.groups", units=self.units),
+            say(f"groups.{self.kind}"),
             say("open.metadata"),
             say("open.bits"),
             say("open.timing"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -35,9 +37,11 @@ def test_the_page_says_so_first_and_strikes_the_figures(false) -> None:
         body = page[page.index("<body>") :]
         assert body.index(banner) < body.index("<h1>"), "before anything else"
         assert "<h1><s>" in body
-        assert "<dd><s>0.5</s>" in body
-        assert "<dd><s>0.75</s>" in body
-        assert "<dd>0.5" not in body
+        assert "ε = <s>0.5</s>" in body
+        front = body[body.index('<div class="front">') : body.index('<p class="seal">')]
+        assert "<s>0.75</s>" in front
+        left = re.sub(r"<s>.*?</s>|<svg.*?</svg>", "", front, flags=re.S)
+        assert not re.search(r"\b0\.7?5\b", left), "every figure of the first page is struck out"
     assert "按 PLD 计算的 ε" in (false.folder / "report.zh.html").read_text(encoding="utf-8")
     for name, banner in (("model-card.md", "NOT VERIFIED"), ("model-card.zh.md", "核验未通过")):
         card = (false.folder / name).read_text(encoding="utf-8")

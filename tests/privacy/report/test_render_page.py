@@ -65,9 +65,9 @@ def test_the_page_is_self_contained_and_well_formed(honest, document) -> None:
 def test_every_chart_has_a_name_and_a_description(document) -> None:
     page = Page(render_html(document))
     drawn = [a for tag, a in page.tags if tag == "svg"]
-    assert len(drawn) == 7
+    assert len(drawn) == 8
     assert all(a["role"] == "img" and a["aria-label"] for a in drawn)
-    assert sum(tag == "desc" for tag, _ in page.tags) == 7
+    assert sum(tag == "desc" for tag, _ in page.tags) == 8
 
 
 def test_a_hostile_text_stays_text_wherever_it_stands(document) -> None:
