@@ -16,7 +16,7 @@ from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charts import alike
 from fedveil.privacy.report.wording import kind
 
-LOW_EPSILON = 1.0  # with HIGH_EPSILON the tiers of Ponomareva et al. 2023, "How to DP-fy ML", section 5.2.1
+LOW_EPSILON = 1.0  # with HIGH_EPSILON the tiers of Ponomareva et al. 2023, "How to DP-fy ML"
 SCALE = (0.1, 1.0, 10.0, 100.0)
 FEW, MAX_LINES, MAX_KEYS = 4, 5, 4
 # Published ε of deployments, lowest and highest; sources in docs/privacy-report.md.

@@ -72,6 +72,7 @@ class World:
     earlier_events: tuple[SampledGaussian, ...] = ()
     simulated: bool = False
     precision: str = ""
+    approvals: dict[str, Any] = field(default_factory=dict)  # by site: what a row plan.approved says beside the plan
     absent: dict[int, set[str]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
@@ -151,6 +152,9 @@ class World:
             "roster_hash": self.roster.hash,
             "contract_hash": self.plan.contract_hash,
         }
+        if site in self.approvals:
+            named = {"session": self.session, "plan_hash": self.plan.hash}
+            ledger.note("plan.approved", **named, **self.approvals[site])
         said = {"precision": self.precision} if self.precision else {}
         ledger.note("plan.accepted", session=self.session, **hashes, **said)
         return ledger

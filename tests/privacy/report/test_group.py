@@ -23,7 +23,7 @@ def losses(q: float, sigma: float, size: int, points: int = 3001) -> tuple[np.nd
     between = lambda mean: np.diff(erf((edges - mean) / sigma / math.sqrt(2))) / 2  # noqa: E731
     without = between(0.0)
     weights = [math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in range(size + 1)]
-    inside = sum(w * between(float(j)) for j, w in enumerate(weights))
+    inside = np.sum([w * between(float(j)) for j, w in enumerate(weights)], axis=0)
     held = (without > 1e-300) & (inside > 1e-300)
     return inside[held], without[held], np.log(inside[held] / without[held])
 
