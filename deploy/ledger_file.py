@@ -49,16 +49,19 @@ def import_into(
         FedveilError: the import breaks a rule of the ledger.
     """
     if left_open and (old_key is not None or not public):
-        raise UsageError("--left-open needs the --public half of the older ledger's key, and not the key itself")
+        raise UsageError(
+            "--left-open goes with the older ledger's --public key, and without --old-key",
+            hint="give --public; its private key is not used",
+        )
     public = _key(public, _bounded_rows(file)) if public else ""
     held, owner = _bounded_rows(into), identity.load_signing_key(key)
     now, old = tally_of(held), identity.load_signing_key(old_key) if old_key else owner
     if now.filter is None:
-        raise VerificationError(f"{into}: the ledger was never opened")
+        raise VerificationError(f"{into}: the ledger was never opened", hint="a site's first run opens its ledger")
     if not left_open and public and public != identity.public_hex(old):
         raise UsageError(
-            "the key at hand is not that of the older ledger, which could not be closed",
-            hint="--old-key FILE closes it; --left-open where its key is lost",
+            "the key is not that of the older ledger, which was therefore not closed",
+            hint="give its key with --old-key; if that is lost, give --left-open",
         )
     ledger = Ledger.open(
         into, held[0].owner, owner, lineage=now.lineage, cap=Epsilon(now.filter.epsilon),
@@ -164,7 +167,7 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
         whole = without_torn_end(data)
         rows = parse(whole)
         if not rows:
-            raise VerificationError("no row of a ledger is in it")
+            raise VerificationError("it holds no row of a ledger")
     except FedveilError as e:
         raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
     key = None if public is None else _key(public, rows)
@@ -175,8 +178,8 @@ def read_rows(file: Path, public: str | None) -> list[Row]:
         raise VerificationError(f"{file}: {e.message}", hint="keep the file as evidence; do not edit it") from e
     if whole != data:
         raise VerificationError(
-            f"{file}: the last row was cut off while it was written; the {len(rows)} before it hold",
-            hint="a power cut leaves this: the site's next start drops it, and notes that it did; then look again",
+            f"{file}: the last row was cut off while it was written; the {len(rows)} before it are whole",
+            hint="a power cut leaves this: the site's next start drops it and notes that; then look again",
         )
     return rows
 
@@ -209,17 +212,15 @@ def _key(public: str, rows: list[Row]) -> str:
     except (FedveilError, OSError, ValueError) as e:
         raise UsageError(
             "--public is neither 64 hexadecimal digits nor a roster that names this ledger's owner",
-            hint="the site's key, or the file roster.json of its identity folder or of the run",
+            hint="give the site's key, or the roster.json of its identity folder or of the run",
         ) from e
 
 
-def require_file(file: Path) -> None:
-    """Raise :class:`UsageError` unless ``file`` is a plain file that can be read."""
+def require_file(file: Path, hint: str = "a site's ledger is the file ledger.jsonl in its state folder") -> None:
+    """Raise :class:`UsageError` with ``hint`` unless ``file`` is a plain file that can be read."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise UsageError(f"{file} is no plain file", hint="a site's ledger is the file ledger.jsonl in its state")
+            raise UsageError(f"{file} is not a plain file", hint=hint)
         file.open("rb").close()
     except OSError as e:
-        raise UsageError(
-            f"{file} cannot be read: {e.strerror}", hint="a site's ledger is the file ledger.jsonl in its state"
-        ) from e
+        raise UsageError(f"{file} cannot be read: {e.strerror}", hint=hint) from e

@@ -46,6 +46,7 @@ DRAIN_S = 30.0
 STOPPED = 128 + signal.SIGTERM
 # The last row of a journal while the server waits for its sites: nothing is half done.
 _WAITING = ("run.open", "run.resumed", "join.refused")
+_A_RUN = "give the folder of a run; [federation] runs of federation.toml says where they are"
 _LOG = logging.getLogger("fedveil.server")
 Refusals = queue.SimpleQueue[tuple[SiteId, str]]
 Carry = Callable[[Job, ServerApp, SecureSumStrategy, Refusals], None]
@@ -90,7 +91,9 @@ def begin(
 def resume(federation: Federation, run: Path, *, progress: jobs.Progress | None = None) -> Job:
     """Go on with a run whose server stopped; see :func:`fedveil.server.job.resume`."""
     require_free(federation.federation.address)
-    return conduct(known_job(federation, run, progress=progress), _over_grpc(federation))
+    job = known_job(federation, run, progress=progress)
+    job.progress("plan", {"warnings": warnings(job.plan)})
+    return conduct(job, _over_grpc(federation))
 
 
 def new_job(
@@ -131,7 +134,7 @@ def known_job(federation: Federation, run: Path, *, progress: jobs.Progress | No
     roster = load_roster(f.identity)
     contract = contracts.load_signed(f.contract, _pin(f.identity))
     if not (run / "plan.json").exists():
-        raise JournalError(f"{run} holds no run")
+        raise JournalError(f"{run} holds no run", hint=_A_RUN)
     plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
     key = identity.load_signing_key(f.identity / "signing.key")
     return jobs.resume(run, roster, key, **_options(federation, contract, plan, progress))
@@ -257,7 +260,7 @@ def status(run: Path) -> dict[str, Any]:
         rows = (run / "journal.jsonl").read_bytes().split(b"\n")[:-1]
         lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
     except OSError as e:
-        raise JournalError(f"{run} holds no run: {e.strerror}") from e
+        raise JournalError(f"{run} holds no run: {e.strerror}", hint=_A_RUN) from e
     last = canonical.loads(rows[-1]) if rows else {"kind": "", "body": {}}
     ended = last["kind"] == "run.end"
     return {

@@ -1,13 +1,13 @@
 """One round of the secure sum as a state machine that only goes forward. It does no I/O and keeps no clock.
 
 The caller (the strategy) moves messages. The class decides what each message may do in the round's present state
-(protocol steps after DESIGN, the secure sum)::
+(docs/protocol.md, section 3.3)::
 
-    COLLECTING  step 3   contributions are admitted and added, one per site
-    AGREEING    step 4   the set U is fixed; helpers sign it
-    OPENING     step 5   helpers that saw enough signatures answer with sums of shares
-    DONE        step 6   the sum of U is open
-    ABORTED              too few members, signatures or answers: the round is charged and gives nothing
+    COLLECTING   contributions are admitted and added, one per site
+    AGREEING     the set U is fixed; helpers sign it
+    OPENING      helpers that saw enough signatures answer with sums of shares
+    DONE         the sum of U is open
+    ABORTED      too few members, signatures or answers: the round is charged and gives nothing
 """
 
 from __future__ import annotations

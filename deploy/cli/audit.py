@@ -27,11 +27,11 @@ _SHOWN = 24
 
 @app.command()
 def verify(
-    report: Annotated[Path, typer.Argument(help="report.json, beside the files of its run; or that folder.")],
+    report: Annotated[Path, typer.Argument(help="report.json in the folder of its run, or that folder.")],
     consortium_key: audit_sign_compare.Pin = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    """Recompute everything the report claims. Exit code 0 if every check passed, 60 if not."""
+    """Recompute everything that the report claims. Exit code 0 if every check passed, 60 if not."""
     from fedveil.privacy.report.verify import verify_report
 
     path = audit_sign_compare.file_of(report)
@@ -46,23 +46,29 @@ def verify(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    key: Annotated[
-        Path | None, typer.Option(help="The server's signing key; a simulated run's lies in its folder.")
-    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The server's signing.key. A simulated run holds its own.")] = None,
     audit: Annotated[
-        list[Path] | None, typer.Option(help="Results of an empirical audit, taken into RUN/audit.json; repeatable.")
+        list[Path] | None,
+        typer.Option(help="Result of an empirical audit (JSON), to be kept in RUN/audit.json. May be repeated."),
     ] = None,
 ) -> None:
     """Write RUN/report.json again from the journals of the run, and its pages and cards beside it."""
     from fedveil.common import identity
+    from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report.build import build_report
     from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
     from fedveil.privacy.report.results import attach
     from fedveil.privacy.report.signatures import SIGNATURES
 
+    if not run.is_dir():
+        raise UsageError(f"{run} is not a folder", hint="give the folder of a run that has ended")
     found = key or run / SIMULATED_KEY
     if key is None and not found.exists():
-        raise UsageError("the report is signed by the server", hint="--key SERVER/signing.key")
+        raise UsageError(
+            f"{run} does not hold the server's key, which signs the report", hint="give --key SERVER/signing.key"
+        )
+    for file in audit or ():
+        require_file(file, "'fedveil audit conformance --json' and 'one-run --json' print such results")
     if audit is not None:
         attach(run, audit)
     signed = (run / SIGNATURES).exists()
@@ -75,7 +81,7 @@ def report(
 @app.command()
 def render(
     report: Annotated[Path, typer.Argument(help="report.json, or the run's folder.")],
-    lang: Annotated[str, typer.Option(help="en, zh or all")] = "all",
+    lang: Annotated[str, typer.Option(help="Language of the page: en, zh or all.")] = "all",
     consortium_key: audit_sign_compare.Pin = None,
 ) -> None:
     """Write report.html (English), report.zh.html (Chinese) and the cards. Exit code 60 if a check fails."""
@@ -123,11 +129,11 @@ def _show(result: Verification) -> None:
         console.print("[bold red]SIMULATED[/]: the run protected nobody; its numbers are for study only.")
     console.print("[bold green]Every check passed.[/]", plain(result.claim))
     console.print(plain(f"Signed by the server, and by {len(result.countersigned)} of {result.sites} sites."))
-    console.print("Checked was report.json with the journals; its pages and cards are pictures that nobody looked at.")
+    console.print("report.json and the journals were checked. Its pages and cards were not.")
     if not result.pinned:
         console.print(
-            "[yellow]The consortium's key was taken from the bundle.[/] Whoever made all of its files could have made "
-            "it too: give --consortium-key from a source you trust."
+            "[yellow]The consortium's key was taken from the bundle.[/] Whoever forged the other files could have "
+            "forged it too: give --consortium-key from a source you trust."
         )
 
 

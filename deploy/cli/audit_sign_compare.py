@@ -17,13 +17,13 @@ _KEY_FILE = 257
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PIN = "The consortium's public key (64 hex digits) or a file that holds it, from a trusted source."
 Pin = Annotated[str | None, typer.Option(help=PIN)]
-Lang = Annotated[str, typer.Option(help="en or zh")]
+Lang = Annotated[str, typer.Option(help="Language: en or zh.")]
 
 
 def pdf(
     report: Report,
     lang: Lang = "en",
-    out: Annotated[Path | None, typer.Option(help="The PDF.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The PDF to write. By default beside the report.")] = None,
     consortium_key: Pin = None,
 ) -> None:
     """Print the page of a report as PDF (A4), by an installed headless Chromium. Exit code 60 if a check fails."""
@@ -50,14 +50,17 @@ def sign(
     key: Annotated[Path, typer.Option(help="The site's signing.key.")],
     consortium_key: Pin = None,
     ledger: Annotated[
-        Path | None, typer.Option(help="The site's own ledger: signed only if the report was made from it.")
+        Path | None, typer.Option(help="The site's own ledger. Sign only if the report was made from it.")
     ] = None,
 ) -> None:
-    """Verify a report and add this site's signature under it, in signatures.json beside it."""
+    """Verify a report and add this site's signature to signatures.json beside it."""
     from fedveil.common import identity
+    from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report.bundle import read_bounded
     from fedveil.privacy.report.countersign import countersign
 
+    if ledger is not None:
+        require_file(ledger)
     own = None if ledger is None else read_bounded(ledger, 1 << 28)
     site = countersign(file_of(report), identity.load_signing_key(key), pinned(consortium_key), own)
     _say(f"signed by {site}")
@@ -65,27 +68,36 @@ def sign(
 
 def row(
     proof: Annotated[Path, typer.Argument(help="A proof file, from 'fedveil ledger prove'.")],
-    report: Annotated[Path, typer.Option(help="report.json beside its roster.json.")],
+    report: Annotated[Path, typer.Option(help="report.json, in one folder with roster.json.")],
     consortium_key: Pin = None,
 ) -> None:
-    """Check that one row stands in the journal that a report names, without the rest of that journal."""
+    """Check one row against the journal's head that a report names. The other rows are not needed."""
+    from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report import row_proof
 
+    require_file(proof, "'fedveil ledger prove' writes a proof")
     found = row_proof.check(proof, file_of(report), pinned(consortium_key))
     _say(f"row {found.n} of {found.owner} holds: {found.kind} {canonical.dumps(found.body).decode()}")
 
 
 def compare(
-    held: Annotated[
-        Path, typer.Argument(help="What was held earlier: a journal, a site's peers.json, a run's folder.")
-    ],
-    shown: Annotated[Path, typer.Argument(help="What is shown now: one of the same.")],
-    public: Annotated[str | None, typer.Option(help="The owner's public key, for two files of one journal.")] = None,
+    held: Annotated[Path, typer.Argument(help="The earlier copy: a journal, a site's peers.json, or a run's folder.")],
+    shown: Annotated[Path, typer.Argument(help="The copy shown now, of one of these kinds.")],
+    public: Annotated[
+        str | None,
+        typer.Option(
+            help="The journal owner's public key (64 hex digits, or a file). Checks signatures of two journal files."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find a fork, a rewritten row or a cut tail between two copies. Exit code 0 if there is none, 60 if there is."""
+    """Compare two copies of journals: find a fork, a changed row or missing last rows. Exit code 60 if one is found."""
+    from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report import compare as comparing
 
+    for side in (held, shown):
+        if not side.is_dir():
+            require_file(side, "give a journal, a site's peers.json, or the folder of a run")
     found = comparing.compare(held, shown, pinned(public, "--public"))
     if as_json:
         sys.stdout.write(canonical.dumps(comparing.to_json(found)).decode() + "\n")
@@ -104,30 +116,30 @@ def compare(
         if unchecked := [f.owner for f in found if f.signatures is False]:
             console.print(
                 f"[yellow]Signatures were NOT checked[/] ({plain(', '.join(unchecked))}): only the chains of hashes, "
-                "which anybody can make anew. Name the owner's key with --public."
+                "which anybody could have made. Name the owner's key with --public."
             )
     if bad := next((f for f in found if f.bad), None):
         raise VerificationError(f"{bad.owner}: {bad.verdict}: {bad.detail}", hint="keep both copies as evidence")
 
 
 def local(
-    folder: Annotated[
-        Path, typer.Argument(help="The site's private folder of ingestion (quality.json, lineage.json).")
-    ],
+    folder: Annotated[Path, typer.Argument(help="The site's private work folder, with quality.json and lineage.json.")],
     ledger: Annotated[Path, typer.Option(help="The site's ledger (ledger.jsonl).")],
     report: Annotated[Path | None, typer.Option(help="The federation's report.json, if there is one.")] = None,
-    public: Annotated[str | None, typer.Option(help="The site's public key: checks the ledger.")] = None,
+    public: Annotated[str | None, typer.Option(help="The site's public key. Checks the ledger's signatures.")] = None,
 ) -> None:
-    """Write the site's own report (quality, loss, risk, counts). It stays at the site: mode 0600."""
+    """Write the site's own report (quality, loss, risk, counts) into its work folder. It stays at the site."""
     from fedveil.common.journal import parse, verify_rows
+    from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report import local as locals_
     from fedveil.privacy.report.bundle import read_bounded
 
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder", hint="the site's folder of ingestion, with quality.json in it")
+        raise UsageError(f"{folder} is not a folder", hint="give the work folder that holds the site's quality.json")
+    require_file(ledger)
     rows = parse(read_bounded(ledger, 1 << 28))
     if not rows:
-        raise VerificationError(f"{ledger} is empty")
+        raise VerificationError(f"{ledger} is empty", hint="name the ledger.jsonl of a site that took part in a run")
     if (key := pinned(public, "--public")) is not None:
         verify_rows(rows, key, owner=rows[0].owner)
     path = None if report is None else file_of(report)
@@ -144,10 +156,17 @@ def schema() -> None:
 
 
 def file_of(report: Path) -> Path:
-    """The report's file, given it or its folder."""
+    """The report's file, given it or its folder.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report.bundle import REPORT
 
-    return report / REPORT if report.is_dir() else report
+    path = report / REPORT if report.is_dir() else report
+    require_file(path, "give report.json, or the folder of a finished run")
+    return path
 
 
 def pinned(value: str | None, option: str = "--consortium-key") -> str | None:
@@ -166,8 +185,8 @@ def pinned(value: str | None, option: str = "--consortium-key") -> str | None:
         return fields.public_key(held.decode("ascii"), option)
     except (OSError, ValueError, VerificationError) as e:
         raise UsageError(
-            f"{option} is neither 64 hexadecimal digits nor a small file that holds them and nothing else",
-            hint="ask the consortium for its key again" if option == "--consortium-key" else "",
+            f"{option} is not a public key: 64 hexadecimal digits, or a file that holds only these",
+            hint=f"ask the {'consortium' if option == '--consortium-key' else 'owner'} for the key again",
         ) from e
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import UsageError
+from fedveil.common.units import MAX_SITES
 from fedveil.deploy.lab.choices import CHOICES
 
 
@@ -48,9 +49,10 @@ def load(name: str, clients: int, seed: int, *, alpha: float | None = None) -> S
     platform itself.
 
     Raises:
-        UsageError: an unknown name, or more clients than records.
+        UsageError: an unknown name, no client, or more clients than records.
     """
     if name == "trivial":
+        _require(clients, MAX_SITES, name)
         return _trivial(clients, seed)
     if name not in CHOICES["dataset"]:
         raise UsageError(f"unknown dataset {name!r}", hint=f"one of {', '.join(CHOICES['dataset'])}")
@@ -58,10 +60,17 @@ def load(name: str, clients: int, seed: int, *, alpha: float | None = None) -> S
 
     X, y = _digits() if name == "digits" else _diabetes()
     X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=seed, stratify=y)
-    if not 0 < clients <= len(y_train):
-        raise UsageError(f"{clients} clients cannot share {len(y_train)} records")
+    _require(clients, len(y_train), name)
     index = _iid(len(y_train), clients, seed) if alpha is None else _dirichlet(y_train, clients, seed, alpha)
     return Split([(X_train[i], y_train[i]) for i in index], X_test, y_test, int(y.max()) + 1)
+
+
+def _require(clients: int, most: int, name: str) -> None:
+    if not 1 <= clients <= most:
+        raise UsageError(
+            f"{clients} clients cannot share the dataset {name!r}",
+            hint=f"--clients takes 1 to {most} with this dataset",
+        )
 
 
 def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -84,7 +93,7 @@ def _iid(records: int, clients: int, seed: int) -> list[NDArray[np.int64]]:
 def _dirichlet(y: NDArray[np.int64], clients: int, seed: int, alpha: float) -> list[NDArray[np.int64]]:
     """Every class is dealt out in shares drawn from Dirichlet(alpha) (Hsu, Qi & Brown 2019)."""
     if not alpha > 0:
-        raise UsageError(f"alpha = {alpha!r} must be positive")
+        raise UsageError(f"alpha = {alpha!r} must be positive", hint="--alpha takes a number above 0")
     rng = np.random.default_rng(seed)  # noqa: TID251
     parts: list[list[NDArray[np.int64]]] = [[] for _ in range(clients)]
     for c in np.unique(y):

@@ -117,6 +117,7 @@ def _watch(p: _Processes, run: Path) -> None:
     metrics, shown, gone = run / "metrics.jsonl", 0, set[str]()
     deadline = time.monotonic() + _PATIENCE
     with Display("1 server + 4 hospitals", FEDERATED.steps) as display:
+        display.count(0, "waiting for the hospitals")
         while True:
             over = p.server.poll() is not None
             lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # the last may be half written
@@ -152,7 +153,7 @@ def _say_data_checks(home: Path) -> None:
     for hospital in HOSPITALS:
         lineage = home / hospital / "state" / "data" / "lineage.json"
         if not lineage.exists():
-            raise DataError(f"{hospital} left no record of its ingestion")
+            raise DataError(f"{hospital} left no record of its ingestion", hint=f"see {home / hospital}.log")
         evidence = json.loads(lineage.read_text())["evidence"]
         met = ", ".join(
             f"{name} {c['required']} {'met' if c['met'] else 'NOT MET'}" for name, c in evidence["criteria"].items()
@@ -170,6 +171,7 @@ def _compare(seeds: int) -> tuple[dict[str, list[Metrics]], PrivacyPlan]:
     plans = {name: _plan(r) for name, r in _recipes().items()}
     virtual_sites.fit_threads(plans["federated"].model.parameters)
     with Display("comparison", seeds) as display:
+        display.count(0, "the first split")
         for seed in range(seeds):
             s = demo_hospitals.split(seed)
             parts = [baselines.Table(X[i], y[i]) for i in s.hospitals]

@@ -183,11 +183,27 @@ def _check(config: Config) -> None:
         if (chosen := getattr(config, name)) not in known:
             raise UsageError(f"unknown {name} {chosen!r}", hint=f"one of {', '.join(known)}")
     for wrong, text, hint in (
-        (not 0 <= config.drop_rate <= 1, f"drop rate {config.drop_rate!r} is outside 0..1", ""),
-        (config.drop_rate and config.engine == "ray", "the engine 'ray' has no random drop-outs", "use inprocess"),
-        (config.cap is not None and not 0 < config.cap < inf, f"cap = {config.cap!r} must be positive", ""),
-        (config.alpha is not None and not 0 < config.alpha < inf, f"alpha = {config.alpha!r} must be positive", ""),
-        (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is outside 0..4294967295", ""),
+        (
+            not 0 <= config.drop_rate <= 1,
+            f"drop rate {config.drop_rate!r} is not a probability",
+            "--drop-rate takes a number from 0 to 1",
+        ),
+        (
+            config.drop_rate and config.engine == "ray",
+            "the engine 'ray' has no random drop-outs",
+            "use --engine inprocess, or leave out --drop-rate",
+        ),
+        (
+            config.cap is not None and not 0 < config.cap < inf,
+            f"cap = {config.cap!r} must be positive",
+            "--cap takes an epsilon above 0",
+        ),
+        (
+            config.alpha is not None and not 0 < config.alpha < inf,
+            f"alpha = {config.alpha!r} must be positive",
+            "--alpha takes a number above 0",
+        ),
+        (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is out of range", "--seed takes 0 to 4294967295"),
     ):
         if wrong:
             raise UsageError(text, hint=hint)
@@ -196,12 +212,12 @@ def _check(config: Config) -> None:
 def _make_folder(out: Path) -> None:
     if (out / "journal.jsonl").exists():
         raise UsageError(
-            f"{out} holds a run already", hint="another --out: a simulation cannot be resumed, its keys are gone"
+            f"{out} holds a run already", hint="name a new folder with --out: a simulation cannot be resumed"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UsageError(f"no folder can be made at {out}: {e.strerror}", hint="--out names the run's folder") from e
+        raise UsageError(f"no folder can be made at {out}: {e.strerror}", hint="name another folder with --out") from e
 
 
 def _drops(rate: float):
@@ -249,7 +265,7 @@ def command(config: Config, seeds: int, out: Path | None) -> None:
 
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if (folder / SUMMARY).exists():
-        raise UsageError(f"{folder} holds the runs of several seeds already", hint="another --out")
+        raise UsageError(f"{folder} holds the runs of several seeds already", hint="name a new folder with --out")
     outcomes: list[Outcome] = []
     for seed in range(config.seed, config.seed + seeds):
         own = folder if seeds == 1 else folder / f"seed-{seed}"

@@ -12,7 +12,10 @@ CONSOLE = Console(soft_wrap=True)
 
 
 class Display:
-    """A progress bar over rounds: ε of those opened (no site is charged more), the public metric and bytes so far."""
+    """A progress bar over rounds: ε of those opened (no site is charged more), the public metric and bytes so far.
+
+    It is shown from the first event on. A run that is refused before that leaves no bar on the terminal.
+    """
 
     def __init__(self, title: str, steps: int | None = None) -> None:
         self._progress = Progress(
@@ -27,14 +30,15 @@ class Display:
         self._task = self._progress.add_task(title, total=steps, facts="waiting for the sites")
 
     def __enter__(self) -> Display:
-        self._progress.__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._progress.__exit__(*exc)
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def progress(self, kind: str, facts: dict[str, Any]) -> None:
         """Told of the run's events."""
+        self._progress.start()
         if kind == "plan":
             for warning in facts["warnings"]:
                 self._progress.console.print("[bold yellow]warning:[/]", escape(warning), highlight=False)
@@ -52,4 +56,5 @@ class Display:
 
     def count(self, done: int, facts: str) -> None:
         """Anything else that is counted."""
+        self._progress.start()
         self._progress.update(self._task, completed=done, facts=facts)

@@ -43,7 +43,7 @@ PLAN = make()
 
 
 def test_the_defaults_of_every_small_federation() -> None:
-    """DESIGN, privacy modes, item 6: t = d = max(1, n // 6) from four sites up; three stand no drop-out."""
+    """The defaults: t = d = max(1, n // 6) from four sites up; three stand no drop-out."""
     for n in range(3, 21):
         t, d = default_tolerance(n)
         assert (t, d) == ((1, 0) if n == 3 else (max(1, n // 6),) * 2)

@@ -250,5 +250,7 @@ class TestStatus:
                 f.write(b'{"torn')
             assert "stopped" in server_process.status(crashed.folder)["status"]
             return
-        with pytest.raises(FedveilError, match="holds no run"):
+        with pytest.raises(FedveilError, match="holds no run") as refused:
             server_process.status(crashed.folder)
+        assert str(crashed.folder) in refused.value.message
+        assert "federation.toml says where" in refused.value.hint

@@ -76,7 +76,7 @@ def opened(tmp_path, monkeypatch):
 
 
 def p_values(plan, sums):
-    """Two-sided p-values of the variance: of each pattern, and of all together; written out from DESIGN's formula."""
+    """Two-sided p-values of the variance: of each pattern, and of all together; written out from the plan's formula."""
     sensitivity = plan.clip * (1 + 1e-6) + math.sqrt(D) * plan.grid
     statistics = []
     for pattern, values in sums.items():

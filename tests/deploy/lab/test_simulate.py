@@ -309,7 +309,7 @@ class TestCommand:
         before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
         again = self.invoke(*words).exception
         assert isinstance(again, UsageError)
-        assert "another --out" in again.hint  # its keys are gone: there is nothing to resume
+        assert "with --out" in again.hint  # its keys are gone: there is nothing to resume
         assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
 
     @pytest.mark.parametrize(

@@ -123,6 +123,52 @@ def test_a_report_can_be_written_again_and_shown(spoilt, tmp_path) -> None:
     assert (spoilt.folder / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify",), ("render",), ("pdf",), ("report",), ("local", "--ledger", "/nope/ledger.jsonl"),
+        ("sign", "--key", "/nope/signing.key"),
+    ],
+)  # fmt: skip
+def test_a_missing_path_is_a_usage_error_that_names_it_whole_and_says_what_to_give(tmp_path, command) -> None:
+    missing = tmp_path / "runs" / "nope"
+    refused = call(command[0], missing, *command[1:]).exception
+    assert isinstance(refused, UsageError)
+    assert str(missing) in refused.message
+    assert refused.hint.startswith("give ")
+    assert not missing.exists()
+
+
+def test_every_file_that_audit_takes_beside_a_report_is_looked_for_first(spoilt, tmp_path) -> None:
+    """Each is named whole. Nothing was signed or written for it."""
+    missing, key = tmp_path / "runs" / "nope.jsonl", tmp_path / "signing.key"
+    identity.save_signing_key(key, spoilt.sites["alba"])
+    proof = tmp_path / "proof.json"
+    proof.write_bytes(canonical.dumps(row_proof.prove(spoilt.folder / "journals" / "alba.jsonl", 1)))
+    before = sorted(spoilt.folder.rglob("*"))
+    for refused in (
+        call("row", missing, "--report", spoilt.report),
+        call("row", proof, "--report", missing),
+        call("compare", missing, spoilt.folder),
+        call("compare", spoilt.folder, missing),
+        call("local", tmp_path, "--ledger", missing),
+        call("local", tmp_path, "--ledger", spoilt.folder / "journals" / "alba.jsonl", "--report", missing),
+        call("sign", spoilt.report, "--key", key, "--ledger", missing),
+        call("report", spoilt.folder, "--key", key, "--audit", missing),
+    ):
+        assert isinstance(refused.exception, UsageError), refused.exception
+        assert str(missing) in refused.exception.message
+        assert refused.exception.hint
+    assert sorted(spoilt.folder.rglob("*")) == before
+
+
+def test_a_run_whose_report_was_not_written_is_told_apart_from_one_that_fails(spoilt) -> None:
+    spoilt.report.unlink()
+    refused = call("verify", spoilt.folder).exception
+    assert isinstance(refused, UsageError)
+    assert str(spoilt.report) in refused.message
+
+
 @pytest.mark.parametrize("command", [["verify"], ["report"], ["render"]])
 def test_missing_arguments_are_usage_errors(command) -> None:
     assert call(*command).exit_code == 2
