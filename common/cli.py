@@ -22,16 +22,14 @@ COMMANDS = {
     "audit": "Check a privacy report from its journals alone, or write it again.",
     "client": "Run a site: its own data, its own limits, outbound connections only.",
     "data": "The data contract and a site's own table.",
-    "demo": "Four hospitals, one model, ε = 1: real processes over mTLS, the secure sum, and a report to check.",
+    "demo": "Train one model over four hospitals at ε = 1: real processes, mTLS, a secure sum, a report to check.",
     "ledger": "A site's privacy ledger: what was spent, what is left.",
-    "plan": "Show the privacy plan of federation.toml: noise, steps, ε, fallback ε, what a budget affords. Runs "
-    "nothing.",
-    "provision": "Keys, certificates and rosters of a consortium; and who is no member.",
+    "plan": "Show the privacy plan of federation.toml before a run: noise, steps, ε, fallback ε.",
+    "provision": "Make keys, certificates and rosters of a consortium, and revoke members.",
     "server": "Coordinate a run: admit sites, add ciphertexts, open only sums.",
-    "simulate": "Train over many virtual clients in one process and leave a run folder with a checkable report.",
-    "stats": "Ask all sites for statistics of their rows in one secure sum; each site's owner has to allow the task "
-    "'stats'.",
-    "superlink": "The same apps under Flower's SuperLink, with executors that run no bundle.",
+    "simulate": "Train over many virtual clients in one process. The run's folder then holds a report to check.",
+    "stats": "Ask all sites for statistics of their rows in one secure sum. Each site must allow the task 'stats'.",
+    "superlink": "Run server and sites under Flower's SuperLink. App bundles from the network are never run.",
 }
 # The smallest extra with which a command works. If several entries fit, the one with the most words counts.
 EXTRAS = {

@@ -17,18 +17,23 @@ if TYPE_CHECKING:
     from fedveil.privacy.audit.one_run import OneRun
     from fedveil.privacy.plan import PrivacyPlan
 
-_RUN = "A run's folder, or its plan.json. Default: an example's plan."
+_RUN = "A run's folder, or its plan.json. By default the plan of a small example."
 Run = Annotated[Path | None, typer.Argument(help=_RUN)]
 Keep = Annotated[
-    bool, typer.Option("--attach", help="Keep the result in RUN/audit.json; the run's report must be written again.")
+    bool,
+    typer.Option(
+        "--attach", help="Keep the result in RUN/audit.json. Then write the report again: 'fedveil audit report'."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print what audit.json holds, as canonical JSON.")]
 
 
 def conformance(
     run: Run = None,
-    rounds: Annotated[int, typer.Option(min=2, max=10_000, help="Sums that the noise is measured in.")] = 12,
-    inputs: Annotated[int, typer.Option(min=16, max=1 << 20, help="Features of the audit slab.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=2, max=10_000, help="Number of sums in which the noise is measured.")] = 12,
+    inputs: Annotated[
+        int, typer.Option(min=16, max=1 << 20, help="Number of features of the audit slab, the made-up records.")
+    ] = 2048,
     keep: Keep = False,
     as_json: Json = False,
 ) -> None:
@@ -53,20 +58,23 @@ def conformance(
 
 def one_run(
     run: Run = None,
-    canaries: Annotated[int, typer.Option(min=10, max=1 << 13, help="Records that toss a coin.")] = 1000,
-    steps: Annotated[int, typer.Option(min=0, max=100_000, help="Sums; 0: the plan's.")] = 0,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the bound.")] = 0.95,
+    canaries: Annotated[
+        int,
+        typer.Option(min=10, max=1 << 13, help="Number of canaries: made-up records, each in or out by a coin."),
+    ] = 1000,
+    steps: Annotated[int, typer.Option(min=0, max=100_000, help="Number of sums; 0: as many as the plan has.")] = 0,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Confidence of the bound.")] = 0.95,
     keep: Keep = False,
     as_json: Json = False,
 ) -> None:
-    """Bound ε from below by one run over canaries. Exit code 60 if the bound exceeds the claim."""
+    """Measure a lower bound of ε in one run with canaries. Exit code 60 if the bound is above the claim."""
     from fedveil.deploy.lab.audit.canaries import Setting
     from fedveil.deploy.lab.audit.canaries import one_run as audit_once
     from fedveil.privacy.audit.attach import Evidence
 
     plan = _plan(run)
     if keep and steps not in (0, plan.steps):
-        raise UsageError("a bound of fewer steps is no evidence about the run", hint="leave --steps or --attach out")
+        raise UsageError("a bound from fewer steps is not evidence about the run", hint="leave out --steps or --attach")
     result = audit_once(plan, Setting(canaries, confidence, steps))
     _keep(run, keep, result)
     if as_json:
@@ -78,21 +86,21 @@ def one_run(
     if not result.passed:
         raise VerificationError(
             f"the canaries show more than the plan claims: ε ≥ {result.bound:.3g} against {result.claimed:.4g}",
-            hint=f"a right program shows this with a chance of {1 - result.confidence:.2g} at most: repeat it",
+            hint=f"a correct program shows this with a chance of at most {1 - result.confidence:.2g}: measure again",
         )
 
 
 def attacks(
     out: Annotated[Path, typer.Option(help="Folder for attacks.md, attacks.json and attacks.png.")] = Path("attacks"),
-    quick: Annotated[bool, typer.Option(help="A few records and shadow models only.")] = False,
+    quick: Annotated[bool, typer.Option(help="Use only a few records and shadow models.")] = False,
 ) -> None:
-    """Attack public digits: what a server sees without a defence, with a secure sum, with noise in it."""
+    """Attack models trained on public digits: without a defence, with a secure sum, and with noise in the sum."""
     from fedveil.deploy.lab.attacks.table import Scale, run_all, write
 
     try:  # before the minute that the attacks take
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UsageError(f"{out} is no folder and cannot be made: {e.strerror}", hint="--out FOLDER") from e
+        raise UsageError(f"the folder {out} cannot be made: {e.strerror}", hint="name another folder with --out") from e
     result = run_all(Scale.quick() if quick else Scale())
     write(result, out)
     _print(result.table())
@@ -107,7 +115,7 @@ def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun) -> None:
     if not wanted:
         return
     if run is None or not run.is_dir():
-        raise UsageError("--attach needs a run's folder")
+        raise UsageError("--attach needs a run's folder", hint="name the folder of a finished run before --attach")
     attach(run, result)
     if (run / REPORT).exists():
         key = "" if (run / SIMULATED_KEY).exists() else " --key SERVER/signing.key"

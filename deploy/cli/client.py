@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Run a site: its own data, its own limits, outbound connections only."
 )
-Settings = Annotated[Path, typer.Argument(help="site.toml")]
-SettingsOption = Annotated[Path, typer.Option("--settings", help="site.toml")]
+Settings = Annotated[Path, typer.Argument(help="The site's site.toml.")]
+SettingsOption = Annotated[Path, typer.Option("--settings", help="The site's site.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Folder = Annotated[Path, typer.Argument(help="The member's identity folder: its private keys never leave it.")]
+Folder = Annotated[Path, typer.Argument(help="The member's identity folder. Its private keys never leave it.")]
 
 
 @app.callback()
@@ -30,7 +30,7 @@ def _group() -> None:
 @app.command()
 def run(
     settings: Settings,
-    wait: Annotated[float, typer.Option(help="seconds to wait for a server before giving up")] = 60.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the server before giving up.")] = 60.0,
 ) -> None:
     """Check and recode the site's table, then take part in one run."""
     from fedveil.common import log
@@ -44,12 +44,16 @@ def run(
 @app.command()
 def join(
     folder: Folder,
-    site: Annotated[str, typer.Option(help="The name to be enrolled under; 'server' for the coordinator.")] = "",
-    host: Annotated[str, typer.Option(help="For 'server': the name or address by which sites reach it.")] = "",
-    reply: Annotated[Path | None, typer.Option(help="The consortium's answer, to be installed.")] = None,
-    consortium_key: Annotated[str, typer.Option(help="As read out by the consortium; pinned the first time.")] = "",
-    roster: Annotated[Path | None, typer.Option(help="A roster, to be installed; never an older one.")] = None,
-    revoked: Annotated[Path | None, typer.Option(help="A list of revoked members; never an older one.")] = None,
+    site: Annotated[str, typer.Option(help="Make keys and a request under this name; the server's is 'server'.")] = "",
+    host: Annotated[str, typer.Option(help="With --site server: the name or address by which sites reach it.")] = "",
+    reply: Annotated[Path | None, typer.Option(help="Install the consortium's answer.")] = None,
+    consortium_key: Annotated[
+        str, typer.Option(help="The key as the consortium read it out. Needed once, with --reply.")
+    ] = "",
+    roster: Annotated[Path | None, typer.Option(help="Install a roster. An older one is refused.")] = None,
+    revoked: Annotated[
+        Path | None, typer.Option(help="Install a list of revoked members. An older one is refused.")
+    ] = None,
 ) -> None:
     """Enrol: make keys and a request (--site), then install the answer (--reply) and the roster (--roster)."""
     from fedveil.common.errors import UsageError
@@ -58,7 +62,8 @@ def join(
 
     if sum(map(bool, (site, reply, roster, revoked))) != 1:
         raise UsageError(
-            "one thing at a time", hint="--site NAME, then --reply FILE, then --roster FILE; --revoked FILE"
+            "give one of --site, --reply, --roster and --revoked at a time",
+            hint="first --site NAME, then --reply FILE; --roster FILE and --revoked FILE when new ones are sent",
         )
     if site:
         _asked(folder, enrol.request(folder, site, host=host))
@@ -76,10 +81,10 @@ def join(
 @app.command()
 def renew(
     folder: Folder,
-    rotate: Annotated[bool, typer.Option(help="Under a new TLS key; it needs a new roster.")] = False,
-    host: Annotated[str, typer.Option(help="For the server: its name or address.")] = "",
+    rotate: Annotated[bool, typer.Option(help="Make a new TLS key. A new roster is needed then.")] = False,
+    host: Annotated[str, typer.Option(help="For the server: the name or address by which sites reach it.")] = "",
 ) -> None:
-    """Ask for a new certificate before the old one expires; signed with this member's identity."""
+    """Ask for a new certificate before the old one expires. The request is signed with this member's key."""
     from fedveil.deploy.enrol import join as enrol
 
     _asked(folder, enrol.renew(folder, rotate=rotate, host=host))
@@ -88,11 +93,11 @@ def renew(
 @app.command()
 def check(
     settings: Settings,
-    gpu: Annotated[bool, typer.Option("--gpu", help="A GPU is needed.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the network.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Check the GPU too.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave out the checks that need the network.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at everything that can stop a run, and say what to do about it. Exit code 0: nothing does."""
+    """Check everything that can stop a run, and say what to do about it. Exit code 0 if all is well."""
     from rich.console import Console
 
     from fedveil.common import canonical
@@ -116,7 +121,7 @@ def check(
 
 @app.command()
 def requests(settings: Settings, as_json: Json = False) -> None:
-    """The runs that wait for a person's approval at this site."""
+    """List the runs that wait for a person's approval at this site."""
     from fedveil.client import approval
     from fedveil.common import canonical
 
@@ -134,12 +139,12 @@ def requests(settings: Settings, as_json: Json = False) -> None:
 
 @app.command()
 def approve(
-    run: Annotated[str, typer.Argument(help="The plan's hash, or its first digits.")],
-    key: Annotated[Path, typer.Option(help="The approver's own key.")],
+    run: Annotated[str, typer.Argument(help="The plan's hash, or its first 8 digits or more.")],
+    key: Annotated[Path, typer.Option(help="The approver's private key, made by 'fedveil client approver'.")],
     settings: SettingsOption = Path("site.toml"),
     reject: Annotated[bool, typer.Option("--reject", help="Remove the request instead.")] = False,
 ) -> None:
-    """Say yes to one run at this site, in person: valid for seven days, used up by one run."""
+    """Approve one run at this site, as a person with a key. Valid for seven days and for one run."""
     from fedveil.client import approval
     from fedveil.common import identity
     from fedveil.common.units import site_id
@@ -155,8 +160,8 @@ def approve(
 
 
 @app.command()
-def approver(key: Annotated[Path, typer.Argument(help="A new file for the private key, mode 0600.")]) -> None:
-    """Make a person's key for approvals; its public half goes into [limits] approvers."""
+def approver(key: Annotated[Path, typer.Argument(help="The new file for the private key (mode 0600).")]) -> None:
+    """Make a person's key for approvals. Put the printed public key into [limits] approvers of site.toml."""
     from fedveil.common import identity
 
     made = identity.new_signing_key()

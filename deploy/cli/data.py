@@ -40,9 +40,9 @@ def profile(
     table: Annotated[Path, typer.Argument(help="A table: .csv, .tsv, .parquet or .arrow.")],
     encoding: EncodingOption = "auto",
     delimiter: DelimiterOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the profile (JSON, mode 0600) here; must not exist.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the profile to this new file (JSON, mode 0600).")] = None,
 ) -> None:
-    """What the columns of a table are like, without a contract and without showing one value."""
+    """Describe the columns of a table. No contract is needed, and no value is shown."""
     from rich.console import Console
     from rich.table import Table
 
@@ -75,13 +75,16 @@ def check(
     fhir: FhirOption = None,
     corrections: CorrectionsOption = None,
     against: Annotated[
-        Path | None, typer.Option(help="Work folder of an earlier check: report which columns have moved since.")
+        Path | None, typer.Option(help="Work folder of an earlier check. Reports which columns have moved since.")
     ] = None,
     against_public: Annotated[
-        str, typer.Option(help="Public key that signed its lineage record; without it, nothing shows where it is from.")
+        str,
+        typer.Option(
+            help="Public key that signed the earlier check's lineage record. Without it, who made it is not checked."
+        ),
     ] = "",
 ) -> None:
-    """Run the whole ingestion here: nothing leaves this machine. Exit code 0 means the table can be used."""
+    """Run the whole ingestion on this machine; nothing leaves it. Exit code 0 if the table can be used."""
     from rich.console import Console
 
     from fedveil.client.records.judge import drift
@@ -146,10 +149,10 @@ def anonymize(
     signer_public: SignerOption,
     work: WorkOption,
     method: Annotated[
-        str, typer.Option(help="fixed (the contract's levels), auto, mondrian, optimal or peel.")
+        str, typer.Option(help="Recoding: fixed (the contract's levels), auto, mondrian, optimal or peel.")
     ] = "fixed",
     out: Annotated[
-        Path | None, typer.Option(help="The release, .csv or .parquet; by default in the work folder.")
+        Path | None, typer.Option(help="The new release, .csv or .parquet. By default in the work folder.")
     ] = None,
     encoding: EncodingOption = "auto",
     delimiter: DelimiterOption = "auto",
@@ -190,7 +193,7 @@ def _anonymize_by(
     from fedveil.privacy.anonymization.anonymizer import Method
 
     if method not in get_args(Method):
-        raise UsageError(f"method {method[:32]!r} is unknown", hint=", ".join(get_args(Method)))
+        raise UsageError(f"method {method[:32]!r} is unknown", hint=f"one of {', '.join(get_args(Method))}")
     agreed = load_signed(contract, signer)
     secret = lineage.site_secret(work)
     with progress_of(source) as progress:
@@ -217,11 +220,11 @@ def _findings(found: Any) -> None:
 
 @app.command("anonymize-parquet")
 def anonymize_parquet(
-    table: Annotated[Path, typer.Argument(help="A Parquet file of any length; its rows never lie in memory at once.")],
-    out: Annotated[Path, typer.Argument(help="The release, .parquet; must not exist.")],
-    spec: Annotated[Path, typer.Option(help="TOML file with the columns' roles and the criteria; see docs/data.md.")],
+    table: Annotated[Path, typer.Argument(help="A Parquet file of any length. It is read piece by piece.")],
+    out: Annotated[Path, typer.Argument(help="The new release, .parquet.")],
+    spec: Annotated[Path, typer.Option(help="TOML file with the columns' roles and the criteria (docs/data.md).")],
 ) -> None:
-    """Anonymise a table without a contract, and verify what was written. No check of a contract is made."""
+    """Anonymise a Parquet table that has no contract, and verify what was written."""
     from fedveil.client.records.release import anonymize as release
     from fedveil.privacy.anonymization import spec_file
     from fedveil.privacy.anonymization.stability import stability
@@ -255,7 +258,7 @@ def verify(
     contract: ContractOption,
     signer_public: SignerOption,
 ) -> None:
-    """Re-read a released table and check every criterion of the contract on it, independently of how it was made."""
+    """Read a released table again and check every criterion of the contract on it, however it was made."""
     from fedveil.client.records.release import anonymize as release
     from fedveil.common.contract import load_signed
 
@@ -268,7 +271,7 @@ def risk(
     contract: ContractOption,
     signer_public: SignerOption,
 ) -> None:
-    """Re-identification risk of a released table: local knowledge, it does not leave the site."""
+    """Estimate the re-identification risk of a released table. The figures stay at the site."""
     from rich.console import Console
     from rich.table import Table
 
@@ -286,12 +289,15 @@ def risk(
 
 @app.command("report")
 def report(
-    work: Annotated[Path, typer.Argument(help="The private folder of an earlier check or anonymize.")],
+    work: Annotated[Path, typer.Argument(help="The work folder of an earlier 'check' or 'anonymize'.")],
     public: Annotated[
-        str, typer.Option(help="Public key that signed its lineage record, where that is the site's own key.")
+        str,
+        typer.Option(
+            help="The site's public key, if the site's own key signed the lineage record. By default the folder's key."
+        ),
     ] = "",
 ) -> None:
-    """Read the reports of a work folder: quality, stages, problems; and check that the lineage record is unchanged."""
+    """Show the quality report of a work folder, and check that report and release are unchanged."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

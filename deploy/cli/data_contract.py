@@ -16,13 +16,13 @@ app = typer.Typer(cls=Group, help="The data contract: draft it from a sample, si
 @app.command("init")
 def init(
     sample: Annotated[Path, typer.Argument(help="A sample of the table: .csv, .parquet or .arrow.")],
-    out: Annotated[Path, typer.Option(help="The draft to write (.toml); must not exist.")],
-    name: Annotated[str, typer.Option(help="What the contract is called.")] = "data",
-    ask: Annotated[bool, typer.Option(help="Ask for every column's role; else all roles stay empty.")] = True,
+    out: Annotated[Path, typer.Option(help="The new file for the draft (.toml).")],
+    name: Annotated[str, typer.Option(help="The contract's name.")] = "data",
+    ask: Annotated[bool, typer.Option(help="Ask for every column's role, or leave all roles empty.")] = True,
     encoding: EncodingOption = "auto",
     delimiter: DelimiterOption = "auto",
 ) -> None:
-    """Draft a contract from a sample. Roles are asked for, never guessed; an empty role cannot be signed."""
+    """Draft a contract from a sample. Roles are asked for, never guessed. Fill in empty ones before signing."""
     from rich.console import Console
 
     from fedveil.client.records.judge import draft, profile
@@ -57,7 +57,7 @@ def init(
 def sign(
     contract: Annotated[Path, typer.Argument(help="The draft, .toml or .json.")],
     key: Annotated[Path, typer.Option(help="The consortium's Ed25519 key (PEM, mode 0600).")],
-    out: Annotated[Path, typer.Option(help="Where to write the signed contract (JSON); must not exist.")],
+    out: Annotated[Path, typer.Option(help="The new file for the signed contract (JSON).")],
 ) -> None:
     """Check a draft contract and sign it for all sites."""
     from rich.console import Console
@@ -84,7 +84,7 @@ def check(
     ],
     signer_public: Annotated[str, typer.Option(help="The consortium's public key, 64 hexadecimal digits.")] = "",
 ) -> None:
-    """Check a contract by itself and say what it means: inputs, criteria, and what one record can change."""
+    """Check a contract and say what it means: inputs, criteria, and how many rows one record can change."""
     from rich.console import Console
     from rich.table import Table
 

@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
 
 TableArgument = Annotated[
-    Path, typer.Argument(help="The site's table: .csv, .tsv, .parquet, .arrow, .duckdb, .ndjson, or a database's name.")
+    Path,
+    typer.Argument(
+        help="The site's table: .csv, .tsv, .parquet, .arrow, .duckdb or .ndjson. With --url-file, any name."
+    ),
 ]
 ContractOption = Annotated[Path, typer.Option("--contract", help="The signed contract (JSON).")]
 SignerOption = Annotated[str, typer.Option(help="The consortium's public key, 64 hexadecimal digits.")]
-WorkOption = Annotated[Path, typer.Option(help="Private folder of this site (mode 0700) for the reports.")]
-EncodingOption = Annotated[str, typer.Option(help="Of a CSV file: auto (byte order mark, else UTF-8), latin-1, ...")]
-DelimiterOption = Annotated[str, typer.Option(help="Of a CSV file; auto takes the one that gives the known columns.")]
+WorkOption = Annotated[
+    Path, typer.Option(help="Private work folder of this site (mode 0700), for release and reports.")
+]
+EncodingOption = Annotated[
+    str, typer.Option(help="Encoding of a CSV file: auto (byte order mark, else UTF-8), latin-1, ...")
+]
+DelimiterOption = Annotated[str, typer.Option(help="Separator of a CSV file: auto, or one of , ; | and tab.")]
 DecimalOption = Annotated[str, typer.Option(help="Decimal sign of a CSV file: . or ,")]
-ThousandsOption = Annotated[str, typer.Option(help="Sign between thousands in a CSV file; none by default.")]
-QueryOption = Annotated[str, typer.Option(help="For a database: the SELECT whose columns are the contract's.")]
-UrlOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with a SQLAlchemy URL, for SQL databases.")]
+ThousandsOption = Annotated[str, typer.Option(help="Sign between thousands in a CSV file. By default none.")]
+QueryOption = Annotated[str, typer.Option(help="For a database: one SELECT that gives the contract's columns.")]
+UrlOption = Annotated[Path | None, typer.Option(help="For a SQL database: file (mode 0600) with its SQLAlchemy URL.")]
 FhirOption = Annotated[Path | None, typer.Option(help="For .ndjson: TOML file with resource and [paths].")]
 CorrectionsOption = Annotated[Path | None, typer.Option(help="TOML file with the site's declared corrections.")]
 

@@ -17,13 +17,13 @@ app = typer.Typer(cls=Group, no_args_is_help=True, help="A site's privacy ledger
 
 File = Annotated[Path, typer.Argument(help="A site's ledger (ledger.jsonl).")]
 KEY = "The site's public key: 64 hex digits, or a roster.json that names it."
-Public = Annotated[str | None, typer.Option(help=f"{KEY} Checks signatures, too.")]
+Public = Annotated[str | None, typer.Option(help=f"{KEY} With it, signatures are checked.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def show(file: File, public: Public = None, as_json: Json = False) -> None:
-    """Lineage, cap, ε spent and left, and what each session cost."""
+    """Show lineage, cap, ε spent and left, and what each session cost."""
     from fedveil.deploy.ledger_file import read_rows, summary
 
     rows = read_rows(file, public)
@@ -40,7 +40,7 @@ def verify(
     public: Annotated[str, typer.Option(help=KEY)],
     as_json: Json = False,
 ) -> None:
-    """Check numbering, chain, every signature and that the budget was never exceeded. Exit code 60 if not."""
+    """Check numbers, hash chain and signatures, and that the cap was never exceeded. Exit code 60 if a check fails."""
     from rich.console import Console
 
     from fedveil.deploy.ledger_file import read_rows, summary
@@ -60,9 +60,9 @@ def verify(
 def export(
     file: File,
     public: Public = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; by default to standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new file to write. By default standard output.")] = None,
 ) -> None:
-    """The ledger as one JSON document: summary, head and every row. All of it may leave the site."""
+    """Print the ledger as one JSON document: summary, head and every row. All of it may leave the site."""
     from fedveil.deploy.ledger_file import read_rows, summary
 
     rows = read_rows(file, public)
@@ -82,12 +82,13 @@ def export(
 def prove(
     file: File,
     row: Annotated[int, typer.Argument(help="The row's number, from 0.")],
-    out: Annotated[Path, typer.Option(help="Where to write the proof.")],
+    out: Annotated[Path, typer.Option(help="The new file for the proof.")],
     rows: Annotated[
-        int | None, typer.Option(help="Among so many first rows: what the report names. By default all there are.")
+        int | None,
+        typer.Option(help="Prove it for the first ROWS rows: the number that the report names. By default all."),
     ] = None,
 ) -> None:
-    """Write a proof that one row stands in this journal; 'fedveil audit row' checks it without the other rows."""
+    """Write a proof that one row stands in this ledger. 'fedveil audit row' checks it without the other rows."""
     from fedveil.deploy.ledger_file import require_file
     from fedveil.privacy.report.row_proof import prove as proof_of
 
@@ -98,18 +99,20 @@ def prove(
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="The older ledger (ledger.jsonl).")],
-    into: Annotated[Path, typer.Option(help="The ledger that shall count it from now on; must have been opened.")],
+    into: Annotated[
+        Path, typer.Option(help="The ledger that counts its spending from now on. A run must have opened it.")
+    ],
     key: Annotated[Path, typer.Option(help="The signing.key of the site that owns --into.")],
-    public: Annotated[str, typer.Option(help="The older ledger's public key (or a roster.json that names it).")] = "",
+    public: Annotated[str, typer.Option(help="The older ledger's public key, or a roster.json that names it.")] = "",
     old_key: Annotated[Path | None, typer.Option(help="The older ledger's signing.key, if it is not --key.")] = None,
     left_open: Annotated[
-        bool, typer.Option("--left-open", help="Its key is lost, or FILE is a copy: the older ledger is not closed.")
+        bool, typer.Option("--left-open", help="Do not close the older ledger: its key is lost, or FILE is a copy.")
     ] = False,
 ) -> None:
-    """Close an older ledger of the same people's records, and count what it has spent. Once for a ledger.
+    """Close an older ledger of the same people's records, and count here what it has spent. Once for each ledger.
 
-    The total only grows. If this is interrupted, give the command again. With --left-open whoever has the older
-    ledger and its key can go on spending from it, beside the new one: remove both.
+    The total only grows. If this is interrupted, give the command again. With --left-open, whoever has the older
+    ledger and its key can still spend from it: remove both.
     """
     from rich.console import Console
 
@@ -128,7 +131,9 @@ def _write_new(out: Path, data: bytes) -> None:
         with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
             f.write(data)
     except OSError as e:
-        raise UsageError(f"{out} cannot be written: {e.strerror}", hint="choose a new file name") from e
+        raise UsageError(
+            f"{out} cannot be written: {e.strerror}", hint="name a new file in a folder that exists"
+        ) from e
 
 
 def _show(found: dict[str, Any]) -> None:

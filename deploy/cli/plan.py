@@ -20,28 +20,28 @@ _ROSTER_LIMIT = 1 << 22
 
 
 def plan(
-    federation: Annotated[Path, typer.Argument(help="federation.toml")],
+    federation: Annotated[Path, typer.Argument(help="The server's federation.toml.")],
     sites: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Number of sites, while there is no signed roster yet.")
+        int | None, typer.Option(min=1, max=4096, help="Number of sites, if there is no signed roster yet.")
     ] = None,
     cap: Annotated[
-        float | None, typer.Option(help="ε of a site's fresh ledger: how many steps of this plan does it carry?")
+        float | None, typer.Option(help="Cap (ε) of a fresh ledger. Shows how many steps of this plan it can pay for.")
     ] = None,
     ledger: Annotated[
-        Path | None, typer.Option(help="A site's ledger (journal.jsonl): how many steps does it still carry?")
+        Path | None, typer.Option(help="A site's ledger (ledger.jsonl). Shows how many steps it can still pay for.")
     ] = None,
     noise_multiplier: Annotated[
-        float | None, typer.Option(help="Plan with this σ; ε follows from it, not from the settings.")
+        float | None, typer.Option(help="Plan with this σ. ε then follows from it, and not from the settings.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and the forecast as JSON.")] = False,
 ) -> None:
-    """Show the privacy plan of federation.toml: noise, steps, ε, fallback ε, what a budget affords. Runs nothing."""
+    """Show the privacy plan of federation.toml before a run: noise, steps, ε, fallback ε."""
     from fedveil.common import settings as tomls
     from fedveil.deploy.ledger_file import read_rows, tally_of
     from fedveil.privacy.planning import forecast, plan_from_settings
 
     if cap is not None and not 0 < cap <= 1000:
-        raise UsageError(f"--cap {cap!r} is not in (0, 1000]")
+        raise UsageError(f"--cap {cap!r} is not a cap", hint="give an epsilon above 0 and up to 1000")
     settings = tomls.load(federation, tomls.Federation)
     contract, signed = _contract(settings)
     made = plan_from_settings(settings, contract, sites or _roster_size(settings), noise_multiplier=noise_multiplier)
@@ -58,7 +58,9 @@ def _pin(settings: Federation) -> str:
         with path.open("rb") as f:
             return f.read(256).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} cannot be read", hint="run 'fedveil provision', or copy the file") from e
+        raise ConfigError(
+            f"{path} cannot be read", hint="correct [federation] identity; 'fedveil client join' installs the file"
+        ) from e
 
 
 def _contract(settings: Federation) -> tuple[DataContract, bool]:
@@ -117,9 +119,9 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
         ),
         ("noise multiplier", f"σ = {p.noise_multiplier:.4f} at h shares"),
         ("ε of the run", f"{p.claim:.4f} by PLD at δ = {p.delta:g} ({f.epsilon_rdp:.4f} by RDP)"),
-        ("ledger's cap", f"at least ε = {f.filter_epsilon:.4f} left at every site to carry all steps"),
+        ("ledger's cap", f"every site needs ε = {f.filter_epsilon:.4f} or more left to pay for all steps"),
         ("ε, replace one", f"{f.epsilon_replace_one:.4f} between tables in which one {p.unit} is another one"),
-        ("fallback ε", f"{p.fallback:.4f} if everybody else is against a site"),
+        ("fallback ε", f"{p.fallback:.4f} if everybody else works against a site"),
         (
             "model",
             f"{p.model.name}, {p.model.inputs} inputs, {p.model.classes} classes, {p.model.parameters} parameters",
@@ -132,8 +134,8 @@ def _rows(f: Forecast) -> list[tuple[str, str]]:
     if f.bytes_per_parameter is not None:
         rows.append(("upload", f"{f.bytes_per_parameter:.2f} bytes per parameter and step, and the shares"))
     if f.cap is not None:
-        rows.append((f"a cap of {f.cap:g}", f"carries {f.affordable} of these steps"))
+        rows.append((f"a cap of {f.cap:g}", f"pays for {f.affordable} of these steps"))
     if f.left is not None:
-        rows.append(("the ledger", f"has spent ε = {f.spent:.4f} and still carries {f.left} of these steps"))
+        rows.append(("the ledger", f"has spent ε = {f.spent:.4f} and still pays for {f.left} of these steps"))
         rows.append(("", "its chain holds; 'fedveil ledger verify' checks the signatures"))
     return rows

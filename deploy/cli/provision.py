@@ -23,14 +23,16 @@ class _Provision(Group):
 
 
 app = typer.Typer(
-    cls=_Provision, no_args_is_help=True, help="Keys, certificates and rosters of a consortium; and who is no member."
+    cls=_Provision,
+    no_args_is_help=True,
+    help="Make keys, certificates and rosters of a consortium, and revoke members.",
 )
 
 
 @app.command("new")
 def new(
     out: Annotated[Path, typer.Argument(help="An empty or new folder for all the keys.")],
-    site: Annotated[list[str], typer.Option("--site", help="A member's name; once for every site.")],
+    site: Annotated[list[str], typer.Option("--site", help="A site's name. Give it once for every site.")],
     consortium: Annotated[str, typer.Option(help="The consortium's name.")] = "consortium",
     host: Annotated[str, typer.Option(help="Name or address by which sites reach the server.")] = "localhost",
     days: Annotated[int, typer.Option(help="Days for which the certificates hold.")] = 30,
@@ -46,9 +48,9 @@ def new(
 
 @app.command("found")
 def found(
-    folder: Annotated[Path, typer.Argument(help="A new folder; it stays with whoever enrols members.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder. It stays with the person who enrols members.")],
     consortium: Annotated[str, typer.Option(help="The consortium's name.")],
-    days: Annotated[int, typer.Option(help="Days for which the authority itself holds.")] = MAX_DAYS,
+    days: Annotated[int, typer.Option(help="Days for which the authority's own certificate is valid.")] = MAX_DAYS,
 ) -> None:
     """Make an authority whose members bring keys of their own ('fedveil client join')."""
     from fedveil.deploy.enrol import consortium as authority
@@ -60,11 +62,11 @@ def found(
 def sign_csr(
     folder: Annotated[Path, typer.Argument(help="The consortium's folder.")],
     request: Annotated[Path, typer.Argument(help="The member's request.json.")],
-    out: Annotated[Path, typer.Option(help="The answer for the member; must not exist.")],
-    fingerprint: Annotated[str, typer.Option(help="As the member read it out; needed for a new member.")] = "",
+    out: Annotated[Path, typer.Option(help="The new file for the answer to the member.")],
+    fingerprint: Annotated[str, typer.Option(help="The fingerprint as a new member read it out.")] = "",
     days: Annotated[int, typer.Option(help="Days for which the certificate holds.")] = 30,
 ) -> None:
-    """Admit a member, or renew its certificate; its private keys never come here."""
+    """Admit a member, or renew its certificate. Its private keys stay with it."""
     from fedveil.deploy.enrol import consortium as authority
 
     typer.echo(authority.sign_request(folder, request, out, heard=fingerprint, days=days))
@@ -72,7 +74,7 @@ def sign_csr(
 
 @app.command("roster")
 def publish(folder: Annotated[Path, typer.Argument(help="The consortium's folder.")]) -> None:
-    """Sign the next version of the roster: everybody who was admitted and not revoked."""
+    """Sign the next version of the roster: all members that were admitted and not revoked."""
     from fedveil.deploy.enrol import consortium as authority
 
     made = authority.publish(folder)
@@ -83,10 +85,10 @@ def publish(folder: Annotated[Path, typer.Argument(help="The consortium's folder
 @app.command("revoke")
 def revoke(
     folder: Annotated[Path, typer.Argument(help="The consortium's folder.")],
-    site: Annotated[str, typer.Argument(help="The member.")],
-    key_only: Annotated[bool, typer.Option(help="Its TLS key only: it may enrol again under another.")] = False,
+    site: Annotated[str, typer.Argument(help="The member's name.")],
+    key_only: Annotated[bool, typer.Option(help="Revoke its TLS key only. It may enrol again with a new one.")] = False,
 ) -> None:
-    """Shut a member out; takes effect in a running federation once the list lies in the server's folder."""
+    """Revoke a member. It takes effect, also during a run, once the list lies in the server's identity folder."""
     from fedveil.deploy.enrol import consortium as authority
 
     made = authority.revoke(folder, site, key_only=key_only)

@@ -14,15 +14,15 @@ app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Coordinate a run: admit sites, add ciphertexts, open only sums."
 )
 
-Settings = Annotated[Path, typer.Argument(help="federation.toml")]
+Settings = Annotated[Path, typer.Argument(help="The server's federation.toml.")]
 
 
 @app.command()
 def start(
     settings: Settings,
-    run: Annotated[Path | None, typer.Option(help="run folder; default <runs>/<time>")] = None,
+    run: Annotated[Path | None, typer.Option(help="The new folder of the run. By default <runs>/<time>.")] = None,
 ) -> None:
-    """Start a run and serve until it has ended; leaves a run folder with a report."""
+    """Start a run and serve until it has ended. The run's folder then holds a report."""
     from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
@@ -37,8 +37,8 @@ def start(
 
 
 @app.command()
-def resume(settings: Settings, run: Annotated[Path, typer.Argument(help="the run folder to go on with")]) -> None:
-    """Go on with a run whose server was stopped; no finished round is charged again."""
+def resume(settings: Settings, run: Annotated[Path, typer.Argument(help="The folder of the run.")]) -> None:
+    """Go on with a run whose server was stopped. No finished round is charged again."""
     from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
@@ -52,8 +52,8 @@ def resume(settings: Settings, run: Annotated[Path, typer.Argument(help="the run
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Show where a run stands."""
+def status(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Show how far a run is."""
     from fedveil.deploy import server_process
 
     for name, value in server_process.status(run).items():
@@ -62,10 +62,10 @@ def status(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 
 @app.command()
 def monitor(
-    run: Annotated[Path, typer.Argument(help="a run folder; it need not exist yet")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0: any free one")] = 9464,
+    run: Annotated[Path, typer.Argument(help="The folder of a run. It need not exist yet.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 9464,
 ) -> None:
-    """Show a run on loopback: a status page, /metrics for Prometheus, /healthz. Reads only; stop it with Ctrl-C."""
+    """Show a run on this machine: a status page, /metrics for Prometheus, /healthz. Stop it with Ctrl-C."""
     from fedveil.common import log
     from fedveil.deploy.watch.monitor_web import Monitor
 

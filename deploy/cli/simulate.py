@@ -11,29 +11,35 @@ from fedveil.deploy.lab.choices import listed
 
 
 def simulate(
-    clients: Annotated[int, typer.Option(help="number of virtual clients")] = 20,
+    clients: Annotated[int, typer.Option(help="Number of virtual clients.")] = 20,
     dataset: Annotated[str, typer.Option(help=listed("dataset"))] = "digits",
-    epsilon: Annotated[float, typer.Option(help="ε of the run")] = 1.0,
-    delta: Annotated[float, typer.Option(help="δ of the run")] = 1e-5,
+    epsilon: Annotated[float, typer.Option(help="ε of the run.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="δ of the run.")] = 1e-5,
     mode: Annotated[str, typer.Option(help=listed("mode"))] = "distributed",
     sum: Annotated[str, typer.Option(help=listed("sum", plain="SIMULATED", none="mode local"))] = "keysum",
     engine: Annotated[str, typer.Option(help=listed("engine"))] = "inprocess",
-    alpha: Annotated[float | None, typer.Option(help="Dirichlet concentration of the classes; default IID")] = None,
-    colluders: Annotated[int | None, typer.Option(help="t, sites that may work together")] = None,
-    dropouts: Annotated[int | None, typer.Option(help="d, sites that may be missing")] = None,
-    steps: Annotated[int | None, typer.Option(help="secure sums; default from the dataset's recipe")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the public split and initialisation")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="runs, one for each seed from --seed up, and their mean")] = 1,
-    cap: Annotated[
-        float | None, typer.Option(help="cap of every client's ledger; default: what the plan needs")
+    alpha: Annotated[
+        float | None, typer.Option(help="Deal out classes unevenly: Dirichlet concentration. By default evenly (IID).")
     ] = None,
-    drop_rate: Annotated[float, typer.Option(help="chance that a client misses a round")] = 0.0,
-    reveal_to: Annotated[str, typer.Option(help="who reads: " + listed("reveal_to", sites="keysum"))] = "server",
-    committee: Annotated[int, typer.Option(help="helpers that open the sums; 0: all sites (up to 200)")] = 0,
-    force: Annotated[bool, typer.Option(help="mode client below 1000 clients")] = False,
-    out: Annotated[Path | None, typer.Option(help="run folder, or that of --seeds; default runs/<time>")] = None,
+    colluders: Annotated[int | None, typer.Option(help="t: sites that may work together.")] = None,
+    dropouts: Annotated[int | None, typer.Option(help="d: sites that may be missing from a round.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of secure sums. The dataset has a default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the first model. Noise is never seeded.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of runs, with seeds from --seed up. Their mean is shown.")
+    ] = 1,
+    cap: Annotated[
+        float | None, typer.Option(help="Cap (ε) of every client's ledger. By default what the plan needs.")
+    ] = None,
+    drop_rate: Annotated[float, typer.Option(help="Chance, 0 to 1, that a client misses a round.")] = 0.0,
+    reveal_to: Annotated[
+        str, typer.Option(help="Who reads the sums: " + listed("reveal_to", sites="keysum"))
+    ] = "server",
+    committee: Annotated[int, typer.Option(help="Number of helpers that open the sums; 0: all sites (up to 200).")] = 0,
+    force: Annotated[bool, typer.Option(help="Allow mode client below 1000 clients.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The new folder of the run or runs. By default runs/<time>.")] = None,
 ) -> None:
-    """Train over many virtual clients in one process and leave a run folder with a checkable report."""
+    """Train over many virtual clients in one process. The run's folder then holds a report to check."""
     from fedveil.deploy.lab import simulate as lab
 
     config = lab.Config(

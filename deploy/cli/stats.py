@@ -23,18 +23,33 @@ _METRICS = ("accuracy", "confusion")
 
 
 def stats(
-    settings: Annotated[Path, typer.Argument(help="federation.toml")],
-    column: Annotated[list[str] | None, typer.Option(help="a column; may be repeated; default: all that fit")] = None,
+    settings: Annotated[Path, typer.Argument(help="The server's federation.toml.")],
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column. May be repeated. By default all that fit.")
+    ] = None,
     what: Annotated[
-        str, typer.Option(help="comma-separated: count, mean, variance, histogram, quantiles, accuracy, confusion")
+        str,
+        typer.Option(
+            help="Any of count, mean, variance, histogram, quantiles, accuracy, confusion, with commas between."
+        ),
     ] = "count,mean,variance",
-    epsilon: Annotated[float | None, typer.Option(help="ε of all of it together; default: federation.toml's")] = None,
-    bins: Annotated[int, typer.Option(help="equally wide bins of a number, for histogram and quantiles")] = 10,
-    quantile: Annotated[list[float] | None, typer.Option(help="a probability; default 0.25, 0.5 and 0.75")] = None,
-    model: Annotated[Path | None, typer.Option(help="run folder of the model, for accuracy and confusion")] = None,
-    run: Annotated[Path | None, typer.Option(help="run folder; default <runs>/<time>-stats")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="ε of all statistics together. By default that of federation.toml.")
+    ] = None,
+    bins: Annotated[
+        int, typer.Option(help="Number of equal bins of a numeric column, for histogram and quantiles.")
+    ] = 10,
+    quantile: Annotated[
+        list[float] | None, typer.Option(help="A probability. May be repeated. By default 0.25, 0.5 and 0.75.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the run that trained the model, for accuracy and confusion.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="The new folder of this run. By default <runs>/<time>-stats.")
+    ] = None,
 ) -> None:
-    """Ask all sites for statistics of their rows in one secure sum; each site's owner has to allow the task 'stats'."""
+    """Ask all sites for statistics of their rows in one secure sum. Each site must allow the task 'stats'."""
     from fedveil.common import canonical, log
     from fedveil.common import settings as files
     from fedveil.deploy import server_process
@@ -50,7 +65,7 @@ def stats(
     folder = run or federation.federation.runs / time.strftime("%Y%m%d-%H%M%S-stats")
     if (folder / "journal.jsonl").exists():
         raise UsageError(
-            f"{folder} holds a run already", hint="another --run: statistics are asked for in a run of their own"
+            f"{folder} holds a run already", hint="name a new folder with --run: statistics have a run of their own"
         )
 
     def ask(contract: DataContract) -> StatsSpec:
@@ -74,7 +89,7 @@ def stats(
 def _check(wanted: list[str], quantiles: Sequence[float]) -> None:
     """Raise :class:`UsageError` for a wish without a meaning; an empty one would be run, and charged."""
     if not wanted:
-        raise UsageError("--what names no statistic", hint="'count' asks for the count alone")
+        raise UsageError("--what names no statistic", hint="for example --what count,mean")
     if len(quantiles) > MAX_QUANTILES or not all(0 < q < 1 for q in quantiles):
         raise UsageError(
             "a --quantile is a probability above 0 and below 1",
@@ -87,7 +102,9 @@ def _evaluated(wanted: list[str], folder: Path | None) -> tuple[MetricSpec | Non
     if not set(wanted) & set(_METRICS):
         return None, {}
     if folder is None:
-        raise UsageError("accuracy and confusion need --model", hint="the run folder of the model to evaluate")
+        raise UsageError(
+            "accuracy and confusion need --model", hint="give the folder of the run that trained the model"
+        )
     from fedveil.common import canonical
     from fedveil.common.workload.statistics import EVALUATED, MetricSpec
     from fedveil.privacy import plan as plans
@@ -96,14 +113,18 @@ def _evaluated(wanted: list[str], folder: Path | None) -> tuple[MetricSpec | Non
         network = plans.from_json(canonical.loads((folder / "plan.json").read_bytes())).network
         weights = (folder / "model.f32").read_bytes()
     except OSError as e:
-        raise UsageError(f"{folder} holds no finished run: {e.strerror}", hint="plan.json and model.f32") from e
+        raise UsageError(
+            f"{folder} holds no finished run: {e.strerror}", hint="--model takes a folder with plan.json and model.f32"
+        ) from e
     except FedveilError as e:
         raise UsageError(
-            f"{folder / 'plan.json'} is no plan of a training: {e.message}",
-            hint="--model: the folder of a finished run",
+            f"{folder / 'plan.json'} is not the plan of a training run: {e.message}",
+            hint="--model takes the folder of a finished training run",
         ) from e
     if len(weights) != 4 * network.parameters:
-        raise UsageError(f"{folder / 'model.f32'} is not the model of its plan")
+        raise UsageError(
+            f"{folder / 'model.f32'} is not the model of its plan", hint="--model takes the folder as the run left it"
+        )
     spec = MetricSpec(network=network, model_hash=canonical.sha256_hex(weights), confusion="confusion" in wanted)
     return spec, {EVALUATED: weights}
 
@@ -123,7 +144,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         _column(table, f"{name} [{c['unit']}]" if c["unit"] else name, c)
     _metrics(table, found["metrics"])
     console.print(table)
-    console.print("± is one standard error of the noise; * was moved into the range of possible values", style="dim")
+    console.print("± is one standard error of the noise. * was moved into the possible range.", style="dim")
 
 
 def _column(table: Table, name: str, c: dict[str, Any]) -> None:

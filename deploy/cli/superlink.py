@@ -15,16 +15,18 @@ from fedveil.common.cli import Group
 
 # Every fedveil command reads this file: what it needs of torch and flwr comes with the command.
 app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="The same apps under Flower's SuperLink, with executors that run no bundle."
+    cls=Group,
+    no_args_is_help=True,
+    help="Run server and sites under Flower's SuperLink. App bundles from the network are never run.",
 )
-FederationFile = Annotated[Path, typer.Argument(help="federation.toml")]
-SiteFile = Annotated[Path, typer.Argument(help="site.toml")]
-Port = Annotated[int, typer.Option(min=1, max=65535, help="of this machine's loopback address")]
+FederationFile = Annotated[Path, typer.Argument(help="The server's federation.toml.")]
+SiteFile = Annotated[Path, typer.Argument(help="The site's site.toml.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")]
 
 
 @app.command()
 def link(settings: FederationFile, port: Port = 9092) -> None:
-    """Become SuperLink: loopback, TLS, no app of its own, SuperNodes of the roster only."""
+    """Run Flower's SuperLink on this machine, with TLS. It takes SuperNodes of the roster only."""
     from fedveil.common import settings as files
     from fedveil.deploy.superlink import commands
 
@@ -35,12 +37,14 @@ def link(settings: FederationFile, port: Port = 9092) -> None:
 @app.command("server")
 def serve(
     settings: FederationFile,
-    run: Annotated[Path, typer.Option(help="the run's folder")],
-    certificate: Annotated[list[Path], typer.Option(help="a site's certificate; once for every site")],
+    run: Annotated[Path, typer.Option(help="The folder of the run.")],
+    certificate: Annotated[
+        list[Path], typer.Option(help="A site's certificate (tls.pem). Give it once for every site.")
+    ],
     port: Port = 9092,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
 ) -> None:
-    """Start a run at SuperLink and carry it out; leaves a run folder with a report."""
+    """Start a run at SuperLink and carry it out. The run's folder then holds a report."""
     from fedveil.common import log
     from fedveil.common import settings as files
     from fedveil.deploy.superlink import commands, server
@@ -57,7 +61,7 @@ def serve(
 
 @app.command()
 def node(settings: SiteFile, port: Port = 9094) -> None:
-    """Become the site's SuperNode: dials the server of site.toml, runs nothing itself."""
+    """Run the site's SuperNode. It dials the server of site.toml and runs no app itself."""
     from fedveil.common import settings as files
     from fedveil.deploy.superlink import commands
 
@@ -68,7 +72,7 @@ def node(settings: SiteFile, port: Port = 9094) -> None:
 
 @app.command("site")
 def execute(settings: SiteFile, port: Port = 9094) -> None:
-    """Check and recode the site's table, then answer what SuperNode brings, run after run, until SIGTERM."""
+    """Check and recode the site's table, then take part in the runs that SuperNode brings, until SIGTERM."""
     from fedveil.client.app import make_app
     from fedveil.client.egress.gate import Gate
     from fedveil.common import log

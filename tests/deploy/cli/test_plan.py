@@ -153,7 +153,7 @@ def test_what_a_ledger_that_has_spent_still_carries(folder) -> None:
     found = canonical.loads(call(path, "--ledger", folder / "a", "--json").stdout)
     assert found["ledger_affordable_steps"] == 20
     assert 0 < found["ledger_spent"] < cap
-    assert "still carries 20 of these steps" in call(path, "--ledger", folder / "a").stdout
+    assert "still pays for 20 of these steps" in call(path, "--ledger", folder / "a").stdout
     assert isinstance(call(path, "--ledger", folder / "b").exception, PlanError)
     assert isinstance(call(path, "--ledger", folder / "c").exception, UsageError)
     assert isinstance(call(path, "--ledger", folder).exception, UsageError)

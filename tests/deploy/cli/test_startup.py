@@ -90,6 +90,6 @@ def test_an_argument_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         shown = capsys.readouterr().out
         assert shown.count("rguments:\n") == 1, "one list of them"
         assert "[required]" in shown
-        assert {"verify": "report.json, beside", "init": "A sample of the table", "plan": "federation.toml"}[
+        assert {"verify": "report.json in the folder", "init": "A sample of the table", "plan": "federation.toml"}[
             words[-1]
         ] in shown

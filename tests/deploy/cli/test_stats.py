@@ -55,7 +55,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(asked, tmp_path) -> None:
     (tmp_path / "journal.jsonl").write_text("")
     refused = asked("--what", "count", "--run", tmp_path)
     assert isinstance(refused, UsageError)
-    assert "another --run" in refused.hint
+    assert "with --run" in refused.hint
 
 
 def test_the_limit_of_quantiles_is_the_specs() -> None:
