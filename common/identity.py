@@ -46,7 +46,9 @@ def write_secret(path: Path, data: bytes) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as e:
-        raise IdentityError(f"{path} exists already", hint="move it away first; keys are never overwritten") from e
+        raise IdentityError(
+            f"{path} exists already", hint="move it away first, or name a new file: keys are never overwritten"
+        ) from e
     with os.fdopen(fd, "wb") as f:
         f.write(data)
         f.flush()
@@ -66,11 +68,13 @@ def load_signing_key(path: Path) -> Ed25519PrivateKey:
         key = ser.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as e:
         raise IdentityError(
-            f"no signing key could be read from {path}", hint="'fedveil client join' makes one, once; restore it"
+            f"no signing key could be read from {path}",
+            hint="restore it from a backup; a new member makes one with 'fedveil client join'",
         ) from e
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityError(
-            f"{path} does not hold an Ed25519 key", hint="'fedveil client join' makes one, once; restore it"
+            f"{path} does not hold an Ed25519 key",
+            hint="restore it from a backup; a new member makes one with 'fedveil client join'",
         )
     return key
 
@@ -180,7 +184,7 @@ class Roster:
         for m in self.sites:
             if m.tls_key and m.tls_key == spki:
                 return m
-        raise IdentityError("a certificate that is not on the roster", hint="enrol the site first")
+        raise IdentityError("the certificate is not on the roster", hint="enrol the site first")
 
 
 def roster_from_payload(payload: Any) -> Roster:
@@ -264,9 +268,11 @@ def opened(document: Any, domain: str, public: str, *, what: str) -> Any:
     try:
         payload, signer, signature = document["payload"], document["signer"], bytes.fromhex(document["signature"])
     except MALFORMED as e:
-        raise IdentityError(f"{what} is not signed", hint="it must hold payload, signer and signature") from e
+        raise IdentityError(f"{what} is not signed", hint="use the file as its sender made it") from e
     if len(document) != 3 or document["signature"] != signature.hex():
-        raise IdentityError(f"{what} holds more than payload, signer and signature, or not in their one form")
+        raise IdentityError(
+            f"{what} has more than payload, signer and signature, or its signature is not in lower-case digits"
+        )
     if signer != public:
         raise IdentityError(f"{what} is signed by a key other than the pinned one")
     verify(public, domain, canonical.dumps(payload), signature, what=what)

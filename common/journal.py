@@ -206,7 +206,10 @@ class Journal:
             if self._fd is None:
                 raise JournalError(f"{self.path} is closed")
             if os.getpid() != self._pid:
-                raise JournalError(f"{self.path} was opened by another process", hint="a fork shares its lock")
+                raise JournalError(
+                    f"{self.path} was opened by another process",
+                    hint="open a journal in the process that writes to it, after the fork",
+                )
             try:
                 _write_all(self._fd, line)
                 os.fsync(self._fd)
@@ -278,7 +281,8 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise JournalError(
-                f"{self.path} is in use by another process", hint="one process at a time may spend from a ledger"
+                f"{self.path} is in use by another process",
+                hint="stop that process first: only one at a time may write to a journal",
             ) from e
 
     def _load(self, data: bytes) -> int:

@@ -35,7 +35,7 @@ WEEK: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 def _printable(value: str) -> str:
     """A printable text: it is written into signed rows that everybody reads and nobody can change."""
     if not value.isprintable():
-        raise ValueError("holds a sign that cannot be printed (a tab, a line's end, a mark of direction)")
+        raise ValueError("has a character that cannot be printed (a tab, a line break, a text direction mark)")
     return value
 
 
@@ -55,7 +55,7 @@ def endpoint(value: str, *, lowest: int = 1) -> tuple[str, int]:
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     plain = bare and not any(c.isspace() or c in "/@[]" for c in bare) and (bare is not host or ":" not in bare)
     if not plain or not (port.isascii() and port.isdecimal() and len(port) <= 5 and lowest <= int(port) < 1 << 16):
-        raise ValueError(f"is not host:port (with a port from {lowest} to 65535, and without http://)")
+        raise ValueError(f"is not host:port (a port from {lowest} to 65535; no http://)")
     return bare, int(port)
 
 
@@ -95,7 +95,7 @@ class FederationSection(_Section):
     """Where the server listens and what its members agreed on."""
 
     name: str = Field(min_length=1, max_length=64, description="the federation's name")
-    address: Listening = Field(description="host:port the server listens on")
+    address: Listening = Field(description="host:port on which the server listens")
     identity: Path = Field(description="folder with the server's keys, certificate and the signed roster")
     contract: Path = Field(description="the data contract, signed by the consortium")
     runs: Path = Field(default=Path("runs"), description="folder that receives one sub-folder for each run")
@@ -107,7 +107,9 @@ class PrivacySection(_Section):
 
     mode: Literal["distributed", "local", "client"] = "distributed"
     sum: Literal["keysum", "sharedkey", "none"] = "keysum"
-    epsilon: float | None = Field(default=None, description="ε of the run, above 0 and up to 600; or noise_multiplier")
+    epsilon: float | None = Field(
+        default=None, description="ε of the run, above 0 and up to 600; leave out if noise_multiplier is given"
+    )
     noise_multiplier: float | None = Field(default=None, gt=0, le=1e6, description="σ of the run; ε follows from it")
     delta: float = Field(default=1e-5, ge=MIN_DELTA, le=0.01, description="δ of the run")
     records: int = Field(
@@ -119,12 +121,24 @@ class PrivacySection(_Section):
     steps: int = Field(ge=1, le=1 << 20, description="secure sums in the run")
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="chance of a record to enter a step")
     clip: float = Field(gt=0, le=1e9, description="L2 bound of one record's gradient")
-    colluders: int | None = Field(default=None, ge=0, description="sites that may work together; default n // 6")
-    dropouts: int | None = Field(default=None, ge=0, description="sites that may be missing; default n // 6")
-    reveal_to: Literal["server", "sites"] = Field(default="server", description="who reads the sums (sites: keysum)")
-    few_clients: bool = Field(default=False, description="mode client below 1000 clients")
-    committee: int = Field(default=0, ge=0, le=200, description="helpers that open sums; 0: all sites (to 200)")
-    committee_seed: str = Field(default="", description="64 hexadecimal digits from a public beacon nobody chose")
+    colluders: int | None = Field(
+        default=None, ge=0, description="t, sites that may work together; default n // 6, at least 1"
+    )
+    dropouts: int | None = Field(
+        default=None,
+        ge=0,
+        description="d, sites that may be missing from a round; default n // 6, at least 1 (0 if n = 3)",
+    )
+    reveal_to: Literal["server", "sites"] = Field(
+        default="server", description="who reads the sums; sites needs keysum"
+    )
+    few_clients: bool = Field(default=False, description="allow mode client below 1000 clients")
+    committee: int = Field(
+        default=0, ge=0, le=200, description="number of helpers that open sums; 0: all sites, up to 200"
+    )
+    committee_seed: str = Field(
+        default="", description="64 hexadecimal digits from a public beacon, which nobody could choose"
+    )
     local_steps: int = Field(default=1, ge=1, le=1 << 16, description="local steps per round (mode client only)")
 
     @model_validator(mode="after")
@@ -192,30 +206,39 @@ class LimitsSection(_Section):
     max_epsilon_per_run: float | None = Field(default=None, gt=0, le=1000, description="ε of one run; default: the cap")
     delta: float = Field(default=1e-5, ge=MIN_DELTA, le=0.01, description="δ of the ledger, fixed when it is opened")
     min_noise_multiplier: float = Field(default=0.5, ge=0, description="smallest σ accepted in a plan")
-    tasks: tuple[Literal["train", "stats"], ...] = Field(default=("train",), description="what sums may be for")
+    tasks: tuple[Literal["train", "stats"], ...] = Field(
+        default=("train",), description="what a sum may be for: training, statistics"
+    )
     metrics: tuple[Literal["count", "mean", "variance", "histogram", "accuracy", "confusion"], ...] = Field(
         default=("count", "mean", "variance", "histogram", "accuracy", "confusion"),
-        description="which charged statistics the task 'stats' may ask for; uncharged ones never leave",
+        description="which statistics the task 'stats' may ask for; each of them is charged",
     )
     modes: tuple[Literal["distributed", "local", "client"], ...] = ("distributed",)
     sums: tuple[Literal["keysum", "sharedkey", "none"], ...] = ("keysum",)
-    min_colluders: int = Field(default=1, ge=0, description="fewest colluding sites a plan must stand (t)")
-    committee: bool = Field(default=False, description="let a committee open sums: only if nobody chose its seed")
-    min_sites: int = Field(default=3, ge=1, description="fewest sites of a plan")
-    min_honest: int = Field(default=2, ge=1, description="fewest honest shares of a plan")
-    max_fallback_epsilon: float = Field(default=1000, gt=0, description="largest ε if everybody else colludes")
+    min_colluders: int = Field(default=1, ge=0, description="smallest number of colluders t that a plan must withstand")
+    committee: bool = Field(
+        default=False, description="let a committee open sums; safe only if nobody could choose its seed"
+    )
+    min_sites: int = Field(default=3, ge=1, description="smallest number of sites in a plan")
+    min_honest: int = Field(default=2, ge=1, description="smallest number of honest shares h in a plan")
+    max_fallback_epsilon: float = Field(default=1000, gt=0, description="largest fallback ε in a plan")
     models: tuple[Hex64, ...] = Field(default=(), description="SHA-256 of the model specs allowed; empty: any")
     plans: tuple[Hex64, ...] = Field(default=(), description="hashes of the plans allowed; empty: any")
     min_k: int = Field(default=5, ge=1, description="smallest k that the data contract may require")
     min_l: int = Field(default=1, ge=1, description="smallest l that the data contract may require")
-    max_t: float | None = Field(default=None, gt=0, le=1, description="largest t; a contract without t is refused too")
+    max_t: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="largest t that the data contract may have; a contract without t is refused",
+    )
     hours: str = Field(default="", description="HH:MM-HH:MM in which a run may begin and go on; empty: always")
     days: tuple[Day, ...] = Field(default=WEEK, min_length=1, description="days on which the hours hold")
     timezone: str = Field(default="UTC", description="IANA name of the zone of hours and days")
     approvals: int = Field(default=0, ge=0, le=8, description="persons who must approve each run at this site")
     approvers: tuple[Hex64, ...] = Field(default=(), description="public keys of those who may approve")
     max_unused_sessions: int = Field(
-        default=32, ge=1, le=4096, description="sessions joined in 24 hours in which nothing was charged"
+        default=32, ge=1, le=4096, description="most sessions in 24 hours that may begin and charge nothing"
     )
 
     @field_validator("hours")
@@ -250,7 +273,7 @@ def window(hours: str) -> tuple[datetime.time, datetime.time]:
     first, dash, last = hours.partition("-")
     ends = datetime.time.fromisoformat(first.strip()), datetime.time.fromisoformat(last.strip())
     if not dash or ends[0] == ends[1] or any(t.tzinfo for t in ends):
-        raise ValueError("working hours are written HH:MM-HH:MM")
+        raise ValueError("must be written HH:MM-HH:MM, for example 08:00-18:00")
     return ends
 
 
@@ -272,12 +295,12 @@ class TrainingSection(_Section):
 class DataSection(_Section):
     """How the site's table is written, and which version of the data set it is."""
 
-    encoding: str = Field(default="auto", max_length=32, description="of a CSV file")
-    delimiter: str = Field(default="auto", max_length=4, description="of a CSV file; tab is a tab")
+    encoding: str = Field(default="auto", max_length=32, description="encoding of a CSV file")
+    delimiter: str = Field(default="auto", max_length=4, description="separator of a CSV file; write tab for a tab")
     decimal: Literal[".", ","] = Field(default=".", description="decimal sign of a CSV file")
     thousands: str = Field(default="", max_length=1, description="sign between thousands in a CSV file")
     corrections: Path | None = Field(default=None, description="TOML file with the site's declared corrections")
-    query: str = Field(default="", max_length=1 << 16, description="for a database: one SELECT, ordered")
+    query: str = Field(default="", max_length=1 << 16, description="for a database: one SELECT with ORDER BY")
     url_file: Path | None = Field(default=None, description="file (mode 0600) with the URL of a SQL database")
     fhir: Path | None = Field(default=None, description="for .ndjson: TOML file with resource and [paths]")
     version: Text = Field(default="", max_length=128, description="version of the data set, fixed in its ledger")
@@ -290,7 +313,7 @@ class EgressSection(_Section):
         default=1.0,
         ge=0,
         le=60,
-        description="seconds: an answer computed from records leaves at a multiple; 0: at once",
+        description="seconds; an answer computed from records leaves at a multiple of this; 0: at once",
     )
 
 
@@ -317,9 +340,11 @@ def load(path: Path, kind: type[_T]) -> _T:
     try:
         raw = tomllib.loads(path.read_text())
     except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}", hint=f"name the {_NAMES[kind]} to use") from e
+        raise ConfigError(f"{path} cannot be read: {e.strerror}", hint=f"give the path of a {_NAMES[kind]}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid TOML: {e}", hint="correct its syntax there; TOML is UTF-8") from e
+        raise ConfigError(
+            f"{path} is not valid TOML: {e}", hint="correct the syntax at that place; TOML is UTF-8"
+        ) from e
     try:
         return _anchored(kind.model_validate(raw), path.parent.resolve())
     except ValidationError as e:

@@ -132,7 +132,7 @@ class DataContract(Strict):
         names = [c.name for c in self.columns]
         roles = {n: {c.role for c in self.columns if c.name == n} for n in repeated(names)}
         both = [n for n, r in roles.items() if {"quasi", "target"} <= r]
-        refuse(both, "columns are quasi-identifier and target at once", "one role: what is known, or what is predicted")
+        refuse(both, "columns are quasi-identifier and target at once", "give each of them one role")
         refuse(list(roles), "columns are declared twice", "declare every column once, with one role")
 
     def _check_diversity(self) -> None:
@@ -143,22 +143,23 @@ class DataContract(Strict):
         few = [c.name for c in self.sensitive if self.l > len(c.labels)]
         refuse(few, f"l = {self.l} is more than the number of distinct values", "lower l, or declare finer levels")
         if self.t is not None and not 0 <= self.t <= 1:
-            raise ContractError(f"t = {self.t:g} is outside [0, 1]", hint="0.2 is customary; 1 asks for nothing")
+            raise ContractError(
+                f"t = {self.t:g} is outside [0, 1]", hint="t = 0.2 is customary; t = 1 asks for nothing"
+            )
         if self.t is not None and not self.sensitive:
             raise ContractError(f"t = {self.t:g} but nothing is sensitive", hint="set sensitive_target = true")
 
     def _check_rows_rules(self) -> None:
         known = {c.name: c for c in self.columns}
         asked = [*self.quality.near_key, *(r.column for r in (self.consent, self.retention) if r)]
-        refuse(
-            [n for n in asked if n not in known], "columns of consent, retention or near_key are not declared", "add"
-        )
+        absent = [n for n in asked if n not in known]
+        refuse(absent, "columns of consent, retention or near_key are not declared", "declare them under [[columns]]")
         if self.retention and not known[self.retention.column].format:
             raise ContractError(
                 f"the retention column {self.retention.column!r} holds no dates", hint="type = 'date' with its format"
             )
         if self.quality.near_duplicates == "drop" and not self.quality.near_key:
-            raise ContractError("near duplicates are dropped by no key", hint="declare near_key")
+            raise ContractError("near_duplicates = 'drop' needs a near_key", hint="declare near_key, or set 'count'")
         if self.expires:
             self._last_day()
 
@@ -187,7 +188,7 @@ class DataContract(Strict):
         if self.expires and self._last_day() < (today or dt.datetime.now(dt.UTC).date()):
             raise ContractError(
                 f"the data contract {self.name!r} {self.version} expired after {self.expires}",
-                hint="agree on a new one, and sign it",
+                hint="agree on a new contract, and sign it",
             )
 
     @cached_property
@@ -290,5 +291,7 @@ def read_bounded(path: Path) -> bytes:
     except OSError as e:
         raise ContractError(f"the contract {path} cannot be read: {e.strerror}", hint="name a readable file") from e
     if len(data) > MAX_FILE_BYTES:
-        raise ContractError(f"the contract {path} is larger than {MAX_FILE_BYTES} bytes", hint="is it a contract?")
+        raise ContractError(
+            f"the contract {path} is larger than {MAX_FILE_BYTES} bytes", hint="name the file of a data contract"
+        )
     return data

@@ -45,7 +45,7 @@ class Strict(BaseModel):
         of = f" of {name[:64]!r}" if isinstance(name, str) and name.isprintable() else ""
         raise ContractError(
             f"the data contract is malformed at {where}{of}: {first['msg']}",
-            hint="compare it with the fields of fedveil.common.contract",
+            hint="docs/data.md lists the fields of a contract",
         )
 
 

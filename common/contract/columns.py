@@ -233,9 +233,9 @@ def _check(c: Column) -> None:
     if c.format:
         dates.pattern(c.format)
         if c.type != "number":
-            raise ContractError(f"column {c.name!r} has a date format but is no date", hint="type = 'date'")
+            raise ContractError(f"column {c.name!r} has a date format but is not a date", hint="set type = 'date'")
     if c.pseudonym and c.role != "identifier":
-        raise ContractError(f"pseudonym has no meaning for {c.name!r}", hint="only an identifier has one")
+        raise ContractError(f"pseudonym has no meaning for {c.name!r}", hint="take it out: only an identifier has one")
     if c.loaded:
         _check_role(c)
         (_check_number if c.type == "number" else _check_category)(c)
@@ -243,24 +243,34 @@ def _check(c: Column) -> None:
 
 def _check_role(c: Column) -> None:
     if c.type is None:
-        raise ContractError(f"column {c.name!r} has no type", hint="type = 'number', 'category' or 'date'")
+        raise ContractError(f"column {c.name!r} has no type", hint="set type to 'number', 'category' or 'date'")
     if c.recoded and c.role not in ("quasi", "sensitive"):
-        raise ContractError(f"column {c.name!r} has levels but its role is {c.role!r}", hint="only quasi and sensitive")
+        raise ContractError(
+            f"column {c.name!r} has levels but its role is {c.role!r}",
+            hint="only quasi and sensitive columns have levels",
+        )
     if c.levels is not None and c.level is not None:
-        raise ContractError(f"column {c.name!r} has both levels and a level", hint="keep one")
+        raise ContractError(f"column {c.name!r} has both levels and a level", hint="keep one of the two")
     if not c.recoded and (c.role == "quasi" or (c.role == "sensitive" and c.type == "number")):
         raise ContractError(f"column {c.name!r} has no levels", hint="declare its cut points or groups")
     if c.as_feature is not None and c.role not in ("quasi", "sensitive"):
-        raise ContractError(f"as_feature has no meaning for {c.name!r}", hint="use it with quasi or sensitive")
+        raise ContractError(
+            f"as_feature has no meaning for {c.name!r}", hint="use it for quasi and sensitive columns only"
+        )
     if c.threshold is not None and (c.role != "target" or c.type != "number"):
-        raise ContractError(f"column {c.name!r} has a threshold", hint="only a target that is a number has one")
+        raise ContractError(
+            f"column {c.name!r} has a threshold", hint="take it out: only a target that is a number has one"
+        )
     if c.role == "target" and c.missing != "error":
-        raise ContractError("a missing target cannot be encoded", hint="missing = 'error' for the target")
+        raise ContractError("a missing target cannot be encoded", hint="set missing = 'error' for the target")
     if c.role == "target" and (c.encoding != "labels" or c.outliers == "missing"):
-        raise ContractError("a target is a class of its own", hint="neither encoding nor outliers = 'missing' apply")
+        raise ContractError(
+            "the target takes no encoding and no outliers = 'missing'", hint="take them out of its column"
+        )
     if c.outliers == "missing" and c.missing == "error":
         raise ContractError(
-            f"outliers of {c.name!r} become missing values, which are an error", hint="missing = 'indicator'"
+            f"column {c.name!r} turns outliers into missing values, but takes no missing values",
+            hint="set missing = 'indicator', or another outliers",
         )
     refuse(repeated(c.missing_codes), f"missing codes of {c.name!r} are declared twice", "declare each once")
 
@@ -271,49 +281,71 @@ def _check_number(c: Column) -> None:
     if c.low >= c.high:
         raise ContractError(f"column {c.name!r}: low is not below high", hint="swap them, or correct the public bounds")
     if c.values or c.unseen != "error" or c.mask or c.hierarchy:
-        raise ContractError(f"column {c.name!r} is a number but lists values", hint="type = 'category' has values")
+        raise ContractError(
+            f"column {c.name!r} is a number but lists values", hint="take the values out, or set type = 'category'"
+        )
     if c.role == "target" and (c.threshold is None or not c.low <= c.threshold < c.high):
-        raise ContractError("the target needs a threshold with low <= threshold < high", hint="1 is value > threshold")
+        raise ContractError(
+            "the target needs a threshold with low <= threshold < high", hint="class 1 is value > threshold"
+        )
     if c.ladder:
         hierarchies.check_ladder(c.ladder, c.low, c.high, c.name)
     if c.level is not None and not 1 <= c.level <= len(c.ladder):
-        raise ContractError(f"level {c.level} of {c.name!r} is not in its hierarchy", hint=f"1 to {len(c.ladder)}")
+        raise ContractError(
+            f"level {c.level} of {c.name!r} is not in its hierarchy", hint=f"choose 1 to {len(c.ladder)}"
+        )
     if c.levels is None:
         return
     if any(not isinstance(cut, float) for cut in c.levels):
-        raise ContractError(f"the levels of the number {c.name!r} are not cut points", hint="levels = [50, 65]")
+        raise ContractError(
+            f"the levels of the number {c.name!r} are not cut points", hint="for example levels = [50, 65]"
+        )
     if c.cuts:
         hierarchies.check_ladder((c.cuts,), c.low, c.high, c.name)
 
 
 def _check_category(c: Column) -> None:
     if c.low is not None or c.high is not None or c.ladder or c.outliers != "error":
-        raise ContractError(f"column {c.name!r} is a category but has bounds", hint="type = 'number' has bounds")
+        raise ContractError(
+            f"column {c.name!r} is a category but has bounds", hint="take the bounds out, or set type = 'number'"
+        )
     if not c.values:
         raise ContractError(f"column {c.name!r} lists no values", hint="declare its leaves in order")
     for v in c.values:
         printable(v, f"a value of {c.name!r}")
     refuse(repeated(c.values), f"values of {c.name!r} are declared twice", "declare each leaf once")
-    refuse(sorted(set(c.values) & set(c.missing_codes)), f"missing codes of {c.name!r} are also values", "choose one")
+    refuse(
+        sorted(set(c.values) & set(c.missing_codes)),
+        f"missing codes of {c.name!r} are also values",
+        "take each out of one of the two lists",
+    )
     if c.unseen == "other" and OTHER not in c.values:
         raise ContractError(f"unseen = 'other' but {c.name!r} has no leaf 'other'", hint="add 'other' to values")
     if c.role == "target" and len(c.values) < 2:
         raise ContractError("the target has fewer than two classes", hint="list every class in values")
     if c.mask and c.mask.keep > c.mask.length:
-        raise ContractError(f"the mask of {c.name!r} keeps more than there is", hint="keep <= length")
+        raise ContractError(
+            f"the mask of {c.name!r} keeps more characters than there are", hint="set keep to at most length"
+        )
     if c.hierarchy:
         hierarchies.check_rows(c.hierarchy, c.values, c.name)
     if c.level is not None and not 0 <= c.level < len(c.steps):
-        raise ContractError(f"level {c.level} of {c.name!r} is not in its hierarchy", hint=f"0 to {len(c.steps) - 1}")
+        raise ContractError(
+            f"level {c.level} of {c.name!r} is not in its hierarchy", hint=f"choose 0 to {len(c.steps) - 1}"
+        )
     if c.levels is not None:
         _check_groups(c)
 
 
 def _check_groups(c: Column) -> None:
     if any(not isinstance(g, tuple) or not g for g in c.levels or ()):
-        raise ContractError(f"the levels of {c.name!r} are not groups", hint="levels = [['a'], ['b', 'c']]")
+        raise ContractError(f"the levels of {c.name!r} are not groups", hint="for example levels = [['a'], ['b', 'c']]")
     flat = [v for g in c.groups for v in g]
-    refuse(repeated(flat), f"values of {c.name!r} are in two groups", "every leaf belongs to one group")
-    refuse([v for v in c.values if v not in set(flat)], f"no group of {c.name!r} holds these leaves", "add them")
-    refuse([v for v in flat if v not in set(c.values)], f"groups of {c.name!r} hold unknown leaves", "add to values")
+    refuse(repeated(flat), f"values of {c.name!r} are in two groups", "put every leaf into one group")
+    refuse(
+        [v for v in c.values if v not in set(flat)], f"no group of {c.name!r} holds these leaves", "add each to a group"
+    )
+    refuse(
+        [v for v in flat if v not in set(c.values)], f"groups of {c.name!r} hold unknown leaves", "add them to values"
+    )
     refuse(repeated(c.labels), f"two groups of {c.name!r} read alike", "rename a leaf that contains '|'")

@@ -45,7 +45,9 @@ def pattern(form: str) -> str:
             )
         i += len(piece)
     if "%Y" not in seen or ("%d" in seen and "%m" not in seen):
-        raise ContractError("a date format needs a four-digit year, and a month if it has a day", hint="'%Y-%m-%d'")
+        raise ContractError(
+            "a date format needs a four-digit year, and a month if it has a day", hint="for example format = '%Y-%m-%d'"
+        )
     return f"^{out}{_TIME if '%d' in seen else ''}$"
 
 
@@ -56,7 +58,7 @@ def days(value: Any, what: str) -> Any:
         ContractError: no date, or a number that is no day of the years 1 to 9999.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not FIRST <= value <= LAST:
-        raise ContractError(f"{what} is no day of the years 1 to 9999", hint="write it as 1950-01-31")
+        raise ContractError(f"{what} is not a day of the years 1 to 9999", hint="write it as 1950-01-31")
     if isinstance(value, dt.datetime) or not isinstance(value, (str, dt.date)):
         return value
     try:
@@ -76,7 +78,7 @@ def iso(day: float) -> str:
 def boundaries(period: str, low: float, high: float) -> Iterator[float]:
     """First days of the months, quarters, years or decades strictly between two days."""
     if period not in PERIODS:
-        raise ContractError(f"{period[:32]!r} is no period of time", hint=f"one of {', '.join(PERIODS)}")
+        raise ContractError(f"{period[:32]!r} is not a period of time", hint=f"one of {', '.join(PERIODS)}")
     step = PERIODS[period]
     start, end = (EPOCH + dt.timedelta(days=int(x)) for x in (low, high))
     month = (start.year * 12 + start.month - 1) // step * step

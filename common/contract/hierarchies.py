@@ -44,7 +44,9 @@ def read_rows(path: Path) -> Rows:
             f"the hierarchy {path} is not well-formed CSV", hint="one line per leaf; close every double quote"
         ) from e
     if not rows or len(rows) > MAX_LEAVES:
-        raise ContractError(f"the hierarchy {path} has {len(rows)} lines", hint=f"1 to {MAX_LEAVES}: one per leaf")
+        raise ContractError(
+            f"the hierarchy {path} has {len(rows)} lines", hint=f"write 1 to {MAX_LEAVES} lines, one for each leaf"
+        )
     _equal_depth([tuple(r) for r in rows], path.name)
     return tuple(tuple(r) for r in rows)
 
@@ -77,7 +79,11 @@ def check_rows(rows: Rows, values: Sequence[str], name: str) -> None:
     leaves = [r[0] for r in rows]
     twice = repeated(leaves)
     refuse(twice, f"leaves of the hierarchy of {name!r} have two parents", "give every leaf one line")
-    refuse([v for v in values if v not in set(leaves)], f"the hierarchy of {name!r} does not cover", "add a line each")
+    refuse(
+        [v for v in values if v not in set(leaves)],
+        f"the hierarchy of {name!r} has no line for these leaves",
+        "add a line for each",
+    )
     unknown = [v for v in leaves if v not in set(values)]
     refuse(unknown, f"the hierarchy of {name!r} holds leaves that are not values", "add them to values")
     for level in range(1, len(rows[0]) - 1):
@@ -103,7 +109,9 @@ def _one_meaning(rows: Rows, name: str) -> None:
                 refuse([label], f"the hierarchy of {name!r} uses one label for two different groups", hint)
     if len(meaning.get(ANYTHING, rows)) != len(rows):
         refuse(
-            [ANYTHING], f"a label of the hierarchy of {name!r} reads as any value", "rename it, or use it at the top"
+            [ANYTHING],
+            f"a label of the hierarchy of {name!r} means any value",
+            "rename it, or use it only at the top level",
         )
 
 
@@ -115,17 +123,21 @@ def check_ladder(ladder: Ladder, low: float, high: float, name: str) -> None:
             level with a boundary that the finer one lacks (a bin with two parents).
     """
     if not 1 <= len(ladder) <= MAX_DEPTH:
-        raise ContractError(f"the hierarchy of {name!r} has {len(ladder)} levels", hint=f"1 to {MAX_DEPTH}")
+        raise ContractError(f"the hierarchy of {name!r} has {len(ladder)} levels", hint=f"declare 1 to {MAX_DEPTH}")
     for cuts in ladder:
         if any(a >= b for a, b in itertools.pairwise(cuts)):
-            raise ContractError(f"a boundary of {name!r} lies in two bins", hint="cut points strictly increase")
+            raise ContractError(
+                f"the cut points of {name!r} do not increase", hint="write each once, the smallest first"
+            )
         if any(not low < cut < high for cut in cuts):
-            raise ContractError(f"a cut point of {name!r} leaves a gap", hint="cuts lie strictly between low and high")
+            raise ContractError(
+                f"a cut point of {name!r} is not between its bounds", hint="cut points lie above low and below high"
+            )
     for level, (fine, coarse) in enumerate(itertools.pairwise(ladder), 2):
         if not set(coarse) <= set(fine):
             raise ContractError(
                 f"level {level} of the hierarchy of {name!r}: a bin has two parents",
-                hint="every cut point of a coarser level is one of the finer level too",
+                hint="in a coarser level, use only cut points of the level before",
             )
 
 
@@ -174,10 +186,12 @@ def _equal_depth(rows: Sequence[tuple[str, ...]], name: str) -> None:
     uneven = sum(len(r) != depth for r in rows)
     if uneven:
         raise ContractError(
-            f"the hierarchy {name!r} has unequal depth: {uneven} lines have not {depth} levels",
+            f"the hierarchy {name!r} has unequal depth: {uneven} lines do not have {depth} levels",
             hint="repeat a label where a branch is shorter",
         )
     if not 2 <= depth <= MAX_DEPTH:
-        raise ContractError(f"the hierarchy {name!r} has {depth} levels", hint=f"2 to {MAX_DEPTH}, leaves included")
+        raise ContractError(
+            f"the hierarchy {name!r} has {depth} levels", hint=f"write 2 to {MAX_DEPTH} columns, leaves included"
+        )
     if any(not cell for r in rows for cell in r):
         raise ContractError(f"the hierarchy {name!r} has an empty label", hint="write a label in every cell")

@@ -33,7 +33,8 @@ def shorthands(data: Any) -> Any:
         out["hierarchy"] = hierarchies.mask_rows([str(v) for v in values])
     if isinstance(out.get("hierarchy"), str):
         raise ContractError(
-            f"the hierarchy of {name!r} names a file", hint="read the draft with 'fedveil data contract', from a file"
+            f"the hierarchy of {name!r} names a file, which is looked for beside the draft's own file",
+            hint="keep the draft in a file, and read it with 'fedveil data contract'",
         )
     return {k: v for k, v in out.items() if k != "levels" or v is not None or "levels" in data}
 
@@ -56,15 +57,22 @@ def _spelt_levels(out: dict[str, Any], name: str) -> Any:
     if not isinstance(levels, (str, dict)):
         return levels
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
-        raise ContractError(f"levels of {name!r} are regular, but it has no public bounds", hint="declare low and high")
+        raise ContractError(
+            f"levels of {name!r} are at equal steps, but it has no public bounds", hint="declare low and high"
+        )
     if isinstance(levels, str):
         if not out.get("format"):
-            raise ContractError(f"levels of {name!r} are a period of time, but it holds no dates", hint="type = 'date'")
+            raise ContractError(
+                f"levels of {name!r} are a period of time, but it holds no dates",
+                hint="set type = 'date' with its format",
+            )
         return list(dates.boundaries(levels, low, high))
     every, origin = levels.get("every", 0), levels.get("origin", 0)
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (every, origin))
     if set(levels) - {"every", "origin"} or not numbers or not every > 0 or (high - low) / every > MAX_LEAVES:
-        raise ContractError(f"levels of {name!r} are not understood", hint="levels = { every = 10, origin = 20 }")
+        raise ContractError(
+            f"levels of {name!r} are not understood", hint="for example levels = { every = 10, origin = 20 }"
+        )
     first = -int((origin - low) // every)
     cuts = (origin + every * i for i in range(first, first + MAX_LEAVES + 2))
     return [c for c in itertools.takewhile(lambda c: c < high, cuts) if c > low]

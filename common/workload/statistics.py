@@ -243,12 +243,12 @@ def request(
     if unknown := sorted(set(what) - set(WHAT)):
         raise PlanError(f"unknown statistic {unknown[0]!r}", hint=f"one of {', '.join(WHAT)}")
     if not 1 <= bins <= 4096:
-        raise PlanError(f"{bins} bins", hint="1 to 4096")
+        raise PlanError(f"{bins} bins are not possible", hint="choose 1 to 4096 bins")
     known = {c.name: c for c in contract.loaded if c.is_feature or c.role == "target"}
     for name in columns:
         if name not in known:
             raise PlanError(
-                f"column {name!r} is not encoded for training", hint=f"choose among: {', '.join(known)}"[:512]
+                f"column {name!r} is not a feature or the target", hint=f"choose among: {', '.join(known)}"[:512]
             )
     moments = 2 if "variance" in what else int("mean" in what)
     counted = bool({"histogram", "quantiles"} & set(what))
@@ -260,8 +260,8 @@ def request(
     if columns and len(wanted) != len(columns):
         refused = sorted(set(columns) - {c.column for c in wanted})
         raise PlanError(
-            f"column {refused[0]!r} has none of {', '.join(what)}",
-            hint="coded columns have a histogram, numbers a mean and a variance too",
+            f"column {refused[0]!r} has no such statistic: {', '.join(what)}",
+            hint="a categorical column has a histogram; a number has mean and variance too",
         )
     if not wanted and (moments or counted):
         raise PlanError("no column of the contract has such a statistic", hint="ask for histogram, or for count alone")
@@ -270,7 +270,7 @@ def request(
         inputs=contract.width, classes=contract.classes, columns=tuple(wanted), metric=metric, quantiles=probabilities
     )
     if problem := spec.problem():
-        raise PlanError(f"the statistics asked for do not hold: {problem}")
+        raise PlanError(f"these statistics cannot be asked for: {problem}")
     return spec
 
 
@@ -294,7 +294,7 @@ def _located(contract: DataContract, column: Column) -> ColumnStats:
     if column.encoding == "sets":
         raise PlanError(
             f"column {column.name!r} is encoded as sets: a record may stand for several values at once",
-            hint='statistics need encoding = "labels"',
+            hint="ask for other columns; a contract with encoding = 'labels' allows this one",
         )
     at = sum(len(c.feature_names) for c in itertools.takewhile(lambda c: c.name != column.name, contract.columns))
     source: Source = "target" if column.role == "target" else "coded" if column.coded else "number"

@@ -49,10 +49,10 @@ def test_fixes_names_labels_and_width():
 
 
 REFUSED = {
-    "gap": (draft({**AGE, "levels": [18]}, SEX, END), "gap"),
-    "cut out of bounds": (draft({**AGE, "levels": [50, 90]}, SEX, END), "gap"),
-    "boundary in two bins": (draft({**AGE, "levels": [50, 50]}, SEX, END), "two bins"),
-    "cuts not in order": (draft({**AGE, "levels": [60, 50]}, SEX, END), "two bins"),
+    "gap": (draft({**AGE, "levels": [18]}, SEX, END), "between its bounds"),
+    "cut out of bounds": (draft({**AGE, "levels": [50, 90]}, SEX, END), "between its bounds"),
+    "boundary in two bins": (draft({**AGE, "levels": [50, 50]}, SEX, END), "do not increase"),
+    "cuts not in order": (draft({**AGE, "levels": [60, 50]}, SEX, END), "do not increase"),
     "value in two groups": (draft({**SEX, "levels": [[1, 2], [2]]}, AGE, END), "two groups"),
     "group misses a leaf": (draft({**SEX, "levels": [[1]]}, AGE, END), "no group"),
     "no groups at all": (draft({**SEX, "levels": []}, AGE, END), "no group"),

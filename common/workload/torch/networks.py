@@ -156,7 +156,7 @@ def fill(parameters: list[nn.Parameter], values: NDArray[np.float32]) -> None:
     if values.shape != (sum(sizes),):
         raise ModelError(f"{values.shape} values for a model of {sum(sizes)} parameters")
     if not np.isfinite(values).all():
-        raise ModelError("the weights hold a NaN or an infinity", hint="a lower learning rate, or a smaller clip")
+        raise ModelError("the weights hold a NaN or an infinity", hint="choose a lower learning rate or a smaller clip")
     at = 0
     for p, size in zip(parameters, sizes, strict=True):
         part, at = values[at : at + size], at + size
