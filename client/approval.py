@@ -42,7 +42,7 @@ MAX_BYTES = 1 << 22
 _REQUEST = "request.json"
 _KEYS = {"payload", "signer", "signature"}
 _ACCOUNT = "run this under the account that the site runs under, or as root"
-_REMOVE = "remove its folder, and start the run again"
+_REMOVE = "remove the request's folder, and start the run again"
 _LOG = logging.getLogger("fedveil.approval")
 
 
@@ -110,7 +110,7 @@ class Approvals:
         self._ask(plan, ledger)
         raise PolicyRefusal(
             f"this run needs the approval of {need} persons at this site and has {len(found)}: plan {plan.hash}",
-            hint="start the run again once they have approved it",
+            hint="'fedveil client approve' at the site gives one; then start the run again",
         )
 
     def remove(self, plan: PrivacyPlan) -> None:
@@ -142,7 +142,8 @@ class Approvals:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if sum(1 for _ in self._folder.iterdir()) >= MAX_WAITING:
             raise PolicyRefusal(
-                f"{MAX_WAITING} runs wait for an approval at this site", hint="its owner has to look at them first"
+                f"{MAX_WAITING} runs wait for an approval at this site",
+                hint="its owner approves or rejects some first: 'fedveil client requests' lists them",
             )
         part = self._folder / f".{secrets.token_hex(8)}"
         part.mkdir(mode=0o700)
@@ -212,7 +213,7 @@ def approve(
             "this key is not among [limits] approvers of site.toml", hint=f"the site's owner adds {public} there"
         )
     if wanted.folder.name != wanted.plan.hash:
-        raise ConfigError(f"{wanted.folder} holds another plan than its name says", hint="remove it; it was altered")
+        raise ConfigError(f"{wanted.folder} holds another plan than its name says: it was altered", hint=_REMOVE)
     now = int(clock())
     said = {
         "v": 1, "site": site, "plan_hash": wanted.plan.hash, "ledger": wanted.ledger,
@@ -294,7 +295,7 @@ def _document(path: Path) -> dict[str, Any]:
         document = canonical.loads(f.read(MAX_BYTES + 1), limit=MAX_BYTES)
     signature = document.get("signature") if isinstance(document, dict) else None
     if not isinstance(signature, str) or not is_hex(signature, 128) or set(document) != _KEYS:
-        raise PolicyRefusal("an approval holds something other than payload, signer and signature")
+        raise PolicyRefusal("an approval has other fields than payload, signer and signature")
     return document
 
 

@@ -42,7 +42,7 @@ class PeerHeads:
             try:
                 self._heads = heads_of(canonical.loads(path.read_bytes(), limit=MAX_BYTES))
             except FedveilError as e:
-                raise JournalError(f"{path} is not a list of journal heads", hint="restore it, or ask the peers") from e
+                raise JournalError(f"{path} is not a list of journal heads", hint="restore it from a backup") from e
 
     def copies(self) -> dict[SiteId, list[list[int | str]]]:
         """The JSON form that goes into this site's signed join statement, of at most its share of bytes.
@@ -98,8 +98,8 @@ class PeerHeads:
             same, before = copy.head.rows == known.head.rows, known.head.rows
             if copy.head.rows < before or (same and copy.head.hash != known.head.hash):
                 raise HelperRefusal(
-                    f"the journal of {site!r} went back in time: {copy.head.rows} rows, {before} before",
-                    hint="its disk was restored, or its journal rewritten; no sum that it is in is opened",
+                    f"the journal of {site!r} went back in time: it has {copy.head.rows} rows and had {before}",
+                    hint="its disk was restored or its journal rewritten; no sum with its contribution is opened",
                 )
         self.keep(heads)
 

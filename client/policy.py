@@ -45,7 +45,7 @@ def check_hours(limits: LimitsSection, now: datetime.datetime | None = None) -> 
             day -= datetime.timedelta(days=1)
     if not inside or WEEK[day.weekday()] not in limits.days:
         raise PolicyRefusal(
-            f"this site works {', '.join(limits.days)} {limits.hours or 'all day'} ({limits.timezone}) only",
+            f"this site takes part only on {', '.join(limits.days)}, {limits.hours or 'all day'} ({limits.timezone})",
             hint="start or resume the run in that time",
         )
 
@@ -53,11 +53,11 @@ def check_hours(limits: LimitsSection, now: datetime.datetime | None = None) -> 
 def check_contract(contract: DataContract, limits: LimitsSection) -> None:
     """Raise :class:`AnonymityError` for a data contract that asks for less anonymity than the site's floor."""
     for broken, text in (
-        (contract.k < limits.min_k, f"k = {contract.k} is below this site's {limits.min_k}"),
-        (contract.l < limits.min_l, f"l = {contract.l} is below this site's {limits.min_l}"),
+        (contract.k < limits.min_k, f"k = {contract.k} is below this site's minimum, {limits.min_k}"),
+        (contract.l < limits.min_l, f"l = {contract.l} is below this site's minimum, {limits.min_l}"),
         (
             limits.max_t is not None and (contract.t is None or contract.t > limits.max_t),
-            f"t = {contract.t} is not within this site's {limits.max_t}",
+            f"t = {contract.t} is not within this site's maximum, {limits.max_t}",
         ),
     ):
         if broken:
@@ -74,8 +74,8 @@ def tell_of_a_short_budget(plan: PrivacyPlan, affordable: int) -> None:
     """
     if affordable < plan.steps and _LOG.isEnabledFor(logging.INFO):
         _LOG.info(
-            "the budget carries %d of the plan's %d steps: this site will stop there; all of them take a cap with "
-            "%.4g left, not %.4g ('fedveil plan' says so beforehand)",
+            "the budget pays for %d of the plan's %d steps: this site will stop there; all steps need %.4g left under "
+            "the cap, not %.4g ('fedveil plan' shows this before a run)",
             affordable, plan.steps, plan.filter_epsilon(), plan.epsilon,
         )  # fmt: skip
 
@@ -103,20 +103,20 @@ def _broken(plan: PrivacyPlan, limits: LimitsSection) -> str:
         (plan.task not in limits.tasks, f"task {plan.task!r} is not among the tasks this site allows"),
         (plan.mode not in limits.modes, f"mode {plan.mode!r} is not among the modes this site allows"),
         (plan.sum not in limits.sums, f"sum {plan.sum!r} is not among the sums this site allows"),
-        (plan.delta > limits.delta, f"delta = {plan.delta:g} is above this site's {limits.delta:g}"),
-        (plan.epsilon > per_run, f"epsilon = {plan.epsilon:g} is above this site's {per_run:g} for one run"),
+        (plan.delta > limits.delta, f"delta = {plan.delta:g} is above this site's limit, {limits.delta:g}"),
+        (plan.epsilon > per_run, f"epsilon = {plan.epsilon:g} is above this site's limit for one run, {per_run:g}"),
         (
             plan.noise_multiplier < limits.min_noise_multiplier,
-            f"noise multiplier {plan.noise_multiplier:g} is below this site's {limits.min_noise_multiplier:g}",
+            f"noise multiplier {plan.noise_multiplier:g} is below this site's minimum, {limits.min_noise_multiplier:g}",
         ),
-        (plan.sites < limits.min_sites, f"{plan.sites} sites are fewer than this site's {limits.min_sites}"),
+        (plan.sites < limits.min_sites, f"{plan.sites} sites are fewer than this site's minimum, {limits.min_sites}"),
         (
             shared and plan.honest < limits.min_honest,
-            f"{plan.honest} honest shares are fewer than this site's {limits.min_honest}",
+            f"{plan.honest} honest shares are fewer than this site's minimum, {limits.min_honest}",
         ),
         (
             shared and plan.colluders < limits.min_colluders,
-            f"{plan.colluders} colluding sites are fewer than the {limits.min_colluders} this site wants stood",
+            f"the plan withstands t = {plan.colluders} colluders, this site asks for {limits.min_colluders} or more",
         ),
         (plan.committee > 0 and not limits.committee, "this site does not let a committee open sums"),
     ):
@@ -140,5 +140,5 @@ def _unlisted(plan: PrivacyPlan, limits: LimitsSection) -> str:
 def _fallback(plan: PrivacyPlan, limits: LimitsSection) -> str:
     """Checked last, because it needs an accountant."""
     if plan.fallback > limits.max_fallback_epsilon:
-        return f"the fallback epsilon {plan.fallback:.3g} is above this site's {limits.max_fallback_epsilon:g}"
+        return f"the fallback epsilon {plan.fallback:.3g} is above this site's limit, {limits.max_fallback_epsilon:g}"
     return ""

@@ -209,11 +209,13 @@ class Site:
             )
         if self.ledger.affords(plan.event) < 1:
             self.refused(session, BudgetExhausted.__name__)
-            raise BudgetExhausted("the budget of this site's data set does not carry one step of the plan")
+            raise BudgetExhausted("the budget of this site's data set does not pay for one step of the plan")
         if not self.limits.approvals:
             return {}
         if self.approvals is None:
-            raise PolicyRefusal("this site asks for approvals and keeps none", hint="run it from its site.toml")
+            raise PolicyRefusal(
+                "this site asks for approvals but keeps none", hint="start it with 'fedveil client run'"
+            )
         used = [d for r in self.ledger.journal.of_kind("plan.approved") for d in r.body["approvals"]]
         try:
             return self.approvals.require(plan, self._ledger_id, used)

@@ -50,7 +50,7 @@ class Forms:
             "report": self._report,
         }.get(action)  # fmt: skip
         if check is None:
-            raise PolicyRefusal("an answer to a request that is not in the table")
+            raise PolicyRefusal("this kind of request is never answered")
         session = site.session(request.header.get("session"))
         check(packet, request, site, session)
 
@@ -86,7 +86,7 @@ class Forms:
         elif packet.kind == sharedkey.DEAL and spec.protocol == "sharedkey":
             boxes = len(packet.buffers.get("boxes", b""))
             if boxes > others * sharedkey.MAX_KEY or boxes % max(others, 1):
-                raise PolicyRefusal("the sealed keys have a size that they may not have")
+                raise PolicyRefusal("the sealed keys have the wrong size")
             _exact(packet, {"kind": sharedkey.DEAL, "plan_hash": session.plan_hash, **base}, boxes=boxes)
         else:
             _exact(packet, {"kind": READY})
@@ -105,7 +105,7 @@ class Forms:
         lines = b"".join(row.line() for row in rows)
         _exact(packet, {"kind": "finished", "head": list(site.ledger.head)}, journal=len(lines))
         if packet.buffers["journal"] != lines:
-            raise PolicyRefusal("the journal handed over is not the ledger's")
+            raise PolicyRefusal("the journal to be handed over is not the site's ledger")
 
     def _report(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         """Only the statement that this site has seen the report, which it has verified and kept."""
@@ -124,9 +124,9 @@ class Forms:
         plan, round_ = session.plan, request.header.get("round")
         site.fits(session)
         if not isinstance(round_, int) or site.ledger.tally.by_round.get((session.id, round_)) != plan.event:
-            raise PolicyRefusal("a contribution to a round that the ledger was not charged for")
+            raise PolicyRefusal("a contribution to a round for which the ledger was not charged as planned")
         if (session.id, round_) not in site.ledger.tally.committed:
-            raise PolicyRefusal("a contribution that the ledger does not know as handed on")
+            raise PolicyRefusal("a contribution that the ledger has no commit row for")
         spec, nonce, state = self._spec(session, site), request.header.get("nonce"), _charged(round_, site, session)
         if spec.protocol == "keysum":
             self._keysum(packet, round_, str(nonce), state, site, session)
@@ -214,7 +214,7 @@ def _exact(packet: Packet, header: dict[str, Any], **buffers: int) -> None:
     exactly(f"the answer {header['kind']!r}", packet.header, header)
     lengths = {name: len(data) for name, data in packet.buffers.items()}
     if lengths != buffers:
-        raise PolicyRefusal(f"the answer {header['kind']!r} has buffers that it may not have")
+        raise PolicyRefusal(f"the answer {header['kind']!r} has other buffers than it may have")
 
 
 def _charged(round_: int, site: Site, session: Session) -> str:

@@ -53,7 +53,7 @@ def exactly(what: str, found: Any, expected: Mapping[str, Any]) -> None:
         value = found[name]
         ok = want(value) if callable(want) else type(value) is type(want) and value == want
         if not ok:
-            raise PolicyRefusal(f"{what}: the field {name!r} is not what it may be")
+            raise PolicyRefusal(f"{what}: the field {name!r} has a value that may not leave")
 
 
 def _one_of(*values: Any) -> Check:
@@ -175,7 +175,7 @@ def check_rows(rows: Iterable[Row], owner: str, contract: DataContract | None) -
             continue
         form = _FORMS.get(row.kind)
         if form is None:
-            raise PolicyRefusal(f"{what} is of a kind that does not leave")
+            raise PolicyRefusal(f"{what} is of a kind that may not leave the site")
         optional = {k: v for k, v in _OPTIONAL.get(row.kind, {}).items() if k in row.body}
         exactly(what, row.body, {**form, **optional})
 
@@ -190,4 +190,4 @@ def _check_evidence(what: str, body: dict[str, Any], contract: DataContract | No
 
     c = body.get("commitments", {})
     if body != evidence_of(contract, c.get("source", ""), c.get("released", "")):
-        raise PolicyRefusal(f"{what} says more or else than what follows from the data contract")
+        raise PolicyRefusal(f"{what} does not say exactly what follows from the data contract")

@@ -78,9 +78,14 @@ def read_signed(path: Path, signature: Path, public: str) -> dict[str, Any]:
         payload = identity.opened(canonical.loads(signature.read_bytes()), DOMAIN, public, what="the lineage record")
         record = canonical.loads(data)
     except (OSError, IdentityError, WireError) as e:
-        raise VerificationError(f"the lineage record {path} is not signed by the given key") from e
+        raise VerificationError(
+            f"the lineage record {path} is not signed by the given key",
+            hint="give the public key of the site that wrote it",
+        ) from e
     if payload != {"sha256": canonical.sha256_hex(data)} or not isinstance(record, dict):
-        raise VerificationError(f"the lineage record {path} was changed after it was signed")
+        raise VerificationError(
+            f"the lineage record {path} was changed after it was signed", hint="check the table again"
+        )
     return record
 
 
@@ -94,7 +99,7 @@ def private_folder(work: Path) -> Path:
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = work.stat().st_mode
     except OSError as e:
-        raise ConfigError(f"the work folder {work} cannot be made: {e.strerror}") from e
+        raise ConfigError(f"the work folder {work} cannot be made: {e.strerror}", hint="name another folder") from e
     if mode & 0o077:
         raise ConfigError(f"others can read the work folder {work}", hint=f"chmod 700 {work}, or name a new folder")
     return work

@@ -19,8 +19,8 @@ Precision = Literal["float64", "float32"]
 _MAX_CRITERIA, _MAX_EVENTS, _MAX_APPROVALS = 64, 4096, 256
 KINDS = frozenset(
     {
-        "ledger.open", "ledger.import", "ledger.cap", "ledger.capacity", "ledger.closed", "journal.repaired", "data.released",
-        "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model", "session.end",
+        "ledger.open", "ledger.import", "ledger.cap", "ledger.capacity", "ledger.closed", "journal.repaired",
+        "data.released", "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model", "session.end",
     }
 )  # fmt: skip
 

@@ -209,7 +209,7 @@ class TestAskingAgain:
 
     def test_a_policy_refusal_is_a_row_and_says_why(self, world):
         w = world(limits={"min_sites": 5})
-        with pytest.raises(PolicyRefusal, match="4 sites are fewer than this site's 5") as e:
+        with pytest.raises(PolicyRefusal, match="4 sites are fewer than this site's minimum, 5") as e:
             line.join(w.sites[0], w.proposal())
         assert "site's owner" in e.value.hint
         assert [r.body for r in w.sites[0].ledger.journal.of_kind("refused")] == [
@@ -226,6 +226,6 @@ def test_a_ledger_that_stops_the_run_early_is_told_of_at_the_site_alone(world, c
             reply = line.join(w.sites[0], w.proposal())
         left = w.sites[0].ledger.affords(w.plan.event)
         assert (left < w.plan.steps) is told
-        assert (f"the budget carries {left} of the plan's 4 steps" in caplog.text) is told
+        assert (f"the budget pays for {left} of the plan's 4 steps" in caplog.text) is told
         assert (f"{w.plan.filter_epsilon():.4g} left" in caplog.text) is told
         assert "budget" not in str(reply.header)

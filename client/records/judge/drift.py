@@ -74,11 +74,13 @@ def earlier(work: Path, public: str = "") -> dict[str, Any]:
     """
     if not (work / QUALITY).is_file() or not (work / LINEAGE).is_file():
         raise DataError(
-            f"{work} holds no accepted table's reports", hint="the --work of an earlier 'fedveil data check'"
+            f"{work} holds no accepted table's reports",
+            hint="give the --work folder of an earlier 'fedveil data check'",
         )
     if not public and not (work / lineage.KEY_FILE).is_file():
         raise DataError(
-            f"{work} holds no key of its own", hint="--against-public with the key that signed its lineage record"
+            f"{work} holds no key to check its lineage record",
+            hint="give --against-public, the public key that signed it",
         )
     if not public:
         public = identity.public_hex(lineage.derived_key(lineage.site_secret(work)))

@@ -136,7 +136,9 @@ def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int,
         for i, column in enumerate(columns):
             text = values.text_of(table.column(i))
             if text is None:
-                raise DataError(f"the column at position {i + 1} holds neither numbers nor texts", hint="convert it")
+                raise DataError(
+                    f"the column at position {i + 1} holds neither numbers nor texts", hint="convert it to one of them"
+                )
             column.add(text)
         if progress is not None:
             progress(rows, position.bytes)
@@ -148,7 +150,7 @@ def profile(path: Path, dialect: Dialect | None = None, progress: Callable[[int,
 def _open(path: Path, dialect: Dialect, position: files.Position) -> tuple[list[str], Iterator[pa.Table]]:
     kind = path.suffix.lower()
     if not path.is_file() or not path.stat().st_size:
-        raise DataError(f"{path} is no file with a table in it", hint="give a .csv, .parquet or .arrow file")
+        raise DataError(f"{path} is not a file, or is empty", hint="give a .csv, .parquet or .arrow file")
     if kind in (".csv", ".tsv"):
         header, encoding, delimiter = files.csv_header(path, dialect, frozenset())
         repeated = sorted({i + 1 for i, h in enumerate(header) if header.count(h) > 1})
@@ -157,6 +159,6 @@ def _open(path: Path, dialect: Dialect, position: files.Position) -> tuple[list[
             raise DataError(f"{path}: columns have the same name, at positions {places}", hint="keep one of each")
         return header, files.csv_batches(path, header, header, encoding, delimiter, position)
     if kind not in (".parquet", ".pq", ".arrow", ".feather"):
-        raise DataError(f"{path} is neither .csv nor .parquet", hint="convert the table first")
+        raise DataError(f"{path} is not a .csv, .parquet or .arrow file", hint="convert the table to one of them")
     header, batches = files.arrow_file(path)
     return header, batches(header)

@@ -52,11 +52,11 @@ def assess(
     if raw.tally.breaks:
         told = hidden_counts.shown(raw.tally.breaks, least) if raw.rows >= contract.k else "some"
         notes.append(
-            f"{told} line ends are inside quoted cells of columns that are not loaded: compare the rows read with the "
-            "source's; a quote that was opened by mistake swallows rows"
+            f"{told} line ends are inside quoted cells of columns that are not loaded: compare the number of rows with "
+            "the source's, because an open quote can hold whole rows"
         )
     if persons > 1:
-        notes.append("some persons have several rows: the unit of privacy is the row, and their rows compose")
+        notes.append("some persons have several rows: the unit of privacy is one row, so their loss adds up")
     return QualityReport(
         raw.rows, raw.rows - len(np.unique(raw.identity)), tuple(columns), tuple(problems), contract.k, tuple(notes),
         tuple(stages), tuple(stability), hipaa.checklist(used, raw.tally.found), persons,

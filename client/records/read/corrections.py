@@ -53,7 +53,7 @@ class Correction:
         if not self.reason or not finite or self.scale == 0 or rescales == (self.equals is not None):
             raise ConfigError(
                 f"the correction of {self.column!r} is not one replacement or one rescaling with a reason",
-                hint="equals and to, or scale and offset with above and below; and why",
+                hint="give a reason, and either equals and to, or scale and offset (with above and below)",
             )
 
     def on_text(self, text: pa.Array) -> tuple[pa.Array, int]:
@@ -88,9 +88,11 @@ def check(corrections: Sequence[Correction], contract: DataContract) -> None:
     known = {c.name: c for c in contract.loaded}
     for c in corrections:
         if c.column not in known:
-            raise ConfigError(f"a correction names {c.column[:64]!r}, which the contract does not load")
+            raise ConfigError(
+                f"a correction names {c.column[:64]!r}, which the contract does not load", hint="correct its name"
+            )
         if c.equals is None and known[c.column].type != "number":
-            raise ConfigError(f"a correction rescales {c.column!r}, which is no number", hint="use equals and to")
+            raise ConfigError(f"a correction rescales {c.column!r}, which is not a number", hint="use equals and to")
 
 
 def load(path: Path) -> tuple[Correction, ...]:

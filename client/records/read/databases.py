@@ -149,7 +149,9 @@ def _text(value: Any, form: str) -> str | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     if isinstance(value, (bytes, bytearray, memoryview, list, dict, tuple)):
-        raise DataError("a column of the query holds neither numbers nor texts", hint="cast it in the query")
+        raise DataError(
+            "a column of the query holds neither numbers nor texts", hint="cast it to one of them in the query"
+        )
     return str(value)
 
 
@@ -200,5 +202,5 @@ def _single_select(duckdb: Any, connection: Any, query: str) -> Any:
     """
     found = connection.extract_statements(query)
     if len(found) != 1 or found[0].type != duckdb.StatementType.SELECT:
-        raise UsageError("the query is not one SELECT to DuckDB", hint=HINT)
+        raise UsageError("DuckDB does not read the query as one SELECT", hint=HINT)
     return found[0]

@@ -59,7 +59,7 @@ def parse_path(path: str) -> tuple[Step, ...]:
         at = found.end()
     if not steps or at < len(path) or path.endswith("."):
         raise ConfigError(
-            f"{path[:128]!r} is no path", hint="for example name[0].family or identifier[use=official].value"
+            f"{path[:128]!r} is not a path", hint="for example name[0].family or identifier[use=official].value"
         )
     return tuple(steps)
 
@@ -80,7 +80,7 @@ def value_at(resource: Any, steps: tuple[Step, ...]) -> str | None:
             ]  # fmt: skip
             here = chosen[0] if chosen else None
     if isinstance(here, (dict, list)):
-        raise DataError("a declared path ends in an object or a list", hint="declare the path of a single value")
+        raise DataError("a declared path ends in an object or a list", hint="declare paths that end in a single value")
     return None if here is None else str(here).lower() if isinstance(here, bool) else str(here)
 
 
@@ -130,7 +130,7 @@ def _resource(line: bytes, kind: str, number: int) -> Any:
         resource = None
     if not isinstance(resource, dict) or resource.get("resourceType") != kind:
         raise DataError(
-            f"line {number} is no {kind[:64]} resource",
+            f"line {number} is not a {kind[:64]} resource",
             hint="export one resource type per NDJSON file, as UTF-8 without lone surrogates",
         )
     return resource

@@ -53,7 +53,10 @@ class Dialect:
         if self.delimiter not in ("auto", *DELIMITERS):
             raise ConfigError(f"delimiter {self.delimiter[:8]!r} is not known", hint="auto, or one of , ; | and a tab")
         if self.decimal not in (".", ",") or self.thousands not in ("", ",", ".", "'", " ") or self.style_clashes:
-            raise ConfigError("the decimal sign is . or ,; thousands are grouped by another sign or none")
+            raise ConfigError(
+                "the decimal sign or the thousands sign cannot be used",
+                hint="decimal is . or , and thousands another sign",
+            )
 
     @property
     def style_clashes(self) -> bool:
@@ -133,7 +136,7 @@ def open_file(path: Path, contract: DataContract, dialect: Dialect) -> Opened:
     """
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".parquet", ".pq", ".arrow", ".feather"):
-        raise DataError(f"{path} is neither .csv nor .parquet", hint="convert the table first")
+        raise DataError(f"{path} is not a .csv, .parquet or .arrow file", hint="convert the table to one of them")
     if not path.is_file():
         raise DataError(f"{path} is not a file", hint="give the path of the site's table")
     if path.stat().st_size == 0:
@@ -157,7 +160,7 @@ def check_header(what: str, header: Sequence[str], contract: DataContract) -> No
     if unknown:
         raise DataError(
             f"{what}: {len(unknown)} columns are not in the contract, at positions {', '.join(map(str, unknown[:8]))}",
-            hint="is the first line a header? declare unused columns with role 'drop' in the contract",
+            hint="check that the first line is a header; declare unused columns with role 'drop' in the contract",
         )
     twice = sorted({h for h in header if list(header).count(h) > 1})
     if twice:
@@ -206,7 +209,7 @@ def csv_header(path: Path, dialect: Dialect, known: frozenset[str]) -> tuple[lis
     if not read:
         raise DataError(
             f"{path} has no readable header line",
-            hint="is it UTF-8? else declare the encoding, for example latin-1 or utf-16; quote with double quotes",
+            hint="declare its encoding if it is not UTF-8, for example latin-1 or utf-16; quote with double quotes",
         )
     best = max(read, key=lambda d: (sum(h in known for h in read[d]), len(read[d]) if not known else 0))
     return read[best], encoding, best
@@ -318,7 +321,7 @@ def _require_lines(path: Path, quotes: Quotes, *, cut: bool) -> None:
     if cut and quotes.longest >= BLOCK_BYTES:
         raise DataError(
             f"{path} has a line of more than {BLOCK_BYTES >> 20} MiB",
-            hint="is it a CSV file? end lines with a line feed, and leave such cells out of the export",
+            hint="check that it is a CSV file; end lines with a line feed, and leave such cells out of the export",
         )
 
 

@@ -182,7 +182,7 @@ class _Intake:
         if c.type == "category":
             if self._quoted and (broken := cells.count(cells.pc.match_substring_regex(text, r"[\n\r]"))):
                 raise DataError(
-                    f"column {c.name!r}: at least {broken} cells hold a line end: a quote may have swallowed rows",
+                    f"column {c.name!r}: at least {broken} cells hold a line end: an open quote may hold whole rows",
                     hint="close every quote; a quote inside a quoted cell is written twice",
                 )
             return cells.leaves(text, c, self._pools[c.name], seen)
@@ -239,5 +239,7 @@ def _safe_text(values: pa.ChunkedArray, name: str, form: str) -> pa.Array:
     except pa.ArrowException:
         text = None
     if text is None:
-        raise DataError(f"column {name!r} has cells that are neither numbers nor texts", hint="convert the column")
+        raise DataError(
+            f"column {name!r} has cells that are neither numbers nor texts", hint="convert the column to one of them"
+        )
     return text

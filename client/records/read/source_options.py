@@ -8,7 +8,7 @@ from pathlib import Path
 from fedveil.client.records.read.sources import Dialect, DuckSource, FhirSource, Source, SqlSource
 from fedveil.common.errors import ConfigError, UsageError
 
-_QUERY = "--query 'SELECT ... ORDER BY ...' (query in [data] of site.toml)"
+_QUERY = "give --query 'SELECT ... ORDER BY ...' (query in [data] of site.toml)"
 
 
 def dialect_of(encoding: str, delimiter: str, decimal: str, thousands: str) -> Dialect:
@@ -32,10 +32,14 @@ def source_of(table: Path, query: str, url_file: Path | None, fhir: Path | None)
             raise UsageError("a DuckDB file needs a query", hint=_QUERY)
         return DuckSource(table, query)
     if query:
-        raise UsageError("a query needs a database", hint="--url-file (url_file in [data] of site.toml), or .duckdb")
+        raise UsageError(
+            "a query needs a database", hint="give --url-file (url_file in [data] of site.toml), or a .duckdb file"
+        )
     if table.suffix.lower() == ".ndjson":
         if fhir is None:
-            raise UsageError("an .ndjson file needs its paths", hint="--fhir paths.toml (fhir in [data] of site.toml)")
+            raise UsageError(
+                "an .ndjson file needs its paths", hint="give --fhir paths.toml (fhir in [data] of site.toml)"
+            )
         return _fhir_source(table, fhir)
     return table
 
@@ -58,4 +62,4 @@ def _secret_line(path: Path) -> str:
             raise ConfigError(f"{path} can be read by others", hint=f"chmod 600 {path}")
         return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read", hint="a file of mode 0600 with one line: the URL") from e
+        raise ConfigError(f"{path} cannot be read", hint="give a file of mode 0600 that holds one line, the URL") from e

@@ -94,7 +94,7 @@ def unreadable(seen: cells.Reading, name: str) -> list[tuple[str, int, str]]:
     if seen.not_finite:
         out.append((f"column {name!r}: {seen.not_finite} cells are NaN or infinite", seen.not_finite, declare))
     if seen.not_dates:
-        words = f"column {name!r}: {seen.not_dates} cells are no dates of the declared format"
+        words = f"column {name!r}: {seen.not_dates} cells are not dates of the declared format"
         out.append((words, seen.not_dates, "correct them, or agree on the format that the table uses"))
     return out
 
@@ -114,7 +114,9 @@ def commitment(secret: bytes, source: Source, contract: DataContract) -> str:
         for name in table.column_names:
             text = cells.text_of(table.column(name))
             if text is None:
-                raise DataError(f"column {name!r} has cells that are neither numbers nor texts")
+                raise DataError(
+                    f"column {name!r} has cells that are neither numbers nor texts", hint="cast it in the query"
+                )
             # Lengths come first, so that no two tables have the same serialisation.
             values = [v.encode() for v in text.to_pylist()]
             mac.update(pa.array([len(v) for v in values], pa.int64()).buffers()[1].to_pybytes()[: 8 * len(values)])

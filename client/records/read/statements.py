@@ -18,8 +18,8 @@ from fedveil.common.errors import UsageError
 
 MAX_CHARACTERS = 1 << 20
 HINT = (
-    "--query 'SELECT ... ORDER BY ...' (query in [data] of site.toml): a single one, that only reads; "
-    "quote columns called after a statement"
+    "give one SELECT that only reads: --query 'SELECT ... ORDER BY ...' (query in [data] of site.toml); "
+    "quote a column whose name is a SQL statement"
 )
 _MARK = re.compile(r"'|\"|`|\[|\$|#|--|/\*")
 _ENDS = {
@@ -71,7 +71,7 @@ def require_select(query: str, database: str = "") -> None:
     if ";" in bare:
         raise UsageError("the query holds more than one statement", hint=HINT)
     if not words or words[0] not in (*_FIRST, *(("from",) if database == "duckdb" else ())):
-        raise UsageError("the query is no SELECT", hint=HINT)
+        raise UsageError("the query is not a SELECT", hint=HINT)
     refused = _CHANGING if database in _SEPARATE else _CHANGING | _BEGINNING
     if changing := sorted({t for i, t in enumerate(tokens) if t in refused and not _is_name(tokens, i)}):
         raise UsageError(f"the query holds {changing[0].upper()}: it would change the database", hint=HINT)
@@ -88,9 +88,14 @@ def _unquoted(query: str, database: str) -> str:
             end, left = _dollars(query, start, database)
         elif mark == "#":
             if database not in _PLAIN_HASH:
-                raise UsageError("the query holds a # outside quotes: a comment to some databases", hint="write -- ")
+                raise UsageError(
+                    "the query holds a # outside quotes: a comment to some databases",
+                    hint="write comments as -- with a blank after it",
+                )
         elif mark == "[" and database not in _SEPARATE | _BRACKETS:
-            raise UsageError("the query holds a [, which quotes in some databases", hint="call a function instead")
+            raise UsageError(
+                "the query holds a [, which opens a quoted name in some databases", hint="call a function instead"
+            )
         elif mark != "[" or database in _BRACKETS:
             end, left = _quoted(query, start, mark, database), " " if mark in ("'", "--", "/*") else _NAME
         out.append(left)
@@ -111,7 +116,9 @@ def _quoted(query: str, start: int, mark: str, database: str) -> int:
         hint = "write a quote inside a text twice"
         raise UsageError("the query holds a quote that not every database reads as one", hint=hint)
     if mark in ("--", "/*") and ("/*" in inside or (mark == "--" and re.search(r"\r(?!\n|$)", inside))):
-        raise UsageError("the query holds a comment that databases end in different places", hint="take it out")
+        raise UsageError(
+            "the query holds a comment that ends at different places in different databases", hint="take it out"
+        )
     return found.end()
 
 

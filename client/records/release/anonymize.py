@@ -121,9 +121,14 @@ def require_new(out: Path, endings: Sequence[str] = (".csv", ".parquet")) -> Non
         UsageError: it exists, has another ending, or its folder does not exist.
     """
     if out.suffix not in endings or out.exists():
-        raise UsageError(f"{out} cannot be the release", hint=f"name a new {' or '.join(endings)} file")
+        raise UsageError(
+            f"{out} cannot be the release: it exists, or ends differently",
+            hint=f"name a new {' or '.join(endings)} file",
+        )
     if not out.parent.is_dir():
-        raise UsageError(f"{out} cannot be the release: its folder does not exist", hint="correct the path")
+        raise UsageError(
+            f"{out} cannot be the release: its folder does not exist", hint="make the folder, or correct the path"
+        )
 
 
 def _stability(contract: DataContract, engine: Anonymizer, outcome: Outcome) -> Stability:

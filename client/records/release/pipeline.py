@@ -141,7 +141,7 @@ def cleared(work: Path, source: Source) -> None:
     earlier = earlier_release(work)
     if isinstance(source, Path) and source.resolve() in (earlier, (work / RELEASED).resolve()):
         raise UsageError(
-            f"{source} is a release that lies in its own work folder, which is cleared for the next one",
+            f"{source} is a release in the work folder, which is cleared before the next one",
             hint="copy it elsewhere, or name another folder: --work, or [site] state of site.toml",
         )
     if earlier is not None:
@@ -219,7 +219,7 @@ def assessed(
     if raw.rows < contract.k:
         raise AnonymityError(
             f"k = {contract.k} is more than the {raw.rows} rows of the table",
-            hint="no combination of levels passes: take in more rows",
+            hint="no combination of levels passes: a table of at least k rows is needed",
         )
     return raw, report
 

@@ -73,7 +73,7 @@ def fill(block: NDArray[np.float32], cells: Cells, c: Column) -> int:
     if count > c.unseen_limit * max(len(cells.index), 1):
         raise DataError(
             f"column {c.name!r}: {count} cells hold values that the contract does not know",
-            hint=f"the limit is {c.unseen_limit:g} of the rows: agree on the values that are in use",
+            hint=f"the limit is {c.unseen_limit:g} of the rows: add the values in use to the contract",
         )
     return count
 

@@ -90,7 +90,7 @@ WRONG = {
     "an unknown key": ("k = 5", "'k' is not understood"),
     "no quasi-identifier": ("keep = ['a']\n[[criterion]]\nis = 'k-anonymity'\nk = 2", "no column is a quasi"),
     "no criterion": ("[[quasi]]\nname = 'a'", "no criterion"),
-    "a table for a list": ("[quasi]\nname = 'a'", "no list of tables"),
+    "a table for a list": ("[quasi]\nname = 'a'", "not a list of tables"),
     "an unknown criterion": ("[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'l'\nl = 2", "of no known kind"),
     "an argument missing": ("[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'k-anonymity'", "lacks k"),
     "an argument too many": (
@@ -101,8 +101,8 @@ WRONG = {
     "a column without a name": ("[[quasi]]\nfixed_level = 1", "has no name"),
     "an absent hierarchy": ("[[quasi]]\nname = 'a'\nhierarchy = 'none.csv'", "cannot be read"),
     "a hierarchy of rows": ("[[quasi]]\nname = 'a'\nhierarchy = [['a', '*']]", "names no file"),
-    "values that are numbers": ("[[sensitive]]\nname = 'a'\nvalues = [1, 2]", "no list of texts"),
-    "a name for a list": ("keep = 'a'\n[[quasi]]\nname = 'b'", "keep is no list"),
+    "values that are numbers": ("[[sensitive]]\nname = 'a'\nvalues = [1, 2]", "not a list of texts"),
+    "a name for a list": ("keep = 'a'\n[[quasi]]\nname = 'b'", "keep is not a list"),
     "a percentage": ("suppression_limit = 5\n[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'k-anonymity'\nk = 2", "share"),
     "an unknown method": ("method = 'best'\n[[quasi]]\nname = 'a'\n[[criterion]]\nis = 'k-anonymity'\nk = 2", "method"),
     "deep nesting": ("x = " + "[" * 3000 + "]" * 3000, "not a readable TOML"),
@@ -116,10 +116,10 @@ WRONG = {
     ),
     "a text for a choice": (
         f"{GOOD}\n[[sensitive]]\nname = 's'\n[[criterion]]\nis = 'beta-likeness'\nbeta = 1\nenhanced = 'no'",
-        "neither true nor false",
+        "must be true or false",
     ),
     "a value twice": ("[[quasi]]\nname = 'a'\n[[sensitive]]\nname = 's'\nvalues = ['a', 'a', 'b']", "a value twice"),
-    "numeric as text": ("[[quasi]]\nname = 'a'\nnumeric = 'yes'", "neither true nor false"),
+    "numeric as text": ("[[quasi]]\nname = 'a'\nnumeric = 'yes'", "must be true or false"),
 }
 
 
@@ -136,7 +136,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, how):
 def test_numbers_over_a_hierarchy_of_words_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("1;x;*\nunknown;x;*\n")
     (tmp_path / "s.toml").write_text(GOOD.replace("'a'", "'a'\nhierarchy = 'a.csv'\nnumeric = true"))
-    with pytest.raises(ContractError, match="values of its hierarchy are no numbers"):
+    with pytest.raises(ContractError, match="values of its hierarchy are not numbers"):
         spec_file.load(tmp_path / "s.toml")
 
 

@@ -65,7 +65,7 @@ BAD = {
     "mixed types": (cells("age", WORD, 7), {}, "type: column 'age': 7 .*not numbers", "missing code"),
     "dates in a number": (cells("age", "03/04/7373", 2), {}, "type: column 'age': 2 .*look like dates", "format"),
     "ambiguous dates": (cells("born", "03/04/1973", 4), {},
-                        "type: column 'born': 4 .*no dates of the declared", "format"),
+                        "type: column 'born': 4 .*not dates of the declared", "format"),
     "impossible date": (cells("born", "31.02.1973"), {}, "type: column 'born': 1 ", "correct them"),
     "date out of bounds": (cells("born", "01.01.7373"), {}, "range: column 'born': 1 cells", "bounds"),
     "nan": (cells("dose", "NaN", 2), {}, "type: column 'dose': 2 .*NaN or infinite", "missing code"),
@@ -155,7 +155,7 @@ def test_empty_file_and_one_row(table, tmp_path, secret):
         ingest(tmp_path / "e.csv", contract(), tmp_path / "w", secret=secret)
     with pytest.raises(AnonymityError, match="k = 5 is more than the 1 rows") as e:
         ingest(table(good()[:1], HEADER), contract(), tmp_path / "w", secret=secret)
-    assert "take in more rows" in e.value.hint
+    assert "at least k rows" in e.value.hint
     assert_silent(everything_said(e.value))
 
 

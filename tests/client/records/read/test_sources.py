@@ -96,7 +96,7 @@ def test_csv_refusals(contract, rows, table, how):
         ("t.csv", b"\xff\xfe\x00", "no readable header"),
         ("t.csv", b"age,job,dose,grade,y\n\xff,a,1,1,1\n", "not a readable CSV"),
         ("t.parquet", b"PAR1 but not really PAR1", "not a readable Parquet"),
-        ("t.xlsx", b"PK", "neither .csv nor .parquet"),
+        ("t.xlsx", b"PK", "not a .csv, .parquet or .arrow file"),
     ],
 )
 def test_unreadable_files(tmp_path, contract, name, data, words):
