@@ -157,7 +157,9 @@ class Preflight:
             for member in (self._roster.server, *self._roster.sites):
                 listed.refuse(member.site, member.tls_key)
         except IdentityError as e:
-            raise IdentityError(e.message, hint="ask the consortium for a roster without it: no run begins") from e
+            raise IdentityError(
+                e.message, hint="no run begins with it: ask the consortium for a roster without it"
+            ) from e
         return f"version {self._roster.version}, {len(self._roster.sites)} sites"
 
     def clock(self) -> str:
@@ -195,7 +197,7 @@ class Preflight:
         except OSError as e:
             raise TransportError(
                 f"nothing answers at {host}:{port}",
-                hint=f"does the server run? is outbound TCP to port {port} allowed? --offline leaves this out",
+                hint=f"start the server, and allow outbound TCP to port {port}; --offline leaves this check out",
             ) from e
         return f"{host}:{port} answers"
 
@@ -223,7 +225,7 @@ class Preflight:
         while not folder.exists():
             folder = folder.parent
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is a file, and no folder", hint="correct [site] state")
+            raise ConfigError(f"{folder} is a file and not a folder", hint="correct [site] state")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"{folder} cannot be written", hint="run this as the site's user, or correct [site] state"
@@ -249,19 +251,19 @@ class Preflight:
         tally = tally_of(rows)
         if not (tally.lineage.isprintable() and tally.version.isprintable()):
             raise JournalError(
-                "the ledger's lineage or version holds a sign that cannot be printed: it cannot leave this site",
+                "the ledger's lineage or version has a character that cannot be printed, so it cannot leave this site",
                 hint="open a new ledger under another name; 'fedveil ledger import' counts what this one has spent",
             )
         if tally.lineage != self._site.lineage:
             raise JournalError("the ledger is another data set's", hint="correct [site] lineage or state")
         if tally.unit != (unit := unit_of(limits, self._contract)):
             raise JournalError(
-                f"the ledger counts each {tally.unit[:32]!r}, [limits] modes each {unit!r}",
-                hint="a ledger of its own for each: another [site] lineage and state",
+                f"the ledger counts each {tally.unit[:32]!r}, but [limits] modes needs one for each {unit!r}",
+                hint="use another [site] lineage and state for it",
             )
         if tally.closed:
             raise JournalError(
-                f"the ledger was closed: ledger {tally.closed[:16]}... counts it", hint="go on with that one"
+                f"the ledger was closed: ledger {tally.closed[:16]}... counts it", hint="go on with that ledger"
             )
         if tally.epsilon >= limits.max_epsilon:
             raise BudgetExhausted(
@@ -283,7 +285,8 @@ class Preflight:
             ingested(self._all, self._contract, key, subject_salt(self._site.state, make=False), work)
         except AnonymityError as e:
             raise AnonymityError(
-                "k or l of the contract is not met", hint=f"see {page} on this machine; coarser levels, or more rows"
+                "k or l of the contract is not met",
+                hint=f"see {page} on this machine; coarser levels or more rows are needed",
             ) from e
         except DataError as e:
             raise DataError(

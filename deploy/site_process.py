@@ -110,7 +110,7 @@ def unit_of(limits: LimitsSection, contract: DataContract) -> str:
     if set(limits.modes) != {"client"}:
         raise ConfigError(
             "mode 'client' stands beside others in [limits] modes: it counts clients, they count records",
-            hint="modes = ['client'] in [limits] of site.toml, with a lineage and state of its own",
+            hint="set modes = ['client'] in [limits] of site.toml, with a lineage and state for it alone",
         )
     return "client"
 
@@ -140,7 +140,10 @@ def subject_salt(state: Path, *, make: bool = True) -> bytes:
         identity.write_secret(path, secrets.token_bytes(_SALT_BYTES))
     salt = path.read_bytes()
     if len(salt) != _SALT_BYTES or path.stat().st_mode & 0o077:
-        raise ConfigError(f"{path} is not a private file of {_SALT_BYTES} bytes", hint="restore it; chmod 600")
+        raise ConfigError(
+            f"{path} is not a private file of {_SALT_BYTES} bytes",
+            hint=f"restore it from a backup, with chmod 600 {path}",
+        )
     return salt
 
 

@@ -44,9 +44,13 @@ def choose(
         if clamp >= wanted * clip or values == 1:
             break
     if clamp <= 0:
-        raise PlanError("the noise alone does not fit into a ciphertext", hint="a larger epsilon or fewer parameters")
+        raise PlanError(
+            "the noise alone does not fit into a ciphertext", hint="plan with a larger epsilon or fewer parameters"
+        )
     if whole and clamp < wanted * clip:
-        raise PlanError("sums over so many records do not fit into a ciphertext", hint="fewer declared records")
+        raise PlanError(
+            "sums over so many records do not fit into a ciphertext", hint="plan with fewer declared records"
+        )
     # The width that just fills the room: a finer grid costs nothing.
     return grid * min(1.0, (clamp * sites + noise) / (room * 0.999 * grid)), clamp
 

@@ -95,5 +95,5 @@ class ModelState:
         velocity = plan.optimizer.momentum * self.velocity + gradient
         weights = self.weights - rate * velocity
         if not np.isfinite(weights).all():
-            raise RunAborted("the model diverged", hint="a lower learning rate or a smaller clip")
+            raise RunAborted("the model diverged", hint="choose a lower learning rate or a smaller clip")
         return ModelState(weights, velocity, self.steps + 1)

@@ -147,6 +147,9 @@ def _reconnect(exchange: Exchange) -> None:
         if now > enough + _LATE_S:
             break
         if now > deadline and len(there) < job.plan.members:
-            raise RunAborted(f"only {len(there)} of {job.plan.members} needed sites came back")
+            raise RunAborted(
+                f"only {len(there)} of {job.plan.members} needed sites came back",
+                hint="start the sites, then 'fedveil server resume'",
+            )
         time.sleep(_POLL)
     exchange.nodes.update({s: n for n, s in expected.items()})

@@ -27,6 +27,7 @@ from fedveil.server.evaluate import Evaluator
 
 COMPLETED, EXHAUSTED, ABORTED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED"
 Progress = Callable[[str, dict[str, Any]], None]
+_AS_IT_WAS = "restore the run's folder as it was, or start a new run"
 
 
 def _silent(kind: str, facts: dict[str, Any]) -> None:
@@ -138,7 +139,7 @@ def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) ->
     """
     path = run / "journal.jsonl"
     if not path.exists():
-        raise JournalError(f"{run} holds no run")
+        raise JournalError(f"{run} holds no run", hint="give the folder of a run that began")
     journal = Journal.open(path, SERVER, key)
     try:
         return _resumed(run, roster, key, journal, **options)
@@ -150,12 +151,12 @@ def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) ->
 def _resumed(run: Path, roster: Roster, key: Ed25519PrivateKey, journal: Journal, **options: Any) -> Job:
     opened = next(journal.of_kind("run.open"), None)
     if opened is None or any(True for _ in journal.of_kind("run.end")):
-        raise JournalError(f"the run in {run} has ended or never began", hint="start a new one")
+        raise JournalError(f"the run in {run} has ended or never began", hint="start a new run")
     plan = plans.from_json(_document(run / "plan.json"))
     if plan.hash != opened.body["plan_hash"]:
-        raise JournalError(f"{run / 'plan.json'} is not the plan this run was opened with")
+        raise JournalError(f"{run / 'plan.json'} is not the plan this run was opened with", hint=_AS_IT_WAS)
     if roster.hash != opened.body["roster_hash"]:
-        raise JournalError(f"the run in {run} was opened with another roster")
+        raise JournalError(f"the run in {run} was opened with another roster", hint="start a new run")
     last = opened
     first, nonce = 1, ""
     for row in journal.of_kind("round.open", "round.applied", "round.aborted"):
@@ -171,7 +172,7 @@ def _resumed(run: Path, roster: Roster, key: Ed25519PrivateKey, journal: Journal
     for row in journal.of_kind("run.joined"):
         job.joins = _document(run / "joins.json")
         if canonical.digest(job.joins) != row.body["joins_digest"]:
-            raise JournalError(f"{run / 'joins.json'} is not the one that the journal names")
+            raise JournalError(f"{run / 'joins.json'} is not the one that the journal names", hint=_AS_IT_WAS)
     _mend_metrics(run / "metrics.jsonl", first)
     journal.append("run.resumed", {"session": job.session, "round": first})
     return job
@@ -181,7 +182,7 @@ def _document(path: Path) -> Any:
     try:
         return canonical.loads(path.read_bytes())
     except (OSError, WireError) as e:
-        raise JournalError(f"{path} is missing or damaged") from e
+        raise JournalError(f"{path} is missing or damaged", hint=_AS_IT_WAS) from e
 
 
 def _mend_metrics(path: Path, first: int) -> None:

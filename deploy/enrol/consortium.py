@@ -41,7 +41,10 @@ def found(folder: Path, consortium: str, days: int = MAX_DAYS) -> str:
         IdentityError: the folder holds one already.
     """
     if not (0 < len(consortium) <= 64 and consortium.isprintable()) or not 0 < days <= MAX_DAYS:
-        raise ConfigError("a consortium has a name of 1 to 64 characters and holds 1 to 3650 days")
+        raise ConfigError(
+            "the consortium's name or days cannot be used",
+            hint=f"a name has 1 to 64 characters; --days takes 1 to {MAX_DAYS}",
+        )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise IdentityError(f"{folder} is not empty", hint="choose a new folder; keys are never replaced")
     authority, key = Authority(consortium, days), identity.new_signing_key()
@@ -66,7 +69,7 @@ def sign_request(folder: Path, request: Path, out: Path, *, heard: str = "", day
             fingerprint is another one; or it is a renewal that is not signed with the member's own identity.
     """
     if not 0 < days <= MAX_DAYS:
-        raise ConfigError(f"days = {days} is not in 1..{MAX_DAYS}")
+        raise ConfigError(f"days = {days} cannot be used", hint=f"--days takes 1 to {MAX_DAYS}")
     if out.exists():
         raise IdentityError(f"{out} exists already", hint="name a new file")
     state, document = _read(folder), read_document(request, MAX_REQUEST_BYTES)
@@ -109,12 +112,14 @@ def publish(folder: Path) -> Roster:
         if m["tls_key"] in revoked.tls_keys or name in revoked.sites:
             raise IdentityError(
                 f"the TLS key of {name!r} was revoked and not replaced",
-                hint="it asks for another ('fedveil client renew --rotate', then sign-csr), or revoke the member",
+                hint="let it make a new one ('fedveil client renew --rotate', then sign-csr), or revoke the member",
             )
     members = {s: Member(site_id(s), m["signing_key"], m["tls_key"]) for s, m in sorted(state["members"].items())}
     server = members.pop(identity.SERVER, None)
     if server is None or not members:
-        raise IdentityError("a roster needs the server and at least one site", hint="admit them with sign-csr")
+        raise IdentityError(
+            "a roster needs the server and at least one site", hint="admit them with 'fedveil provision sign-csr'"
+        )
     state["version"] += 1
     made = Roster(state["consortium"], server, tuple(members.values()), state["version"])
     _write(folder, state)
@@ -130,13 +135,13 @@ def revoke(folder: Path, site: str, *, key_only: bool = False) -> Revocations:
     """
     if site == identity.SERVER and not key_only:
         raise IdentityError(
-            "the server cannot be shut out for good: nobody else could be admitted under its name",
-            hint="--key-only shuts out its TLS key; if its signing key was stolen, found a new consortium",
+            "the server cannot be revoked whole: nobody else could be admitted under its name",
+            hint="--key-only revokes its TLS key; if its signing key was stolen, found a new consortium",
         )
     state, old = _read(folder), _revocations(folder)
     known = state["members"].get(site)
     if known is None:
-        raise IdentityError(f"{site[:64]!r} is not a member", hint=", ".join(state["members"])[:512])
+        raise IdentityError(f"{site[:64]!r} is not a member", hint=f"one of {', '.join(state['members'])}"[:512])
     sites = old.sites if key_only else old.sites | {site}
     made = Revocations(old.number + 1, sites, old.tls_keys | {known["tls_key"]})
     # The list comes first: if this stops in between, the member is shut out and the command can be given again.
@@ -160,7 +165,9 @@ def _opened(document: Any) -> tuple[str, str, str, ec.EllipticCurvePublicKey, st
         key = csr.public_key()
         ok = csr.is_signature_valid and name == site and isinstance(key, ec.EllipticCurvePublicKey)
     except (*MALFORMED, UnsupportedAlgorithm, x509.InvalidVersion, ConfigError) as e:
-        raise IdentityError("the request is malformed", hint="made by 'fedveil client join' or 'client renew'") from e
+        raise IdentityError(
+            "the request is malformed", hint="'fedveil client join' and 'fedveil client renew' write one"
+        ) from e
     if not (ok and isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
         raise IdentityError("the certificate request is not signed with its own key, or names another member")
     raw = key.public_bytes(ser.Encoding.DER, ser.PublicFormat.SubjectPublicKeyInfo)

@@ -171,7 +171,7 @@ def read_document(path: Path, limit: int = MAX_ROSTER_BYTES) -> Any:
         with path.open("rb") as f:
             return canonical.loads(f.read(limit + 1), limit=limit)
     except OSError as e:
-        raise IdentityError(f"{path} cannot be read: {e.strerror}") from e
+        raise IdentityError(f"{path} cannot be read: {e.strerror}", hint="check the path and its permissions") from e
     except FedveilError as e:
         raise IdentityError(f"{path} is malformed: {e.message}", hint="copy it again") from e
 
@@ -184,7 +184,10 @@ def fingerprint(document: Any) -> str:
 
 def _require_host(member: str, host: str) -> None:
     if (member == identity.SERVER) != bool(host):
-        raise IdentityError("the server's request, and no other, names a host", hint="--host NAME, for the server")
+        raise IdentityError(
+            "the server's request has to name a host, and no other request may",
+            hint="give --host with --site server, and only there",
+        )
 
 
 def _write_request(folder: Path, member: str, tls: str, host: str) -> str:
@@ -208,7 +211,7 @@ def _enrolled(folder: Path) -> str:
         certificate = x509.load_pem_x509_certificate((folder / "tls.pem").read_bytes())
         name = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
     except (OSError, ValueError, IndexError) as e:
-        raise IdentityError(f"{folder} is not an enrolled member's", hint="'fedveil client join' first") from e
+        raise IdentityError(f"{folder} is not an enrolled member's", hint="enrol first: 'fedveil client join'") from e
     return site_id(str(name))
 
 
@@ -223,9 +226,13 @@ def _tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
             raise IdentityError(f"{path} can be read by others", hint=f"chmod 600 {path}")
         key = ser.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as e:
-        raise IdentityError(f"no TLS key could be read from {path}") from e
+        raise IdentityError(
+            f"no TLS key could be read from {path}", hint="restore it from a backup, or enrol anew"
+        ) from e
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"{path} does not hold an elliptic curve key")
+        raise IdentityError(
+            f"{path} does not hold an elliptic curve key", hint="restore it from a backup, or enrol anew"
+        )
     return key
 
 
@@ -237,7 +244,9 @@ def _fitting_key(folder: Path, spki: str) -> str:
             raw = der.public_bytes(ser.Encoding.DER, ser.PublicFormat.SubjectPublicKeyInfo)
             if canonical.sha256_hex(raw) == spki:
                 return name
-    raise IdentityError("the certificate is for another TLS key than this folder's", hint="ask for a new one")
+    raise IdentityError(
+        "the certificate is for another TLS key than this folder's", hint="ask for a new one: 'fedveil client renew'"
+    )
 
 
 def _check_roster(folder: Path, document: Any, pin: str) -> Roster:

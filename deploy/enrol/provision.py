@@ -61,7 +61,7 @@ def make_consortium(
     if not (0 < len(consortium) <= 64 and consortium.isprintable()):
         raise ConfigError("the consortium's name is empty, too long or not printable", hint="1 to 64 characters")
     if not 0 < days <= MAX_DAYS:
-        raise ConfigError(f"days = {days} is not in 1..{MAX_DAYS}", hint="certificates are cheap: renew them often")
+        raise ConfigError(f"days = {days} cannot be used", hint=f"--days takes 1 to {MAX_DAYS}")
     _server_names(host)  # refused before anything is written
     for folder in ("consortium", "server", "sites"):
         if (out / folder).exists():
@@ -132,7 +132,7 @@ def load_roster(folder: Path) -> Roster:
         with (folder / "roster.json").open("rb") as f:
             document = canonical.loads(f.read(MAX_ROSTER_BYTES + 1), limit=MAX_ROSTER_BYTES)
     except (OSError, ValueError) as e:
-        raise IdentityError(f"{folder} lacks a roster or its pin", hint=_JOIN) from e
+        raise IdentityError(f"{folder} lacks roster.json or consortium.pub", hint=_JOIN) from e
     except FedveilError as e:
         raise IdentityError(f"{folder / 'roster.json'} is malformed: {e.message}", hint="copy it again") from e
     return identity.open_roster(document, pin)
@@ -164,12 +164,14 @@ class Authority:
         self = cls.__new__(cls)
         try:
             if (folder / "ca.key").stat().st_mode & 0o077:
-                raise IdentityError(f"{folder / 'ca.key'} can be read by others", hint="chmod 600")
+                raise IdentityError(f"{folder / 'ca.key'} can be read by others", hint=f"chmod 600 {folder / 'ca.key'}")
             key = ser.load_pem_private_key((folder / "ca.key").read_bytes(), None)
             self.pem = (folder / "ca.pem").read_bytes()
             certificate = x509.load_pem_x509_certificate(self.pem)
         except (OSError, ValueError, TypeError) as e:
-            raise IdentityError(f"{folder} holds no authority", hint="run 'fedveil provision found'") from e
+            raise IdentityError(
+                f"{folder} is not a consortium's folder", hint="name the folder that 'fedveil provision found' made"
+            ) from e
         if not isinstance(key, ec.EllipticCurvePrivateKey) or _spki(key.public_key()) != _spki(
             certificate.public_key()
         ):
@@ -180,7 +182,10 @@ class Authority:
         self._start = max(self._start, certificate.not_valid_before_utc)
         self._end = min(end, certificate.not_valid_after_utc)
         if self._end <= self._start + _SKEW:
-            raise IdentityError(f"the authority in {folder} has expired", hint="found a new one, and enrol again")
+            raise IdentityError(
+                f"the authority in {folder} has expired",
+                hint="found a new consortium, and let every member enrol there",
+            )
         return self
 
     def issue(

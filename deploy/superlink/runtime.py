@@ -78,7 +78,7 @@ class Link:
         if not (host and port.isdecimal()):
             raise ConfigError(f"{address!r} is not host:port", hint="for example 127.0.0.1:9094")
         if ca is None and not _loopback(host.strip("[]")):
-            raise ConfigError(f"{address} is another machine's, and without TLS", hint="name a loopback address")
+            raise ConfigError(f"{address} is on another machine, without TLS", hint="name an address of this machine")
         verify: ssl.SSLContext | bool = False
         if ca is not None:
             verify = ssl.create_default_context(cafile=str(ca))
@@ -122,7 +122,9 @@ class Link:
                     if len(data) > MAX_RESPONSE:
                         raise WireError(f"{path}: an answer of more than {MAX_RESPONSE} bytes")
         except httpx.HTTPError as e:
-            raise TransportError(f"{self.address} does not answer ({type(e).__name__})", hint="is it running?") from e
+            raise TransportError(
+                f"{self.address} does not answer ({type(e).__name__})", hint="start it, or correct its address"
+            ) from e
         if response.status_code in _UNREACHED:
             raise TransportError(f"{self.address} does not answer (HTTP {response.status_code})")
         if not response.is_success:

@@ -130,8 +130,12 @@ def _certificates(roster: Roster, paths: Iterable[Path]) -> dict[SiteId, bytes]:
         pem = path.read_bytes()
         site = site_of.get(identity.spki_sha256(pem))
         if site is None:
-            raise IdentityError(f"{path} is of no site on the roster", hint="use the site's current certificate")
+            raise IdentityError(
+                f"{path} is not the certificate of a site on the roster", hint="use the site's current one"
+            )
         out[site] = pem
     if missing := [m.site for m in roster.sites if m.site not in out]:
-        raise IdentityError(f"no certificate of {', '.join(missing)}", hint="--certificate, once for every site")
+        raise IdentityError(
+            f"the certificate of {', '.join(missing)} was not given", hint="give --certificate once for every site"
+        )
     return out

@@ -208,7 +208,7 @@ def require_free(address: str) -> None:
             s.bind(target)
     except (OSError, OverflowError) as e:
         raise TransportError(
-            f"cannot listen on {address}", hint="is another server running there? choose another port"
+            f"cannot listen on {address}", hint="stop the server that uses the port, or choose another port"
         ) from e
 
 
@@ -217,7 +217,9 @@ def read_tls(tls: TlsFiles) -> tuple[bytes, bytes, bytes]:
     try:
         return tls.ca.read_bytes(), tls.certificate.read_bytes(), tls.key.read_bytes()
     except OSError as e:
-        raise TransportError(f"{e.filename} could not be read: {e.strerror}", hint="see 'fedveil client join'") from e
+        raise TransportError(
+            f"{e.filename} could not be read: {e.strerror}", hint="'fedveil client join' installs the TLS files"
+        ) from e
 
 
 def warn_of_old_tls() -> None:
@@ -233,7 +235,7 @@ def _bind(server: grpc.Server, address: str, tls: TlsFiles) -> int:
         port = server.add_secure_port(address, credentials)
     except RuntimeError as e:
         raise TransportError(
-            f"cannot listen on {address}", hint="is another server running there? choose another port"
+            f"cannot listen on {address}", hint="stop the server that uses the port, or choose another port"
         ) from e
     if not port:
         raise TransportError(f"cannot listen on {address}", hint="check the address and the TLS files")

@@ -144,7 +144,7 @@ class _Site:
                 if held_since is None and now - since >= wait:
                     raise TransportError(
                         f"no server answered at {self._address} for {wait:g} seconds",
-                        hint="check the address, the network and whether the server runs",
+                        hint="check that the server runs, its address and the network; --wait waits longer",
                     ) from e
                 self._stop.wait(delay * (0.5 + secrets.randbelow(1000) / 1000))
                 delay = min(2 * delay, _MAX_DELAY_S)
@@ -152,7 +152,7 @@ class _Site:
                 self._status(status)
                 if status == "aborted":
                     raise RunAborted(
-                        "the server ended the run by an error before its plan was carried out",
+                        "the server ended the run with an error before its plan was carried out",
                         hint="see the server's log",
                     )
                 return

@@ -126,7 +126,7 @@ class Mailbox:
         """Hear a further call of ``site``; :class:`TransportError` when too many came to nothing lately."""
         with self._lock:
             if not self._links[site].strikes.allows(time.monotonic()):
-                raise TransportError("too many calls that came to nothing", hint="wait a minute")
+                raise TransportError("too many failed calls of this site", hint="wait a minute")
 
     def strike(self, site: SiteId) -> None:
         """Count a call of ``site`` that came to nothing."""
@@ -148,7 +148,7 @@ class Mailbox:
                 if old.instance != instance:
                     raise TransportError(
                         f"another process is connected as {site!r}",
-                        hint="stop it; two machines never share an identity",
+                        hint="stop it: only one process may use an identity",
                     )
                 old.alive = False
                 old.cancel()

@@ -68,7 +68,9 @@ class Tail:
                 self._inode, self._offset = 0, 0
                 self._restart()
         except OSError as e:
-            raise JournalError(f"{self._path} cannot be read: {e.strerror}", hint="run this as the run's user") from e
+            raise JournalError(
+                f"{self._path} cannot be read: {e.strerror}", hint="run this as the user who runs the server"
+            ) from e
 
 
 @dataclass

@@ -40,14 +40,18 @@ class Hierarchy:
         if len(self.levels) < 2 or not self.levels[0]:
             raise ContractError(f"{where} has no level above its values", hint="one row per value: value;group;...;*")
         if any(len(level) != len(self.levels[0]) for level in self.levels):
-            raise ContractError(f"{where} has levels of unequal length")
+            raise ContractError(f"{where} has levels of unequal length", hint="write one label per value and level")
         if len(set(self.levels[0])) != len(self.levels[0]):
-            raise ContractError(f"{where} lists a value twice")
+            raise ContractError(f"{where} lists a value twice", hint="give every value one row")
         if len(set(self.levels[-1])) != 1:
-            raise ContractError(f"{where} does not end in one label")
+            raise ContractError(
+                f"{where} does not end in one label", hint="use one label for all values at the top level"
+            )
         for level, (finer, coarser) in enumerate(itertools.pairwise(self.levels)):
             if len(set(zip(finer, coarser, strict=True))) != len(set(finer)):
-                raise ContractError(f"{where}: a label of level {level} has two parents")
+                raise ContractError(
+                    f"{where}: a label of level {level} has two parents", hint="give it one label above"
+                )
         self._check_labels(where)
 
     def _check_labels(self, where: str) -> None:
@@ -134,7 +138,7 @@ class QuasiIdentifier:
             raise ContractError(f"column {self.name!r}: the fixed level is not one of 0..{top}")
         if self.numeric and self.hierarchy is not None and self.hierarchy.numbers is None:
             raise ContractError(
-                f"column {self.name!r} is numeric, and values of its hierarchy are no numbers",
+                f"column {self.name!r} is numeric, but values of its hierarchy are not numbers",
                 hint="leave numeric out, or take these values out of the hierarchy",
             )
 
@@ -180,7 +184,7 @@ class TableSpec:
         for what, columns, kind in (("quasi", self.quasi, QuasiIdentifier), ("sensitive", self.sensitive, Sensitive),
                                     ("identifiers", self.identifiers, str), ("keep", self.keep, str)):  # fmt: skip
             if not isinstance(columns, (tuple, list)) or not all(isinstance(c, kind) for c in columns):
-                raise ContractError(f"{what} is no tuple of {kind.__name__}", hint=_EXAMPLE)
+                raise ContractError(f"{what} is not a tuple of {kind.__name__}", hint=_EXAMPLE)
         if not self.quasi:
             raise ContractError("no column is a quasi-identifier", hint="without one there is nothing to anonymise")
         names = [*(c.name for c in self.quasi), *(c.name for c in self.sensitive), *self.identifiers, *self.keep]

@@ -192,10 +192,10 @@ class TCloseness:
     def __post_init__(self) -> None:
         _number("t", self.t)
         if not 0 <= self.t <= 1:
-            raise ContractError("t-closeness needs t in [0, 1]", hint="t = 0.2 allows a fifth of the mass to move")
+            raise ContractError("t-closeness needs t in [0, 1]", hint="for example t = 0.2")
         if self.distance not in ("equal", "ordered", "hierarchical"):
             raise ContractError(
-                "t-closeness knows the distances equal, ordered and hierarchical", hint="distance='equal'"
+                "t-closeness has the distances equal, ordered and hierarchical", hint="distance='equal'"
             )
 
     @property
@@ -258,7 +258,7 @@ class BetaLikeness:
     def __post_init__(self) -> None:
         _positive("β", self.beta)
         if not isinstance(self.enhanced, bool):
-            raise ContractError("enhanced is neither true nor false", hint="enhanced = true")
+            raise ContractError("enhanced must be true or false", hint="for example enhanced = true")
 
     @property
     def required(self) -> str:

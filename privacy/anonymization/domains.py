@@ -84,7 +84,10 @@ def domain_of(quasi: QuasiIdentifier, values: Iterable[Any]) -> Domain:
     absent = absent or MISSING in present
     present.pop(MISSING, None)
     if numeric and (texts := sum(_no_number(t) for t in present)):
-        raise DataError(f"column {quasi.name!r}: {texts} different values are no numbers", hint="numeric=False")
+        raise DataError(
+            f"column {quasi.name!r}: {texts} different values are not numbers",
+            hint="declare numeric=False, or correct them at the source",
+        )
     leaves = quasi.hierarchy.leaves if quasi.hierarchy else tuple(sorted(present)) or ("",)
     hierarchy = quasi.hierarchy or _flat(quasi, leaves, present, numeric)
     own = {leaf: i for i, leaf in enumerate(leaves)}

@@ -57,7 +57,7 @@ def all_nodes(domains: Sequence[Domain], method: str) -> NDArray[np.int64]:
     """
     if (size := nodes_of(domains)) > MAX_NODES:
         raise UsageError(
-            f"{len(domains)} quasi-identifiers span {size} combinations of levels, {method!r} searches {MAX_NODES}",
+            f"{len(domains)} quasi-identifiers span {size} combinations of levels; {method!r} takes {MAX_NODES}",
             hint="use method 'mondrian', drop levels from the hierarchies, or declare fewer quasi-identifiers",
         )
     return np.indices([len(d.levels) for d in domains]).reshape(len(domains), -1).T.copy()

@@ -69,7 +69,7 @@ def bind(models: Sequence[Criterion], spec: TableSpec) -> tuple[Criterion, ...]:
         )
     wrong = [models] if not isinstance(models, (list, tuple)) else [m for m in models if not _is_criterion(m)]
     if wrong:
-        raise ContractError(f"{type(wrong[0]).__name__} is no list of criteria", hint="models=[KAnonymity(5)]")
+        raise ContractError(f"{type(wrong[0]).__name__} is not a list of criteria", hint="models=[KAnonymity(5)]")
     if not models:
         raise ContractError("no criterion is asked for", hint="models=[KAnonymity(5)]")
     return tuple(_bound(m, spec) for m in models)
@@ -139,10 +139,12 @@ def check_rows(rows: int, models: Sequence[Criterion]) -> None:
         AnonymityError: k > n.
     """
     if rows == 0:
-        raise DataError("the table has no rows", hint="nothing can be released")
+        raise DataError("the table has no rows", hint="give a table with rows")
     for m in models:
         if isinstance(m, (KAnonymity, AlphaK)) and m.k > rows:
-            raise AnonymityError(f"k = {m.k} is more than the table's {rows} rows", hint="lower k or bring more rows")
+            raise AnonymityError(
+                f"k = {m.k} is more than the table's {rows} rows", hint="lower k, or use a table with more rows"
+            )
 
 
 def frame_of(spec: TableSpec, models: Sequence[Criterion], cells: Mapping[str, Iterable[Any]]) -> Frame:

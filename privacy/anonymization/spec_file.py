@@ -87,14 +87,14 @@ def load(path: Path) -> Task:
 def _names(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     names = data.get(key, [])
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise ContractError(f"{key} is no list of column names", hint=f'{key} = ["name"]')
+        raise ContractError(f"{key} is not a list of column names", hint=f'{key} = ["name"]')
     return tuple(names)
 
 
 def _tables(data: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     found = data.get(name, [])
     if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
-        raise ContractError(f"{name} is no list of tables", hint=f"write [[{name}]] above each")
+        raise ContractError(f"{name} is not a list of tables", hint=f"write [[{name}]] above each")
     return found
 
 
@@ -111,10 +111,10 @@ def _column(data: dict[str, Any], path: Path, keys: set[str]) -> dict[str, Any]:
     out = dict(data)
     if "values" in out:
         if not isinstance(out["values"], list) or not all(isinstance(v, str) for v in out["values"]):
-            raise ContractError(f"column {name[:64]!r}: values is no list of texts", hint='values = ["a", "b"]')
+            raise ContractError(f"column {name[:64]!r}: values is not a list of texts", hint='values = ["a", "b"]')
         out["values"] = tuple(out["values"])
     if "numeric" in out and not isinstance(out["numeric"], bool):
-        raise ContractError(f"column {name[:64]!r}: numeric is neither true nor false", hint="numeric = true")
+        raise ContractError(f"column {name[:64]!r}: numeric must be true or false", hint="numeric = true")
     if named is not None:
         if not isinstance(named, str):
             raise ContractError(f"column {name[:64]!r}: the hierarchy names no file", hint="hierarchy = 'age.csv'")
@@ -125,7 +125,7 @@ def _column(data: dict[str, Any], path: Path, keys: set[str]) -> dict[str, Any]:
 def _criterion(data: dict[str, Any]) -> Criterion:
     kind = CRITERIA.get(str(data.get("is")))
     if kind is None:
-        raise ContractError("a criterion is of no known kind", hint=f"is = one of {', '.join(CRITERIA)}")
+        raise ContractError("a criterion is of no known kind", hint=f"set is to one of {', '.join(CRITERIA)}")
     arguments = {k: v for k, v in data.items() if k != "is"}
     fields = [f for f in dataclasses.fields(kind) if f.init]  # pyright: ignore[reportArgumentType]
     _known(arguments, {f.name for f in fields}, str(data["is"]))

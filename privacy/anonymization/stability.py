@@ -50,9 +50,9 @@ def stability(
         UsageError: an unknown method or step.
     """
     if method not in ("fixed", *DATA_DRIVEN):
-        raise UsageError(f"method {method!r} is unknown", hint="fixed, mondrian, optimal, peel or auto")
+        raise UsageError(f"method {method!r} is unknown", hint="one of fixed, mondrian, optimal, peel, auto")
     if unknown := [s for s in steps if s not in STEPS]:
-        raise UsageError(f"step {unknown[0]!r} is unknown", hint=", ".join(STEPS))
+        raise UsageError(f"step {unknown[0]!r} is unknown", hint=f"one of {', '.join(STEPS)}")
     if reason := _unbounded(method, models, suppression_limit, steps):
         return Stability(
             None,

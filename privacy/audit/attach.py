@@ -70,7 +70,7 @@ def read(run: Path, plan_hash: str) -> Evidence | None:
     if not path.exists():
         return None
     if not path.is_file() or path.stat().st_size > LIMIT:
-        raise VerificationError(f"{AUDIT} is no file of at most {LIMIT} bytes")
+        raise VerificationError(f"{AUDIT} is not a plain file of at most {LIMIT} bytes")
     return parse(path.read_bytes(), plan_hash)
 
 
@@ -107,11 +107,11 @@ def plan_of(run: Path) -> plans.PrivacyPlan:
     """
     path = run / PLAN if run.is_dir() else run
     if not path.is_file() or path.stat().st_size > LIMIT:
-        raise UsageError(f"{path} holds no plan", hint="a run's folder, or its plan.json")
+        raise UsageError(f"{path} holds no plan", hint="give a run's folder, or its plan.json")
     try:
         return plans.from_json(canonical.loads(path.read_bytes(), limit=LIMIT))
     except WireError as e:
-        raise UsageError(f"{path} is no plan: {e.message}", hint="a run's folder, or its plan.json") from e
+        raise UsageError(f"{path} holds no plan: {e.message}", hint="give a run's folder, or its plan.json") from e
 
 
 def _conformance(b: dict[str, Any], plan_hash: str) -> Conformance:

@@ -203,7 +203,7 @@ def audit(
     """
     m = len(scores)
     if m < 10 or scores.shape != included.shape or scores.ndim != 1:
-        raise UsageError("an audit needs ten canaries at least, and as many coins as scores")
+        raise UsageError("an audit needs at least ten canaries, and one coin for each score")
     if not (np.isfinite(scores).all() and 0 < confidence < 1 and 0 <= delta < 1):
         raise UsageError("scores must be finite, the confidence in (0, 1), delta in [0, 1)")
     tried = [guess(scores, included, k, k) for k in sizes(m)]

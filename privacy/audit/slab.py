@@ -37,7 +37,7 @@ def slab_plan(
         PlanError: so many steps cannot be planned.
     """
     if plan.mode == "client":
-        raise UsageError("the slab has no known sum for whole clients' updates", hint="a plan of records")
+        raise UsageError("the slab cannot measure a plan of whole clients", hint="give a plan of another mode")
     noise = min(plan.noise_multiplier, QUIET) if quiet else plan.noise_multiplier
     return make_plan(
         mode=plan.mode, sum=plan.sum, sites=plan.sites, records=max(1, records), sample_rate=sample_rate,

@@ -49,7 +49,7 @@ class Effort:
 
     def __post_init__(self) -> None:
         if not (self.rounds >= 2 and self.inputs >= 16 and self.groups >= 1 and self.group >= 2):
-            raise UsageError("an examination needs two rounds, 16 features, a group and two records in it")
+            raise UsageError("an examination needs at least two rounds, 16 features, and a group of two records")
         if not (0 < self.alpha < 0.1 and 0 < self.confidence < 1):
             raise UsageError("alpha is outside (0, 0.1), or the confidence outside (0, 1)")
 

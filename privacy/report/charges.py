@@ -20,7 +20,8 @@ _MAX_CRITERIA, _MAX_EVENTS, _MAX_APPROVALS = 64, 4096, 256
 KINDS = frozenset(
     {
         "ledger.open", "ledger.import", "ledger.cap", "ledger.capacity", "ledger.closed", "journal.repaired",
-        "data.released", "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model", "session.end",
+        "data.released", "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model",
+        "session.end",
     }
 )  # fmt: skip
 

@@ -56,11 +56,11 @@ def replace_one(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     stated = fields.number(claim, "replace_one_epsilon", "claim", high=1e12)
     if claim.get("replace_one_accountant") == "RDP":
         if stated <= _NO_DISTRIBUTION:
-            raise VerificationError(f"epsilon with one record replaced, {stated:.6f}, is small enough for PLD")
+            raise VerificationError(f"epsilon with one record replaced is {stated:.6f} by RDP, where PLD must be used")
         return f"stated {stated:.6f}: no protection to speak of"
     # Two records can pull in opposite directions: twice the distance under the same noise, and four times the loss.
     if (lost := plan.steps * SampledGaussian(q, sigma / 2).loss) > 4 * MAX_LOSS:
-        raise VerificationError(f"{lost:.4g} may be lost on average with one record replaced, too much for PLD")
+        raise VerificationError(f"the mean privacy loss with one record replaced, {lost:.4g}, is too large for PLD")
     own = recompute.by_pld_replacing(q, sigma, plan.steps, plan.delta)
     if abs(stated - own) > _CLOSE * max(1.0, own):
         raise VerificationError(f"epsilon with one record replaced is stated as {stated:.6f}, it is {own:.6f}")
@@ -78,7 +78,7 @@ def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     if claim.get("fallback_accountant") == "RDP":
         return f"stated {stated:.6f}, recomputed by RDP: at most {_between(stated, 'the fallback', q, sigma, plan):.6f}"
     if (lost := plan.steps * SampledGaussian(q, sigma).loss) > 4 * MAX_LOSS:
-        raise VerificationError(f"{lost:.4g} may be lost on average by one's own share alone, too much for PLD")
+        raise VerificationError(f"the mean privacy loss under one's own share alone, {lost:.4g}, is too large for PLD")
     own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
     if abs(stated - own) > _CLOSE * max(1.0, own):
         raise VerificationError(f"the fallback is stated as {stated:.6f}, it is {own:.6f}")

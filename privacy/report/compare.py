@@ -197,7 +197,8 @@ def _of_peers(data: bytes, name: str) -> dict[str, list[Story]]:
         found = heads_of(canonical.loads(data, limit=_PEERS_LIMIT))
     except FedveilError as e:
         raise UsageError(
-            f"{name} is no list of journal heads: {e.message}", hint="a site's peers.json, a journal, or a run's folder"
+            f"{name} is not a list of journal heads: {e.message}",
+            hint="give a journal, a site's peers.json, or the folder of a run",
         ) from e
     return {
         site: [Story(copy.head.rows, copy.head.hash, copy.ledger) for copy in copies.values()]

@@ -34,8 +34,8 @@ def packed(run: Path, session: str, copies: int = 1) -> Packet:
     size = sum(map(len, files.values()))
     if size > LIMIT or size * copies > ALL_COPIES:
         raise VerificationError(
-            f"{copies} copies of the run's files, {size} bytes each, are more than is sent to sites",
-            hint="sites sign a copy of the folder by 'fedveil audit sign'",
+            f"the run's files ({size} bytes) are too large to be sent to {copies} sites",
+            hint="give each site a copy of the folder, to be signed with 'fedveil audit sign'",
         )
     listing = [[name, len(data)] for name, data in files.items()]
     return Packet({"kind": KIND, "session": session, "files": listing}, {BUFFER: b"".join(files.values())})

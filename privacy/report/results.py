@@ -54,7 +54,9 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as f:
             data = f.read(LIMIT + 1)
     except OSError as e:
-        raise VerificationError(f"{path} cannot be read: {e.strerror}") from e
+        raise VerificationError(
+            f"{path} cannot be read: {e.strerror}", hint="check the path and its permissions"
+        ) from e
     if len(data) > LIMIT:
         raise VerificationError(f"{path.name} is over the limit of {LIMIT} bytes")
     return data

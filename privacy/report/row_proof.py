@@ -69,7 +69,10 @@ def check(proof: Path, report: Path, consortium_key: str | None) -> Row:
     if row.n != index or value.get("owner") != row.owner:
         raise VerificationError("the proof speaks of another row than it holds")
     if size != count:
-        raise VerificationError(f"the proof is for {size} rows, the report names {count}", hint="prove --rows N")
+        raise VerificationError(
+            f"the proof is for {size} rows, the report names {count}",
+            hint=f"make it with 'fedveil ledger prove --rows {count}'",
+        )
     merkle.verify(bytes.fromhex(fields.hexadecimal(claimed, row.owner, "roots")), leaf, index, size, hashes)
     core = {k: v for k, v in fields.mapping(value["row"], "the row").items() if k not in ("hash", "sig")}
     if canonical.digest(core) != row.hash:

@@ -44,7 +44,7 @@ def colluders(n: int, c: int, m: int) -> int:
     Exact, in integers. For m = n it is c.
     """
     if not (0 <= c < n and 1 <= m <= n):
-        raise SecureSumError(f"{m} helpers out of {n} sites of which {c} collude")
+        raise SecureSumError(f"no committee of {m} helpers is possible among {n} sites of which {c} collude")
     total, tail, most = comb(n, m), 0, min(c, m)
     for count in range(most, 0, -1):
         tail += comb(c, count) * comb(n - c, m - count)
@@ -64,7 +64,7 @@ def committee(n: int, c: int, d: int, m: int) -> Committee:
         enough = next((size for size in range(m + 1, n + 1) if _answers(_figures(n, c, d, size))), None)
         raise SecureSumError(
             f"a committee of {m} of {n} sites needs {found.threshold} answers; {found.dropouts} of it may be missing",
-            hint=f"at least {enough} helpers" if enough else "fewer colluders or drop-outs",
+            hint=f"choose at least {enough} helpers" if enough else "allow for fewer colluders or drop-outs",
         )
     return found
 
@@ -77,7 +77,9 @@ def elect(sites: Sequence[SiteId], m: int, seed: bytes) -> tuple[SiteId, ...]:
             any was shown, and of the roster.
     """
     if not 1 <= m <= len(sites) or len(seed) < 16:
-        raise SecureSumError(f"a committee of {m} out of {len(sites)} sites, from a seed of {len(seed)} bytes")
+        raise SecureSumError(
+            f"no committee of {m} out of {len(sites)} sites can be drawn from a seed of {len(seed)} bytes"
+        )
     rank = {site: hashlib.sha256(b"fedveil/committee/1\0" + seed + b"\0" + site.encode()).digest() for site in sites}
     chosen = set(sorted(sites, key=lambda site: rank[site])[:m])
     return tuple(site for site in sites if site in chosen)

@@ -95,7 +95,7 @@ class SumSpec:
         if any(a >= b for a, b in pairwise(order)):
             raise SecureSumError("the helpers of a secure sum are not distinct sites in roster order")
         if self.helpers and self.protocol != "keysum":
-            raise SecureSumError(f"the protocol {self.protocol!r} has no committee", hint="keysum has")
+            raise SecureSumError(f"the protocol {self.protocol!r} has no committee", hint="use keysum")
         if self.reveal_to not in REVEAL_TO or (self.reveal_to != "server" and self.protocol != "keysum"):
             raise SecureSumError(
                 f"the protocol {self.protocol!r} cannot reveal its sums to {self.reveal_to[:32]!r}",

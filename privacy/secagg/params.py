@@ -70,17 +70,17 @@ def choose(spec: SumSpec) -> KeysumParams:
     """
     n = len(spec.roster.sites)
     if not 2 <= n <= MAX_SITES:
-        raise SecureSumError(f"keysum over {n} sites", hint=f"it is made for 2 to {MAX_SITES}")
+        raise SecureSumError(f"keysum does not work with {n} sites", hint=f"it takes 2 to {MAX_SITES}")
     _check_helpers(spec, n)
     if spec.min_members < 2:
-        raise SecureSumError("a sum of one site would be opened", hint="allow for fewer drop-outs")
+        raise SecureSumError("the sum of a single site could be opened", hint="allow for fewer drop-outs")
     for plain_bits in range(LOG_DELTA_T, _MIN_PLAIN_BITS - 1, -1):
         found = _with(spec, n, plain_bits)
         if found is not None:
             return found
     raise SecureSumError(
         f"a bound of {spec.bound} over {n} sites and {spec.rounds} rounds does not fit any plaintext modulus",
-        hint="fewer sites, or fewer steps",
+        hint="plan with fewer sites or fewer steps",
     )
 
 
@@ -89,13 +89,14 @@ def _check_helpers(spec: SumSpec, n: int) -> None:
     m, threshold = len(spec.all_helpers), spec.threshold
     if m > MAX_HELPERS:
         raise SecureSumError(
-            f"keysum with {m} helpers", hint=f"a committee of at most {MAX_HELPERS}: [privacy] committee"
+            f"keysum does not work with {m} helpers",
+            hint=f"set [privacy] committee to at most {MAX_HELPERS}",
         )
     colluding = committee_colluders(n, spec.colluders, m)
     if not m + colluding < 2 * threshold <= 2 * m:
         raise SecureSumError(
-            f"a threshold of {threshold} for {m} helpers of whom {colluding} may collude",
-            hint="more than half of helpers and colluders together, or two different sums could be opened",
+            f"a threshold of {threshold} does not fit {m} helpers of whom {colluding} may collude",
+            hint="it must be more than half of both together; else two different sums could be opened",
         )
 
 
@@ -126,7 +127,7 @@ def check_sharedkey(spec: SumSpec) -> None:
     if spec.bound > CKKS_MAX_BOUND:
         raise SecureSumError(
             f"a bound of {spec.bound} is too large for exact sums under CKKS",
-            hint=f"at most {CKKS_MAX_BOUND}; use keysum",
+            hint=f"it takes at most {CKKS_MAX_BOUND}: use keysum",
         )
     if spec.min_members < 2 or spec.threshold < 2:
         raise SecureSumError("a shared-key sum needs at least two members and two equal answers")

@@ -114,7 +114,9 @@ class DirectoryStore(Store):
         except FileNotFoundError:
             return None
         except OSError as e:
-            raise StoreError(f"{self._path / name} cannot be read: {e.strerror}") from e
+            raise StoreError(
+                f"{self._path / name} cannot be read: {e.strerror}", hint="check its permissions and the disk"
+            ) from e
 
     def erase(self, name: str) -> None:
         """See :meth:`Store.erase`; short files (keys) are overwritten first, which helps where disks write in place.
@@ -135,7 +137,9 @@ class DirectoryStore(Store):
             found = (p.name for p in self._path.iterdir())
             return sorted(name for name in found if name.startswith(prefix) and _NAME.fullmatch(name))
         except OSError as e:
-            raise StoreError(f"{self._path} cannot be read: {e.strerror}") from e
+            raise StoreError(
+                f"{self._path} cannot be read: {e.strerror}", hint="check its permissions and the disk"
+            ) from e
 
     def _sync(self) -> None:
         sync_folder(self._path)

@@ -293,7 +293,7 @@ class TestTheLedger:
 class TestWhatWeBring:
     def test_a_contract_below_the_floor(self, home):
         edit(home, "[limits]", "[limits]\nmin_k = 11")
-        assert "k = 5 is below this site's 11" in failed(home, offline=True)["contract"].message
+        assert "k = 5 is below this site's minimum, 11" in failed(home, offline=True)["contract"].message
 
     def test_an_unsigned_contract(self, home):
         document = json.loads((home / "contract.json").read_text())

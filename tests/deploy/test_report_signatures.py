@@ -228,7 +228,7 @@ def test_other_files_than_a_runs_are_not_written(honest, site, listing):
 def test_what_is_too_large_is_not_sent(honest, monkeypatch):
     monkeypatch.setattr(handover, "ALL_COPIES", 3 * sum(n for _, n in honest.packet().header["files"]))
     assert handover.packed(honest.folder, honest.session, 3)
-    with pytest.raises(VerificationError, match="4 copies"):
+    with pytest.raises(VerificationError, match="to 4 sites"):
         handover.packed(honest.folder, honest.session, 4)
 
 

@@ -144,7 +144,7 @@ def test_a_port_in_use(consortium):
         c.server()
         assert c.code("server") == 80, c.log("server")
     assert "cannot listen on 127.0.0.1" in c.log("server")
-    assert "another server" in c.log("server")
+    assert "uses the port" in c.log("server")
     assert not c.run.exists(), "a start that failed left a run that could be resumed"
 
 
@@ -234,7 +234,7 @@ def test_a_spent_budget_is_a_normal_ending(spent):
 
 def test_both_sides_say_in_their_logs_what_is_no_fault(spent):
     for site in HOSPITALS:
-        assert "fedveil.client INFO the budget carries 3 of the plan's 4 steps" in spent.log(site)
+        assert "fedveil.client INFO the budget pays for 3 of the plan's 4 steps" in spent.log(site)
     assert "fedveil.server INFO mode distributed, sum keysum, 4 sites, 4 steps" in spent.log("server")
     assert "INFO 4 of 4 sites signed the report" in spent.log("server")
 
