@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import SumTooLong
+from fedveil.privacy.dp.rounding import relative
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.plan_figures import FLOAT_SLACK
 
 _L = 40 * math.log(2)
 _SPARE = 2  # the sites may hold so many times the declared records: nobody counts them, and a site's clamp allows this
@@ -32,7 +32,7 @@ _CHUNK = 1 << 16  # squares below 2^46 each: their sum stays below 2^62
 def cap(plan: PrivacyPlan, members: int) -> int:
     """The largest length of an opened sum of ``members`` sites, in grid units, rounded up."""
     D, noise = plan.model.parameters, plan.share_std * math.sqrt(members)
-    length = _in_sample(plan) * plan.clip * (1 + FLOAT_SLACK) / plan.grid
+    length = _in_sample(plan) * plan.clip * (1 + relative(plan.places(plan.capacity))) / plan.grid
     length += math.sqrt(D) * plan.sites / 2 + noise * math.sqrt(D + 2 * math.sqrt(D * _L) + 2 * _L)
     return math.ceil(min(length, 2.0**1000))  # a hostile plan may make it infinite
 
