@@ -129,6 +129,9 @@ def _show(result: Verification) -> None:
         console.print("[bold red]SIMULATED[/]: the run protected nobody; its numbers are for study only.")
     console.print("[bold green]Every check passed.[/]", plain(result.claim))
     console.print(plain(f"Signed by the server, and by {len(result.countersigned)} of {result.sites} sites."))
+    for part, fingerprint in result.auditors.items():
+        by = f"signed by the auditor's key with SHA-256 {fingerprint}" if fingerprint else "unsigned"
+        console.print(f"Attached audit, {part.replace('_', '-')}: {by}.", soft_wrap=True)
     console.print("report.json and the journals were checked. Its pages and cards were not.")
     if not result.pinned:
         console.print(

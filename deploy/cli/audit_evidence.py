@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedveil.common import canonical
-from fedveil.common.errors import UsageError, VerificationError
+from fedveil.common.errors import IdentityError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from fedveil.privacy.audit.attach import Evidence
     from fedveil.privacy.audit.evidence import Conformance
     from fedveil.privacy.audit.one_run import OneRun
@@ -25,6 +27,9 @@ Keep = Annotated[
         "--attach", help="Keep the result in RUN/audit.json. Then write the report again: 'fedveil audit report'."
     ),
 ]
+Key = Annotated[
+    Path | None, typer.Option(help="The auditor's own Ed25519 key (PEM, mode 0600), which signs the result.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print what audit.json holds, as canonical JSON.")]
 
 
@@ -34,19 +39,24 @@ def conformance(
     inputs: Annotated[
         int, typer.Option(min=16, max=1 << 20, help="Number of features of the audit slab, the made-up records.")
     ] = 2048,
+    engine: Annotated[str, typer.Option(help="Of per-record clipping, as in the sites' site.toml.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="float32 or float64. By default what the run's ledgers note, else float32.")
+    ] = "",
+    auditor_key: Key = None,
     keep: Keep = False,
     as_json: Json = False,
 ) -> None:
-    """Measure noise, clipping, sampling and ledger of this program against a plan. Exit code 60 if a check fails."""
-    from fedveil.deploy.lab.audit.implementation import InProcess
-    from fedveil.privacy.audit.attach import Evidence
-    from fedveil.privacy.audit.suite import Effort, examine
+    """Measure noise, clipping, sampling and ledger of this program on a plan's own path. Exit code 60 if one fails."""
+    from fedveil.deploy.lab.audit.examination import conformance as examined
+    from fedveil.privacy.audit.attach import evidence_of
+    from fedveil.privacy.audit.suite import Effort
 
-    plan = _plan(run)
-    result = examine(InProcess(), plan, Effort(rounds=rounds, inputs=inputs))
-    _keep(run, keep, result)
+    plan, key = _plan(run), _key(auditor_key)
+    result = examined(plan, Effort(rounds=rounds, inputs=inputs), engine, precision or _noted_precision(run))
+    _keep(run, keep, result, key)
     if as_json:
-        _print_json(Evidence(plan.hash, conformance=result))
+        _print_json(evidence_of(plan.hash, result, key))
     else:
         _show(result)
     if not result.passed:
@@ -64,25 +74,27 @@ def one_run(
     ] = 1000,
     steps: Annotated[int, typer.Option(min=0, max=100_000, help="Number of sums; 0: as many as the plan has.")] = 0,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Confidence of the bound.")] = 0.95,
+    auditor_key: Key = None,
     keep: Keep = False,
     as_json: Json = False,
 ) -> None:
     """Measure a lower bound of ε in one run with canaries. Exit code 60 if the bound is above the claim."""
     from fedveil.deploy.lab.audit.canaries import Setting
     from fedveil.deploy.lab.audit.canaries import one_run as audit_once
-    from fedveil.privacy.audit.attach import Evidence
+    from fedveil.privacy.audit.attach import evidence_of
 
-    plan = _plan(run)
+    plan, key = _plan(run), _key(auditor_key)
     if keep and steps not in (0, plan.steps):
         raise UsageError("a bound from fewer steps is not evidence about the run", hint="leave out --steps or --attach")
     result = audit_once(plan, Setting(canaries, confidence, steps))
-    _keep(run, keep, result)
+    _keep(run, keep, result, key)
     if as_json:
-        _print_json(Evidence(plan.hash, one_run=result))
+        _print_json(evidence_of(plan.hash, result, key))
     else:
         g = result.guesses
         _print(result.sentence)
         _print(f"{g.right} of {g.made} guesses about {g.canaries} canaries were right; read by: {result.method}")
+        _print(f"smallest fault this audit finds: {result.smallest_fault}")
     if not result.passed:
         raise VerificationError(
             f"the canaries show more than the plan claims: ε ≥ {result.bound:.3g} against {result.claimed:.4g}",
@@ -107,7 +119,33 @@ def attacks(
     _print(f"written to {out / 'attacks.md'} and {out / 'attacks.png'}")
 
 
-def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun) -> None:
+def _key(path: Path | None) -> Ed25519PrivateKey | None:
+    """The auditor's key; the errors say how one is made."""
+    from fedveil.common.identity import load_signing_key
+
+    if path is None:
+        return None
+    try:
+        return load_signing_key(path)
+    except IdentityError as e:
+        how = f"openssl genpkey -algorithm ed25519 -out {path}; chmod 600 {path}"
+        raise IdentityError(e.message, hint=how) from e
+
+
+def _noted_precision(run: Path | None) -> str:
+    """The lowest precision that a ledger beside the plan notes for the run's sites."""
+    from fedveil.common.journal import parse
+    from fedveil.privacy.report.bundle import JOURNALS, read_bounded
+
+    folder = run / JOURNALS if run is not None and run.is_dir() else None
+    for path in sorted(folder.glob("*.jsonl")) if folder is not None else []:
+        for row in parse(read_bounded(path, 1 << 28)):
+            if row.kind == "plan.accepted" and row.body.get("precision") == "float32":
+                return "float32"
+    return "float64"
+
+
+def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun, key: Ed25519PrivateKey | None) -> None:
     """Write ``RUN/audit.json`` if asked to, and say what that means for a report that is there already."""
     from fedveil.privacy.audit.attach import attach
     from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
@@ -116,10 +154,10 @@ def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun) -> None:
         return
     if run is None or not run.is_dir():
         raise UsageError("--attach needs a run's folder", hint="name the folder of a finished run before --attach")
-    attach(run, result)
+    attach(run, result, key)
     if (run / REPORT).exists():
-        key = "" if (run / SIMULATED_KEY).exists() else " --key SERVER/signing.key"
-        typer.echo(f"the report is out of date: 'fedveil audit report {run}{key}' writes it again", err=True)
+        server = "" if (run / SIMULATED_KEY).exists() else " --key SERVER/signing.key"
+        typer.echo(f"the report is out of date: 'fedveil audit report {run}{server}' writes it again", err=True)
 
 
 def _plan(run: Path | None) -> PrivacyPlan:
@@ -150,6 +188,8 @@ def _show(result: Conformance) -> None:
             f"{f.p_value:.2g}", f.detects,
         )  # fmt: skip
     Console(highlight=False).print(table)
+    if result.examined is not None:
+        _print(result.examined.sentence)
     _print(f"{result.sentence} ({result.confidence:.0%} confidence, {result.samples} numbers, sum: {result.sum})")
 
 

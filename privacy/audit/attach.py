@@ -1,60 +1,113 @@
 """Results beside a run: ``audit.json`` in its folder, read back with every number checked.
 
-The file holds measurements. They are the word of whoever made them: they cannot be recomputed from journals. A report
-that holds them says so, and its signature covers them. Sentences and verdicts are never taken from the file. They are
-derived from its numbers again.
+The file holds measurements. They are the word of whoever made them: they cannot be recomputed from journals. So an
+auditor signs a result with a key of its own; who trusts the result must know that key. A report that holds results says
+so, and its signature covers them. Sentences and verdicts are never taken from the file. They are derived from its
+numbers again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from fedveil.common import canonical, fields
-from fedveil.common.errors import UsageError, VerificationError, WireError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedveil.common import canonical, fields, identity
+from fedveil.common.errors import IdentityError, UsageError, VerificationError, WireError
 from fedveil.common.files import replacing
 from fedveil.privacy import plan as plans
-from fedveil.privacy.audit.evidence import Conformance, Finding
+from fedveil.privacy.audit.evidence import Conformance, Examined, Finding
 from fedveil.privacy.audit.one_run import Guesses, Method, OneRun
 
 AUDIT, PLAN = "audit.json", "plan.json"
 LIMIT = 1 << 20
 MAX_FINDINGS = 64
 _TEXT = 512
-_FIELDS = {"v", "plan_hash", "conformance", "one_run"}
+DOMAIN = "fedveil/audit/1"
+PARTS = ("conformance", "one_run")
+_FIELDS = {"v", "plan_hash", *PARTS, "signatures"}
+Result = Conformance | OneRun
+
+
+@dataclass(frozen=True)
+class Signed:
+    """An auditor's signature under one result: an Ed25519 public key and 64 bytes, both in hexadecimal digits."""
+
+    signer: str
+    signature: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the public key's 32 bytes: what an auditor publishes."""
+        return canonical.sha256_hex(bytes.fromhex(self.signer))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of one plan; either part may be missing."""
+    """What was measured of one plan; either part may be missing. ``signatures`` by the part's name; may lack some."""
 
     plan_hash: str
     conformance: Conformance | None = None
     one_run: OneRun | None = None
+    signatures: Mapping[str, Signed] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """The parts that are there, by name."""
+        parts: dict[str, Result | None] = {"conformance": self.conformance, "one_run": self.one_run}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def auditors(self) -> dict[str, str]:
+        """The fingerprint of the key that signed each part that is there; empty for an unsigned one."""
+        return {n: self.signatures[n].fingerprint if n in self.signatures else "" for n in self.results}
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``audit.json``, and of a report's field ``audit``."""
-        parts = {"conformance": self.conformance, "one_run": self.one_run}
-        return {"v": 1, "plan_hash": self.plan_hash} | {k: p.to_json() for k, p in parts.items() if p is not None}
+        signed = {n: asdict(s) for n, s in self.signatures.items()}
+        parts: dict[str, Any] = {name: part.to_json() for name, part in self.results.items()}
+        return {"v": 1, "plan_hash": self.plan_hash} | parts | ({"signatures": signed} if signed else {})
+
+    def beside(self, other: Evidence) -> Evidence:
+        """These results, and those of ``other`` that are lacking here."""
+        parts = {**other.results, **self.results}
+        signed = {n: s for n, s in other.signatures.items() if n not in self.results} | dict(self.signatures)
+        return replace(self, signatures=signed, **cast(Any, parts))
 
 
-def attach(run: Path, result: Conformance | OneRun) -> Path:
+def evidence_of(plan_hash: str, result: Result, key: Ed25519PrivateKey | None = None) -> Evidence:
+    """One result, signed by the auditor whose key is given."""
+    name = "conformance" if isinstance(result, Conformance) else "one_run"
+    signed: dict[str, Signed] = {}
+    if key is not None:
+        signature = identity.sign(key, DOMAIN, _statement(plan_hash, name, result)).hex()
+        signed[name] = Signed(identity.public_hex(key), signature)
+    return replace(Evidence(plan_hash, signatures=signed), **cast(Any, {name: result}))
+
+
+def _statement(plan_hash: str, name: str, result: Result) -> bytes:
+    """What an auditor signs."""
+    return canonical.dumps({"v": 1, "plan_hash": plan_hash, "part": name, "result": result.to_json()})
+
+
+def attach(run: Path, result: Result, key: Ed25519PrivateKey | None = None) -> Path:
     """Write ``result`` into ``RUN/audit.json``, beside what is there of the same plan; returns the file's path.
+
+    Args:
+        key: the auditor's own, which signs the result; None leaves it unsigned.
 
     Raises:
         UsageError: the folder holds no plan.
         VerificationError: the result, or the file that is there, speaks of another plan; or that file is malformed.
     """
     plan_hash = plan_of(run).hash
+    if isinstance(result, Conformance) and result.plan_hash != plan_hash:
+        raise VerificationError("the examination was of another plan than the run's")
     held = read(run, plan_hash) or Evidence(plan_hash)
-    if isinstance(result, Conformance):
-        if result.plan_hash != plan_hash:
-            raise VerificationError("the examination was of another plan than the run's")
-        held = Evidence(plan_hash, result, held.one_run)
-    else:
-        held = Evidence(plan_hash, held.conformance, result)
-    return write(run, held)
+    return write(run, evidence_of(plan_hash, result, key).beside(held))
 
 
 def write(run: Path, held: Evidence) -> Path:
@@ -89,14 +142,42 @@ def parse(data: bytes, plan_hash: str) -> Evidence:
     if fields.hexadecimal(body, "plan_hash", AUDIT) != plan_hash:
         raise VerificationError(f"{AUDIT} speaks of another plan than the run's")
     conformance, one_run = body.get("conformance"), body.get("one_run")
-    evidence = Evidence(
+    found = Evidence(
         plan_hash,
         None if conformance is None else _conformance(fields.mapping(conformance, "conformance"), plan_hash),
         None if one_run is None else _one_run(fields.mapping(one_run, "one_run")),
+        _signatures(body.get("signatures", {})),
     )
-    if evidence.to_json() != body:
+    if found.to_json() != body:
         raise VerificationError(f"{AUDIT}: what it says does not follow from its numbers")
-    return evidence
+    _check_signatures(found)
+    return found
+
+
+def _signatures(value: Any) -> dict[str, Signed]:
+    held = fields.mapping(value, "signatures")
+    if not held.keys() <= set(PARTS):
+        raise VerificationError(f"{AUDIT}: a signature under something else than its results")
+    out: dict[str, Signed] = {}
+    for name, entry in held.items():
+        body, where = fields.mapping(entry, "a signature"), "a signature"
+        out[name] = Signed(
+            fields.hexadecimal(body, "signer", where), fields.hexadecimal(body, "signature", where, length=128)
+        )
+    return out
+
+
+def _check_signatures(found: Evidence) -> None:
+    for name, s in found.signatures.items():
+        if name not in found.results:
+            raise VerificationError(f"{AUDIT}: a signature under a result that is not there")
+        try:
+            identity.verify(
+                s.signer, DOMAIN, _statement(found.plan_hash, name, found.results[name]), bytes.fromhex(s.signature),
+                what=f"the auditor of {name}",
+            )  # fmt: skip
+        except IdentityError as e:
+            raise VerificationError(f"{AUDIT}: {e.message}") from e
 
 
 def plan_of(run: Path) -> plans.PrivacyPlan:
@@ -128,6 +209,19 @@ def _conformance(b: dict[str, Any], plan_hash: str) -> Conformance:
         plan_hash, fields.text(b, "sum", where, limit=32), number("claimed_noise_multiplier"),
         number("measured_noise_multiplier"), low, high, number("confidence", 1.0),
         fields.integer(b, "samples", where), tuple(_finding(fields.mapping(f, "finding")) for f in findings),
+        _examined(fields.mapping(b["examined"], "examined")) if "examined" in b else None,
+    )  # fmt: skip
+
+
+def _examined(b: dict[str, Any]) -> Examined:
+    where = "examined"
+
+    def text(key: str) -> str:
+        return fields.text(b, key, where, limit=32)
+
+    return Examined(
+        text("task"), text("mode"), text("sum"), text("reveal_to"), fields.integer(b, "committee", where),
+        text("network"), fields.integer(b, "parameters", where), text("engine"), text("precision"),
     )  # fmt: skip
 
 
@@ -164,6 +258,7 @@ def _one_run(b: dict[str, Any]) -> OneRun:
     return OneRun(
         number("epsilon_lower_bound", 1e6), number("confidence", 1.0), number("delta", 1.0), cast(Method, method),
         guesses, number("claimed_epsilon", 1e9),
+        number("detects_noise_factor", 1.0) if "detects_noise_factor" in b else None,
     )  # fmt: skip
 
 

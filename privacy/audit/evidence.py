@@ -7,13 +7,13 @@ of the sums would see. Nothing here knows how it works.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.plan import PrivacyPlan, Workload
 
 ALPHA = 1e-5  # each check fails a correct program with at most this probability
 Part = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -27,19 +27,29 @@ class Release:
         members: positions in the roster of the sites in the sum.
         values: ``(D,)`` the opened sum in the gradient's unit.
         applied: ``(D,)`` what the model was moved by, divided by the learning rate.
+        shares: by position, ``(D,)`` what a site handed to the sum before anything was encrypted, noise included; of
+            all members, or of as many as were kept.
     """
 
     members: tuple[int, ...]
     values: NDArray[np.float64]
     applied: NDArray[np.float64]
+    shares: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Charge:
-    """What one site's ledger says after a run: steps charged, and the ε it counts for them at the plan's δ."""
+    """What one site's ledger says after a run.
+
+    Attributes:
+        steps: how many were charged.
+        epsilon: what it counts for them at the plan's δ.
+        prices: the different (sample rate, noise multiplier) in its rows.
+    """
 
     steps: int
     epsilon: float
+    prices: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,74 @@ class Implementation(Protocol):
     def run(
         self, plan: PrivacyPlan, parts: Sequence[Part], *, absent: Sequence[frozenset[int]], cap: float | None = None
     ) -> Run:
-        """Carry out ``plan`` from weights of zero.
+        """Carry out ``plan`` from its public start.
 
         Args:
-            plan: a logistic model; momentum 0.
+            plan: momentum 0, and a learning rate that leaves the weights where they are (except in mode ``client``).
             parts: ``(X, y)`` of every site, in the roster's order.
             absent: for every round, the sites whose contribution never arrives.
             cap: of every site's ledger; None: what the plan needs.
         """
         ...
+
+
+class Reference(Protocol):
+    """Clipped sums computed apart from the implementation, one record after the other, for a plan's own workload."""
+
+    def workload(self, plan: PrivacyPlan) -> Workload:
+        """The plan's network or statistics, where weights that only a file holds are replaced by public ones."""
+        ...
+
+    def records(self, plan: PrivacyPlan, each: Sequence[int]) -> list[Part]:
+        """Made-up records that the plan's workload takes, so many at each site; copies of a few different ones."""
+        ...
+
+    def lengths(self, plan: PrivacyPlan, parts: Sequence[Part]) -> NDArray[np.float64]:
+        """L2 norms of what a record (in mode ``client``: a site) adds before it is clipped."""
+        ...
+
+    def known(self, plan: PrivacyPlan, parts: Sequence[Part]) -> NDArray[np.float64]:
+        """``(D,)``: the clipped sum over all records at the plan's public start, every record taking part."""
+        ...
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Which path an examination went: the plan's own, and how the sites computed.
+
+    Attributes:
+        network: name of the network, or ``stats``.
+        parameters: D.
+        engine, precision: of the clipping at every site.
+    """
+
+    task: str
+    mode: str
+    sum: str
+    reveal_to: str
+    committee: int
+    network: str
+    parameters: int
+    engine: str
+    precision: str
+
+    @classmethod
+    def of(cls, plan: PrivacyPlan, engine: str, precision: str) -> Examined:
+        """The path of ``plan``."""
+        return cls(
+            plan.task, plan.mode, plan.sum, plan.reveal_to, plan.committee, plan.model.name, plan.model.parameters,
+            engine, precision,
+        )  # fmt: skip
+
+    @property
+    def sentence(self) -> str:
+        """The line a terminal shows."""
+        who = " to the sites alone" if self.reveal_to == "sites" else ""
+        some = f", committee of {self.committee}" if self.committee else ""
+        return (
+            f"examined: task {self.task}, mode {self.mode}, sum {self.sum}{who}{some}; {self.network} with D = "
+            f"{self.parameters}; engine {self.engine}, {self.precision}"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +192,7 @@ class Conformance:
         claimed: its noise multiplier.
         measured, low, high: the noise multiplier of what was released, with its confidence interval.
         sum: how the shares were added.
+        examined: the path; None in results of the first suite, which looked at training on the slab alone.
     """
 
     plan_hash: str
@@ -134,6 +204,7 @@ class Conformance:
     confidence: float
     samples: int
     findings: tuple[Finding, ...]
+    examined: Examined | None = None
 
     @property
     def passed(self) -> bool:
@@ -168,4 +239,5 @@ class Conformance:
             "failed": list(self.failed),
             "findings": [f.to_json() for f in self.findings],
             "sentence": self.sentence,
+            **({} if self.examined is None else {"examined": asdict(self.examined)}),
         }

@@ -15,6 +15,7 @@ from scipy import stats
 from fedveil.privacy.audit.evidence import Finding
 
 POWER = 0.999
+BLOCK = 1024  # coordinates
 Residuals = NDArray[np.float64]
 
 
@@ -151,3 +152,39 @@ def coordinates_apart(z: Residuals, alpha: float) -> Finding:
         "noise: coordinates independent", "largest correlation between coordinates at a fixed distance", min(1.0, p),
         alpha, float(lags.max()), 0.0, z.size, f"a correlation of {least:.2g}",
     )  # fmt: skip
+
+
+def every_block(z: Residuals, alpha: float, name: str = "noise: every block") -> Finding:
+    """The variance of each block of consecutive coordinates over all rounds: a long stretch without noise."""
+    starts = np.arange(0, z.shape[1], BLOCK)
+    squares = np.add.reduceat((z**2).sum(0), starts)
+    numbers = np.diff([*starts, z.shape[1]]) * len(z)
+    p = 2 * np.minimum(stats.chi2.cdf(squares, numbers), stats.chi2.sf(squares, numbers))
+    worst = int(np.argmin(p))
+    least = weakest(int(numbers[0]), alpha / p.size)
+    return Finding(
+        name, f"variance of each block of {BLOCK} coordinates, of {z.shape[1]} in all, against the claim",
+        min(1.0, float(p[worst]) * p.size), alpha, math.sqrt(float(squares[worst] / numbers[worst])), 1.0, z.size,
+        f"noise x{least:.3f} in one block",
+    )  # fmt: skip
+
+
+def largest(top: float, samples: int, alpha: float, name: str) -> Finding:
+    """The largest absolute residual against its exact law: of n normal values it is at most x with (1 - 2Q(x))^n.
+
+    Two-sided: a value that is too small shows a bounded support, one that is too large a heavy tail.
+    """
+    middle = float(stats.norm.isf(-math.expm1(math.log(0.5) / samples) / 2))
+    bounded = float(stats.norm.isf(-math.expm1(math.log(alpha / 2) / samples) / 2))
+    return Finding(
+        name, "largest of the noise, in standard deviations, against its law", extreme(top, samples), alpha, top,
+        middle, samples, f"values bounded at {bounded:.2f} standard deviations",
+    )  # fmt: skip
+
+
+def extreme(top: float, samples: int) -> float:
+    """Two-sided p-value of the largest absolute value of ``samples`` standard normal ones."""
+    one = min(1.0, 2 * float(stats.norm.sf(top)))
+    below = math.exp(samples * math.log1p(-one)) if one < 1 else 0.0
+    above = -math.expm1(samples * math.log1p(-one)) if one < 1 else 1.0
+    return min(1.0, 2 * min(below, above))

@@ -27,9 +27,12 @@ from scipy import special, stats
 
 from fedveil.common.errors import UsageError
 from fedveil.privacy.dp.accounting import gaussian_epsilon
+from fedveil.privacy.dp.events import SampledGaussian
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+POWER = 0.9
 _MOST = 64.0
+_FAR = 400.0  # a claim that no number of guesses refutes
 Method = Literal["dp", "f-dp", "gaussian"]
 Inverse = Callable[[float], float]
 
@@ -56,6 +59,8 @@ class OneRun:
         method: how the guesses were read.
         guesses: the choice that gave the bound.
         claimed: ε at ``delta`` that the plan claims.
+        detects: the largest factor on the noise, below 1, at which an audit like this one refutes the claim with a
+            probability of :data:`POWER`; 0 if there is none. None in results that were made without it.
     """
 
     bound: float
@@ -64,6 +69,7 @@ class OneRun:
     method: Method
     guesses: Guesses
     claimed: float
+    detects: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -75,6 +81,13 @@ class OneRun:
         """The line a report shows."""
         said = f"no evidence above ε ≥ {self.bound:.3g}" if self.passed else f"evidence that ε ≥ {self.bound:.3g}"
         return f"{said} (confidence {self.confidence:.0%}, δ = {self.delta:g}) against claimed {self.claimed:.4g}"
+
+    @property
+    def smallest_fault(self) -> str:
+        """The smallest fault that the audit finds, in words."""
+        if not self.detects:
+            return f"no loss of noise, however large, is found {POWER:.0%} of the time: more canaries"
+        return f"noise x{self.detects:.3g} of what is claimed, found {POWER:.0%} of the time"
 
     def to_json(self) -> dict[str, Any]:
         """The form that results are written in."""
@@ -91,6 +104,7 @@ class OneRun:
             "claimed_epsilon": self.claimed,
             "passed": self.passed,
             "sentence": self.sentence,
+            **({} if self.detects is None else {"detects_noise_factor": self.detects}),
         }
 
 
@@ -210,3 +224,64 @@ def audit(
     bounds = [corrected(g, delta, confidence, method) for g in tried]
     best = int(np.argmax(bounds))
     return OneRun(bounds[best], confidence, delta, method, tried[best], claimed)
+
+
+def detectable(
+    canaries: int, event: SampledGaussian, steps: int, claimed: float, delta: float, confidence: float, method: Method
+) -> float:
+    """The largest factor on the noise, below 1, at which :func:`audit` refutes ``claimed`` with :data:`POWER`.
+
+    A canary's score is normal: with it, of mean S·q and variance S·(σ² + q(1-q)); without it, of mean 0 and variance
+    S·σ². Guesses are taken as independent. 0 if not even a thousandth of the noise would show.
+
+    Args:
+        event: q and σ that are claimed.
+        steps: S, the number of sums.
+    """
+    if claimed > _FAR:
+        return 0.0
+    alpha = (1 - confidence) / len(sizes(canaries))
+    mu = _mu(claimed, delta) if method == "gaussian" else 0.0
+
+    def refuted(factor: float) -> bool:
+        for k in sizes(canaries):
+            right = int(stats.binom.ppf(1 - POWER, 2 * k, _accuracy(k / canaries, event, steps, factor)))
+            g = Guesses(canaries, 2 * k, right)
+            if method == "dp":
+                found = pvalue_dp(g, claimed, delta) <= alpha
+            else:
+                found = rejects(g, gaussian(mu) if method == "gaussian" else approximate_dp(claimed, delta), alpha)
+            if found:
+                return True
+        return False
+
+    low, high = math.log(1e-3), 0.0
+    if not refuted(math.exp(low)):
+        return 0.0
+    for _ in range(12):
+        mid = (low + high) / 2
+        low, high = (mid, high) if refuted(math.exp(mid)) else (low, mid)
+    return math.exp(low)
+
+
+def _mu(epsilon: float, delta: float) -> float:
+    """μ of the Gaussian mechanism that costs ε at δ."""
+    low, high = 0.0, 1.0
+    while gaussian_epsilon(high, delta) < epsilon:
+        low, high = high, 2 * high
+    for _ in range(60):
+        mid = (low + high) / 2
+        low, high = (mid, high) if gaussian_epsilon(mid, delta) < epsilon else (low, mid)
+    return high
+
+
+def _accuracy(share: float, event: SampledGaussian, steps: int, factor: float) -> float:
+    """How likely a guess is right that takes the highest ``share`` of the scores for canaries that took part."""
+    q, out = event.sample_rate, math.sqrt(steps) * event.noise_multiplier * factor
+    mean, with_it = steps * q, math.hypot(out, math.sqrt(steps * q * (1 - q)))
+    low, high = -40 * out, mean + 40 * with_it
+    for _ in range(80):
+        t = (low + high) / 2
+        above = float(special.ndtr(-t / out) + special.ndtr((mean - t) / with_it)) / 2
+        low, high = (t, high) if above > share else (low, t)
+    return min(1.0, float(special.ndtr((mean - low) / with_it)) / 2 / share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,17 +11,20 @@ from scipy import stats
 
 from fedveil.privacy.audit.evidence import Finding, Release, Run
 from fedveil.privacy.audit.noise_checks import POWER, mean, two_sided, weakest
-from fedveil.privacy.audit.slab import Slab, noise_std, residuals, spread
+from fedveil.privacy.audit.runs import Runs
+from fedveil.privacy.audit.slab import Slab, noise_std, price, residuals, spread
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
+from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import PrivacyPlan
 
 OFF = 1e-6  # how far the model's move may lie from the sum, in the sum's standard deviations
+CHEAP = 1e-6  # how far a price may lie below that of the plan's raw numbers
 LOOSE = 0.01  # how far PLD's discretisation may lie above what a ledger counts
 
 
 def clipping(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float, confidence: float) -> Finding:
     """With q = 1: the norm of one record's contribution against C, over all records and by group; two-sided."""
-    scores, counts = np.sum([slab.scores(r) for r in releases], axis=0), slab.counts * len(releases)
+    scores, counts = np.sum([slab.scores(r) for r in releases], axis=0), slab.units * len(releases)
     noise = math.sqrt(sum(spread(plan, len(r.members)) ** 2 for r in releases))
     off = np.abs(scores - counts) / noise
     std = noise * math.sqrt(counts.size) / float(counts.sum())
@@ -37,7 +41,7 @@ def clipping(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha
 
 def clipped_sum(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
     """With q = 1: every coordinate of the sums against the known clipped sum; clipping by layer shows in the bias."""
-    return mean(residuals(plan, releases, slab.known(slab.counts)), alpha, "clip: whole gradient")
+    return mean(residuals(plan, releases, slab.known(slab.units)), alpha, "clip: whole gradient")
 
 
 def sampling_rate(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
@@ -123,21 +127,19 @@ def _fault_seen(n: NDArray[np.int64], q: float, noise: float, times: float, alph
     return two_sided(ratio * float(edge), freedom) < alpha
 
 
-def neighbours(
-    plans: tuple[PrivacyPlan, PrivacyPlan], slabs: tuple[Slab, Slab], runs: tuple[Run, Run], alpha: float
-) -> list[Finding]:
-    """N against N + 1 records at one site, q = 1: noise and divisor are the plan's, the sums are one clip apart."""
-    p, factor, off, scores = [], [], 0.0, []
-    for plan, slab, run in zip(plans, slabs, runs, strict=True):
-        z = residuals(plan, run.releases, slab.known(slab.counts))
+def neighbours(slabs: tuple[Slab, Slab], runs: tuple[Runs, Runs], alpha: float) -> list[Finding]:
+    """N against N + 1 units at one site, q = 1: noise and divisor are the plan's, the sums are one unit apart."""
+    p, factor, off, scores, plan = [], [], 0.0, [], runs[0].plan
+    for slab, run in zip(slabs, runs, strict=True):
+        z = residuals(plan, run.releases, slab.known(slab.units))
         p.append(two_sided(float((z**2).sum()), z.size))
         factor.append(float(z.std()))
         scores.append(np.mean([slab.scores(r)[0, 0] for r in run.releases]))
         for r in run.releases:
             off = max(off, float(np.abs(r.applied * plan.divisor - r.values).max()) / noise_std(plan, len(r.members)))
     rounds = len(runs[0].releases)
-    samples = 2 * rounds * plans[0].model.parameters
-    std = spread(plans[0], len(runs[0].releases[0].members)) * math.sqrt(2 / rounds)
+    samples = 2 * rounds * plan.model.parameters
+    std = spread(plan, len(runs[0].releases[0].members)) * math.sqrt(2 / rounds)
     apart = float(scores[1] - scores[0])
     far = float((stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * std)
     ratio = factor[1] / max(factor[0], 1e-300)
@@ -153,26 +155,44 @@ def neighbours(
     ]  # fmt: skip
 
 
-def charges(plan: PrivacyPlan, run: Run, alpha: float) -> Finding:
+def charges(plan: PrivacyPlan, runs: Sequence[Run], alpha: float) -> Finding:
     """Every ledger has charged each sum its site is in, and counts no less ε for all of them than PLD does."""
-    lacking = 0.0
-    for site, charge in run.charges.items():
-        took_part = sum(site in r.members for r in run.releases)
-        lacking = max(lacking, float(took_part - charge.steps), 1 - charge.epsilon / _least(plan, took_part))
-    complete = {s for r in run.releases for s in r.members} <= run.charges.keys() and bool(run.releases)
+    lacking, complete = 0.0, True
+    for run in runs:
+        for site, charge in run.charges.items():
+            if took_part := sum(site in r.members for r in run.releases):
+                lacking = max(lacking, float(took_part - charge.steps), 1 - charge.epsilon / _least(plan, took_part))
+        complete &= {s for r in run.releases for s in r.members} <= run.charges.keys() and bool(run.releases)
     return Finding(
         "ledger: composition", "ε in every site's ledger against PLD over all the sums it is in",
-        float(complete and lacking <= LOOSE), alpha, lacking, 0.0, len(run.charges), "one step that is not composed",
+        float(complete and lacking <= LOOSE), alpha, lacking, 0.0, sum(len(run.charges) for run in runs),
+        "one step that is not composed",
+    )  # fmt: skip
+
+
+def prices(plan: PrivacyPlan, inner: PrivacyPlan, runs: Sequence[Run], alpha: float) -> Finding:
+    """What a step costs by the raw numbers of the plan, in every row that was charged, and in the ε that is claimed."""
+    raw, whole, low = price(inner), price(plan), 0.0
+    for q, sigma in (p for run in runs for c in run.charges.values() for p in c.prices):
+        low = max(low, 1 - q / raw.sample_rate, sigma / raw.noise_multiplier - 1)
+    low = max(low, 1 - plan.epsilon / _epsilon(whole, plan.steps, plan.delta))
+    shown = sum(len(c.prices) for run in runs for c in run.charges.values())
+    return Finding(
+        "ledger: price", "rows charged, and the ε claimed, against the sample rate and noise multiplier of plan.json",
+        float(shown > 0 and low <= CHEAP), alpha, low, 0.0, shown, "a step priced a millionth too low",
     )  # fmt: skip
 
 
 def _least(plan: PrivacyPlan, steps: int) -> float:
-    """ε of ``steps`` steps: exact for q = 1, by PLD below."""
-    if steps == 0:
-        return math.inf
-    if plan.event.sample_rate == 1:
-        return gaussian_epsilon(math.sqrt(steps) / plan.event.noise_multiplier, plan.delta)
-    return epsilon_pld([(plan.event, steps)], plan.delta)
+    """ε of ``steps`` steps by the plan's raw numbers."""
+    return _epsilon(price(plan), steps, plan.delta)
+
+
+def _epsilon(event: SampledGaussian, steps: int, delta: float) -> float:
+    """Exact for q = 1, by PLD below."""
+    if event.sample_rate == 1:
+        return gaussian_epsilon(math.sqrt(steps) / event.noise_multiplier, delta)
+    return epsilon_pld([(event, steps)], delta)
 
 
 def stops(run: Run, carried: int, status: str, alpha: float) -> Finding:
@@ -181,5 +201,5 @@ def stops(run: Run, carried: int, status: str, alpha: float) -> Finding:
     right = len(run.releases) == carried == most and run.status == status
     return Finding(
         "ledger: stops at the cap", "sums released under a cap that carries fewer than the plan has", float(right),
-        alpha, float(len(run.releases)), float(carried), len(run.charges), "one step over the cap",
+        alpha, float(len(run.releases)), float(carried), max(1, len(run.charges)), "one step over the cap",
     )  # fmt: skip

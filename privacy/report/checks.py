@@ -25,6 +25,7 @@ from fedveil.privacy.report import (
     ledgers,
     progress,
     recompute,
+    results,
     schema,
     signatures,
     software_bill,
@@ -83,6 +84,11 @@ class Audit:
     def claim(self) -> str:
         """The claimed sentence."""
         return str((self._payload or {}).get("claim", {}).get("sentence", ""))
+
+    @property
+    def auditors(self) -> dict[str, str]:
+        """The fingerprint of the auditor's key under each result of an empirical audit, empty where nobody signed."""
+        return results.auditors((self._payload or {}).get("audit"))
 
     @property
     def simulated(self) -> bool:

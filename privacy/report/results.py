@@ -1,8 +1,8 @@
 """An empirical audit's results as a run's folder holds them (``audit.json``), and the sentences drawn from them.
 
-They are evidence beside the claim: the word of whoever made the audit, not recomputed. A report repeats them. A
-verifier checks that it repeats them, that they are about this run's plan, and that their verdicts follow from their
-numbers. ``conformance`` is the noise that the opened sums had, ``one_run`` a lower bound of ε from one training run.
+They are evidence beside the claim: the word of whoever made and signed the audit, not recomputed. A report repeats
+them. A verifier checks that it repeats them, that they are about this run's plan, and that their verdicts follow from
+their numbers. ``conformance`` is the noise that the opened sums had, ``one_run`` a lower bound of ε from one training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedveil.common.errors import VerificationError
 from fedveil.privacy.audit import attach as evidence
 from fedveil.privacy.audit import consistency
 from fedveil.privacy.audit.attach import AUDIT as AUDIT
-from fedveil.privacy.audit.attach import LIMIT, Evidence
+from fedveil.privacy.audit.attach import LIMIT, PARTS, Evidence, Signed
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report.catalogue import Speaker
 
@@ -44,8 +44,7 @@ def attach(run: Path, results: Iterable[Path]) -> None:
     plan = evidence.plan_of(run)
     whole = Evidence(plan.hash)
     for path in results:
-        found = held_against(_read(path), plan)
-        whole = Evidence(plan.hash, found.conformance or whole.conformance, found.one_run or whole.one_run)
+        whole = held_against(_read(path), plan).beside(whole)
     evidence.write(run, whole)
 
 
@@ -75,7 +74,10 @@ def empirical(audit: Mapping[str, Any] | None, say: Speaker) -> list[str]:
             )
         )  # fmt: skip
         out.append(say("audit.this_plan"))
+        if path := c.get("examined"):
+            out.append(say("audit.path", **{k: path[k] for k in ("network", "parameters", "engine", "precision")}))
         out.append(say("audit.passed" if c["passed"] else "audit.failed"))
+        out.append(_signed("conformance", audit, say))
     if o := (audit or {}).get("one_run"):
         numbers = {
             "epsilon": f"{o['epsilon_lower_bound']:.4g}", "claimed": f"{o['claimed_epsilon']:.4g}",
@@ -83,4 +85,19 @@ def empirical(audit: Mapping[str, Any] | None, say: Speaker) -> list[str]:
         }  # fmt: skip
         held = o["epsilon_lower_bound"] <= o["claimed_epsilon"]
         out.append(say("audit.one_run" if held else "audit.refuted", **numbers))
+        if (factor := o.get("detects_noise_factor")) is not None:
+            out.append(say("audit.detects", factor=f"{factor:.3g}") if factor else say("audit.blind"))
+        out.append(_signed("one_run", audit, say))
     return out
+
+
+def auditors(audit: Mapping[str, Any] | None) -> dict[str, str]:
+    """The SHA-256 fingerprint of the key that signed each result, empty for an unsigned one; of checked results."""
+    held = audit or {}
+    signed = held.get("signatures", {})
+    return {n: Signed(**signed[n]).fingerprint if n in signed else "" for n in PARTS if held.get(n)}
+
+
+def _signed(name: str, audit: Mapping[str, Any] | None, say: Speaker) -> str:
+    by = auditors(audit).get(name, "")
+    return say("audit.signed", fingerprint=by) if by else say("audit.unsigned")

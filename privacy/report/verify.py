@@ -11,8 +11,8 @@ noise: journals prove the charge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class Verification:
         pinned: the roster was checked under a key of the consortium that was given, not taken from the bundle.
         countersigned: the sites that signed this very report after verifying it.
         sites: how many sites the roster has.
+        auditors: for each attached result of an empirical audit, the SHA-256 fingerprint of the key that signed it,
+            empty where nobody did; nothing unless every check passed.
     """
 
     checks: tuple[Check, ...]
@@ -79,6 +81,7 @@ class Verification:
     pinned: bool
     countersigned: tuple[str, ...] = ()
     sites: int = 0
+    auditors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -127,6 +130,7 @@ class Verification:
             "accountants": self.accountants,
             "countersigned": list(self.countersigned),
             "sites": self.sites,
+            "auditors": dict(self.auditors),
             "claim": self.claim,
             "simulated": self.simulated,
             "consortium_key_pinned": self.pinned,
@@ -156,8 +160,9 @@ def examined(report: Path, *, consortium_key: str | None = None) -> tuple[Verifi
         checks.append(_run(name, compared, step))
     ok = all(c.passed for c in checks)
     sites = 0 if audit.roster is None else len(audit.roster.sites)
-    claim = audit.claim if ok else ""
-    return Verification(tuple(checks), claim, audit.simulated, audit.pinned, audit.countersigned, sites), audit
+    claim, signed = (audit.claim, audit.auditors) if ok else ("", {})
+    found = Verification(tuple(checks), claim, audit.simulated, audit.pinned, audit.countersigned, sites, signed)
+    return found, audit
 
 
 def _run(name: str, compared: str, step: Callable[[], str]) -> Check:

@@ -6,30 +6,35 @@ samples are fresh each time. About three minutes. `python tests/bench/audit_tabl
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedveil.client import round as line
 from fedveil.client import train
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab.audit.implementation import InProcess
+from fedveil.common.workload.statistics import ColumnStats, StatsSpec
+from fedveil.deploy.lab.audit.examination import conformance
 from fedveil.privacy.audit.evidence import Conformance
-from fedveil.privacy.audit.suite import Effort, examine
+from fedveil.privacy.audit.suite import Effort
 from fedveil.privacy.dp.accounting import rdp
-from fedveil.privacy.dp.clipping import Clipper
-from fedveil.privacy.dp.noise import discrete_gaussian
+from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.dp.noise import KeyStream, discrete_gaussian
 from fedveil.privacy.ledger import Tally
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.plan_figures import PlanFigures
+from fedveil.privacy.secagg.plain import PlainServer
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-audit.md"
 HONEST, PLANTED = 20, 5
@@ -67,103 +72,157 @@ def no_noise():
 
 
 def weaker():
-    return answering(lambda now, std, size: discrete_gaussian(0.9 * std, size))
+    return answering(lambda now, std, size: discrete_gaussian(0.95 * std, size))
 
 
-def one_share_missing():
-    first = lambda now: now.site.id == now.site.roster.sites[0].site  # noqa: E731
-    return answering(lambda now, std, size: nothing(size) if first(now) else discrete_gaussian(std, size))
-
-
-def no_clipping():
-    whole = Clipper.clipped_sum
-    return patch.object(Clipper, "clipped_sum", lambda self, X, y, clip: whole(self, X, y, 1e9))
-
-
-def every_record():
-    return patch.object(train, "poisson_sample", lambda records, rate: np.ones(records, bool))
-
-
-def reused_noise():
-    kept: dict[Any, Any] = {}
+def cut_off():
+    """No value beyond three standard deviations."""
 
     def draw(now, std, size):
-        return kept.setdefault((now.site.id, size), discrete_gaussian(std, size))
+        return np.clip(discrete_gaussian(std, size), -int(3 * std), int(3 * std))
 
     return answering(draw)
 
 
-def noise_from_length():
-    """As if the noise were σ·C for the expected batch of the data set's own length."""
-    return answering(lambda now, std, size: discrete_gaussian(std * 4 / max(4, len(now.site.X)), size))
+def short_key():
+    """Every release's key stream begins from 16 random bits."""
+
+    def init(self):
+        self._encryptor = Cipher(algorithms.AES(os.urandom(2) + bytes(30)), modes.CTR(bytes(16))).encryptor()
+
+    return patch.object(KeyStream, "__init__", init)
 
 
-def no_composition():
-    feed = Tally.feed
-
-    def last_only(self, row):
-        feed(self, row)
-        if row.kind == "spend" and self.filter is not None:
-            self.spent = rdp(self.events[-1], self.filter.order)
-
-    return patch.object(Tally, "feed", last_only)
-
-
-def dropped_when_encrypted():
-    return answering(lambda now, std, size: discrete_gaussian(std, size) if now.plan.sum == "plain" else nothing(size))
-
-
-def divisor_from_answers():
-    """The server divides by what it guesses from the sum's members, not by the plan's constant."""
-    step = ModelState.step
-    return patch.object(ModelState, "step", lambda self, plan, opened: step(self, plan, opened * plan.sites / 4))
-
-
-def same_sample():
-    kept: dict[int, Any] = {}
-    sample = train.poisson_sample
-    return patch.object(train, "poisson_sample", lambda n, rate: kept.setdefault(n, sample(n, rate)))
-
-
-def repeated_along_the_model():
+def none_far_along():
     def draw(now, std, size):
-        return np.resize(discrete_gaussian(std, 256), size)
+        out = discrete_gaussian(std, size)
+        out[8192:] = 0
+        return out
 
     return answering(draw)
 
 
-# Each fault with the check that is there for it; others may fail as well.
-FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
-    "no noise": (no_noise, "noise: variance"),
-    "noise x0.9": (weaker, "noise: variance"),
-    "one share of noise missing": (one_share_missing, "noise: variance"),
-    "no clipping": (no_clipping, "clip: norm of a record"),
-    "subsampling claimed, not done": (every_record, "sampling: rate"),
-    "noise used again in every round": (reused_noise, "noise: rounds independent"),
-    "noise from the number of records": (noise_from_length, "neighbours: noise"),
-    "composition forgotten": (no_composition, "ledger: composition"),
-    "noise dropped under the secure sum": (dropped_when_encrypted, "noise: variance"),
-    "divisor not the plan's": (divisor_from_answers, "neighbours: divisor"),
-    "the same sample in every round": (same_sample, "sampling: rounds independent"),
-    "noise repeated along the model": (repeated_along_the_model, "noise: coordinates independent"),
+def none_for_statistics():
+    stats = lambda now: now.plan.task == "stats"  # noqa: E731
+    return answering(lambda now, std, size: nothing(size) if stats(now) else discrete_gaussian(std, size))
+
+
+def cheaper():
+    """Every step is priced as if four fifths of the records were sampled that are."""
+    event = property(lambda self: SampledGaussian(0.8 * self.sample_rate, self.noise_multiplier))
+    return patch.object(PlanFigures, "event", event)
+
+
+def half_at_one_site():
+    last = lambda now: now.site.id == now.site.roster.sites[-1].site  # noqa: E731
+    return answering(lambda now, std, size: discrete_gaussian(std / 2 if last(now) else std, size))
+
+
+def added_by_the_server():
+    """The opened sum is not what its members handed in."""
+    result = PlainServer.result
+
+    def shifted(self):
+        values, members = result(self)
+        return values + (np.arange(values.size) == 7), members
+
+    return patch.object(PlainServer, "result", shifted)
+
+
+def none_for_clients():
+    whole = lambda now: now.plan.mode == "client"  # noqa: E731
+    return answering(lambda now, std, size: nothing(size) if whole(now) else discrete_gaussian(std, size))
+
+
+def none_under_blinding():
+    hidden = lambda now: now.plan.reveal_to == "sites"  # noqa: E731
+    return answering(lambda now, std, size: nothing(size) if hidden(now) else discrete_gaussian(std, size))
+
+
+def training(**changes: Any) -> PrivacyPlan:
+    """Five sites, one of which may collude and one be missing: three honest shares."""
+    given: dict[str, Any] = {
+        "sites": 5, "records": 1000, "noise_multiplier": 1.0, "steps": 20, "clip": 0.5, "sample_rate": 0.25,
+        "model": ModelSpec(name="logistic", inputs=64, classes=10), "optimizer": Optimizer(learning_rate=0.1),
+        "contract_hash": "c" * 64,
+    }  # fmt: skip
+    return make_plan(**{**given, **changes})
+
+
+def statistics(**changes: Any) -> PrivacyPlan:
+    """The same sites; mean, variance and histogram of three columns."""
+    columns = tuple(
+        ColumnStats(column=f"x{i}", source="number", at=i, low=0.0, high=1.0, moments=2, histogram=True, cuts=CUTS)
+        for i in range(3)
+    )
+    spec = StatsSpec(inputs=3, classes=2, columns=columns)
+    return training(model=spec, clip=spec.norm_bound, steps=1, sample_rate=1.0, **changes)
+
+
+CUTS = tuple(i / 20 for i in range(1, 20))
+MLP = ModelSpec(name="mlp", inputs=64, classes=10, hidden=(32,))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, the check that is there for it (others may fail as well), and the plan that it is examined under."""
+
+    plant: Callable[[], Any]
+    check: str
+    plan: Callable[..., PrivacyPlan] = training
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+FAULTS: dict[str, Fault] = {
+    "no noise": Fault(no_noise, "noise: variance"),
+    "noise x0.95": Fault(weaker, "noise: variance"),
+    "noise cut off at 3 standard deviations": Fault(cut_off, "sites: largest value"),
+    "noise key of 16 bits": Fault(short_key, "noise: key"),
+    "no noise beyond coordinate 8,192": Fault(none_far_along, "noise: every block"),
+    "statistics without noise": Fault(none_for_statistics, "own path: noise", statistics),
+    "clients' updates without noise": Fault(
+        none_for_clients, "own path: noise", training, (("mode", "client"), ("few_clients", True), ("local_steps", 3))
+    ),
+    "no noise where only sites read": Fault(
+        none_under_blinding, "own path: noise", training, (("reveal_to", "sites"), ("sum", "keysum"))
+    ),
+    "price at q*0.8": Fault(cheaper, "ledger: price"),
+    "one site at half noise": Fault(half_at_one_site, "sites: noise"),
+    "one share of noise missing": Fault(one_share_missing, "noise: variance"),
+    "no clipping": Fault(no_clipping, "clip: norm of a record"),
+    "no clipping of the plan's own network": Fault(
+        no_clipping_of_networks, "own path: clipped sum", training, (("model", MLP),)
+    ),
+    "something added to the sum": Fault(
+        added_by_the_server, "sum: nothing added or lost", training, (("sum", "plain"),)
+    ),
+    "subsampling claimed, not done": Fault(every_record, "sampling: rate"),
+    "noise used again in every round": Fault(reused_noise, "noise: rounds independent"),
+    "noise from the number of records": Fault(noise_from_length, "neighbours: noise"),
+    "composition forgotten": Fault(no_composition, "ledger: composition"),
+    "noise dropped under the secure sum": Fault(dropped_when_encrypted, "noise: variance"),
+    "divisor not the plan's": Fault(divisor_from_answers, "neighbours: divisor"),
+    "the same sample in every round": Fault(same_sample, "sampling: rounds independent"),
+    "noise repeated along the model": Fault(repeated_along_the_model, "noise: coordinates independent"),
 }
 
 
-def plan(sum_: Literal["keysum", "plain"] = "keysum") -> PrivacyPlan:
-    """Five sites, one of which may collude and one be missing: three honest shares."""
-    return make_plan(
-        sum=sum_, sites=5, records=1000, noise_multiplier=1.0, steps=20, clip=0.5, sample_rate=0.25,
-        model=ModelSpec(name="logistic", inputs=64, classes=10), optimizer=Optimizer(learning_rate=0.1),
-        contract_hash="c" * 64,
-    )  # fmt: skip
-
-
-def run(fault: str | None, sum_: Literal["keysum", "plain"] = "keysum", effort: Effort | None = None) -> Conformance:
-    """One examination, of the program with a fault or of the honest one (None)."""
+def plan(fault: str | None, sum_: str = "keysum") -> PrivacyPlan:
+    """The plan that a fault, or the honest program, is examined under."""
     if fault is None:
-        return examine(InProcess(), plan(sum_), effort)
-    with FAULTS[fault][0]():
-        return examine(InProcess(), plan(sum_), effort)
+        return training(sum=sum_)
+    f = FAULTS[fault]
+    return f.plan(**{"sum": sum_, **dict(f.changes)})
+
+
+def run(fault: str | None, sum_: str = "keysum", effort: Effort | None = None) -> Conformance:
+    """One examination, of the program with a fault or of the honest one (None).
+
+    The plan is made before the fault is planted: it is what was agreed on.
+    """
+    agreed = plan(fault, sum_)
+    with FAULTS[fault].plant() if fault is not None else nullcontext():
+        return conformance(agreed, effort, engine="closed")
 
 
 def main(output: Path) -> None:
@@ -172,7 +231,8 @@ def main(output: Path) -> None:
     honest = [run(None) for _ in range(HONEST)]
     flagged = sum(not c.passed for c in honest)
     rows = []
-    for fault, (_, named) in FAULTS.items():
+    for fault, planted in FAULTS.items():
+        named = planted.check
         found = [run(fault) for _ in range(PLANTED)]
         caught = sum(named in c.failed for c in found)
         others = Counter(name for c in found for name in c.failed if name != named)
@@ -188,7 +248,7 @@ def main(output: Path) -> None:
 
 def document(honest: list[Conformance], flagged: int, rows: list[str], seconds: float) -> str:
     """The page."""
-    p, last = plan(), honest[-1]
+    p, last = plan(None), honest[-1]
     ratio = [c.measured / c.claimed for c in honest]
     covered = sum(c.low <= c.claimed <= c.high for c in honest)
     checks = [f"| {f.name} | {f.asks.replace('|', chr(92) + '|')} | {f.samples} | {f.detects} |" for f in last.findings]

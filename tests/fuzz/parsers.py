@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical, flwr_adapter, identity, journal
 from fedveil.common.contract import DataContract
@@ -26,7 +27,7 @@ from fedveil.common.workload.statistics import ColumnStats, MetricSpec, StatsSpe
 from fedveil.deploy.transport import codec, grpc_site
 from fedveil.privacy import plan as plans
 from fedveil.privacy.audit import attach
-from fedveil.privacy.audit.evidence import Conformance, Finding
+from fedveil.privacy.audit.evidence import Conformance, Examined, Finding
 from fedveil.privacy.audit.one_run import Guesses, OneRun
 from fedveil.privacy.dp import events
 from fedveil.privacy.joining import JOIN, check_joins, heads_of
@@ -388,11 +389,11 @@ _RUN: dict[str, Any] = {
 
 def _files() -> dict[str, Parser]:
     finding = Finding("a", "b", 0.5, 1e-5, 1.0, 1.0, 9, "c", (0.5, 2.0))
-    audit = attach.Evidence(
-        HEX,
-        Conformance(HEX, "plain", 1.0, 1.0, 0.5, 2.0, 0.9, 9, (finding,)),
-        OneRun(0.1, 0.95, 1e-5, "f-dp", Guesses(100, 50, 30), 1.0),
-    ).to_json()
+    path = Examined("train", "local", "plain", "server", 0, "mlp", 9, "auto", "float64")
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    looked_at = Conformance(HEX, "plain", 1.0, 1.0, 0.5, 2.0, 0.9, 9, (finding,), path)
+    one = OneRun(0.1, 0.95, 1e-5, "f-dp", Guesses(100, 50, 30), 1.0, 0.5)
+    audit = attach.evidence_of(HEX, looked_at, key).beside(attach.evidence_of(HEX, one)).to_json()
 
     def kept(value: Any) -> None:
         raw = canonical.dumps(value)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedveil.common.errors import RunAborted, UsageError
 from fedveil.deploy.lab.audit.implementation import InProcess
 from fedveil.privacy.audit.evidence import Implementation
-from fedveil.privacy.audit.one_run import Method, OneRun, audit
-from fedveil.privacy.audit.slab import Slab, slab_plan
+from fedveil.privacy.audit.one_run import Method, OneRun, audit, detectable
+from fedveil.privacy.audit.slab import Slab, kind_of, price, slab_plan
 from fedveil.privacy.dp.noise import KeyStream
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -39,7 +39,7 @@ class Setting:
 def one_run(
     plan: PrivacyPlan, setting: Setting | None = None, *, implementation: Implementation | None = None
 ) -> OneRun:
-    """Run the mechanism of ``plan`` once over canaries and bound its ε from below.
+    """Run the mechanism of ``plan`` once over canaries and bound its ε from below; says what fault it would find.
 
     Each canary's clipped gradient lies on a coordinate that no other record touches. No place helps an attacker more;
     its score is the sum of that coordinate over all opened sums. Coins are the operating system's. How the guesses are
@@ -51,19 +51,25 @@ def one_run(
         RunAborted: a sum was not opened.
     """
     s = setting or Setting()
+    kind = kind_of(plan)
+    if kind == "client":
+        raise UsageError("a canary is a record, and this plan protects whole clients", hint="a plan of records")
     per_site = -(-s.canaries // plan.sites)
     shape = (plan.sites, per_site)
     coins = (KeyStream().words(plan.sites * per_site) & np.uint64(1)).astype(np.int64).reshape(shape)
     real = (np.arange(coins.size) < s.canaries).reshape(shape)
-    slab = Slab(coins * real, coins.size, plan.clip)
     steps = s.steps or plan.steps
-    inner = slab_plan(plan, inputs=slab.inputs, steps=steps, sample_rate=plan.sample_rate, records=s.canaries)
+    inner = slab_plan(plan, inputs=coins.size, steps=steps, sample_rate=plan.sample_rate, records=s.canaries)
+    slab = Slab(coins * real, coins.size, inner.clip, kind)
     run = (implementation or InProcess()).run(inner, slab.parts(), absent=[frozenset()] * steps)
     if len(run.releases) != steps:
         raise RunAborted(f"{len(run.releases)} of {steps} sums were released ({run.status})")
     scores = np.sum([slab.scores(r) for r in run.releases], axis=0)
     method: Method = "gaussian" if plan.sample_rate == 1 else "f-dp"
-    return audit(
-        scores[real], coins[real].astype(bool), claimed=inner.claim, delta=plan.delta, confidence=s.confidence,
+    claimed = inner.claim
+    found = audit(
+        scores[real], coins[real].astype(bool), claimed=claimed, delta=plan.delta, confidence=s.confidence,
         method=method,
     )  # fmt: skip
+    least = detectable(s.canaries, price(plan), steps, claimed, plan.delta, s.confidence, method)
+    return replace(found, detects=least)

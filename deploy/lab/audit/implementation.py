@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,35 +17,67 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from fedveil.client.app import make_app as client_app
-from fedveil.client.session import Site
+from fedveil.client.session import Session, Site
 from fedveil.common import flwr_adapter
 from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+from fedveil.common.workload.statistics import EVALUATED, StatsSpec
+from fedveil.common.workload.torch.networks import build, flatten
 from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
 from fedveil.privacy.audit.evidence import Charge, Part, Release, Run
+from fedveil.privacy.dp.clipping import Precision
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.secagg.interface import ServerSum
+from fedveil.privacy.secagg.interface import Integers, ServerSum, SiteSum
 from fedveil.privacy.start import start
 from fedveil.server import job as jobs
 from fedveil.server.strategy import SecureSumStrategy
 
+Opened = tuple[NDArray[np.int64], tuple[SiteId, ...]]
+
 
 class _Seen:
-    """A server's half of the secure sum that keeps what it opens. In all else it is the real one."""
+    """A server's half of the secure sum that keeps what it opens. In all else it is the real one.
+
+    Attributes:
+        read: what a member reads in a blinded sum, where only the sites learn the sums.
+    """
 
     def __init__(self, inner: ServerSum) -> None:
         self.inner = inner
-        self.opened: list[tuple[NDArray[np.int64], tuple[SiteId, ...]]] = []
+        self.opened: list[Opened] = []
+        self.read: Callable[[Packet], Opened] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+    def result(self) -> Opened:
         """The opened sum, kept."""
-        values, members = self.inner.result()
-        self.opened.append((values, members))
-        return values, members
+        self.opened.append(self.inner.result())
+        return self.opened[-1]
+
+    def blinded(self) -> Packet:
+        """The blinded sum; what a member reads in it is kept."""
+        packet = self.inner.blinded()
+        if self.read is not None:
+            self.opened.append(self.read(packet))
+        return packet
+
+
+class _Handed:
+    """A site's half of the secure sum that keeps what it is handed. In all else it is the real one."""
+
+    def __init__(self, inner: SiteSum, keep: Callable[[int, Integers], None]) -> None:
+        self.inner, self._keep = inner, keep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def contribute(self, round: int, nonce: str, values: Integers, *more: Any) -> Packet:
+        """The contribution; its values are kept as they were before any encryption."""
+        self._keep(round, values)
+        return self.inner.contribute(round, nonce, values, *more)
 
 
 class _Watched(SecureSumStrategy):
@@ -54,6 +87,11 @@ class _Watched(SecureSumStrategy):
         super().__init__(job)
         self.seen = _Seen(self._sum)
         self._sum = cast(ServerSum, self.seen)
+
+    def bring_up_to_date(self) -> None:
+        """Let every site apply the last sum now, where only the sites can."""
+        if self.plan.reveal_to == "sites":
+            self._catch_up()
 
     def _record(self, number: int, metrics: MetricRecord | None, seconds: float) -> None:
         """Write no line of metrics: to compute its ε would take longer than the round."""
@@ -65,10 +103,14 @@ class InProcess:
     """Runs plans with the programs of this package: clip, sample, share, encrypt, sum, open.
 
     Attributes:
-        engine: of per-record clipping.
+        engine, precision: of per-record clipping, as in ``site.toml``.
+        kept: how many numbers of single sites' contributions are kept of a run; beyond that, of a few sites a round,
+            drawn at random.
     """
 
     engine: str = "closed"
+    precision: Precision = "float32"
+    kept: int = 1 << 23
 
     def run(
         self,
@@ -103,26 +145,34 @@ class InProcess:
         begun = start(plan) if weights is None else ModelState.start(weights)
         job = jobs.create(
             folder / "run", plan, world.roster, world.server, documents={}, durable=False, engine="inprocess",
-            begun=begun,
+            attached=_attached(plan), begun=begun,
         )  # fmt: skip
-        states = [job.state.weights]
-
-        def progress(kind: str, facts: dict[str, Any]) -> None:
-            if kind == "round" and facts["members"]:
-                states.append(job.state.weights)
-
-        job.progress = progress
         strategy = _Watched(job)
+        handed: dict[int, dict[int, NDArray[np.float64]]] = {}
+        chosen = self._chosen(plan)
 
         def make(i: int) -> Site:
-            carried = cap or plan.filter_epsilon()
             site = virtual_sites.make_site(
-                world.roster, i, world.keys[i], plan, *parts[i], folder, cap=carried, engine=self.engine
-            )
+                world.roster, i, world.keys[i], plan, *parts[i], folder, cap=cap or plan.filter_epsilon(),
+                engine=self.engine,
+            )  # fmt: skip
             site.start = lambda _: begun
+            site.precision = self.precision
+
+            def keep(number: int, values: Integers) -> None:
+                if i in chosen[number - 1]:
+                    handed.setdefault(number, {})[i] = values.astype(np.float64) * plan.grid
+
+            _listen(site, keep)
             return site
 
         resolve, sites = virtual_sites.keep(make)
+
+        def read(packet: Packet) -> Opened:
+            return _member(job, sites).sum.unblind(packet)
+
+        strategy.seen.read = read
+        moves = _moves(strategy, sites)
 
         def drop(site: SiteId, message: Any) -> bool:
             m = message.metadata
@@ -133,13 +183,67 @@ class InProcess:
             run_inprocess(_server(strategy), client_app(resolve), world.sites, lambda _: {}, drop=drop)
             position = {s: i for i, s in enumerate(world.sites)}
             return Run(
-                _releases(plan, strategy.seen.opened, states, position), strategy.status,
-                {position[s.id]: Charge(len(s.ledger.tally.by_round), s.ledger.tally.epsilon) for s in sites},
+                _releases(plan, strategy.seen.opened, moves, position, handed), strategy.status,
+                {position[s.id]: _charge(s) for s in sites},
             )  # fmt: skip
         finally:
             job.journal.close()
             for site in sites:
                 site.ledger.close()
+
+    def _chosen(self, plan: PrivacyPlan) -> list[frozenset[int]]:
+        """For every round, the sites whose contributions are kept: all, or a few that are drawn anew."""
+        room = max(1, self.kept // (plan.model.parameters * plan.steps))
+        if room >= plan.sites:
+            return [frozenset(range(plan.sites))] * plan.steps
+        draw = secrets.SystemRandom()
+        return [frozenset(draw.sample(range(plan.sites), room)) for _ in range(plan.steps)]
+
+
+def _attached(plan: PrivacyPlan) -> dict[str, bytes]:
+    """The model that a plan of statistics evaluates: its public initialisation."""
+    metric = plan.model.metric if isinstance(plan.model, StatsSpec) else None
+    return {} if metric is None else {EVALUATED: flatten(build(metric.network)).astype("<f4").tobytes()}
+
+
+def _listen(site: Site, keep: Callable[[int, Integers], None]) -> None:
+    """Have ``keep`` told what ``site`` hands to the sum of every session that it accepts."""
+    accept = site.accept
+
+    def accepted(*given: Any, **named: Any) -> Session:
+        session = accept(*given, **named)
+        if not isinstance(session.sum, _Handed):
+            session.sum = cast(SiteSum, _Handed(session.sum, keep))
+        return session
+
+    site.accept = accepted
+
+
+def _member(job: jobs.Job, sites: list[Site]) -> Session:
+    """The session as the first site has it."""
+    return sites[0].session(job.session)
+
+
+def _moves(strategy: _Watched, sites: list[Site]) -> list[NDArray[np.float64]]:
+    """The model at the start and after every round; the first site's where the server has none. It fills in the run."""
+    job = strategy.job
+    states = [job.state.weights]
+
+    def progress(kind: str, facts: dict[str, Any]) -> None:
+        if kind != "round" or not facts["members"]:
+            return
+        strategy.bring_up_to_date()
+        blinded = job.plan.reveal_to == "sites"
+        states.append((sites[0].model(_member(job, sites)).held if blinded else job).state.weights)
+
+    job.progress = progress
+    return states
+
+
+def _charge(site: Site) -> Charge:
+    rows = [r.body["event"] for r in site.ledger.journal.of_kind("spend")]
+    prices = sorted({(float(e["sample_rate"]), float(e["noise_multiplier"])) for e in rows})
+    return Charge(len(site.ledger.tally.by_round), site.ledger.tally.epsilon, tuple(prices))
 
 
 @contextmanager
@@ -166,14 +270,21 @@ def _server(strategy: SecureSumStrategy) -> ServerApp:
 
 def _releases(
     plan: PrivacyPlan,
-    opened: list[tuple[NDArray[np.int64], tuple[SiteId, ...]]],
+    opened: list[Opened],
     states: list[NDArray[np.float64]],
     position: dict[SiteId, int],
+    handed: Mapping[int, Mapping[int, NDArray[np.float64]]],
 ) -> tuple[Release, ...]:
-    rate = plan.optimizer.learning_rate
-    return tuple(
-        Release(
-            tuple(position[m] for m in members), values.astype(np.float64) * plan.grid, (before - after) / rate
-        )
-        for (values, members), before, after in zip(opened, states[:-1], states[1:], strict=True)
-    )  # fmt: skip
+    out: list[Release] = []
+    for number, ((values, names), before, after) in enumerate(zip(opened, states[:-1], states[1:], strict=True), 1):
+        members = tuple(position[m] for m in names)
+        kept = {i: v for i, v in handed.get(number, {}).items() if i in members}
+        out.append(Release(members, values.astype(np.float64) * plan.grid, _applied(plan, before, after), kept))
+    return tuple(out)
+
+
+def _applied(plan: PrivacyPlan, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the model was moved by, in the unit of the averaged sum."""
+    if plan.task == "stats":  # the sum itself is added
+        return (after - before) / plan.divisor
+    return (before - after) / (1.0 if plan.mode == "client" else plan.optimizer.learning_rate)

@@ -11,13 +11,15 @@ from fedveil.privacy.audit.one_run import (
     Guesses,
     approximate_dp,
     audit,
+    detectable,
     gaussian,
     guess,
     lower_bound,
     pvalue_dp,
     rejects,
 )
-from fedveil.privacy.dp.accounting import gaussian_epsilon
+from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
+from fedveil.privacy.dp.events import SampledGaussian
 
 METHODS = ["dp", "f-dp", "gaussian"]
 DELTA = 1e-5
@@ -137,3 +139,24 @@ def test_impossible_guesses_are_refused():
     for numbers in ((10, 11, 5), (10, 5, 6), (0, 0, 0), (10, 5, -1)):
         with pytest.raises(UsageError, match="cannot be"):
             Guesses(*numbers)
+
+
+@pytest.mark.parametrize(("q", "method"), [(1.0, "gaussian"), (0.5, "f-dp")])
+def test_the_smallest_fault_is_found_as_often_as_it_says(q, method):
+    """Scores of a mechanism with so much less noise refute the claim nine times in ten; those of a right one do not."""
+    event, steps, m, delta = SampledGaussian(q, 8.0), 30, 400, 1e-5
+    claimed = epsilon_pld([(event, steps)], delta)
+    factor = detectable(m, event, steps, claimed, delta, 0.95, method)
+    assert 0.01 < factor < 0.9
+    rng = np.random.default_rng(11)
+
+    def refuted(f):
+        coins = rng.random(m) < 0.5
+        taken = np.where(coins, rng.binomial(steps, q, m), 0)
+        scores = taken + rng.standard_normal(m) * f * event.noise_multiplier * math.sqrt(steps)
+        return not audit(scores, coins, claimed=claimed, delta=delta, method=method).passed
+
+    assert sum(refuted(0.97 * factor) for _ in range(20)) >= 12  # of 18 or more expected
+    assert not any(refuted(1.0) for _ in range(5))
+    assert detectable(m, event, steps, 500.0, delta, 0.95, method) == 0.0
+    assert detectable(4000, event, steps, claimed, delta, 0.95, method) > factor

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from fedveil.common.workload.model import ModelSpec
-from fedveil.privacy.audit import consistency
+from fedveil.privacy.audit import consistency, noise_checks
 from fedveil.privacy.audit.evidence import Charge, Release, Run
 from fedveil.privacy.audit.slab import Slab, slab_plan
 from fedveil.privacy.audit.suite import Effort, examine
@@ -46,9 +46,16 @@ class Written:
     past_the_cap: int = 0
     noise_on_weights_only: bool = False
     same_seed: bool = False
+    bound: float = 0.0
+    first: float = 1.0
+    from_block: int = 1 << 30
+    added: int = 0
+    cheap: float = 1.0
+    seeds: int = 0
 
     def __post_init__(self):
         self.rng = np.random.default_rng(self.seed)
+        self.calls = 0
 
     def run(self, plan, parts, *, absent, cap=None):
         rng = np.random.default_rng(self.seed) if self.same_seed else self.rng
@@ -59,15 +66,17 @@ class Written:
         for r in range(carried):
             members = tuple(i for i in range(plan.sites) if i not in absent[r])
             present.append(members)
-            values = np.sum([self._site(rng, plan, *parts[i]) for i in members], axis=0)
+            shares = {i: self._site(rng, plan, *parts[i]) for i in members}
+            values = np.sum(list(shares.values()), axis=0) + self.added * plan.grid
             length = sum(len(y) for _, y in parts)
             divisor = plan.sample_rate * max(length, 1) if self.divide_by_length else plan.divisor
-            releases.append(Release(members, values, values / divisor))
+            releases.append(Release(members, values, values / divisor, shares))
         charges = {}
         for i in range(plan.sites):
             steps = sum(i in m for m in present)
             counted = min(steps, 1) if self.only_first_charged else steps
-            charges[i] = Charge(counted, budget.epsilon_of(counted * rdp(plan.event, order)))
+            price = (plan.sample_rate * self.cheap, plan.noise_multiplier)
+            charges[i] = Charge(counted, budget.epsilon_of(counted * rdp(plan.event, order)), (price,))
         if self.uncharged_site:
             del charges[0]
         status = "COMPLETED" if carried == plan.steps else "BUDGET_EXHAUSTED"
@@ -88,21 +97,55 @@ class Written:
         noise = rng.standard_normal(total.size)
         if self.spikes:  # the right variance, another distribution
             noise = rng.choice([-3.0, 0.0, 3.0], total.size, p=[1 / 18, 8 / 9, 1 / 18])
+        if self.seeds:
+            noise = np.random.default_rng(int(rng.integers(self.seeds))).standard_normal(total.size)
         if self.noise_on_weights_only:
             noise[-2:] = 0
+        if self.bound:
+            noise = np.clip(noise, -self.bound, self.bound)
+        noise[self.from_block :] = 0
+        self.calls += 1
+        if self.calls % plan.sites == 1:
+            noise *= self.first
         return total + noise * plan.noise_multiplier * width / math.sqrt(plan.honest)
+
+
+class Formula:
+    """The clipped sums of a logistic model of two classes at zero, written down."""
+
+    def workload(self, plan):
+        return plan.model
+
+    def records(self, plan, each):
+        rng = np.random.default_rng(3)
+        X = rng.uniform(-1, 1, (4, plan.model.inputs)).astype(np.float32)
+        return [(X[np.arange(n) % 4], np.zeros(n, np.int64)) for n in each]
+
+    def _rows(self, parts):
+        rows = np.concatenate([X for X, _ in parts]).astype(float)
+        return np.concatenate([-0.5 * rows, 0.5 * rows, np.tile([-0.5, 0.5], (len(rows), 1))], 1)
+
+    def lengths(self, plan, parts):
+        return np.linalg.norm(self._rows(parts), axis=1)
+
+    def known(self, plan, parts):
+        return _clipped(self._rows(parts), plan.clip).sum(0)
+
+
+def examined(program, plan, effort):
+    return examine(program, plan, effort, reference=Formula(), engine="none", precision="float64")
 
 
 def _clipped(g, clip):
     return g * np.minimum(1, clip / np.maximum(np.linalg.norm(g, axis=1, keepdims=True), 1e-300))
 
 
-SMALL = Effort(rounds=12, inputs=256)
+SMALL = Effort(rounds=12, inputs=256, wide=256, keys=40)
 
 
 def test_the_definition_passes():
     for seed in range(10):
-        found = examine(Written(seed), plan(), SMALL)
+        found = examined(Written(seed), plan(), SMALL)
         assert found.failed == ()
         consistency.conformance(found, plan())
 
@@ -113,9 +156,9 @@ def test_the_definition_passes():
      {"clip": 40.0}, {"sample_rate": 0.01}, {"noise_multiplier": 60.0}],
 )  # fmt: skip
 def test_other_plans_pass(changes):
-    found = examine(Written(1), plan(**changes), SMALL)
+    found = examined(Written(1), plan(**changes), SMALL)
     assert found.failed == ()
-    assert sorted(f.name for f in found.findings) == sorted(consistency.checks_of(plan(**changes)))
+    assert sorted(f.name for f in found.findings) == sorted(consistency.checks_of(plan(**changes), found.examined))
     consistency.conformance(found, plan(**changes))
 
 
@@ -134,13 +177,21 @@ def test_other_plans_pass(changes):
         ({"uncharged_site": True}, "ledger: composition"),
         ({"past_the_cap": 1}, "ledger: stops at the cap"),
         ({"noise_on_weights_only": True}, "noise: every coordinate"),
+        ({"bound": 3.0}, "sites: largest value"),
+        ({"first": 0.5}, "sites: noise"),
+        ({"from_block": 300}, "noise: every block"),
+        ({"from_block": 4}, "own path: noise"),
+        ({"added": 1}, "sum: nothing added or lost"),
+        ({"cheap": 0.8}, "ledger: price"),
+        ({"seeds": 64}, "noise: key"),
+        ({"clip": 3.0}, "own path: clipped sum"),
     ],
 )
 def test_what_is_wrong_is_named(wrong, check):
     # a shape shows where few shares are added: the sum of many is normal whatever they are
     where = plan(mode="local", sum="none", sites=2) if "spikes" in wrong else plan()
-    effort = Effort(rounds=12, inputs=2048) if "spikes" in wrong else SMALL
-    found = examine(Written(**wrong), where, effort)
+    effort = Effort(rounds=12, inputs=2048, wide=256, keys=40) if "spikes" in wrong else SMALL
+    found = examined(Written(**wrong), where, effort)
     assert check in found.failed
     consistency.conformance(found, where)  # what a wrong program shows is evidence in the same form
 
@@ -149,7 +200,7 @@ def test_p_values_are_valid():
     """Over many honest examinations no check has small p-values more often than it may."""
     seen: dict[str, list[float]] = {}
     for seed in range(30):
-        for f in examine(Written(100 + seed), plan(), Effort(rounds=6, inputs=64)).findings:
+        for f in examined(Written(100 + seed), plan(), Effort(rounds=6, inputs=64, wide=64, keys=40)).findings:
             seen.setdefault(f.name, []).append(f.p_value)
     for name, values in seen.items():
         few = sum(p <= 0.1 for p in values)
@@ -169,10 +220,48 @@ def test_the_slab_is_what_it_says():
         np.testing.assert_allclose(slab.scores(release), counts, atol=1e-9)
 
 
+def test_the_largest_value_has_its_exact_law():
+    """The p-value is uniform over draws of the largest of n normal values, and both ends are found."""
+    rng = np.random.default_rng(5)
+    tops = np.abs(rng.standard_normal((4000, 500))).max(1)
+    p = [noise_checks.extreme(float(t), 500) for t in tops]
+    assert stats.kstest(p, "uniform").pvalue > 1e-6
+    assert noise_checks.extreme(3.0, 100_000) < 1e-30
+    assert noise_checks.extreme(9.0, 100_000) < 1e-12
+    assert noise_checks.extreme(0.0, 100_000) == 0
+    found = noise_checks.largest(4.4, 100_000, 1e-5, "x")
+    assert found.passed
+    bound = float(found.detects.split()[3])
+    assert not noise_checks.largest(bound - 0.01, 100_000, 1e-5, "x").passed
+    assert noise_checks.largest(bound + 0.01, 100_000, 1e-5, "x").passed
+
+
+def test_who_shows_no_shares_has_shown_nothing():
+    class Silent(Written):
+        def run(self, plan, parts, *, absent, cap=None):
+            run = super().run(plan, parts, absent=absent, cap=cap)
+            return Run(tuple(Release(r.members, r.values, r.applied) for r in run.releases), run.status, run.charges)
+
+    failed = examined(Silent(), plan(), SMALL).failed
+    assert set(failed) == {"sites: noise", "sites: largest value", "sum: nothing added or lost", "noise: key"}
+
+
 def test_the_slabs_plan_keeps_the_mechanism():
     p = plan()
     inner = slab_plan(p, inputs=64, steps=7, sample_rate=0.5, records=90)
-    for name in ("mode", "sum", "sites", "colluders", "dropouts", "clip", "noise_multiplier", "delta", "honest"):
+    for name in (
+        "mode",
+        "sum",
+        "reveal_to",
+        "committee",
+        "sites",
+        "colluders",
+        "dropouts",
+        "clip",
+        "noise_multiplier",
+        "delta",
+        "honest",
+    ):
         assert getattr(inner, name) == getattr(p, name)
     quiet = slab_plan(p, inputs=64, steps=7, sample_rate=0.5, records=90, quiet=True)
     assert quiet.noise_multiplier == 0.25

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
 from fedveil.deploy.cli.audit import app
+from fedveil.privacy.audit import attach as attach_module
 from fedveil.privacy.audit import consistency, noise_checks
 from fedveil.privacy.audit.attach import Evidence
-from fedveil.privacy.audit.evidence import ALPHA, Conformance, Finding
-from fedveil.privacy.audit.one_run import Guesses, OneRun, corrected
+from fedveil.privacy.audit.evidence import ALPHA, Conformance, Examined, Finding
+from fedveil.privacy.audit.one_run import Guesses, OneRun, corrected, detectable
+from fedveil.privacy.audit.slab import price
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import results
 from fedveil.privacy.report.build import build_report
@@ -37,34 +39,45 @@ def variance(name: str, claimed: float, ratio: float = 0.99, samples: int = SAMP
     return noise_checks.variance(z, claimed, ALPHA, 0.95, 4, name)
 
 
-def examination(plan: PrivacyPlan, **changes: Any) -> Conformance:
+def examination(plan: PrivacyPlan, since: bool = True, **changes: Any) -> Conformance:
     """A whole one, with every check that belongs to it; other findings by name."""
-    findings = {
-        name: Finding(name, "asks", 0.4, ALPHA, 0.5, 0.5, SAMPLES, "a fault") for name in consistency.checks_of(plan)
-    }
+    path = Examined.of(plan, "auto", "float64") if since else None
+    names = consistency.checks_of(plan, path)
+    findings = {name: Finding(name, "asks", 0.4, ALPHA, 0.5, 0.5, SAMPLES, "a fault") for name in names}
     sure = {
         "neighbours: divisor": (0.0, 0.0),
         "ledger: composition": (0.0, 0.0),
         "ledger: stops at the cap": (2.0, 2.0),
+        "ledger: price": (0.0, 0.0),
+        "sum: nothing added or lost": (0.0, 0.0),
+        "noise: key": (0.0, 0.0),
     }
-    for name, (measured, expected) in sure.items():
+    for name, (measured, expected) in ((n, v) for n, v in sure.items() if n in findings):
         findings[name] = replace(findings[name], p_value=1.0, measured=measured, expected=expected)
     findings["noise: variance"] = variance("noise: variance", plan.noise_multiplier)
     findings["noise: beside records"] = variance("noise: beside records", 0.25)
+    if since:
+        findings["own path: noise"] = variance("own path: noise", plan.noise_multiplier)
+        findings["own path: noise beside records"] = variance("own path: noise beside records", 0.25)
+        for name in ("noise: largest value", "sites: largest value", "own path: largest value"):
+            findings[name] = noise_checks.largest(3.5, SAMPLES, ALPHA, name)
     p = float(stats.kstwobign.sf(0.01 * 64))  # the square root of 4096
     findings["noise: shape"] = replace(findings["noise: shape"], measured=0.01, p_value=p)
     findings |= changes
     own = findings["noise: variance"]
     low, high = own.interval or (0.0, 0.0)
     held = tuple(findings.values())
-    return Conformance(plan.hash, plan.sum, plan.noise_multiplier, own.measured, low, high, 0.95, SAMPLES, held)
+    return Conformance(plan.hash, plan.sum, plan.noise_multiplier, own.measured, low, high, 0.95, SAMPLES, held, path)
 
 
 def evidence_of(w, **changes: Any) -> Evidence:
     """What an audit of the run's plan says: the noise is right, and a bound far below the claim."""
     plan = w.plan
     guesses = Guesses(1000, 100, 70)
-    bound = OneRun(corrected(guesses, plan.delta, 0.95, "gaussian"), 0.95, plan.delta, "gaussian", guesses, plan.claim)
+    least = detectable(1000, price(plan), plan.steps, plan.claim, plan.delta, 0.95, "gaussian")
+    bound = OneRun(
+        corrected(guesses, plan.delta, 0.95, "gaussian"), 0.95, plan.delta, "gaussian", guesses, plan.claim, least
+    )
     return Evidence(plan.hash, replace(examination(plan), **changes), bound)
 
 
@@ -87,6 +100,44 @@ def test_an_audits_results_enter_the_report_and_are_verified(spoilt, tmp_path) -
     assert "under the plan of this run" in page
     assert found.one_run.bound > 0.1
     assert f"No evidence above ε ≥ {found.one_run.bound:.4g}" in page
+
+
+def test_the_auditors_key_is_named_by_its_fingerprint_and_unsigned_results_as_such(spoilt, tmp_path) -> None:
+    found, key = evidence_of(spoilt), identity.new_signing_key()
+    assert found.conformance is not None
+    assert found.one_run is not None
+    signed = attach_module.evidence_of(spoilt.plan.hash, found.conformance, key).beside(found)
+    (tmp_path / "both.json").write_bytes(canonical.dumps(signed.to_json()))
+    results.attach(spoilt.folder, [tmp_path / "both.json"])
+    build_report(spoilt.folder, spoilt.server)
+    done = call("verify", spoilt.report)
+    assert done.exit_code == 0, done.exception
+    fingerprint = signed.signatures["conformance"].fingerprint
+    assert len(fingerprint) == 64
+    assert f"Attached audit, conformance: signed by the auditor's key with SHA-256 {fingerprint}." in done.stdout
+    assert "Attached audit, one-run: unsigned." in done.stdout
+    shown = canonical.loads(call("verify", spoilt.report, "--json").stdout.encode())
+    assert shown["auditors"] == {"conformance": fingerprint, "one_run": ""}
+    # another key under the same words: the file no longer holds, beside the report or without it
+    body = signed.to_json()
+    body["signatures"]["conformance"]["signer"] = identity.public_hex(identity.new_signing_key())
+    (spoilt.folder / "audit.json").write_bytes(canonical.dumps(body))
+    assert call("verify", spoilt.report).exit_code != 0
+    with pytest.raises(VerificationError, match="signature of the auditor"):
+        build_report(spoilt.folder, spoilt.server)
+
+
+def test_results_of_the_first_suite_still_verify_unsigned(spoilt) -> None:
+    """What was attached before results were signed, and looked at the slab alone."""
+    found = evidence_of(spoilt)
+    assert found.one_run is not None
+    old = Evidence(found.plan_hash, examination(spoilt.plan, since=False), replace(found.one_run, detects=None))
+    assert old.to_json().keys() == {"v", "plan_hash", "conformance", "one_run"}
+    (spoilt.folder / "audit.json").write_bytes(canonical.dumps(old.to_json()))
+    build_report(spoilt.folder, spoilt.server)
+    verified = verify_report(spoilt.report)
+    assert verified.ok
+    assert verified.auditors == {"conformance": "", "one_run": ""}
 
 
 AUDIT_LIES = {
@@ -153,7 +204,10 @@ def edited(w, change: Callable[[dict[str, Any]], Any]) -> bytes:
     measured, claimed = c["measured_noise_multiplier"], c["claimed_noise_multiplier"]
     c["sentence"] = f"measured noise multiplier {measured:.4g} [{low:.4g}, {high:.4g}] against claimed {claimed:.4g}"
     guesses = Guesses(o["canaries"], o["guesses"], o["right"])
-    one = OneRun(o["epsilon_lower_bound"], o["confidence"], o["delta"], o["method"], guesses, o["claimed_epsilon"])
+    one = OneRun(
+        o["epsilon_lower_bound"], o["confidence"], o["delta"], o["method"], guesses, o["claimed_epsilon"],
+        o["detects_noise_factor"],
+    )  # fmt: skip
     body["one_run"] = one.to_json()
     return canonical.dumps(body)
 
@@ -197,6 +251,14 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "another expectation": ("held against", lambda b: finding(b, "noise: beside records").update(expected=0.1)),
     "a divisor that is off": ("divisor", lambda b: finding(b, "neighbours: divisor").update(measured=0.5)),
     "steps over the cap": ("stops", lambda b: finding(b, "ledger: stops at the cap").update(measured=9.0)),
+    "another smallest fault": ("smallest fault", lambda b: b["one_run"].update(detects_noise_factor=0.99)),
+    "a step too cheap": ("price", lambda b: finding(b, "ledger: price").update(measured=0.2)),
+    "a key seen twice": ("key", lambda b: finding(b, "noise: key").update(measured=1.0)),
+    "a sum with more in it": ("nothing added", lambda b: finding(b, "sum: nothing added or lost").update(measured=1.0)),
+    "a bounded support": ("largest value", lambda b: finding(b, "sites: largest value").update(measured=3.0)),
+    "another network": ("another path", lambda b: b["conformance"]["examined"].update(network="mlp")),
+    "another reader": ("another path", lambda b: b["conformance"]["examined"].update(reveal_to="sites")),
+    "no path": ("not those of", lambda b: b["conformance"].pop("examined")),
     "steps not composed": ("composition", lambda b: finding(b, "ledger: composition").update(measured=0.5)),
 }
 
