@@ -82,6 +82,7 @@ def demo(folder: Path | None, seed: int, seeds: int) -> None:
     _say_data_checks(home)
     comparison, plan = _compare(seeds)
     _results(run, comparison, plan, seeds)
+    _examine(home, run)
     _verify(run)
     CONSOLE.print(f"report: [bold]{run / 'report.html'}[/]\n        {run / 'report.json'}", highlight=False)
     CONSOLE.print(f"{time.monotonic() - started:.0f} seconds in all", highlight=False)
@@ -252,6 +253,39 @@ def _spread(values: list[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
+def _examine(home: Path, run: Path) -> None:
+    """What an auditor would do: measure this program under the run's plan, and sign the result with a key of its own.
+
+    The server writes the report again with the result in it, and every hospital verifies and signs that one.
+    """
+    from fedveil.common import identity
+    from fedveil.deploy.lab.audit.examination import conformance
+    from fedveil.deploy.lab.demo_hospitals import ENGINE, HOSPITALS
+    from fedveil.privacy.audit.attach import attach, plan_of
+    from fedveil.privacy.audit.suite import Effort
+    from fedveil.privacy.report import signatures
+    from fedveil.privacy.report.build import build_report
+    from fedveil.privacy.report.bundle import REPORT
+    from fedveil.privacy.report.countersign import see, sign
+    from fedveil.privacy.report.render import render_report
+
+    key = identity.new_signing_key()
+    identity.save_signing_key(home / "auditor" / "signing.key", key)
+    result = conformance(plan_of(run), Effort(rounds=6, wide=1 << 13, keys=256), ENGINE)
+    attach(run, result, key)
+    build_report(run, identity.load_signing_key(home / "pki" / "server" / "signing.key"))
+    seen = see(run / REPORT, (home / "pki" / "consortium" / "consortium.pub").read_text().strip())
+    for hospital in HOSPITALS:
+        own = identity.load_signing_key(home / "pki" / "sites" / hospital / "signing.key")
+        ledger = (home / hospital / "state" / "ledger.jsonl").read_bytes()
+        signatures.keep(run, dict([sign(seen, own, ledger)]))
+    render_report(run / REPORT)
+    CONSOLE.print(
+        f"fedveil audit conformance: {len(result.findings) - len(result.failed)} of {len(result.findings)} checks "
+        f"passed; {result.sentence}\n{result.examined.sentence if result.examined else ''}", highlight=False,
+    )  # fmt: skip
+
+
 def _verify(run: Path) -> None:
     """What an auditor would run; a failure fails the demo."""
     from fedveil.privacy.report.verify import verify_report
@@ -260,3 +294,5 @@ def _verify(run: Path) -> None:
     verification.raise_for_failure()
     signed = f"signed by {len(verification.countersigned)} of {verification.sites} hospitals"
     CONSOLE.print(f"fedveil audit verify: {len(verification.checks)} checks passed; {signed}", highlight=False)
+    for part, fingerprint in verification.auditors.items():
+        CONSOLE.print(f"attached audit, {part}: signed by the auditor's key {fingerprint[:16]}...", highlight=False)

@@ -52,6 +52,7 @@ LOCAL = Recipe(40, 1.0, 1.0, 0.0)
 ALONE = Recipe(40, 0.5, 2.0, 0.0)
 POOLED = Recipe(100, 50.0, 1.0, 0.9)
 EPSILON, DELTA, CAP = 1.0, 1e-5, 1.1
+ENGINE = "opacus"  # of clipping, at every hospital
 
 
 def contract() -> DataContract:
@@ -157,7 +158,7 @@ delta = {DELTA}
 min_noise_multiplier = 5.0
 
 [training]
-engine = "opacus"
+engine = "{ENGINE}"
 
 [egress]
 slot = 0.02                   # seconds; a step takes a few milliseconds here

@@ -149,13 +149,12 @@ class InProcess:
         )  # fmt: skip
         strategy = _Watched(job)
         handed: dict[int, dict[int, NDArray[np.float64]]] = {}
-        chosen = self._chosen(plan)
+        chosen, carried = self._chosen(plan), cap or plan.filter_epsilon()
 
         def make(i: int) -> Site:
             site = virtual_sites.make_site(
-                world.roster, i, world.keys[i], plan, *parts[i], folder, cap=cap or plan.filter_epsilon(),
-                engine=self.engine,
-            )  # fmt: skip
+                world.roster, i, world.keys[i], plan, *parts[i], folder, cap=carried, engine=self.engine
+            )
             site.start = lambda _: begun
             site.precision = self.precision
 
