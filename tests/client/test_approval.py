@@ -40,7 +40,7 @@ def asked(world, people):
 
 
 def ledger_of(w) -> str:
-    return w.sites[0].head[2]
+    return w.sites[0].head.ledger
 
 
 def join(w, **changes):
