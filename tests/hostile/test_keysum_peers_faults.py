@@ -34,6 +34,7 @@ from fedveil.privacy.secagg.server import server_sum
 from fedveil.privacy.secagg.sharedkey_site import SharedKeySite
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import MemoryStore
+from fedveil.privacy.start import start
 
 NAMES = [SiteId(f"s{i}") for i in range(3)]
 KEYS = {name: new_signing_key() for name in NAMES}
@@ -197,10 +198,10 @@ def test_the_noise_of_the_plan_is_in_the_opened_sum_under_every_protocol(protoco
     for site, packet in server.begin(fields, replies).items():
         _half(sites, site, session).receive(packet)
     header = {"kind": "contribute", "session": session, "round": 1, "plan_hash": plan.hash, "nonce": "n"}
-    weights = {"weights": np.zeros(plan.model.parameters, "<f4").tobytes()}
-    server.start_round(1, "n")
+    header["state"] = start(plan).digest
+    server.start_round(1, "n", header["state"])
     for s in sites:
-        server.add(s.id, line.contribute(s, Packet(header, weights)))
+        server.add(s.id, line.contribute(s, Packet(header)))
     for site, packet in server.agree_requests().items():
         server.add_agreement(site, _half(sites, site, session).agree(packet))
     for site, packet in server.open_requests().items():

@@ -24,6 +24,7 @@ FILES = {
     "config.json", "consortium.pub", "curve.png", "joins.json", "journal.jsonl", "journals", "ledgers", "metrics.jsonl",
     "model.f32", "plan.json", "report.html", "report.json", "report.zh.html", "roster.json",
     "model-card.md", "model-card.zh.md", "data-card.md", "data-card.zh.md", "signatures.json", "signing.SIMULATED.key",
+    "start.f32", "sums",
 }  # fmt: skip
 SMALL = Config(clients=4, dataset="digits", steps=2)
 
