@@ -175,11 +175,15 @@ _CONTRACT = {
 }  # fmt: skip
 
 
+def _head(site: SiteId) -> Copy:
+    return Copy(Head(3, HEX), HEX, HEX).by(site, _KEYS[site])
+
+
 def _statement(site: SiteId) -> dict[str, Any]:
     return {
         "v": 1, "session": SESSION, "site": site, "plan_hash": HEX, "roster_hash": ROSTER.hash, "contract_hash": HEX,
         "fields": {"x25519": canonical.sha256_hex(site.encode())}, "head": [3, HEX], "ledger": HEX, "data_set": HEX,
-        "head_signature": Copy(Head(3, HEX), HEX, HEX).by(site, _KEYS[site]).signature, "imports": [["d" * 64, 3]],
+        "head_signature": _head(site).signature, "imports": [["d" * 64, 3]],
         "peers": {"east": [[3, HEX, HEX]]},
     }  # fmt: skip
 
@@ -256,7 +260,7 @@ class _Session:
             self.sites[s].receive(packet)
         self.server.start_round(1, "n")
         self.packets = {
-            s: site.contribute(1, "n", np.arange(6), (3, HEX, HEX) if protocol == "keysum" else None)
+            s: site.contribute(1, "n", np.arange(6), _head(s) if protocol == "keysum" else None)
             for s, site in self.sites.items()
         }
 
