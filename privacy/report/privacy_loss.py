@@ -20,7 +20,7 @@ STEP_POINTS = 16
 FALSE_ALARMS = (0.001, 0.01, 0.05, 0.1)
 GROUPS = (2, 3, 5)  # so many units of one person a report gives ε for
 # Of a mixture's loss distribution: points under the largest loss of one step, and means.
-_POINTS, _MAX_MIXED = 4096, 64
+_POINTS, _MAX_MIXED = 8192, 64
 # Beyond these a loss distribution would need gigabytes; epsilon_pld falls back on RDP there, and the report says so.
 _TOO_MUCH, _TOO_LITTLE_NOISE = float(MAX_PLD_EPSILON), 0.05
 _NO_EXP = 700.0  # beyond it a float overflows, and nothing is ruled out
