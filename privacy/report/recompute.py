@@ -17,8 +17,10 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
 from fedveil.common.errors import VerificationError
+from fedveil.privacy.dp import fourier_pld
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER, SampledGaussian
 
+_DIFFERENT = 64  # events of one ledger that are composed on one grid
 _OFTEN = 1 << 40  # after so many steps, the conversion to ε is lost beside the divergence
 
 # The verifier's own, coarser table of orders: a bound need not be the best one to be a bound. All of them are in the
@@ -113,6 +115,24 @@ def by_rdp(q: float, sigma: float, steps: int, delta: float) -> float:
     accountant = RdpAccountant(orders=list(_ORDERS))
     accountant.compose(_mechanism(q, sigma), steps)
     return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def by_fourier(counted: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    """ε of ``(q, σ, how often)`` by :mod:`fedveil.privacy.dp.fourier_pld`, which needs no library of accountants."""
+    return fourier_pld.epsilon(counted, delta)
+
+
+def least(events: Iterable[SampledGaussian], delta: float) -> float:
+    """What a whole ledger's charges cost at least, however they were chosen: all of them fixed before, by Fourier PLD.
+
+    0, which bounds nothing, for a ledger of more than 64 different events, or one beyond what a distribution can hold.
+    """
+    counted = Counter((e.sample_rate, e.noise_multiplier) for e in events)
+    lost = sum(n * SampledGaussian(q, sigma).loss for (q, sigma), n in counted.items())
+    if len(counted) > _DIFFERENT or lost > MAX_LOSS or sum(counted.values()) * 1e-14 > delta:
+        return 0.0
+    return by_fourier(tuple((q, sigma, n) for (q, sigma), n in sorted(counted.items())), delta)
 
 
 def by_filter(events: Iterable[SampledGaussian], order: float, delta: float) -> float:
