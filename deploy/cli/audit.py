@@ -29,13 +29,17 @@ _SHOWN = 24
 def verify(
     report: Annotated[Path, typer.Argument(help="report.json in the folder of its run, or that folder.")],
     consortium_key: audit_sign_compare.Pin = None,
+    require_signatures: Annotated[
+        int, typer.Option(min=0, help="Fail unless at least so many sites signed this very report.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Recompute everything that the report claims. Exit code 0 if every check passed, 60 if not."""
     from fedveil.privacy.report.verify import verify_report
 
     path = audit_sign_compare.file_of(report)
-    result = verify_report(path, consortium_key=audit_sign_compare.pinned(consortium_key))
+    key = audit_sign_compare.pinned(consortium_key)
+    result = verify_report(path, consortium_key=key, require_signatures=require_signatures)
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
     else:

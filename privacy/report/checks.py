@@ -23,9 +23,11 @@ from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import (
     claims,
     ledgers,
+    prices,
     progress,
     recompute,
     results,
+    rounds,
     schema,
     signatures,
     software_bill,
@@ -36,7 +38,8 @@ from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
 from fedveil.privacy.report.charges import Charges, compose
 from fedveil.privacy.report.derive import VERSION, Facts, derive
-from fedveil.privacy.report.history import COMPLETED, EXHAUSTED, History, replay
+from fedveil.privacy.report.history import EXHAUSTED, History, replay
+from fedveil.privacy.report.prices import Prices
 
 _CONTRACT = "fedveil/contract/1"
 _REPORT_LIMIT = 1 << 28
@@ -45,6 +48,11 @@ _OWN = ("software", "written_at")  # what only the builder knows
 _CLAIMS = (
     ("epsilon by PLD", "claimed against recomputed: all planned steps at h shares", claims.pld),
     ("epsilon by RDP", "the second accountant bounds the claim", claims.rdp),
+    (
+        "epsilon by Fourier",
+        "a third accountant, of fedveil's own: the claim is not below it, and near it",
+        claims.fourier,
+    ),
     ("replace-one epsilon", "one record replaced by another, by both accountants", claims.replace_one),
     ("fallback epsilon", "a site's own share only", claims.fallback),
     ("privacy curve", "every point of the curve, and the attack risk drawn from it", claims.curve),
@@ -60,8 +68,9 @@ class NotReached(VerificationError):
 class Audit:
     """One verification under way; :meth:`steps` gives the checks in order."""
 
-    def __init__(self, report: Path, consortium_key: str | None) -> None:
+    def __init__(self, report: Path, consortium_key: str | None, signatures_required: int = 0) -> None:
         self._report, self._key, self.pinned = report, consortium_key, False
+        self._required = signatures_required
         self._bundle: Bundle | None = None
         self._document: Any = None
         self.roster: Roster | None = None
@@ -71,6 +80,7 @@ class Audit:
         self._joins: dict[str, dict[str, Any]] | None = None
         self._seen: dict[str, ledgers.Seen] = {}
         self._plan: PrivacyPlan | None = None
+        self._prices: Prices | None = None  # of the plan's file, by the verifier's own arithmetic
         self._agreed: DataContract | None = None  # of a real run
         self._charges: dict[str, Charges] = {}
         self.countersigned: tuple[str, ...] = ()
@@ -131,6 +141,7 @@ class Audit:
         )
         yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
+        yield "prices", "the report's trust and noise against the plan's raw numbers, by other arithmetic", self._priced
         for name, what, check in _CLAIMS:
             yield name, what, partial(self._on, check)
         yield "budgets", "each site's ε over all its runs; the most that this run charged to one", self._budgets
@@ -170,6 +181,8 @@ class Audit:
         roster, payload = self._got("roster", self.roster), self._got("report signature", self._payload)
         found = signatures.check(self._report.parent, roster, str(payload.get("session")), self._document)
         self.countersigned = tuple(found)
+        if len(found) < self._required:
+            raise VerificationError(f"{len(found)} of {len(roster.sites)} sites signed, {self._required} are required")
         return f"{len(found)} of {len(roster.sites)} sites"
 
     # -- what was said, in which order --------------------------------------------------------------------------
@@ -226,7 +239,8 @@ class Audit:
         self._got("join statements", self._joins)
         value = self._got("files", self._bundle).json(PLAN)
         p = plans.PrivacyPlan.model_validate_json(canonical.dumps(value))
-        recompute.refuse_absurd(p.event.sample_rate, p.noise_multiplier, p.steps)
+        own = prices.read(value)
+        recompute.refuse_absurd(own.rate, own.noise, own.steps)
         p = p.check()
         if p.hash != canonical.digest(value):
             raise VerificationError("the plan's file leaves out fields that its hash covers")
@@ -234,7 +248,7 @@ class Audit:
             raise VerificationError(f"the plan speaks of {p.sites} sites, the roster of {len(self._joins or {})}")
         if p.contract_hash != self._ended().contract_hash:
             raise VerificationError("the plan was made for another contract than the one the sites signed")
-        self._plan = p
+        self._plan, self._prices = p, own
         return f"mode {p.mode}, sum {p.sum}, n = {p.sites}, t = {p.colluders}, d = {p.dropouts}, h = {p.honest}"
 
     def _contract(self) -> str:
@@ -252,47 +266,14 @@ class Audit:
         return f"hash {plan.contract_hash[:16]}..."
 
     def _sums(self) -> str:
-        plan, roster, h = self._got("plan", self._plan), self._got("roster", self.roster), self._ended()
-        if len(h.rounds) > plan.steps:
-            raise VerificationError(f"{len(h.rounds)} rounds were opened, {plan.steps} steps were planned")
-        if h.ended.status == COMPLETED and len(h.rounds) != plan.steps:
-            raise VerificationError(f"the run is said to be complete after {len(h.rounds)} of {plan.steps} steps")
-        known, fewest = {m.site for m in roster.sites}, plan.sites
-        if strange := next((r.site for r in h.refusals if r.site and r.site not in known), None):
-            raise VerificationError(f"a refusal is said to be of {strange!r}, who is not on the roster")
-        for r in h.rounds:
-            if r.members is not None and not known.issuperset(r.members):
-                raise VerificationError(f"round {r.number} names a member that is not on the roster")
-            if r.outcome != "applied" or r.members is None:
-                continue
-            if len(r.members) < plan.sites - plan.dropouts:
-                raise VerificationError(f"the sum of round {r.number} has {len(r.members)} sites, fewer than n - d")
-            honest = len(r.members) - (0 if plan.mode == "local" else plan.colluders)
-            sigma = plan.noise_multiplier * (honest / plan.honest) ** 0.5
-            if r.noise_multiplier is None or abs(r.noise_multiplier - sigma) > 1e-9 * sigma:
-                raise VerificationError(
-                    f"round {r.number} states another realised noise than its {len(r.members)} sites give"
-                )
-            fewest = min(fewest, len(r.members))
-        return f"{len(h.rounds)} of {plan.steps} steps; at least {fewest} of {plan.sites} sites in every sum"
+        return rounds.sums(self._got("plan", self._prices), self._got("roster", self.roster), self._ended())
 
     def _models(self) -> str:
+        payload, plan = self._got("report signature", self._payload), self._got("plan", self._plan)
         h = self._ended()
-        now = h.model_hash
-        for r in h.rounds:
-            if r.model_in != now:
-                raise VerificationError(f"round {r.number} does not start from the model before it")
-            now = r.model_out if r.outcome == "applied" else r.model_in
-        if h.ended.model_hash != now:
-            raise VerificationError("the model at the end is not the one that the last round gave")
-        if self._got("report signature", self._payload)["hashes"]["model"] != h.ended.model_hash:
-            raise VerificationError("the report names another final model than the server's journal")
-        found = bundles.file_digest(self._report.parent / bundles.MODEL)
-        if found not in (None, h.ended.model_hash):
-            raise VerificationError(f"{bundles.MODEL} is not the model that the journals and the report speak of")
+        said = rounds.models(h, payload, self._report.parent)
         states.chain(h)
-        again = states.steps(self._report.parent, self._got("plan", self._plan), h)
-        return f"final model {h.ended.model_hash[:16]}..., {'its file too' if found else 'no model file here'}; {again}"
+        return f"{said}; {states.steps(self._report.parent, plan, h)}"
 
     def _statistics(self) -> str:
         return claims.statistics(self._got("plan", self._plan), self._ended(), self._report.parent)
@@ -343,12 +324,15 @@ class Audit:
         return f"not delivered: {', '.join(missing)}" if missing else f"all {len(names)}"
 
     def _spends(self) -> str:
-        plan, h = self._got("plan", self._plan), self._ended()
-        count = sum(ledgers.counts(self._charged(site), plan, h, site) for site in h.ended.heads)
-        return f"{count} charges of SGM(q = {plan.event.sample_rate:g}, sigma = {plan.noise_multiplier:.6g})"
+        own, h = self._got("plan", self._prices), self._ended()
+        count = sum(ledgers.counts(self._charged(site), own, h, site) for site in h.ended.heads)
+        return f"{count} charges of SGM(q = {own.rate:g}, sigma = {own.noise:.6g})"
+
+    def _priced(self) -> str:
+        return prices.stated(self._got("report signature", self._payload), self._got("plan", self._prices))
 
     def _budgets(self) -> str:
-        payload, h, plan = self._got("report signature", self._payload), self._ended(), self._got("plan", self._plan)
+        payload, h, plan = self._got("report signature", self._payload), self._ended(), self._got("plan", self._prices)
         for site in h.ended.heads:
             stated = fields.mapping(payload["sites"][site], f"the report's entry of {site}")
             ledgers.budget(site, self._charged(site), stated)
@@ -363,7 +347,7 @@ class Audit:
 
     def _metrics(self) -> str:
         rows = self._got("files", self._bundle).metrics()
-        return progress.metrics(rows, self._got("plan", self._plan), self._ended())
+        return progress.metrics(rows, self._got("plan", self._prices), self._ended())
 
     def _fields(self) -> str:
         payload = dict(self._got("report signature", self._payload))
@@ -387,9 +371,9 @@ class Audit:
             raise VerificationError("; ".join(errors[:8]))
         return schema.NAME
 
-    def _on(self, check: Callable[[dict[str, Any], PrivacyPlan], str]) -> str:
+    def _on(self, check: Callable[[dict[str, Any], Prices], str]) -> str:
         payload = self._got("report signature", self._payload)
-        return check(fields.mapping(payload.get("claim"), "claim"), self._got("plan", self._plan))
+        return check(fields.mapping(payload.get("claim"), "claim"), self._got("plan", self._prices))
 
     # -- helpers ------------------------------------------------------------------------------------------------
 

@@ -15,17 +15,19 @@ from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report import recompute
 from fedveil.privacy.report.history import History
+from fedveil.privacy.report.prices import Prices
 from fedveil.privacy.stats_document import STATISTICS, document
 
 _CLOSE, _NAMED = 1e-6, 8
+_OVER, _UNDER, _TINY = 1e-5, 1e-2, 5e-3  # how far the third accountant may be over and under the claim
 _STEP_SLACK = 1e-11  # what a builder may add to each step's divergence for rounding
 _STATISTICS_LIMIT = 1 << 25
 _NO_DISTRIBUTION, _NO_EXP = 600.0, 700.0
 
 
-def pld(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+def pld(claim: dict[str, Any], plan: Prices) -> str:
     """The claimed ε is not below what PLD gives for all planned steps, nor a different number."""
-    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    q, sigma = plan.rate, plan.noise
     own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
     claimed = fields.number(claim, "epsilon", "claim", high=1e6)
     if claim.get("delta") != plan.delta:
@@ -39,20 +41,35 @@ def pld(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     return f"claimed {claimed:.6f}, recomputed {own:.6f}" + (", closed form agrees" if q == 1 else "")
 
 
-def rdp(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+def rdp(claim: dict[str, Any], plan: Prices) -> str:
     """The second accountant: the report's value by it is one that the verifier's own table of orders allows.
 
     How it compares with the first says nothing. Both are upper bounds, and either can be the smaller one (PLD's grid
     overcounts many small steps, RDP a few rare ones).
     """
-    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    q, sigma = plan.rate, plan.noise
     stated = fields.number(claim, "epsilon_rdp", "claim", high=1e9)
     return f"stated {stated:.6f}, bounded by {_between(stated, 'epsilon', q, sigma, plan):.6f}"
 
 
-def replace_one(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+def fourier(claim: dict[str, Any], plan: Prices) -> str:
+    """The third accountant: the claim is not below its ε, and not far above.
+
+    Both it and PLD round the losses up. Its grid is the finer one, so an honest claim is the larger number, by little:
+    under 0.2 % where the grids are as fine as a step's loss, more only where all steps together lose next to nothing.
+    """
+    claimed = fields.number(claim, "epsilon", "claim", high=1e6)
+    own = recompute.by_fourier(((plan.rate, plan.noise, plan.steps),), plan.delta)
+    if claimed < own * (1 - _OVER) - _CLOSE:
+        raise VerificationError(f"epsilon = {claimed:.6f} is claimed, the third accountant gives {own:.6f}")
+    if claimed > own * (1 + _UNDER) + _TINY:
+        raise VerificationError(f"epsilon = {claimed:.6f} is claimed, far above the third accountant's {own:.6f}")
+    return f"claimed {claimed:.6f}, by the third accountant {own:.6f}"
+
+
+def replace_one(claim: dict[str, Any], plan: Prices) -> str:
     """ε under the other relation: one record replaced by another."""
-    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    q, sigma = plan.rate, plan.noise
     stated = fields.number(claim, "replace_one_epsilon", "claim", high=1e12)
     if claim.get("replace_one_accountant") == "RDP":
         if stated <= _NO_DISTRIBUTION:
@@ -71,9 +88,9 @@ def replace_one(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     return f"stated {stated:.6f}, recomputed {own:.6f}, by RDP at most {bound:.6f}"
 
 
-def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+def fallback(claim: dict[str, Any], plan: Prices) -> str:
     """ε when a site can count on nothing but its own share of the noise."""
-    q, sigma = plan.event.sample_rate, plan.noise_multiplier / math.sqrt(plan.honest)
+    q, sigma = plan.rate, plan.own_noise
     stated = fields.number(claim, "fallback_epsilon", "claim", high=1e12)
     if claim.get("fallback_accountant") == "RDP":
         return f"stated {stated:.6f}, recomputed by RDP: at most {_between(stated, 'the fallback', q, sigma, plan):.6f}"
@@ -85,11 +102,11 @@ def fallback(claim: dict[str, Any], plan: PrivacyPlan) -> str:
     return f"stated {stated:.6f}, recomputed {own:.6f}"
 
 
-def charged(accounting: dict[str, Any], plan: PrivacyPlan, steps: int) -> str:
+def charged(accounting: dict[str, Any], plan: Prices, steps: int) -> str:
     """The most that this run charged to one site: ``steps`` of the plan's, by both accountants."""
     if (found := accounting.get("steps_charged")) != steps:
         raise VerificationError(f"{str(found)[:16]} steps are said to be charged to one site, the ledgers give {steps}")
-    q, sigma = plan.event.sample_rate, plan.noise_multiplier
+    q, sigma = plan.rate, plan.noise
     stated = fields.number(accounting, "epsilon_charged_pld", "accounting", high=1e6)
     own = recompute.by_pld(q, sigma, steps, plan.delta)
     if abs(stated - own) > _CLOSE * max(1.0, own):
@@ -100,7 +117,7 @@ def charged(accounting: dict[str, Any], plan: PrivacyPlan, steps: int) -> str:
     return f"this run charged one site {steps} steps at most, epsilon = {own:.6f}"
 
 
-def _between(stated: float, what: str, q: float, sigma: float, plan: PrivacyPlan, steps: int = 0) -> float:
+def _between(stated: float, what: str, q: float, sigma: float, plan: Prices, steps: int = 0) -> float:
     """What the verifier's own table of orders bounds ε by; raises where ``stated`` cannot come from a finer one.
 
     Args:
@@ -113,7 +130,7 @@ def _between(stated: float, what: str, q: float, sigma: float, plan: PrivacyPlan
     return high
 
 
-def curve(claim: dict[str, Any], plan: PrivacyPlan) -> str:
+def curve(claim: dict[str, Any], plan: Prices) -> str:
     """No point of the curve promises more than the accountant; the attack risk follows from the points."""
     points = claim.get("curve")
     if not isinstance(points, list) or not 2 <= len(points) <= 1024:
@@ -122,9 +139,7 @@ def curve(claim: dict[str, Any], plan: PrivacyPlan) -> str:
         pair = dict(zip("ed", p, strict=True))
         fields.number(pair, "e", "curve", high=1e4)
         fields.number(pair, "d", "curve", high=1)
-    exact = recompute.deltas_by_pld(
-        plan.event.sample_rate, plan.noise_multiplier, plan.steps, tuple(p[0] for p in points)
-    )
+    exact = recompute.deltas_by_pld(plan.rate, plan.noise, plan.steps, tuple(p[0] for p in points))
     for (e, d), own in zip(points, exact, strict=True):
         if d < own * (1 - _CLOSE) - 1e-12:
             raise VerificationError(f"the curve promises delta = {d:.3g} at epsilon = {e:.3f}, it is {own:.3g}")

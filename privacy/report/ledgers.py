@@ -14,10 +14,12 @@ from fedveil.common.journal import GENESIS, Copy, Row
 from fedveil.privacy.joining import heads_of, names_of
 from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import recompute
+from fedveil.privacy.report import prices, recompute
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import COMPLETED, History
+from fedveil.privacy.report.prices import Prices
 
+_UNEVEN = 1e-2  # what the third accountant's grid may add
 Seen = list[tuple[str, Copy]]  # who has seen it, and what
 
 
@@ -185,16 +187,21 @@ def dated(charges: Mapping[str, Charges], h: History) -> str:
     return f"{len(charges) + 1} journals; the run took {last - first} seconds"
 
 
-def counts(c: Charges, plan: PrivacyPlan, h: History, site: str) -> int:
+def counts(c: Charges, plan: Prices, h: History, site: str) -> int:
     """It was charged the plan's step, only for opened rounds, for the states that the server's journal names, and for
     every sum the site is in. Returns how often.
+
+    The price of a step is the verifier's own, out of the plan's numbers.
     """
     opened = {r.number: r.state_in for r in h.rounds}
     for n, row in c.spends.items():
         if n not in opened:
             raise VerificationError(f"{site} charged round {n}, which the server never opened")
-        if row.body["event"] != plan.event.to_json() or row.body.get("plan_hash") != plan.hash:
-            raise VerificationError(f"{site} charged round {n} with another event or plan than the signed one")
+        wrong = prices.charge(plan, row.body["event"])
+        if wrong or row.body.get("plan_hash") != h.plan_hash:
+            raise VerificationError(
+                f"{site} charged round {n} with another event or plan than the signed one" + (wrong and f": {wrong}")
+            )
         if row.body.get("state", "") != opened[n]:
             raise VerificationError(f"{site} charged round {n} for another model state than the server's journal names")
     for r in h.applied:
@@ -264,7 +271,9 @@ def _before_a_restart(c: Charges, h: History, site: str, last: Row) -> bool:
 def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:
     """The filter's ε once more, by the verifier's own accountant: in the ledger, in the report, and under the cap.
 
-    The cap that counts is the one in force at each spend: an owner may lower it afterwards.
+    A filter's ε holds for charges that were chosen on the way. So it is never below what the third accountant makes of
+    the same charges, had all been fixed before. The cap that counts is the one in force at each spend: an owner may
+    lower it afterwards.
     """
     own = recompute.by_filter(c.events, c.order, c.delta)
     # The ledger adds 1e-12 to each step against rounding.
@@ -274,6 +283,9 @@ def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:
         )
     if fields.number(stated, "epsilon_after", site) < own - 1e-6:
         raise VerificationError(f"{site}: the report states {stated['epsilon_after']:.6f} spent, it is {own:.6f}")
+    least = recompute.least(c.events, c.delta)
+    if own < least * (1 - _UNEVEN) - 1e-6:
+        raise VerificationError(f"{site}: its filter reads {own:.6f}, but its charges cost {least:.6f} when composed")
     events, cap = c.tightest
     if (then := recompute.by_filter(events, c.order, c.delta)) > cap * (1 + 1e-6):
         raise VerificationError(f"{site}: {then:.6f} was spent under a cap of {cap:g}")

@@ -6,15 +6,15 @@ import math
 from typing import Any
 
 from fedveil.common.errors import VerificationError
-from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import recompute
 from fedveil.privacy.report.history import History
+from fedveil.privacy.report.prices import Prices
 
 _CLOSE, _SAME, _UNEVEN = 1e-6, 1e-4, 0.01
 _ALL = 16  # up to so many rounds, every ε is computed again; of more, some
 
 
-def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> str:
+def metrics(rows: list[dict[str, Any]], plan: Prices, history: History) -> str:
     """Rounds in order; ε of the rounds opened never falls, and is right where it is computed again.
 
     A site that refused a round may have been charged less, but never more.
@@ -33,7 +33,7 @@ def metrics(rows: list[dict[str, Any]], plan: PrivacyPlan, history: History) -> 
     for i, row in enumerate(rows):
         stated = own = row["epsilon_opened"]
         if i in sampled:
-            own = recompute.by_pld(plan.event.sample_rate, plan.noise_multiplier, row["round"], plan.delta)
+            own = recompute.by_pld(plan.rate, plan.noise, row["round"], plan.delta)
         if abs(stated - own) > _CLOSE * max(1.0, own):
             raise VerificationError(f"round {row['round']}: it states epsilon = {stated:.6f}, not {own:.6f}")
         # What is not computed again lies between two rounds that are; at a small δ a composition's rounding shows.

@@ -16,7 +16,7 @@ from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
 from fedveil.privacy.report.history import History, Round
-from fedveil.privacy.secagg.opened_sum import BUFFERS, FOLDER, OPENED
+from fedveil.privacy.secagg.opened_sum import BLINDED, BUFFERS, FOLDER, OPENED
 
 START = "start.f32"
 _HEADER = 1 << 22
@@ -34,8 +34,9 @@ def chain(h: History) -> None:
 def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
     """Take every step again, from the opened sums in the run's folder.
 
-    None is too long, and each leads to the state that the journal names. Without those files, or where only the sites
-    read the sums, there is nothing to take.
+    None is too long, and each leads to the state that the journal names. Where only the sites read the sums, a model
+    has the name of the blinded sums that it came from: then every name is computed again. Without the files there is
+    nothing to do.
 
     Returns:
         What was found, in words.
@@ -44,8 +45,10 @@ def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
         VerificationError: a file is missing among others, is not the one that the journal names, holds a sum longer
             than :func:`~fedveil.privacy.norm_cap.cap`, or leads to another state.
     """
-    if plan.reveal_to == "sites" or not (folder / FOLDER).is_dir() or not h.applied:
+    if not (folder / FOLDER).is_dir() or not h.applied:
         return "opened sums are not here"
+    if plan.reveal_to == "sites":
+        return _names(folder / FOLDER, plan, h)
     first = bundles.read_bounded(folder / START, 4 * plan.model.parameters)
     if sha256(first) != h.model_hash or len(first) != 4 * plan.model.parameters:
         raise VerificationError(f"{START} is not the model that the journal begins with")
@@ -60,6 +63,19 @@ def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
         if state.digest != r.state_out:
             raise VerificationError(f"the opened sum of round {r.number} does not lead to the model state after it")
     return f"{len(h.applied)} steps taken again from the opened sums"
+
+
+def _names(folder: Path, plan: PrivacyPlan, h: History) -> str:
+    now = h.model_hash
+    for r in h.applied:
+        header = canonical.loads(bundles.read_bounded(folder / f"{r.number}.json", _HEADER))
+        data = bundles.read_bounded(folder / f"{r.number}.bin", 8 * plan.model.parameters)
+        if not isinstance(header, dict):
+            raise VerificationError(f"the blinded sum of round {r.number} is malformed")
+        now = chained(now, Packet(header, {BUFFERS[BLINDED]: data}))
+        if r.model_out != now:
+            raise VerificationError(f"the blinded sum of round {r.number} does not give the model named after it")
+    return f"{len(h.applied)} blinded sums give the same names"
 
 
 def _values(folder: Path, plan: PrivacyPlan, r: Round) -> NDArray[np.int64]:

@@ -21,15 +21,16 @@ from fedveil.common.errors import MALFORMED, FedveilError, VerificationError
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.checks import Audit, NotReached
 
-_PLD, _RDP, _FILTER, _CLOSED = "pld", "rdp", "filter", "closed"
+_PLD, _RDP, _FOURIER, _FILTER, _CLOSED = "pld", "rdp", "fourier", "filter", "closed"
 # Which accountant a check's numbers come from; the others compare bytes, hashes and order.
 _ACCOUNTANTS = {
     "epsilon by PLD": (_PLD, _CLOSED),
     "epsilon by RDP": (_RDP, _PLD),
+    "epsilon by Fourier": (_FOURIER,),
     "replace-one epsilon": (_PLD, _RDP, _CLOSED),
     "fallback epsilon": (_PLD, _RDP),
     "privacy curve": (_PLD,),
-    "budgets": (_FILTER,),
+    "budgets": (_FILTER, _FOURIER),
     "metrics file": (_PLD,),
 }
 _LEDGER = "ledger of "
@@ -138,23 +139,26 @@ class Verification:
         }
 
 
-def verify_report(report: Path, *, consortium_key: str | None = None) -> Verification:
+def verify_report(report: Path, *, consortium_key: str | None = None, require_signatures: int = 0) -> Verification:
     """Check ``report.json`` against the files beside it.
 
     Args:
         report: the report; its folder is the bundle.
         consortium_key: the consortium's Ed25519 public key, 64 hexadecimal digits, from a source other than the bundle.
             None takes the bundle's, and the result says so; anything else that is no key fails the roster's check.
+        require_signatures: how many sites must have signed this very report.
 
     Returns:
         A :class:`Verification`; nothing in the files makes this function raise.
     """
-    return examined(report, consortium_key=consortium_key)[0]
+    return examined(report, consortium_key=consortium_key, require_signatures=require_signatures)[0]
 
 
-def examined(report: Path, *, consortium_key: str | None = None) -> tuple[Verification, Audit]:
+def examined(
+    report: Path, *, consortium_key: str | None = None, require_signatures: int = 0
+) -> tuple[Verification, Audit]:
     """:func:`verify_report`, and what was read for it: later steps must use this and not read the files again."""
-    audit = Audit(report, consortium_key)
+    audit = Audit(report, consortium_key, require_signatures)
     checks: list[Check] = []
     for name, compared, step in audit.steps():
         checks.append(_run(name, compared, step))

@@ -329,6 +329,12 @@ def spoilt(honest: World, tmp_path: Path) -> World:
     return honest.copy(tmp_path / "run")
 
 
+@pytest.fixture(scope="session")
+def planned() -> Callable[..., PrivacyPlan]:
+    """``planned(...)``: the honest run's plan with other values."""
+    return plan_of
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., World]:
     """``make(plan=..., ...)``: another run, finished."""

@@ -9,7 +9,7 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import UsageError, VerificationError
 from fedveil.deploy.cli.audit import app
 from fedveil.privacy.report import row_proof
-from fedveil.privacy.report.countersign import see
+from fedveil.privacy.report.countersign import countersign, see
 from fedveil.privacy.report.verify import verify_report
 
 
@@ -82,6 +82,25 @@ def test_a_failed_check_is_named_and_has_the_exit_code(spoilt) -> None:
     assert "ledger of cava" in result.exception.message
     assert "FAILED" in result.stdout
     assert "Every check passed" not in result.stdout
+
+
+def test_as_many_sites_must_have_signed_as_were_asked_for(spoilt) -> None:
+    def found(required: int):
+        return call("verify", spoilt.report, "--require-signatures", required)
+
+    assert found(0).exit_code == 0
+    refused = found(1)
+    assert isinstance(refused.exception, VerificationError)
+    assert "countersignatures: 0 of 4 sites signed, 1 are required" in refused.exception.message
+    for site in ("alba", "dorn"):
+        countersign(spoilt.report, spoilt.sites[site], spoilt.public)
+    assert found(2).exit_code == 0
+    assert "2 of 4 sites signed, 3 are required" in found(3).exception.message
+    assert isinstance(found(5).exception, VerificationError), "more than there are sites"
+    assert found(-1).exit_code == 2
+    held = canonical.loads((spoilt.folder / "signatures.json").read_bytes())
+    spoilt.json("signatures.json", {"alba": held["alba"], "berg": held["dorn"]})
+    assert "countersignatures" in found(2).exception.message, "a signature counts once, and for its own site"
 
 
 def test_json_is_for_programs(spoilt) -> None:

@@ -16,7 +16,7 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER, SampledGaussian
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.report import claims, derive, privacy_loss, progress, recompute
+from fedveil.privacy.report import claims, derive, prices, privacy_loss, progress, recompute
 
 GIVEN: dict[str, Any] = {
     "sum": "plain", "records": 50, "clip": 1.0, "model": ModelSpec(name="logistic", inputs=3, classes=2),
@@ -33,8 +33,9 @@ def verified(plan: PrivacyPlan) -> dict[str, Any]:
     event = plan.event
     recompute.refuse_absurd(event.sample_rate, plan.noise_multiplier, plan.steps)
     claim = derive._claim(plan)
-    for check in (claims.pld, claims.rdp, claims.replace_one, claims.fallback, claims.curve):
-        check(claim, plan)
+    own = prices.read(plan.to_json())
+    for check in (claims.pld, claims.rdp, claims.fourier, claims.replace_one, claims.fallback, claims.curve):
+        check(claim, own)
     return claim
 
 
@@ -135,10 +136,10 @@ def test_the_rounding_of_a_composition_is_no_lie() -> None:
     rows = [{"round": k, "epsilon_opened": e, "metrics": {}} for k, e in zip(rounds, spent, strict=True)]
     history = SimpleNamespace(rounds=range(1000), applied=[])
     assert any(b < a - 1e-6 for a, b in itertools.pairwise(spent))
-    assert "recomputed" in progress.metrics(rows, plan, history)  # type: ignore[arg-type]
+    assert "recomputed" in progress.metrics(rows, prices.read(plan.to_json()), history)  # type: ignore[arg-type]
     rows[5]["epsilon_opened"] *= 0.9
     with pytest.raises(VerificationError):
-        progress.metrics(rows, plan, history)  # type: ignore[arg-type]
+        progress.metrics(rows, prices.read(plan.to_json()), history)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("epsilon", [300.0, 400.0, 900.0])
@@ -153,4 +154,4 @@ def test_a_stated_bound_too_low_or_too_high_is_refused() -> None:
     claim = verified(plan)
     for wrong in (0.8 * claim["epsilon_rdp"], 1.2 * claim["epsilon_rdp"] + 0.1):
         with pytest.raises(VerificationError, match="between"):
-            claims.rdp({**claim, "epsilon_rdp": wrong}, plan)
+            claims.rdp({**claim, "epsilon_rdp": wrong}, prices.read(plan.to_json()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
 from fedveil.common.workload.model import ModelSpec
+from fedveil.privacy import ledger
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import Optimizer, make_plan
-from fedveil.privacy.report import claims, privacy_loss, recompute
+from fedveil.privacy.report import claims, prices, privacy_loss, recompute
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
 
@@ -82,10 +84,12 @@ EDITS = {
     "attack": ("privacy curve", lambda p: p["claim"]["attack"][1].update(true_positive_rate=0.011)),
     "budget": ("budgets", lambda p: p["sites"]["cava"].update(epsilon_after=1.0)),
     "budget before": ("every field", lambda p: p["sites"]["cava"].update(epsilon_before=0.0)),
+    "sensitivity": ("prices", lambda p: p["mechanism"].update(sensitivity=1.0)),
+    "steps": ("prices", lambda p: p["steps"].update(planned=3)),
     "sentence": ("every field", lambda p: p["claim"].update(sentence="Nobody learns anything.")),
     "rounds": ("every field", lambda p: p["rounds"][1].update(missing=[])),
     "realised noise": ("every field", lambda p: p["rounds"][0].update(noise_multiplier=9.0)),
-    "colluders": ("every field", lambda p: p["trust"].update(colluders=3)),
+    "colluders": ("prices", lambda p: p["trust"].update(colluders=3)),
     "a criterion": ("every field", lambda p: p["sites"]["alba"]["anonymisation"]["criteria"].clear()),
     "a deviation left out": ("every field", lambda p: p["deviations"].pop()),
     "not covered": ("every field", lambda p: p["not_covered"].clear()),
@@ -163,6 +167,52 @@ def test_the_verifiers_own_accountants_agree_with_the_closed_form() -> None:
     assert recompute.by_pld(0.5, 1.0, 0, 1e-5) == recompute.by_rdp(0.5, 1.0, 0, 1e-5) == 0.0
 
 
+def test_the_third_accountant_refuses_what_is_below_it_or_far_above(planned) -> None:
+    for changes in ({}, {"sample_rate": 0.01, "records": 10_000, "steps": 1000}):
+        plan = planned(**changes)
+        own, claim = prices.read(plan.to_json()), {"epsilon": plan.claim}
+        assert "third accountant" in claims.fourier(claim, own)
+        for part, word in ((0.995, "gives"), (1.05, "far above")):
+            with pytest.raises(VerificationError, match=word):
+                claims.fourier({"epsilon": part * plan.claim}, own)
+        for fault in ({"noise": 0.98 * own.noise}, {"steps": own.steps + own.steps // 20 + 1}):
+            with pytest.raises(VerificationError, match="third accountant"):
+                claims.fourier(claim, replace(own, **fault))
+
+
+def test_a_filter_never_reads_less_than_its_charges_cost() -> None:
+    once, often = SampledGaussian(1.0, 8.0), SampledGaussian(0.02, 1.0)
+    for events in ([once] * 3, [often] * 400, [once, often] * 20, [once, *[often] * 50, SampledGaussian(0.5, 30.0)]):
+        least = recompute.least(events, 1e-5)
+        assert 0 < least < min(recompute.by_filter(events, order, 1e-5) for order in (4.0, 8.0, 16.0, 32.0))
+        assert least > 0.5 * min(recompute.by_filter(events, order, 1e-5) for order in (4.0, 8.0, 16.0, 32.0))
+
+
+def test_a_ledger_too_wide_or_too_mixed_for_a_distribution_is_left_to_its_filter() -> None:
+    assert recompute.least([SampledGaussian(1.0, 0.2)] * 1000, 1e-5) == 0
+    assert recompute.least([SampledGaussian(0.5, 5.0 + i) for i in range(65)], 1e-5) == 0
+    assert recompute.least([SampledGaussian(0.1, 5.0)] * 10, 1e-300) == 0
+    assert recompute.least([], 1e-5) == 0
+
+
+def test_a_filter_that_counts_too_little_is_found(make, monkeypatch) -> None:
+    """One fault in the ledger's arithmetic and in its check: the third accountant composes without a Rényi order."""
+    w = make(earlier_steps=16, cap=8.0)
+    right, by_filter = ledger.rdp, recompute.by_filter
+
+    def less(events, order: float, delta: float) -> float:
+        found, offset = by_filter(list(events), order, delta), recompute._offset(order, delta)
+        return found and 0.3 * (found - offset) + offset
+
+    monkeypatch.setattr(ledger, "rdp", lambda event, order: 0.3 * right(event, order))
+    monkeypatch.setattr(recompute, "by_filter", less)
+    build_report(w.folder, w.server)
+    failed = verify_report(w.report).failed
+    assert failed is not None
+    assert failed.name == "budgets"
+    assert "its charges cost" in failed.detail
+
+
 def test_an_absurd_plan_is_refused_before_an_accountant_sees_it() -> None:
     with pytest.raises(VerificationError, match="below any"):
         recompute.refuse_absurd(0.5, 1e-6, 1 << 20)
@@ -207,9 +257,10 @@ def test_the_fallback_of_many_sites_is_named_by_an_accountant_that_can_compute_i
     value, accountant = privacy_loss.fallback(plan)
     assert value >= plan.claim
     stated = {"fallback_epsilon": value, "fallback_accountant": accountant}
-    assert "recomputed" in claims.fallback(stated, plan)
+    own = prices.read(plan.to_json())
+    assert "recomputed" in claims.fallback(stated, own)
     with pytest.raises(VerificationError, match="fallback"):
-        claims.fallback({**stated, "fallback_epsilon": 0.8 * value}, plan)
+        claims.fallback({**stated, "fallback_epsilon": 0.8 * value}, own)
     if rate == 1 and accountant == "PLD":
         mu = math.sqrt(steps * plan.honest) / plan.noise_multiplier
         assert value == pytest.approx(gaussian_epsilon(mu, 1e-6), rel=1e-2)
