@@ -18,6 +18,7 @@ from fedveil.privacy.dp.noise import KeyStream
 from fedveil.privacy.dp.sampling import poisson_sample
 
 EMPTY = -1
+SPARE = 4
 _SLACK = 1e-3  # of a logarithm: more than double precision loses below
 
 
@@ -30,7 +31,8 @@ def places_needed(capacity: int, rate: float, overflow: float) -> int:
         overflow: above 0 where ``rate`` is below 1.
 
     By Chernoff's bound for the others' sample, Binomial(K - 1, q): P[B >= P] <= exp(-(K - 1) · KL(P / (K - 1) || q)).
-    K places always suffice; for ``rate`` 1 nothing less does.
+    :data:`SPARE` more, so that the same holds for five units that come together. K places always suffice; for ``rate``
+    1 nothing less does.
 
     Raises:
         PlanError: a capacity below 1, a rate outside (0, 1], or no positive overflow where one is needed.
@@ -45,7 +47,7 @@ def places_needed(capacity: int, rate: float, overflow: float) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if _exponent(others, rate, middle) >= needed else (middle, high)
-    return high
+    return min(capacity, high + SPARE)
 
 
 def _exponent(others: int, rate: float, places: int) -> float:
@@ -56,6 +58,14 @@ def _exponent(others: int, rate: float, places: int) -> float:
     if places >= others:
         return -others * math.log(rate) if places == others else math.inf
     return others * (share * math.log(share / rate) + (1 - share) * math.log((1 - share) / (1 - rate)))
+
+
+def outgrown(capacity: int, rate: float, places: int, group: int) -> float:
+    """A bound of the chance that the units beside a group of ``group`` leave fewer than that many places of a step."""
+    others, room = capacity - group, places - group + 1
+    if room > others:
+        return 0.0
+    return math.exp(-_exponent(others, rate, room)) if room > 0 else 1.0
 
 
 def seat(records: int, rate: float, places: int) -> NDArray[np.int64]:

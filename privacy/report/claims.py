@@ -28,7 +28,7 @@ _NO_DISTRIBUTION, _NO_EXP = 600.0, 700.0
 def pld(claim: dict[str, Any], plan: Prices) -> str:
     """The claimed ε is not below what PLD gives for all planned steps, nor a different number."""
     q, sigma = plan.rate, plan.noise
-    own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
+    own = recompute.by_pld(q, sigma, plan.steps, plan.left(plan.steps))
     claimed = fields.number(claim, "epsilon", "claim", high=1e6)
     if claim.get("delta") != plan.delta:
         raise VerificationError(f"delta = {claim.get('delta')!r} is claimed, the plan says {plan.delta:g}")
@@ -59,7 +59,7 @@ def fourier(claim: dict[str, Any], plan: Prices) -> str:
     under 0.2 % where the grids are as fine as a step's loss, more only where all steps together lose next to nothing.
     """
     claimed = fields.number(claim, "epsilon", "claim", high=1e6)
-    own = recompute.by_fourier(((plan.rate, plan.noise, plan.steps),), plan.delta)
+    own = recompute.by_fourier(((plan.rate, plan.noise, plan.steps),), plan.left(plan.steps))
     if claimed < own * (1 - _OVER) - _CLOSE:
         raise VerificationError(f"epsilon = {claimed:.6f} is claimed, the third accountant gives {own:.6f}")
     if claimed > own * (1 + _UNDER) + _TINY:
@@ -78,13 +78,13 @@ def replace_one(claim: dict[str, Any], plan: Prices) -> str:
     # Two records can pull in opposite directions: twice the distance under the same noise, and four times the loss.
     if (lost := plan.steps * SampledGaussian(q, sigma / 2).loss) > 4 * MAX_LOSS:
         raise VerificationError(f"the mean privacy loss with one record replaced, {lost:.4g}, is too large for PLD")
-    own = recompute.by_pld_replacing(q, sigma, plan.steps, plan.delta)
+    own = recompute.by_pld_replacing(q, sigma, plan.steps, plan.left(plan.steps))
     if abs(stated - own) > _CLOSE * max(1.0, own):
         raise VerificationError(f"epsilon with one record replaced is stated as {stated:.6f}, it is {own:.6f}")
     # Twice the distance under the same noise: the closed form at σ/2.
     if q == 1 and stated < _NO_EXP and recompute.gaussian_delta(sigma / 2, plan.steps, stated) > plan.delta * 1.000001:
         raise VerificationError("the closed form gives a larger delta where one record is replaced")
-    bound = recompute.replacing_bound(q, sigma, plan.steps, plan.delta)
+    bound = recompute.replacing_bound(q, sigma, plan.steps, plan.left(plan.steps))
     return f"stated {stated:.6f}, recomputed {own:.6f}, by RDP at most {bound:.6f}"
 
 
@@ -96,7 +96,7 @@ def fallback(claim: dict[str, Any], plan: Prices) -> str:
         return f"stated {stated:.6f}, recomputed by RDP: at most {_between(stated, 'the fallback', q, sigma, plan):.6f}"
     if (lost := plan.steps * SampledGaussian(q, sigma).loss) > 4 * MAX_LOSS:
         raise VerificationError(f"the mean privacy loss under one's own share alone, {lost:.4g}, is too large for PLD")
-    own = recompute.by_pld(q, sigma, plan.steps, plan.delta)
+    own = recompute.by_pld(q, sigma, plan.steps, plan.left(plan.steps))
     if abs(stated - own) > _CLOSE * max(1.0, own):
         raise VerificationError(f"the fallback is stated as {stated:.6f}, it is {own:.6f}")
     return f"stated {stated:.6f}, recomputed {own:.6f}"
@@ -108,7 +108,7 @@ def charged(accounting: dict[str, Any], plan: Prices, steps: int) -> str:
         raise VerificationError(f"{str(found)[:16]} steps are said to be charged to one site, the ledgers give {steps}")
     q, sigma = plan.rate, plan.noise
     stated = fields.number(accounting, "epsilon_charged_pld", "accounting", high=1e6)
-    own = recompute.by_pld(q, sigma, steps, plan.delta)
+    own = recompute.by_pld(q, sigma, steps, plan.left(steps))
     if abs(stated - own) > _CLOSE * max(1.0, own):
         raise VerificationError(f"epsilon charged to one site is stated as {stated:.6f}, it is {own:.6f}")
     if steps:
@@ -124,7 +124,7 @@ def _between(stated: float, what: str, q: float, sigma: float, plan: Prices, ste
         steps: composed; by default all that are planned.
     """
     steps = steps or plan.steps
-    low, high = recompute.rdp_range(q, sigma, steps, plan.delta)
+    low, high = recompute.rdp_range(q, sigma, steps, plan.left(steps))
     if not low * (1 - _CLOSE) <= stated <= high + _CLOSE * max(1.0, high) + _STEP_SLACK * steps:
         raise VerificationError(f"{what} by RDP is stated as {stated:.6f}, it is between {low:.6f} and {high:.6f}")
     return high
@@ -141,7 +141,7 @@ def curve(claim: dict[str, Any], plan: Prices) -> str:
         fields.number(pair, "d", "curve", high=1)
     exact = recompute.deltas_by_pld(plan.rate, plan.noise, plan.steps, tuple(p[0] for p in points))
     for (e, d), own in zip(points, exact, strict=True):
-        if d < own * (1 - _CLOSE) - 1e-12:
+        if d < min(1.0, own + plan.steps * plan.overflow) * (1 - _CLOSE) - 1e-12:
             raise VerificationError(f"the curve promises delta = {d:.3g} at epsilon = {e:.3f}, it is {own:.3g}")
     rates = claim.get("attack")
     if not isinstance(rates, list) or not rates:

@@ -62,6 +62,10 @@ class Prices:
         """The chance that a step's sample outgrows its places."""
         return 0.0 if self.rate == 1 else _ASIDE * self.delta / self.steps
 
+    def left(self, steps: int) -> float:
+        """δ without the chance that one of so many samples outgrew its places."""
+        return self.delta - steps * self.overflow
+
     @property
     def places(self) -> int:
         """P, at a site of the largest capacity."""
@@ -175,13 +179,13 @@ def _places(capacity: int, rate: float, overflow: float) -> int:
         rest = 0.0 if places == others else (1 - a) * math.log((1 - a) / (1 - rate))
         return others * (a * math.log(a / rate) + rest) >= needed
 
-    places, step = capacity, 1 << capacity.bit_length()
+    places, step = capacity, 1 << capacity.bit_length()  # then four more, for five units that come together
     while step:
         if places - step >= 1 and enough(places - step):
             places -= step
         else:
             step >>= 1
-    return places
+    return min(capacity, places + 4)
 
 
 def _same(found: Any, own: float) -> bool:

@@ -13,6 +13,7 @@ from dp_accounting.pld import PLDAccountant
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.accounting import MAX_PLD_EPSILON, delta_curve, epsilon_pld, epsilon_rdp, replace_one_rdp
 from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.dp.places import outgrown
 from fedveil.privacy.plan import PrivacyPlan
 
 CURVE_POINTS = 33
@@ -79,13 +80,26 @@ def groups(plan: PrivacyPlan) -> list[dict[str, Any]]:
     return [
         {"size": size, "epsilon": epsilon, "accountant": accountant}
         for size in GROUPS
-        for epsilon, accountant in [group(plan.event, plan.steps, plan.delta, size)]
+        for epsilon, accountant in [group(plan.event, plan.steps, _left(plan, size), size)]
     ]
 
 
-def group_epsilon(plan: PrivacyPlan, records: int) -> float:
-    """ε of ``records`` units that change together; see :func:`group`."""
-    return plan.claim if records == 1 else group(plan.event, plan.steps, plan.delta, records)[0]
+def group_epsilon(plan: PrivacyPlan, records: int) -> float | None:
+    """ε of ``records`` units that change together (:func:`group`); None where a step has too few places for a bound."""
+    if records == 1:
+        return plan.claim
+    left = _left(plan, records)
+    return group(plan.event, plan.steps, left, records)[0] if left > 0 else None
+
+
+def _left(plan: PrivacyPlan, size: int) -> float:
+    """δ without the chance that a step has too few places for a group and the sample of all others.
+
+    It is positive for :data:`GROUPS`, for which the plan's places are made.
+    """
+    if not plan.overflow:
+        return plan.delta
+    return plan.delta - plan.steps * outgrown(plan.capacity, plan.sample_rate, plan.places(plan.capacity), size)
 
 
 @lru_cache(maxsize=256)

@@ -33,7 +33,7 @@ def metrics(rows: list[dict[str, Any]], plan: Prices, history: History) -> str:
     for i, row in enumerate(rows):
         stated = own = row["epsilon_opened"]
         if i in sampled:
-            own = recompute.by_pld(plan.rate, plan.noise, row["round"], plan.delta)
+            own = recompute.by_pld(plan.rate, plan.noise, row["round"], plan.left(row["round"]))
         if abs(stated - own) > _CLOSE * max(1.0, own):
             raise VerificationError(f"round {row['round']}: it states epsilon = {stated:.6f}, not {own:.6f}")
         # What is not computed again lies between two rounds that are; at a small δ a composition's rounding shows.

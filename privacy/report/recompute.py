@@ -136,8 +136,13 @@ def least(events: Iterable[SampledGaussian], delta: float) -> float:
 
 
 def by_filter(events: Iterable[SampledGaussian], order: float, delta: float) -> float:
-    """ε of a whole ledger at one Rényi order: what its filter must say."""
-    return _at_order(tuple(sorted(Counter((e.sample_rate, e.noise_multiplier) for e in events).items())), order, delta)
+    """ε of a whole ledger at one Rényi order: what its filter must say.
+
+    A thousandth of δ is set aside once a sample may have outgrown its places.
+    """
+    found = list(events)
+    counted = tuple(sorted(Counter((e.sample_rate, e.noise_multiplier) for e in found).items()))
+    return _at_order(counted, order, delta * (0.999 if any(e.overflow for e in found) else 1.0))
 
 
 @lru_cache(maxsize=256)

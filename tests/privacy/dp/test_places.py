@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedveil.common.errors import PlanError
-from fedveil.privacy.dp.places import EMPTY, places_needed, seat
+from fedveil.privacy.dp.places import EMPTY, outgrown, places_needed, seat
 
 
 @settings(max_examples=200, deadline=None)
@@ -28,7 +28,7 @@ def test_the_others_outgrow_the_places_as_rarely_as_promised(capacity, rate, ove
         assert stats.binom.sf(places - 1, capacity - 1, rate) <= overflow
     fewest = int(stats.binom.isf(overflow, capacity - 1, rate)) + 1
     spread = (capacity * rate * (1 - rate)) ** 0.5
-    assert places <= max(fewest + 4, fewest + 2 * spread) + 8
+    assert places <= max(fewest + 4, fewest + 2 * spread) + 12
 
 
 def test_fewer_places_would_break_the_promise() -> None:
@@ -64,3 +64,14 @@ def test_each_record_is_sampled_at_the_rate_by_itself() -> None:
 def test_a_sample_that_outgrows_its_places_seats_nobody() -> None:
     assert seat(10, 1.0, 9).tolist() == [EMPTY] * 9
     assert seat(0, 0.5, 3).tolist() == [EMPTY] * 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    capacity=st.integers(6, 5000), rate=st.floats(0.001, 0.9), overflow=st.floats(1e-18, 1e-6), group=st.integers(1, 5)
+)
+def test_a_groups_chance_of_too_few_places_is_bounded(capacity, rate, overflow, group) -> None:
+    places = places_needed(capacity, rate, overflow)
+    exact = stats.binom.sf(places - group, capacity - group, rate)
+    assert exact <= outgrown(capacity, rate, places, group) * (1 + 1e-6)
+    assert outgrown(capacity, rate, places, group) <= overflow  # for groups of up to five
