@@ -158,7 +158,7 @@ def _warnings(p: Mapping[str, Any], say: Speaker) -> Iterator[str]:
         if table is None or kind(p) == "client" or table["stability_factor"] == 1:
             continue
         sites = sitenames(names, say)
-        if table["stability_factor"] is None:
+        if table["epsilon_of_original_record"] is None:
             yield say("front.unbounded", sites=sites)
         else:
             epsilon = spoken(table["epsilon_of_original_record"])
