@@ -235,5 +235,5 @@ def clips_per_site(mode: Mode, sample_rate: float, records: int, sites: int, mod
     For statistics, each coordinate is at most 1 per record: as many clips as if one site had all the declared records.
     """
     if isinstance(model, StatsSpec):
-        return records / clip
+        return records / clip * (1 + 2.0**-40)  # rounding must not leave a clamp below the records
     return 1.0 if mode == "client" else max(1.0, 2 * sample_rate * records / sites)

@@ -12,7 +12,7 @@ from fedveil.common.errors import FedveilError, VerificationError, trace
 from fedveil.common.files import write_durably
 from fedveil.common.journal import parse, verify_rows
 from fedveil.common.units import SiteId
-from fedveil.privacy.report import history, ledgers, tables
+from fedveil.privacy.report import history, ledgers, prices, tables
 from fedveil.privacy.report.charges import compose
 from fedveil.privacy.report.history import End, History
 from fedveil.server.job import Job
@@ -52,7 +52,7 @@ def _head(job: Job, seen: History, contract: DataContract | None, site: SiteId, 
     ledgers.continues(rows, joined, (), job.plan.colluders)  # what others have seen of it is for auditors to weigh
     charges = compose(rows, job.session)
     ledgers.charged(charges, job.plan, seen, joined["head"][0])
-    ledgers.counts(charges, job.plan, seen, site)
+    ledgers.counts(charges, prices.read(job.plan.to_json()), seen, site)
     ledgers.ends(charges, seen, site)
     if contract is not None:
         tables.held(charges.released, contract)
