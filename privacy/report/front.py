@@ -83,6 +83,7 @@ class Front:
     coin: str
     warnings: list[str]
     scale: list[Bar]
+    scale_note: str
     sizes: list[tuple[int, float]]
     sizes_note: str
     left: list[Left]
@@ -107,6 +108,7 @@ def front(p: Mapping[str, Any], say: Speaker) -> Front:
     return Front(
         kind=kind(p), words=_words(p), level=level(claim["epsilon"]), coin=say("front.coin", unit=unit, right=right),
         warnings=list(_warnings(p, say)), scale=list(_scale(claim["epsilon"], say)),
+        scale_note=say("front.scale_note", low=f"{LOW_EPSILON:g}", high=f"{HIGH_EPSILON:g}"),
         sizes=[(1, claim["epsilon"]), *((g["size"], g["epsilon"]) for g in claim["groups"])],
         sizes_note=say("front.together_note", accountant=by),
         left=[
