@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedveil.common import identity
 from fedveil.common.errors import DataError, RunAborted, UsageError
 from fedveil.deploy.lab import demo, demo_hospitals
 from fedveil.deploy.lab.demo_hospitals import HOSPITALS
@@ -154,6 +156,22 @@ def test_the_whole_command(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("federated, live", "central DP", "local DP", "alone, DP", "majority", "checks passed", "report.html"):
+    for said in (
+        "federated, live",
+        "central DP",
+        "local DP",
+        "alone, DP",
+        "majority",
+        "checks passed",
+        "report.html",
+        "audit conformance: 27 of 27",
+        "signed by 4 of 4 hospitals",
+        "signed by the auditor's key",
+    ):
         assert said in done.stdout
-    assert verify_report(tmp_path / "demo" / "run" / "report.json").ok
+    run = tmp_path / "demo" / "run"
+    verified = verify_report(run / "report.json")
+    assert verified.ok
+    key = identity.load_signing_key(tmp_path / "demo" / "auditor" / "signing.key").public_key().public_bytes_raw()
+    assert verified.auditors == {"conformance": hashlib.sha256(key).hexdigest()}
+    assert "Measured noise multiplier" in (run / "report.html").read_text(encoding="utf-8")
