@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedveil.common import identity
 from fedveil.common.cli import build
-from fedveil.common.errors import UsageError, VerificationError
+from fedveil.common.errors import IdentityError, UsageError, VerificationError
+from fedveil.common.journal import Journal
+from fedveil.common.units import SiteId
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build as network
 from fedveil.common.workload.torch.networks import flatten
@@ -139,7 +142,10 @@ def test_the_commands_and_the_file_beside_the_run(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert not (tmp_path / "audit.json").exists()
     (tmp_path / "report.json").touch()
-    kept = conformance("--inputs", "64", "--attach")
+    key = identity.new_signing_key()
+    identity.save_signing_key(tmp_path / "auditor.key", key)
+    signer = ("--auditor-key", str(tmp_path / "auditor.key"))
+    kept = conformance("--inputs", "64", *signer, "--attach")
     assert kept.exit_code == 0, kept.output
     assert "out of date" in kept.output
     assert "against claimed 2" in shown.output
@@ -151,6 +157,29 @@ def test_the_commands_and_the_file_beside_the_run(tmp_path):
     assert held.one_run is not None
     assert held.one_run.guesses.canaries == 50
     assert canonical.loads(bound.stdout)["one_run"] == held.one_run.to_json()
+    assert held.one_run.detects is not None
+    assert held.signatures["conformance"].signer == identity.public_hex(key)
+    assert held.auditors["one_run"] == ""
+    said = runner.invoke(build(), ["audit", "one-run", str(tmp_path), "--canaries", "50", *signer, "--json"])
+    assert canonical.loads(said.stdout)["signatures"]["one_run"]["signer"] == identity.public_hex(key)
+    said = runner.invoke(build(), ["audit", "one-run", str(tmp_path), "--canaries", "50"])
+    assert "smallest fault this audit finds: " in said.output
+    (tmp_path / "auditor.key").chmod(0o640)
+    refused = runner.invoke(build(), ["audit", "one-run", str(tmp_path), *signer])
+    assert isinstance(refused.exception, IdentityError)
+    assert "openssl genpkey -algorithm ed25519" in refused.exception.hint
+
+
+def test_the_precision_is_the_one_that_the_runs_ledgers_note(tmp_path):
+    from fedveil.deploy.cli.audit_evidence import _noted_precision
+
+    assert _noted_precision(None) == _noted_precision(tmp_path) == "float64"
+    for site, body in (("a", {}), ("b", {"precision": "float32"})):
+        path = tmp_path / "journals" / f"{site}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with Journal.open(path, SiteId(site), identity.new_signing_key(), durable=False) as journal:
+            journal.append("plan.accepted", body)
+    assert _noted_precision(tmp_path) == "float32"
 
 
 @pytest.mark.parametrize("more", [["--attach"], ["RUN", "--attach", "--steps", "2"], ["RUN/nothing"]])
