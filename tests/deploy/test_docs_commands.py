@@ -53,6 +53,7 @@ def world(tmp_path_factory) -> tuple[Path, virtual_sites.World]:
     for folder, key in (("SERVER", made.server), ("SITE", made.keys[0]), ("old", identity.new_signing_key())):
         identity.save_signing_key(home / folder / "signing.key", key)
     shutil.copy(home / "SITE" / "signing.key", home / "signing.key")
+    identity.save_signing_key(home / "auditor.key", identity.new_signing_key())
     shutil.copy(home / "RUN" / "consortium.pub", home / "SITE" / "consortium.pub")
     ledger = home / "RUN" / "journals" / "site-0001.jsonl"
     for folder in ("STATE", "state", "lib"):
