@@ -107,7 +107,7 @@ def dear(combination):
     return pytest.param(combination, marks=pytest.mark.slow) if late else combination
 
 
-@pytest.mark.parametrize("combination", map(dear, PLANS), ids=named)
+@pytest.mark.parametrize("combination", [dear(c) for c in PLANS], ids=named)
 def test_the_path_releases_the_claimed_noise(combination):
     runs = seen(PLANS[combination])
     assert [f.name for f in findings(runs) if not f.passed] == []
@@ -117,7 +117,7 @@ def test_the_path_releases_the_claimed_noise(combination):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combination", PLANS, ids=named)
+@pytest.mark.parametrize("combination", list(PLANS), ids=named)
 def test_a_site_with_half_of_the_noise_is_found_on_the_path(combination):
     """Negative control: the first site draws half of its noise in the second release."""
     draw, calls = line.discrete_gaussian, iter(range(1000))
