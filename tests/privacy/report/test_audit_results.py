@@ -281,7 +281,8 @@ def test_an_examination_that_failed_is_evidence_too(spoilt) -> None:
     short = variance("noise: variance", spoilt.plan.noise_multiplier, 0.8)
     assert not short.passed
     stopped = Finding("ledger: stops at the cap", "asks", 0.0, ALPHA, 4.0, 2.0, 4)
-    said = examination(spoilt.plan, **{"noise: variance": short, stopped.name: stopped})
+    failed: dict[str, Any] = {"noise: variance": short, stopped.name: stopped}
+    said = examination(spoilt.plan, **failed)
     held = Evidence(spoilt.plan.hash, said)
     assert results.held_against(canonical.dumps(held.to_json()), spoilt.plan) == held
     (spoilt.folder / "audit.json").write_bytes(canonical.dumps(held.to_json()))
