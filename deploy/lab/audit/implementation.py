@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from fedveil.client.app import make_app as client_app
 from fedveil.client.session import Session, Site
 from fedveil.common import flwr_adapter
+from fedveil.common.errors import SumTooLong
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.common.workload.statistics import EVALUATED, StatsSpec
 from fedveil.common.workload.torch.networks import build, flatten
 from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
+from fedveil.privacy import norm_cap
 from fedveil.privacy.audit.evidence import Charge, Part, Release, Run
 from fedveil.privacy.dp.clipping import Precision
 from fedveil.privacy.optimiser import ModelState
@@ -40,13 +42,18 @@ Opened = tuple[NDArray[np.int64], tuple[SiteId, ...]]
 class _Seen:
     """A server's half of the secure sum that keeps what it opens. In all else it is the real one.
 
+    What was opened was released, however long it is. Nobody steps on a sum over the norm's cap. In its place zeros go
+    on, so that an examination of a program that does not clip comes to its end.
+
     Attributes:
+        sums: what was opened, with its members.
         read: what a member reads in a blinded sum, where only the sites learn the sums.
     """
 
-    def __init__(self, inner: ServerSum) -> None:
-        self.inner = inner
-        self.opened: list[Opened] = []
+    def __init__(self, inner: ServerSum, plan: PrivacyPlan) -> None:
+        self.inner, self._plan = inner, plan
+        self._too_long = False
+        self.sums: list[Opened] = []
         self.read: Callable[[Packet], Opened] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -54,14 +61,28 @@ class _Seen:
 
     def result(self) -> Opened:
         """The opened sum, kept."""
-        self.opened.append(self.inner.result())
-        return self.opened[-1]
+        values, members = self.inner.result()
+        self.sums.append((values, members))
+        try:
+            norm_cap.check(self._plan, values, len(members))
+        except SumTooLong:
+            self._too_long = True
+            return np.zeros_like(values), members
+        self._too_long = False
+        return values, members
+
+    def opened(self) -> Packet:
+        """The opened sum for the sites; zeros where they would refuse it."""
+        packet = self.inner.opened()
+        if not self._too_long:
+            return packet
+        return Packet(packet.header, {name: bytes(len(data)) for name, data in packet.buffers.items()})
 
     def blinded(self) -> Packet:
         """The blinded sum; what a member reads in it is kept."""
         packet = self.inner.blinded()
         if self.read is not None:
-            self.opened.append(self.read(packet))
+            self.sums.append(self.read(packet))
         return packet
 
 
@@ -85,7 +106,7 @@ class _Watched(SecureSumStrategy):
 
     def __init__(self, job: jobs.Job) -> None:
         super().__init__(job)
-        self.seen = _Seen(self._sum)
+        self.seen = _Seen(self._sum, job.plan)
         self._sum = cast(ServerSum, self.seen)
 
     def bring_up_to_date(self) -> None:
@@ -182,7 +203,7 @@ class InProcess:
             run_inprocess(_server(strategy), client_app(resolve), world.sites, lambda _: {}, drop=drop)
             position = {s: i for i, s in enumerate(world.sites)}
             return Run(
-                _releases(plan, strategy.seen.opened, moves, position, handed), strategy.status,
+                _releases(plan, strategy.seen.sums, moves, position, handed), strategy.status,
                 {position[s.id]: _charge(s) for s in sites},
             )  # fmt: skip
         finally:
