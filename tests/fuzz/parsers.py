@@ -34,7 +34,7 @@ from fedveil.privacy.joining import JOIN, check_joins, heads_of
 from fedveil.privacy.ledger import Tally
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report import charges, handover, history, signatures
-from fedveil.privacy.secagg import keysum_common, sharedkey_common
+from fedveil.privacy.secagg import keysum_common, opened_sum, sharedkey_common
 from fedveil.privacy.secagg.contributions import from_bytes
 from fedveil.privacy.secagg.interface import ServerSum, SiteSum, SumSpec
 from fedveil.privacy.secagg.sealed import Joins
@@ -258,9 +258,9 @@ class _Session:
         joins = {s: site.join_fields() for s, site in self.sites.items()}
         for s, packet in self.server.begin(joins, {s: x.begin(joins) for s, x in self.sites.items()}).items():
             self.sites[s].receive(packet)
-        self.server.start_round(1, "n")
+        self.server.start_round(1, "n", HEX)
         self.packets = {
-            s: site.contribute(1, "n", np.arange(6), _head(s) if protocol == "keysum" else None)
+            s: site.contribute(1, "n", np.arange(6), _head(s) if protocol == "keysum" else None, HEX)
             for s, site in self.sites.items()
         }
 
@@ -292,6 +292,11 @@ def _sums() -> dict[str, Parser]:
     for protocol in ("keysum", "sharedkey", "plain"):
         adding = _Session(protocol)
         out[f"{protocol} contribution"] = adding.from_site(adding.packets[SiteId("east")], adding.server.add)
+    spec = _spec("plain")
+    opened = opened_sum.pack(spec, 1, list(_KEYS), np.arange(6))
+    out["opened sum"] = Parser(opened.header, lambda v: opened_sum.unpack(spec, _packet(v, opened.buffers)))
+    brought = opened_sum.with_sums({"kind": "apply", "session": SESSION, "state": HEX}, {}, [opened])
+    out["sums of a message"] = Parser(brought.header, lambda v: opened_sum.sums_in(_packet(v, brought.buffers)))
     agreeing, opening = _Session("keysum"), _Session("keysum")
     for session in (agreeing, opening):
         for s, p in session.packets.items():
