@@ -48,6 +48,7 @@ from fedveil.deploy.enrol.revoked import Revoked
 from fedveil.deploy.ledger_file import tally_of
 from fedveil.deploy.site_process import LEDGER, ingested, subject_salt, unit_of
 from fedveil.deploy.transport.handshake import trusted
+from fedveil.privacy.joining import data_set
 from fedveil.privacy.report.bundle import read_bounded
 
 MIN_FREE_BYTES = 1 << 30
@@ -260,6 +261,11 @@ class Preflight:
             raise JournalError(
                 f"the ledger counts each {tally.unit[:32]!r}, but [limits] modes needs one for each {unit!r}",
                 hint="use another [site] lineage and state for it",
+            )
+        if tally.data_set not in ("", data_set(self._contract.name, unit)):
+            raise JournalError(
+                "the ledger counts another data set than the one that the contract names",
+                hint="a ledger of its own for each: another [site] lineage and state",
             )
         if tally.closed:
             raise JournalError(

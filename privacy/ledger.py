@@ -274,7 +274,9 @@ class Ledger:
             return
         for name, asked in subjects.items():
             held = getattr(self.tally, name)
-            if asked and asked != held and (held or name != "data_set"):  # older ledgers do not name their data set
+            if name == "data_set" and (not held or unit != self.tally.unit):
+                continue  # an older ledger; or the unit is the first that is wrong
+            if asked and asked != held:
                 raise JournalError(
                     f"{self.journal.path} was opened for another {name.replace('_', ' ')} of {lineage!r}",
                     hint="a new ledger for it, and 'fedveil ledger import' for what this one has spent",

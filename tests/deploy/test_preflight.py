@@ -288,6 +288,9 @@ class TestTheLedger:
         path.unlink()
         ledger(home, lineage="others").close()
         assert "another data set" in failed(home, offline=True)["ledger"].message
+        path.unlink()
+        ledger(home, data_set="9" * 64).close()
+        assert "than the one that the contract names" in failed(home, offline=True)["ledger"].message
 
 
 class TestWhatWeBring:
@@ -385,7 +388,7 @@ def test_approvals_from_the_command_line(home, world_plan, tmp_path):
     edit(home, "[limits]", f'[limits]\napprovals = 1\napprovers = ["{public}"]')
     site, _ = site_process.prepare(loaded(home))
     with pytest.raises(Exception, match="approval of 1"):
-        site.approvals.require(world_plan, site.head[2], [])  # type: ignore[union-attr]
+        site.approvals.require(world_plan, site.head.ledger, [])  # type: ignore[union-attr]
     shown = json.loads(invoke(app, ["requests", str(toml(home)), "--json"]).output)
     assert shown[0]["plan_hash"] == world_plan.hash
     assert world_plan.hash in invoke(app, ["requests", str(toml(home))]).output
@@ -393,7 +396,7 @@ def test_approvals_from_the_command_line(home, world_plan, tmp_path):
         app, ["approve", world_plan.hash[:10], "--key", str(tmp_path / "me.key"), "--settings", str(toml(home))]
     )
     assert result.exit_code == 0, result.output
-    assert len(site.approvals.require(world_plan, site.head[2], [])) == 1  # type: ignore[union-attr]
+    assert len(site.approvals.require(world_plan, site.head.ledger, [])) == 1  # type: ignore[union-attr]
     site.ledger.close()
 
 
