@@ -14,7 +14,7 @@ import pytest
 from fedveil.common import canonical, journal
 from fedveil.common.errors import JournalError, VerificationError
 from fedveil.common.identity import new_signing_key, public_hex, sign
-from fedveil.common.journal import DOMAIN, GENESIS, Head, Journal, Row, parse, verify_rows
+from fedveil.common.journal import DOMAIN, GENESIS, Copy, Head, Journal, Row, parse, verify_rows
 
 KEY = new_signing_key()
 PUBLIC = public_hex(KEY)
@@ -299,3 +299,33 @@ def test_a_simulation_that_cannot_write_says_so(tmp_path: Path) -> None:
     (tmp_path / "x").rmdir()
     with pytest.raises(JournalError, match="could not be written"):
         j.close()
+
+
+def test_times_never_fall_where_the_clock_was_set_back(tmp_path: Path) -> None:
+    now = [1000.0]
+    with Journal.open(tmp_path / "j", "a", KEY, clock=lambda: now[0]) as journal:
+        for now[0] in (1000.0, 990.0, 1001.9, 5.0):
+            journal.append("x", {})
+        assert journal.ahead == 996.0
+        with journal.dated():
+            journal.append("x", {})
+    with Journal.open(tmp_path / "j", "a", KEY, clock=lambda: 3.0) as journal:
+        assert journal.append("x", {}).at == 1001
+        assert [r.at for r in journal.rows] == [1000, 1000, 1001, 1001, 1001, 1001]
+
+
+def test_a_copy_of_a_head_is_its_owners_word_and_nobody_elses(tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "j", "a", KEY) as journal:
+        journal.append("x", {})
+        copy = journal.copy("d" * 64)
+    public = public_hex(KEY)
+    assert Copy.from_json(copy.to_json()) == copy
+    assert copy.signed_by("a", public)
+    assert not copy.signed_by("b", public)
+    assert not copy.signed_by("a", public_hex(new_signing_key()))
+    for other in (
+        copy._replace(head=Head(2, copy.head.hash)), copy._replace(head=Head(1, "e" * 64)),
+        copy._replace(ledger="e" * 64), copy._replace(data_set="e" * 64), copy._replace(signature=""),
+        copy._replace(signature="ab" * 64), copy._replace(signature=journal.rows[0].sig),
+    ):  # fmt: skip
+        assert not other.signed_by("a", public)
