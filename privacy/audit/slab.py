@@ -192,7 +192,8 @@ def price(plan: PrivacyPlan) -> SampledGaussian:
     """What one step costs, from the numbers in ``plan.json`` and not from the code that charges."""
     raw = plan.to_json()
     rate = 1.0 if raw["mode"] == "client" else float(raw["sample_rate"])
-    return SampledGaussian(rate, float(raw["noise_multiplier"]))
+    overflow = 1e-6 * float(raw["delta"]) / int(raw["steps"]) if rate < 1 else 0.0
+    return SampledGaussian(rate, float(raw["noise_multiplier"]), overflow)
 
 
 def residuals(plan: PrivacyPlan, releases: tuple[Release, ...], known: NDArray[np.float64]) -> NDArray[np.float64]:
