@@ -27,6 +27,7 @@ from fedveil.common.workload.statistics import ColumnStats, StatsSpec
 from fedveil.deploy.lab.audit.examination import conformance
 from fedveil.privacy.audit.evidence import Conformance
 from fedveil.privacy.audit.suite import Effort
+from fedveil.privacy.dp import places
 from fedveil.privacy.dp.accounting import rdp
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.dp.noise import KeyStream, discrete_gaussian
@@ -164,7 +165,8 @@ def no_clipping_of_networks():
 
 
 def every_record():
-    return patch.object(train, "poisson_sample", lambda records, rate: np.ones(records, bool))
+    honest = places.seat
+    return patch.object(train, "seat", lambda records, rate, room: honest(records, 1.0, max(records, room)))
 
 
 def reused_noise():
@@ -204,8 +206,8 @@ def divisor_from_answers():
 
 def same_sample():
     kept: dict[int, Any] = {}
-    sample = train.poisson_sample
-    return patch.object(train, "poisson_sample", lambda n, rate: kept.setdefault(n, sample(n, rate)))
+    sample = places.poisson_sample
+    return patch.object(places, "poisson_sample", lambda n, rate: kept.setdefault(n, sample(n, rate)))
 
 
 def repeated_along_the_model():

@@ -165,8 +165,8 @@ def times() -> str:
             start = time.process_time_ns()
             train.site_sum(clipper, plan, weights, X, y, 500)
             taken.append(time.process_time_ns() - start)
-    ranks = [np.argsort(np.argsort(v)) for v in (sampled, taken)]
-    r, rank = np.corrcoef(sampled, taken)[0, 1], np.corrcoef(*ranks)[0, 1]
+    first, second = (np.argsort(np.argsort(v)) for v in (sampled, taken))
+    r, rank = np.corrcoef(sampled, taken)[0, 1], np.corrcoef(first, second)[0, 1]
     return (
         f"Over {STEPS:,} steps (engine {clipper.engine}, {plan.places(500)} places, {min(sampled)} to {max(sampled)} "
         f"records sampled) the correlation of a step's CPU time with the number of sampled records is {r:+.3f} "

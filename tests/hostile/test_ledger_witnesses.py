@@ -63,7 +63,7 @@ class Four:
         change(self.ledger())
         self.sites[FIRST] = self.open(FIRST, cap)
 
-    def run(self) -> tuple[list[tuple[str, str]], list[list[str]], str]:
+    def run(self) -> tuple[list[tuple[str, str]], list[list[SiteId]], str]:
         """Who refused to take part and why, the sets whose sums were applied, and how the run ended."""
         self.runs += 1
         w = self.world
@@ -113,7 +113,7 @@ FORGERIES: dict[str, Callable[[Four, Site], Copy]] = {
 }  # fmt: skip
 
 
-def statements(four: Four, forge: Callable[[Four, Site], Copy]) -> tuple[str, dict[str, Any]]:
+def statements(four: Four, forge: Callable[[Four, Site], Copy]) -> tuple[str, dict[SiteId, Any]]:
     session = secrets.token_hex(32)
     header = {"kind": "join", "session": session, "plan": PLAN.to_json(), "roster_hash": four.world.roster.hash,
               "contract_hash": "0" * 64}  # fmt: skip
@@ -161,7 +161,7 @@ def test_the_broken_version_is_stopped_by_one_member(four, monkeypatch) -> None:
 # -- a ledger that was deleted ----------------------------------------------------------------------------------------
 
 
-def out(four: Four) -> tuple[list[tuple[str, str]], list[list[str]], str]:
+def out(four: Four) -> tuple[list[tuple[str, str]], list[list[SiteId]], str]:
     first, *others = four.world.sites
     return [(first, "FreshLedger")], [others] * 2, "COMPLETED"
 

@@ -45,14 +45,15 @@ def opened(tmp_path, monkeypatch):
             optimizer=Optimizer(learning_rate=1e-9), contract_hash="c" * 64,
         )  # fmt: skip
         assert plan.model.parameters == D
-        sums, result = {}, Round.result
+        sums, opened = {}, Round.opened
 
         def kept(self):
-            values = result(self)
-            sums[PATTERNS[self.number - 1]] = values
-            return values
+            packet, values = opened(self)
+            assert values is not None
+            sums[PATTERNS[self.number - 1]] = values * plan.grid
+            return packet, values
 
-        monkeypatch.setattr(Round, "result", kept)
+        monkeypatch.setattr(Round, "opened", kept)
         world = virtual_sites.World.make(SITES)
         job = jobs.create(tmp_path / "run", plan, world.roster, world.server, documents={}, durable=False)
         none = np.zeros((0, INPUTS), np.float32), np.zeros(0, np.int64)

@@ -37,8 +37,8 @@ CASES = [
 ]
 
 
-def exact(model: nn.Module, engine: Engine, **more: int) -> Clipper:
-    return Clipper(model, engine, precision="float64", **more)
+def exact(model: nn.Module, engine: Engine, microbatch: int | None = None) -> Clipper:
+    return Clipper(model, engine, precision="float64", microbatch=microbatch)
 
 
 def network(spec: ModelSpec, seed: int = 11) -> nn.Module:
