@@ -181,9 +181,6 @@ class _Words:
     def deviations(self) -> list[str]:
         say = self.say
         out = [say("deviation.discrete", share=self.share), say("deviation.bernoulli"), say("deviation.float")]
-        single = [name for name, s in self.p["sites"].items() if s and s["precision"] == "float32"]
-        if single:
-            out.append(say("deviation.float32", sites=say("list.join").join(single)))
         other = [name for name, s in self.p["sites"].items() if s and s["delta"] != self.p["claim"]["delta"]]
         if other:
             out.append(say("deviation.ledger_delta", sites=say("list.join").join(other), delta=self.delta))
