@@ -29,7 +29,7 @@ _FIRST = (
 _SAMPLED = ("sampling: rate", "sampling: random batch size", "sampling: rounds independent")
 _SINCE = (
     "noise: every block", "noise: largest value", "sites: noise", "sites: largest value", "sum: nothing added or lost",
-    "noise: key", "ledger: price", *own_path.NAMES,
+    "noise: key", "ledger: price", "places: at random", *own_path.NAMES,
 )  # fmt: skip
 _LARGEST = ("noise: largest value", "sites: largest value", own_path.NAMES[2])
 _SURE: dict[str, Callable[[Finding], bool]] = {  # checks without chance, by what their verdict rests on

@@ -77,6 +77,10 @@ class Implementation(Protocol):
         """
         ...
 
+    def seats(self, records: int, rate: float, places: int) -> NDArray[np.int64]:
+        """``(places,)`` which of so many records sits at each place of one step, -1 for none; drawn as a site does."""
+        ...
+
 
 class Reference(Protocol):
     """Clipped sums computed apart from the implementation, one record after the other, for a plan's own workload."""

@@ -155,6 +155,33 @@ def neighbours(slabs: tuple[Slab, Slab], runs: tuple[Runs, Runs], alpha: float) 
     ]  # fmt: skip
 
 
+def places(draws: NDArray[np.int64], rate: float, alpha: float) -> Finding:
+    """Where each record sits says nothing of the others: every place is as likely, and every number of records.
+
+    Args:
+        draws: ``(steps, places)`` which record sits where, -1 for none.
+
+    If records sat in order, one record more would move all later ones, and their rounding (``docs/sensitivity.md``).
+    """
+    room, records = draws.shape[1], int(draws.max()) + 1
+    by_place = np.stack([np.bincount(np.nonzero(draws == r)[1], minlength=room) for r in range(records)])
+    statistic = float(((by_place - by_place.mean(1, keepdims=True)) ** 2 / by_place.mean(1, keepdims=True)).sum())
+    free = records * (room - 1)
+    seated = float(binomial_two_sided(int((draws >= 0).sum()), len(draws) * records, rate))
+    return Finding(
+        "places: at random", "the places at which a site seats the sampled records, against all places alike",
+        min(1.0, 2 * min(float(stats.chi2.sf(statistic, free)), seated)), alpha, statistic / free, 1.0, draws.size,
+        "records that sit in the order of the table",
+    )  # fmt: skip
+
+
+def binomial_two_sided(found: int, tries: int, rate: float) -> float:
+    """How likely so many hits, or as many on the other side, are; 1 or 0 where every try hits."""
+    if rate == 1:
+        return float(found == tries)
+    return min(1.0, 2 * float(min(stats.binom.cdf(found, tries, rate), stats.binom.sf(found - 1, tries, rate))))
+
+
 def charges(plan: PrivacyPlan, runs: Sequence[Run], alpha: float) -> Finding:
     """Every ledger has charged each sum its site is in, and counts no less ε for all of them than PLD does."""
     lacking, complete = 0.0, True

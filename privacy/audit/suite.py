@@ -32,6 +32,7 @@ from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 EXHAUSTED = "BUDGET_EXHAUSTED"
 _WIDE_NUMBERS = 1 << 21  # that all sites hand in in the two wide sums, about
 _MOST_GROUPS = 2048  # in all: every record has a feature for each
+_SEATED, _DRAWN = (6, 0.75, 16), 4000  # records, sample rate, places; steps
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def examine(
         sites.fresh_keys(_many_releases(implementation, plan, e), e.alpha),
         records.charges(alone.plan, alone.runs, e.alpha),
         records.prices(plan, alone.plan, alone.runs, e.alpha),
+        records.places(_seats(implementation), _SEATED[1], e.alpha),
     ]
     slab, whole = _whole(implementation, plan, e)
     z_records = residuals(whole.plan, whole.releases, slab.known(slab.units))
@@ -123,6 +125,11 @@ def examine(
         plan.hash, plan.sum, plan.noise_multiplier, *measured, e.confidence, z_alone.size, tuple(findings),
         Examined.of(plan, engine, precision),
     )  # fmt: skip
+
+
+def _seats(implementation: Implementation) -> NDArray[np.int64]:
+    """Which record sits where, in many steps of a small table."""
+    return np.stack([implementation.seats(*_SEATED) for _ in range(_DRAWN)])
 
 
 def _noise_findings(plan: PrivacyPlan, z: noise.Residuals, e: Effort) -> list[Finding]:

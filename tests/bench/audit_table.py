@@ -204,6 +204,16 @@ def divisor_from_answers():
     return patch.object(ModelState, "step", lambda self, plan, opened: step(self, plan, opened * plan.sites / 4))
 
 
+def in_order():
+    """No places: the sampled records sit in the order of the table, and whoever comes later moves up."""
+
+    def seated(records, rate, room):
+        taken = np.flatnonzero(places.poisson_sample(records, rate))
+        return np.concatenate([taken, np.full(room - len(taken), places.EMPTY)])
+
+    return patch.object(train, "seat", seated)
+
+
 def same_sample():
     kept: dict[int, Any] = {}
     sample = places.poisson_sample
@@ -286,6 +296,7 @@ FAULTS: dict[str, Fault] = {
     "composition forgotten": Fault(no_composition, "ledger: composition"),
     "noise dropped under the secure sum": Fault(dropped_when_encrypted, "noise: variance", {"sum": "keysum"}),
     "divisor not the plan's": Fault(divisor_from_answers, "neighbours: divisor"),
+    "shift of places": Fault(in_order, "places: at random"),
     "the same sample in every round": Fault(same_sample, "sampling: rounds independent"),
     "noise repeated along the model": Fault(repeated_along_the_model, "noise: coordinates independent"),
 }

@@ -16,6 +16,7 @@ from flwr.app import Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
+from fedveil.client import train
 from fedveil.client.app import make_app as client_app
 from fedveil.client.session import Session, Site
 from fedveil.common import flwr_adapter
@@ -210,6 +211,10 @@ class InProcess:
             job.journal.close()
             for site in sites:
                 site.ledger.close()
+
+    def seats(self, records: int, rate: float, places: int) -> NDArray[np.int64]:
+        """See :class:`~fedveil.privacy.audit.evidence.Implementation`."""
+        return train.seat(records, rate, places)
 
     def _chosen(self, plan: PrivacyPlan) -> list[frozenset[int]]:
         """For every round, the sites whose contributions are kept: all, or a few that are drawn anew."""

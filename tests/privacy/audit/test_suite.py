@@ -52,6 +52,7 @@ class Written:
     added: int = 0
     cheap: float = 1.0
     seeds: int = 0
+    in_order: bool = False
 
     def __post_init__(self):
         self.rng = np.random.default_rng(self.seed)
@@ -81,6 +82,13 @@ class Written:
             del charges[0]
         status = "COMPLETED" if carried == plan.steps else "BUDGET_EXHAUSTED"
         return Run(tuple(releases), status, charges)
+
+    def seats(self, records, rate, places):
+        taken = np.flatnonzero(self.rng.random(records) < rate)
+        out = np.full(places, -1)
+        where = np.arange(len(taken)) if self.in_order else self.rng.permutation(places)[: len(taken)]
+        out[where] = taken
+        return out
 
     def _site(self, rng, plan, X, y):
         q = self.rate or plan.sample_rate
@@ -184,6 +192,7 @@ def test_other_plans_pass(changes):
         ({"added": 1}, "sum: nothing added or lost"),
         ({"cheap": 0.8}, "ledger: price"),
         ({"seeds": 64}, "noise: key"),
+        ({"in_order": True}, "places: at random"),
         ({"clip": 3.0}, "own path: clipped sum"),
     ],
 )
