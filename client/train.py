@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import lru_cache
 from typing import cast, get_args
 
@@ -15,6 +16,7 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp import clipping
 from fedveil.privacy.dp.places import seat
+from fedveil.privacy.dp.rounding import margin
 from fedveil.privacy.plan import PrivacyPlan
 
 _LOG = logging.getLogger("fedveil.client")
@@ -25,6 +27,8 @@ def pick_device(wanted: str) -> str:
     if wanted not in ("auto", "cuda") or not torch.cuda.is_available():
         return "cpu"
     # One algorithm for one shape, chosen without trying, and no shortened products: the claim counts on it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+    torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -121,4 +125,5 @@ def _client_update(
     update = start - torch.cat([p.detach().reshape(-1) for p in parameters]).double()
     if not bool(torch.isfinite(update).all()):
         return np.zeros(plan.model.parameters)
-    return (update * (plan.clip / (update.norm() + 1e-30)).clamp(max=1.0)).cpu().numpy()
+    clip = plan.clip * (1 - margin(plan.model.parameters))
+    return (update * (clip / (update.norm() + 1e-30)).clamp(max=1.0)).cpu().numpy()

@@ -116,11 +116,14 @@ class PrivacySection(_Section):
         ge=1, le=1 << 48, description="declared number of records in all: a public constant, not a count"
     )
     capacity: int | None = Field(
-        default=None, ge=1, le=1 << 48, description="largest capacity of a site; default: all declared records"
+        default=None,
+        ge=1,
+        le=1 << 48,
+        description="largest capacity of a site; default: all declared records, at most 10^7",
     )
     steps: int = Field(ge=1, le=1 << 20, description="secure sums in the run")
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="chance of a record to enter a step")
-    clip: float = Field(gt=0, le=1e9, description="L2 bound of one record's gradient")
+    clip: float = Field(ge=1e-6, le=1e9, description="L2 bound of one record's gradient")
     colluders: int | None = Field(
         default=None, ge=0, description="t, sites that may work together; default n // 6, at least 1"
     )

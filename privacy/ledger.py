@@ -151,6 +151,11 @@ class Tally:
             raise VerificationError(f"row {row.n} covers rows of a ledger that it does not import")
         self.spent += sum(n * rdp(e, f.order) for e, n in events)
         self.overflow += sum(n * e.overflow for e, n in events)
+        if not f.holds(self.overflow):
+            raise VerificationError(
+                f"row {row.n} imports samples that outgrow their places more often than delta = {f.delta:g} allows",
+                hint="a new ledger with a larger delta",
+            )
         self.imported[b["ledger"]] = events
         self.counted |= names
         self.covers |= {name: rows for rows, name in covers}

@@ -23,6 +23,7 @@ from fedveil.privacy.plan_figures import Mode, Optimizer, PlanFigures, Sum, Unit
 
 __all__ = ["Mode", "Optimizer", "PrivacyPlan", "Sum", "Unit", "Workload", "from_json", "make_plan"]
 
+MOST_BY_DEFAULT = 10**7  # more places at one site cost so much in sensitivity that they have to be asked for
 _LEAST_EPSILON = 1e-3  # that is proposed where δ alone covers everything
 _EPSILONS = (*(float(f"{d}e{k}") for k in range(-3, 3) for d in (1, 2, 5)), calibrate.MAX_EPSILON)
 
@@ -84,7 +85,7 @@ def make_plan(
     Args:
         epsilon: ε of all steps; the smallest noise that keeps it is found by bisection.
         noise_multiplier: σ; ε is then what the steps cost. Exactly one of the two is given.
-        capacity: the largest capacity of a site; by default all declared records, which holds for every site.
+        capacity: the largest capacity of a site; by default all declared records (at most 10^7).
         rows_per_person: given, a unit is a person with up to so many rows, and records and capacity count persons.
 
     Raises:
@@ -97,7 +98,8 @@ def make_plan(
     given: dict[str, Any] = {
         "mode": mode, "sum": sum, "sites": sites, "colluders": t, "dropouts": d, "records": records,
         "unit": "client" if mode == "client" else "record" if rows_per_person is None else "person",
-        "capacity": records if capacity is None else capacity, "rows_per_person": rows_per_person or 1,
+        "capacity": min(records, MOST_BY_DEFAULT) if capacity is None else capacity,
+        "rows_per_person": rows_per_person or 1,
         "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "delta": delta,
         "epsilon": 1.0 if epsilon is None else epsilon,
         "noise_multiplier": 1.0 if noise_multiplier is None else noise_multiplier,

@@ -23,7 +23,7 @@ from fedveil.privacy.dp import calibrate
 from fedveil.privacy.dp.accounting import PLANNED_OVERFLOW, Filter, best_order, epsilon_pld, epsilon_replace_one
 from fedveil.privacy.dp.events import MIN_SAMPLE_RATE, SampledGaussian
 from fedveil.privacy.dp.places import places_needed
-from fedveil.privacy.dp.rounding import relative
+from fedveil.privacy.dp.rounding import ON_GRID, relative
 from fedveil.privacy.grid import choose, largest_sum
 from fedveil.privacy.secagg import committee as committees
 
@@ -63,7 +63,7 @@ class PlanFigures(BaseModel):
     sample_rate: float = Field(ge=MIN_SAMPLE_RATE, le=1)
     steps: int = Field(ge=1, le=1 << 20)
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
-    clip: float = Field(gt=0, le=1e9)
+    clip: float = Field(ge=1e-6, le=1e9)
     noise_multiplier: float = Field(gt=0, le=calibrate.MAX_NOISE_MULTIPLIER)
     epsilon: float = Field(gt=0, le=calibrate.MAX_EPSILON)
     delta: float = Field(ge=MIN_DELTA, le=0.01)
@@ -114,11 +114,12 @@ class PlanFigures(BaseModel):
 
     @property
     def sensitivity(self) -> float:
-        """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ + what rounding adds.
+        """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ, and what rounding adds.
 
         The proof is in ``docs/sensitivity.md``.
         """
-        return self.clip * (1 + relative(self.places(self.capacity))) + math.sqrt(self.model.parameters) * self.grid
+        rounded = math.sqrt(self.model.parameters) * self.grid * ON_GRID
+        return self.clip * (1 + relative(self.places(self.capacity))) + rounded
 
     @property
     def overflow(self) -> float:

@@ -149,10 +149,12 @@ def _check_unit(plan: PlanFigures) -> None:
     if (plan.unit == "client") != (plan.mode == "client"):
         raise PlanError(
             f"mode {plan.mode!r} does not protect one {plan.unit}",
-            nearest={"unit": "client" if plan.mode == "client" else "record"},
+            hint="make the plan again: its unit follows from its mode",
         )
     if plan.unit != "person" and plan.rows_per_person != 1:
-        raise PlanError("only a person has several rows", nearest={"rows_per_person": 1})
+        raise PlanError(
+            "only a person has several rows", hint="make the plan again from a contract with rows_per_person"
+        )
     if plan.capacity > plan.records:
         raise PlanError(
             f"no site can hold {plan.capacity} of {plan.records} declared records", nearest={"capacity": plan.records}

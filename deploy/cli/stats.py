@@ -30,7 +30,7 @@ def stats(
     what: Annotated[
         str,
         typer.Option(
-            help="Any of count, mean, variance, histogram, quantiles, accuracy, confusion, with commas between."
+            help="Any of these, with commas between: count, mean, variance, histogram, quantiles, accuracy, confusion."
         ),
     ] = "count,mean,variance",
     epsilon: Annotated[

@@ -170,7 +170,8 @@ class Slab:
 
 def sensitivity(plan: PrivacyPlan) -> float:
     """Δ = C·(1 + rounding) + sqrt(D)·γ, written out: what the noise multiplier is relative to."""
-    return plan.clip * (1 + relative(plan.places(plan.capacity))) + math.sqrt(plan.model.parameters) * plan.grid
+    grid = math.sqrt(plan.model.parameters) * plan.grid * (1 + 2.0**-6)
+    return plan.clip * (1 + relative(plan.places(plan.capacity))) + grid
 
 
 def honest(plan: PrivacyPlan) -> int:

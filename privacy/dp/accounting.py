@@ -315,8 +315,11 @@ class Filter:
 
     def admits(self, total: float, overflow: float = 0.0) -> bool:
         """Whether so much RDP and overflow stays under the cap (a relative 1e-9 absorbs the rounding of long sums)."""
-        room = self.after(overflow).budget * (1 + _TOLERANCE)
-        return total <= room and overflow <= RESERVE * self.delta * (1 + _TOLERANCE)
+        return total <= self.after(overflow).budget * (1 + _TOLERANCE) and self.holds(overflow)
+
+    def holds(self, overflow: float) -> bool:
+        """Whether so much overflow stays within the part of δ that is set aside for it."""
+        return overflow <= RESERVE * self.delta * (1 + _TOLERANCE)
 
 
 def best_order(epsilon: float, delta: float) -> float:

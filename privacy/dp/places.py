@@ -60,14 +60,6 @@ def _exponent(others: int, rate: float, places: int) -> float:
     return others * (share * math.log(share / rate) + (1 - share) * math.log((1 - share) / (1 - rate)))
 
 
-def outgrown(capacity: int, rate: float, places: int, group: int) -> float:
-    """A bound of the chance that the units beside a group of ``group`` leave fewer than that many places of a step."""
-    others, room = capacity - group, places - group + 1
-    if room > others:
-        return 0.0
-    return math.exp(-_exponent(others, rate, room)) if room > 0 else 1.0
-
-
 def seat(records: int, rate: float, places: int) -> NDArray[np.int64]:
     """``(places,)``: which record sits at each place, or :data:`EMPTY`. Sample and places are drawn anew for each call.
 

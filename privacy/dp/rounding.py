@@ -1,9 +1,9 @@
 """What the clipped sum's own arithmetic may add to one record's share: a formula, part of a plan's sensitivity.
 
-Sums over places are float64, in blocks: m <= :data:`MAX_MICROBATCH` places in a microbatch, at most
-:data:`LONGEST_BLOCK` microbatches in a block, then the blocks. A sum of k terms in any order is off by at most
-(k - 1)·u / (1 - (k - 1)·u) times the sum of the terms' magnitudes, with u = 2^-53 (Higham, Accuracy and Stability of
-Numerical Algorithms, 2002, section 4.2). The magnitudes of P clipped gradients add up to at most P·C in L2 norm.
+Sums over places are float64, in blocks of at most :data:`MAX_BLOCK` places, then the blocks. A sum in which every term
+passes at most d roundings is off by at most d·u / (1 - d·u) times the sum of the terms' magnitudes, with u = 2^-53
+(Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2). The magnitudes of P clipped gradients add
+up to at most P·C in L2 norm.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from __future__ import annotations
 import math
 
 MAX_MICROBATCH = 1024
-LONGEST_BLOCK = 1024
+LONGEST_BLOCK = 1024  # microbatches
+MAX_BLOCK = MAX_MICROBATCH * LONGEST_BLOCK
+# Dividing by the grid's width is off by up to 2^-8 of a width, for sums below 2^45 widths: twice, and to spare.
+ON_GRID = 1 + 2.0**-6
 _UNIT = 2.0**-53
 
 
@@ -26,9 +29,9 @@ def margin(parameters: int) -> float:
 def relative(places: int) -> float:
     """How far apart, beyond C, two neighbouring sums over at most P ``places`` may be by rounding, divided by C.
 
-    Two sums, each off by at most depth·u·P·C. The depth is what one term passes through: two products, its microbatch,
-    its block, the blocks. A last microbatch that is filled up adds fewer than 1024 places.
+    Two sums, each off by at most d·u·P·C. d is what one term passes through: two products, its block one place after
+    the other, and the blocks. A last microbatch that is filled up adds fewer than 1024 places.
     """
     whole = places + MAX_MICROBATCH
-    lost = (MAX_MICROBATCH + LONGEST_BLOCK + math.ceil(whole / LONGEST_BLOCK) + 4) * _UNIT
+    lost = (min(whole, MAX_BLOCK) + math.ceil(whole / LONGEST_BLOCK) + 4) * _UNIT
     return 2 * whole * lost / (1 - lost) if lost < 0.5 else math.inf

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import DataError
 from fedveil.common.workload.statistics import ColumnStats, Slot, StatsSpec
+from fedveil.privacy.dp.rounding import MAX_BLOCK, margin
 
 _CELLS = 1 << 22  # numbers of one block of vectors: 32 MiB
 
@@ -70,7 +71,8 @@ def clipped_sum(
         DataError: see :func:`vectors`.
     """
     total = np.zeros(spec.parameters)
-    block = max(1, _CELLS // (spec.parameters * rows)) * rows
+    block = max(1, min(MAX_BLOCK, _CELLS // (spec.parameters * rows))) * rows
+    clip *= 1 - margin(spec.parameters)
     for i in range(0, len(X), block):
         part = slice(i, i + block)
         phi = vectors(spec, X[part], y[part], None if predicted is None else predicted[part])

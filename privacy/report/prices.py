@@ -6,7 +6,8 @@ parameters: only the file's numbers and these formulas (symbols as there)::
 
     h = n - t - d    (1 in mode local)          q = sample_rate    (1 in mode client)
     β = δ·10^-6 / S  (0 for q = 1)              P: the fewest places that K - 1 others outgrow with at most β
-    Δ = C·(1 + ρ) + √D·γ,  ρ = 2·m·d·u / (1 - d·u),  m = P + 1024,  d = 2052 + ⌈m / 1024⌉,  u = 2^-53
+    Δ = C·(1 + ρ) + √D·γ·(1 + 2^-6),  ρ = 2·m·d·u / (1 - d·u),  m = P + 1024,  u = 2^-53,
+    d = min(m, 2^20) + ⌈m / 1024⌉ + 4
     one site's share of the noise, in grid units: σ·Δ / (γ·√h)
 
 (docs/sensitivity.md).
@@ -77,8 +78,9 @@ class Prices:
         if not self.parameters:
             return None
         most = self.places + 1024
-        lost = (2052 + -(-most // 1024)) * 2.0**-53
-        return self.clip * (1 + 2 * most * lost / (1 - lost)) + math.sqrt(self.parameters) * self.grid
+        lost = (min(most, 1 << 20) + -(-most // 1024) + 4) * 2.0**-53
+        wide = math.sqrt(self.parameters) * self.grid * (1 + 2.0**-6)
+        return self.clip * (1 + 2 * most * lost / (1 - lost)) + wide
 
     @property
     def share(self) -> float | None:

@@ -13,7 +13,7 @@ from dp_accounting.pld import PLDAccountant
 from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.accounting import MAX_PLD_EPSILON, delta_curve, epsilon_pld, epsilon_rdp, replace_one_rdp
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.dp.places import outgrown
+from fedveil.privacy.dp.places import SPARE
 from fedveil.privacy.plan import PrivacyPlan
 
 CURVE_POINTS = 33
@@ -95,11 +95,11 @@ def group_epsilon(plan: PrivacyPlan, records: int) -> float | None:
 def _left(plan: PrivacyPlan, size: int) -> float:
     """δ without the chance that a step has too few places for a group and the sample of all others.
 
-    It is positive for :data:`GROUPS`, for which the plan's places are made.
+    Places are made for groups of up to :data:`~fedveil.privacy.dp.places.SPARE` + 1. For larger ones nothing is left.
     """
     if not plan.overflow:
         return plan.delta
-    return plan.delta - plan.steps * outgrown(plan.capacity, plan.sample_rate, plan.places(plan.capacity), size)
+    return plan.delta - plan.overflow if size <= SPARE + 1 else 0.0
 
 
 @lru_cache(maxsize=256)

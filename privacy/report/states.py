@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common import canonical
-from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.errors import FedveilError, VerificationError, WireError
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy import norm_cap
 from fedveil.privacy.joining import chained
@@ -48,7 +48,7 @@ def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
     if not (folder / FOLDER).is_dir() or not h.applied:
         return "opened sums are not here"
     if plan.reveal_to == "sites":
-        return _names(folder / FOLDER, plan, h)
+        return _names(folder / FOLDER, h)
     first = bundles.read_bounded(folder / START, 4 * plan.model.parameters)
     if sha256(first) != h.model_hash or len(first) != 4 * plan.model.parameters:
         raise VerificationError(f"{START} is not the model that the journal begins with")
@@ -65,14 +65,17 @@ def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
     return f"{len(h.applied)} steps taken again from the opened sums"
 
 
-def _names(folder: Path, plan: PrivacyPlan, h: History) -> str:
+def _names(folder: Path, h: History) -> str:
     now = h.model_hash
     for r in h.applied:
-        header = canonical.loads(bundles.read_bounded(folder / f"{r.number}.json", _HEADER))
-        data = bundles.read_bounded(folder / f"{r.number}.bin", 8 * plan.model.parameters)
-        if not isinstance(header, dict):
-            raise VerificationError(f"the blinded sum of round {r.number} is malformed")
-        now = chained(now, Packet(header, {BUFFERS[BLINDED]: data}))
+        try:
+            header = canonical.loads(bundles.read_bounded(folder / f"{r.number}.json", _HEADER))
+        except WireError as e:
+            raise VerificationError(f"the sum of round {r.number}: {e.message}") from e
+        digest = bundles.file_digest(folder / f"{r.number}.bin")
+        if digest is None:
+            raise VerificationError(f"the sum of round {r.number} is missing among the blinded ones")
+        now = canonical.digest({"before": now, "header": header, "buffers": {BUFFERS[BLINDED]: digest}})
         if r.model_out != now:
             raise VerificationError(f"the blinded sum of round {r.number} does not give the model named after it")
     return f"{len(h.applied)} blinded sums give the same names"

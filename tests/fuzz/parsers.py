@@ -17,7 +17,7 @@ from fedveil.common import canonical, flwr_adapter, identity, journal
 from fedveil.common.contract import DataContract
 from fedveil.common.contract.signing import DOMAIN as CONTRACT
 from fedveil.common.contract.signing import VERSION, open_contract
-from fedveil.common.errors import VerificationError
+from fedveil.common.errors import VerificationError, WireError
 from fedveil.common.identity import SERVER, Member, Revocations, Roster, new_signing_key, public_hex
 from fedveil.common.journal import Copy, Head, Row
 from fedveil.common.units import SiteId
@@ -113,7 +113,11 @@ def _plans() -> dict[str, Parser]:
         derive(plans.from_json(value))
 
     def model(value: Any) -> None:
-        plans.from_json(small | {"model": value})
+        try:
+            named = canonical.digest(value)
+        except WireError:
+            named = HEX
+        plans.from_json(small | {"model": value, "workload_hash": named})
 
     small = plan(_network("logistic", 5)).to_json()
     networks = [

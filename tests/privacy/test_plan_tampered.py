@@ -37,9 +37,9 @@ def test_the_plan_itself_is_accepted() -> None:
         ({"delta": 9e-6}, "more than the 2"),
         ({"delta": 1e-13}, "more than the 2"),
         ({"delta": 1e-300}, "malformed in: delta"),
-        ({"grid": PLAN.grid * 10}, "widens"),
-        ({"grid": 1.0}, "widens"),
-        ({"clip": 0.1}, "widens"),
+        ({"grid": PLAN.grid * 10}, "widen"),
+        ({"grid": 1.0}, "widen"),
+        ({"clip": 0.1}, "widen"),
         ({"grid": PLAN.grid / 1e12}, "do not fit"),
         ({"grid": 5e-324}, "do not fit"),
         ({"clamp": 1e12}, "do not fit"),
@@ -85,7 +85,7 @@ def proposal(value: dict[str, Any]) -> dict[str, object]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"foo": 1}, {"__class__": "x"}, {"v": 2}, {"v": "1"}, {"mode": "central"}, {"mode": None}, {"sum": []},
+        {"foo": 1}, {"__class__": "x"}, {"v": 3}, {"v": "1"}, {"mode": "central"}, {"mode": None}, {"sum": []},
         {"adjacency": "replace-one"}, {"sites": "5"}, {"sites": 5.5}, {"sites": True}, {"sites": -5},
         {"sites": 10**400}, {"records": 10**5000}, {"records": 1 << 60}, {"steps": 0}, {"steps": 1 << 30},
         {"sample_rate": 0}, {"sample_rate": 1.5}, {"epsilon": -1}, {"epsilon": 1e308}, {"epsilon": float("inf")},
@@ -104,7 +104,7 @@ def test_malformed_plans(change) -> None:
         from_json(JSON | change)
 
 
-@pytest.mark.parametrize("value", [None, [], "", 1, {}, [JSON], {"v": 1}, "x" * 1_000_000])
+@pytest.mark.parametrize("value", [None, [], "", 1, {}, [JSON], {"v": 2}, "x" * 1_000_000])
 def test_what_is_no_plan(value) -> None:
     with pytest.raises(PlanError, match="malformed"):
         from_json(value)

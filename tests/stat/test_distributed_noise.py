@@ -154,6 +154,7 @@ def test_noise_that_is_used_twice_is_seen(opened, monkeypatch):
         return once[0].copy()
 
     monkeypatch.setattr(line, "discrete_gaussian", again)
+    monkeypatch.setattr("fedveil.privacy.norm_cap.check", lambda *_: None)  # which stops the longest of these sums
     plan, sums = opened("plain")
     assert correlation(sums) > 8
     assert p_values(plan, sums)[1] < FALSE_ALARM  # all sites share it as well: the variance is |U| times too large

@@ -73,18 +73,13 @@ class _Seen:
         return values, members
 
     def opened(self) -> Packet:
-        """The opened sum for the sites; zeros where they would refuse it."""
+        """The opened sum for the sites, zeros where they would refuse it; what they read in a blinded one is kept."""
         packet = self.inner.opened()
+        if self._plan.reveal_to == "sites" and self.read is not None:
+            self.sums.append(self.read(packet))
         if not self._too_long:
             return packet
         return Packet(packet.header, {name: bytes(len(data)) for name, data in packet.buffers.items()})
-
-    def blinded(self) -> Packet:
-        """The blinded sum; what a member reads in it is kept."""
-        packet = self.inner.blinded()
-        if self.read is not None:
-            self.sums.append(self.read(packet))
-        return packet
 
 
 class _Handed:
@@ -190,7 +185,7 @@ class InProcess:
         resolve, sites = virtual_sites.keep(make)
 
         def read(packet: Packet) -> Opened:
-            return _member(job, sites).sum.unblind(packet)
+            return _member(job, sites).sum.opened(packet)
 
         strategy.seen.read = read
         moves = _moves(strategy, sites)

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 TINY = 1e-300
+LARGEST_FACTOR = 1e100
 _CACHED = 1 << 17
 
 
@@ -96,7 +97,7 @@ class Outer:
 
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
-        return (_norms(self._out) * _norms(self._inward)).square()
+        return (_bounded(_norms(self._out)) * _bounded(_norms(self._inward))).square()
 
     def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
@@ -164,6 +165,11 @@ def _kept(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 def _norms(values: torch.Tensor) -> torch.Tensor:
     """The norm of each place in one pass: squares written out would be fetched from memory anew for every batch."""
     return torch.linalg.vector_norm(values, dim=1)
+
+
+def _bounded(norms: torch.Tensor) -> torch.Tensor:
+    """Infinite where a norm is above 10^100: the square of the other factor may have underflowed to nothing."""
+    return torch.where(norms > LARGEST_FACTOR, torch.inf, norms)
 
 
 def norms_of(pieces: list[Piece]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedveil.common.errors import ModelError
 from fedveil.privacy.dp.clipping.direct import LEAST_EXPONENT, Chain
-from fedveil.privacy.dp.clipping.gradient_factors import TINY, Batch
+from fedveil.privacy.dp.clipping.gradient_factors import LARGEST_FACTOR, TINY, Batch
 
 _Array = NDArray[Any]  # in the network's precision
 _Doubles = NDArray[np.float64]
@@ -48,11 +48,13 @@ class SmallChain:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
         inputs, deltas = self._passes(batch)
         with np.errstate(all="ignore"):  # what overflows has no finite norm and is left out
-            squares = [
-                _squares(d) * (_squares(a) if m.bias is None else _squares(a) + 1)
-                for d, a, m in zip(deltas, inputs, self._linears, strict=True)
-            ]
-            norms = np.sqrt(sum(squares[1:], squares[0]))
+            pairs = [(_squares(d), _squares(a)) for d, a in zip(deltas, inputs, strict=True)]
+            total = np.zeros(len(deltas[0]))
+            for (d, a), layer in zip(pairs, self._linears, strict=True):
+                total += d * (a if layer.bias is None else a + 1)
+            # Beyond that the square of the other factor may have underflowed to nothing.
+            small = np.max(pairs, axis=(0, 1)) <= LARGEST_FACTOR**2
+            norms = np.where(small, np.sqrt(total), np.inf)
             keep = batch.keep.numpy() & np.isfinite(norms)
             factor = np.where(keep, np.minimum(clip / (norms + TINY), 1.0), 0.0)
         self._sum(inputs, deltas, keep[:, None], factor, out.numpy())

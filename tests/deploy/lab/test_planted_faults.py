@@ -55,7 +55,7 @@ def train_plan(**changes):
 def test_the_honest_program_passes_every_check(sum_):
     result = conformance(train_plan(sum=sum_), RARE, "closed")
     assert result.failed == ()
-    assert len(result.findings) == 30
+    assert len(result.findings) == 31
     assert result.low < result.measured < result.high
     assert result.measured == pytest.approx(1.0, abs=0.03)
     assert canonical.loads(canonical.dumps(result.to_json()))["passed"] is True

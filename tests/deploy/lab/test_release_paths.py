@@ -88,7 +88,7 @@ def test_every_field_that_chooses_a_path_is_among_the_combinations():
         for n, f in PlanFigures.model_fields.items()
         if get_args(f.annotation) and isinstance(get_args(f.annotation)[0], str)
     }
-    assert closed == {"mode", "sum", "adjacency", "reveal_to"}
+    assert closed == {"mode", "unit", "sum", "adjacency", "reveal_to"}  # the unit follows from mode and contract
     assert {m.task for m in PLANS.values()} == set(TASKS)
     assert {c[0] for c in PLANS} == set(choices("mode"))
     assert {c[1] for c in PLANS} == set(choices("sum"))

@@ -33,11 +33,14 @@ def hostile(spec: ModelSpec, rng: np.random.Generator) -> np.ndarray:
     last = max(i for i, v in enumerate(values) if v.ndim >= 2)
     before = max(i for i, v in enumerate(values) if v.ndim >= 2 and i < last)
     units, per = len(values[before]), values[last].shape[1] // len(values[before]) or 1
-    first, second = np.arange(0, units - 1, 2), np.arange(1, units, 2)
+    order = rng.permutation(units)
+    first, second = order[: units // 2], order[units // 2 : 2 * (units // 2)]
     values[before][second] = values[before][first]
+    if before + 1 < last and len(values[before + 1]) == units:
+        values[before + 1][second] = values[before + 1][first]
     if per * units == values[last].shape[1]:
         wide = np.zeros((len(values[last]), units, per))
-        wide[:, first] = rng.standard_normal((len(wide), len(first), per)) * 10.0 ** rng.uniform(9, 15)
+        wide[:, first] = rng.standard_normal((len(wide), len(first), per)) * 10.0 ** rng.uniform(9, 16)
         wide[:, second] = -wide[:, first]
         values[last] = wide.reshape(values[last].shape)
     return np.concatenate([v.ravel() for v in values]).astype(np.float32)
@@ -120,6 +123,9 @@ class Leaky(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.arange(p.numel(), dtype=p.dtype).cos().view_as(p))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = torch.tanh(self.first(x))
