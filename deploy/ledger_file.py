@@ -12,9 +12,10 @@ from fedveil.common import canonical, fields, identity
 from fedveil.common.errors import FedveilError, UsageError, VerificationError
 from fedveil.common.journal import GENESIS, Row, parse, verify_rows, without_torn_end
 from fedveil.common.units import Delta, Epsilon
-from fedveil.privacy.ledger import Ledger, Tally
+from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.charges import bounded
+from fedveil.privacy.tally import Tally
 
 _LIMIT = 1 << 28
 _ROSTER_LIMIT = 1 << 22

@@ -26,7 +26,6 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,169 +34,16 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedveil.common.errors import MALFORMED, BudgetExhausted, JournalError, VerificationError
+from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
 from fedveil.common.identity import public_hex
 from fedveil.common.journal import Head, Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
-from fedveil.privacy.dp.accounting import ORDERS, Filter, best_order, rdp
-from fedveil.privacy.dp.events import SampledGaussian, from_json
+from fedveil.privacy.dp.accounting import best_order
+from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.tally import Tally
 
 CLOCK_S = 86_400  # how far the clocks of a run's machines may be apart
-MAX_IMPORTED = 1 << 20
 MAX_NAMED = 4096  # different events of one import, and ledgers that it carries: what fits into a row
-_HEX = re.compile("[0-9a-f]{64}")
-
-
-class Tally:
-    """What a list of ledger rows adds up to; the same code enforces (at the site) and verifies (anywhere).
-
-    Feeding rows in order raises :class:`VerificationError` for a row that the rules do not allow: spending
-    before opening, twice for one round, an unknown event, past the cap in force, after the ledger was closed.
-    """
-
-    def __init__(self) -> None:
-        self.lineage, self.unit = "", ""
-        self.filter: Filter | None = None
-        self.spent, self.overflow = 0.0, 0.0
-        self.capacity = 0  # 0: none was declared
-        self.by_round: dict[tuple[str, int], SampledGaussian] = {}
-        self.committed: set[tuple[str, int]] = set()
-        self.agreed: dict[tuple[str, int], tuple[str, str]] = {}  # by round: the signed set's names and digest
-        self.version, self.subject_salt, self.data_set = "", "", ""
-        self.closed = ""  # the ledger that counts this one's spending from now on
-        self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
-        self.counted: set[str] = set()  # every ledger whose spending is in here: the imported ones and theirs
-        self.covers: dict[str, int] = {}  # by ledger: up to which of its rows; what was imported last stands last
-
-    def feed(self, row: Row) -> None:
-        """Apply one row."""
-        b = row.body
-        try:
-            if row.kind == "ledger.open":
-                self._open(row)
-            elif row.kind == "ledger.cap":
-                f = self._filter(row)
-                self.filter = Filter(_number(b["cap_epsilon"]), f.delta, f.order)
-            elif row.kind == "ledger.capacity":
-                self._filter(row)
-                self.capacity = _capacity(b["capacity"])
-            elif row.kind == "spend":
-                self._spend(row)
-            elif row.kind == "ledger.import":
-                self._import(row)
-            elif row.kind == "ledger.closed":
-                self._close(row)
-            elif row.kind == "agreed":
-                said = str(b["members"]), str(b["digest"])
-                if self.agreed.setdefault(_key(b), said) != said:
-                    raise VerificationError(f"row {row.n} signs another set for round {b['round']} than a row before")
-            elif row.kind == "commit":
-                key = _key(b)
-                if key not in self.by_round:
-                    raise VerificationError(f"row {row.n} commits a round that was never charged")
-                self.committed.add(key)
-        except MALFORMED as e:
-            raise VerificationError(f"row {row.n} ({row.kind}) is malformed") from e
-
-    def _open(self, row: Row) -> None:
-        if self.filter is not None:
-            raise VerificationError(f"row {row.n} opens a ledger that is open")
-        b = row.body
-        if b["order"] not in ORDERS:
-            raise VerificationError(f"row {row.n} names a Rényi order that is not in the table")
-        self.filter = Filter(_number(b["cap_epsilon"]), _number(b["delta"]), _number(b["order"]))
-        self.lineage, self.unit = str(b["lineage"]), str(b["unit"])
-        self.version, self.subject_salt = str(b.get("version", "")), str(b.get("subject_salt", ""))
-        self.data_set = str(b.get("data_set", ""))
-
-    def _filter(self, row: Row) -> Filter:
-        if self.filter is None:
-            raise VerificationError(f"row {row.n} ({row.kind}) comes before the ledger was opened")
-        return self.filter
-
-    def _open_filter(self, row: Row) -> Filter:
-        if self.closed:
-            raise VerificationError(f"row {row.n} ({row.kind}) comes after the ledger was closed")
-        return self._filter(row)
-
-    def _close(self, row: Row) -> None:
-        self._open_filter(row)
-        name = row.body["ledger"]
-        if not isinstance(name, str) or not _HEX.fullmatch(name):
-            raise TypeError
-        self.closed = name
-
-    def _spend(self, row: Row) -> None:
-        f = self._open_filter(row)
-        key, event = _key(row.body), from_json(row.body["event"])
-        if key in self.by_round:
-            raise VerificationError(f"row {row.n} charges round {key[1]} a second time")
-        after, overflow = self.spent + rdp(event, f.order), self.overflow + event.overflow
-        if not f.admits(after, overflow):
-            raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
-        self.spent, self.overflow, self.by_round[key] = after, overflow, event
-
-    def _import(self, row: Row) -> None:
-        """Add the spending of another ledger, whatever the cap says: it has happened. Once for each ledger."""
-        f, b = self._open_filter(row), row.body
-        names, covers = {b["ledger"], *b["carries"]}, [*b.get("covers", []), [b.get("head", [0])[0], b["ledger"]]]
-        if not all(isinstance(name, str) for name in names) or names & self.counted:
-            raise VerificationError(f"row {row.n} imports a ledger that was imported before")
-        events = [(from_json(e), n) for e, n in b["events"]]
-        before = sum(n for old in self.imported.values() for _, n in old)
-        if any(type(n) is not int or n < 1 for _, n in events) or before + sum(n for _, n in events) > MAX_IMPORTED:
-            raise VerificationError(f"row {row.n} imports fewer than one or more than {MAX_IMPORTED} steps")
-        if any(type(rows) is not int or name not in names for rows, name in covers):
-            raise VerificationError(f"row {row.n} covers rows of a ledger that it does not import")
-        self.spent += sum(n * rdp(e, f.order) for e, n in events)
-        self.overflow += sum(n * e.overflow for e, n in events)
-        if not f.holds(self.overflow):
-            raise VerificationError(
-                f"row {row.n} imports samples that outgrow their places more often than delta = {f.delta:g} allows",
-                hint="a new ledger with a larger delta",
-            )
-        self.imported[b["ledger"]] = events
-        self.counted |= names
-        self.covers |= {name: rows for rows, name in covers}
-
-    @property
-    def events(self) -> list[SampledGaussian]:
-        """Every charge there is, imported ones first."""
-        old = [e for events in self.imported.values() for e, n in events for _ in range(n)]
-        return old + list(self.by_round.values())
-
-    @property
-    def epsilon(self) -> float:
-        """ε spent so far over all runs, by the filter; 0 before the first release."""
-        return self.filter.after(self.overflow).epsilon_of(self.spent) if self.filter else 0.0
-
-    def affords(self, event: SampledGaussian) -> int:
-        """How many steps of ``event`` the cap in force still carries; none before opening and after closing."""
-        return self.filter.affords(event, self.spent, self.overflow) if self.filter and not self.closed else 0
-
-    def admits(self, event: SampledGaussian) -> bool:
-        """Whether one more step of ``event`` fits under the cap in force."""
-        f = self.filter
-        return f is not None and f.admits(self.spent + rdp(event, f.order), self.overflow + event.overflow)
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError
-    return float(value)
-
-
-def _capacity(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 1 << 48:
-        raise TypeError
-    return value
-
-
-def _key(body: dict[str, Any]) -> tuple[str, int]:
-    session, round_ = body["session"], body["round"]
-    if type(session) is not str or type(round_) is not int:
-        raise TypeError
-    return session, round_
 
 
 class Ledger:

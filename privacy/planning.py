@@ -13,8 +13,8 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_rdp
 from fedveil.privacy.grid import MODULUS_BITS
-from fedveil.privacy.ledger import Tally
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.tally import Tally
 
 COEFFICIENT_BYTES = 7  # a ciphertext coefficient of the secure sum: 56 bits
 HIGH_EPSILON = 10.0

@@ -11,8 +11,8 @@ from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.journal import Row
 from fedveil.privacy.dp.accounting import ORDERS, Filter
 from fedveil.privacy.dp.events import SampledGaussian, from_json
-from fedveil.privacy.ledger import Tally
 from fedveil.privacy.report.history import falling
+from fedveil.privacy.tally import Tally
 
 MIN_NOISE = 0.1  # calibration never gives less than 0.2; far below, the accountants run for hours
 Precision = Literal["float64", "float32"]

@@ -31,11 +31,11 @@ from fedveil.privacy.dp import places
 from fedveil.privacy.dp.accounting import rdp
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.dp.noise import KeyStream, discrete_gaussian
-from fedveil.privacy.ledger import Tally
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.plan_figures import PlanFigures
 from fedveil.privacy.secagg.plain import PlainServer
+from fedveil.privacy.tally import Tally
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-audit.md"
 HONEST, PLANTED = 20, 5

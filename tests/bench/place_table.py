@@ -32,7 +32,7 @@ from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-place.md"
 DRAWS = int(os.environ.get("DRAWS", "20"))
-CAPACITY, HELD, ROWS, STEPS = 96, 80, 20, 1000
+CAPACITY, HELD, ROWS, STEPS = 48, 40, 20, 1000
 NETWORKS = {
     "mlp 101-37-19-3": ModelSpec(name="mlp", inputs=101, classes=3, hidden=(37, 19)),
     "mlp 100-64-10": ModelSpec(name="mlp", inputs=100, classes=10, hidden=(64,)),

@@ -13,7 +13,7 @@ import pytest
 from fedveil.common.journal import Row
 from fedveil.privacy.dp.accounting import epsilon_rdp, rdp
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.ledger import Tally
+from fedveil.privacy.tally import Tally
 
 ROWS, TARGET_S = 10_000, 1.0
 ORDER, DELTA = 5.5, 1e-5

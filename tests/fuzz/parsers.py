@@ -31,7 +31,6 @@ from fedveil.privacy.audit.evidence import Conformance, Examined, Finding
 from fedveil.privacy.audit.one_run import Guesses, OneRun
 from fedveil.privacy.dp import events
 from fedveil.privacy.joining import JOIN, check_joins, heads_of
-from fedveil.privacy.ledger import Tally
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report import charges, handover, history, signatures
 from fedveil.privacy.secagg import keysum_common, opened_sum, sharedkey_common
@@ -41,6 +40,7 @@ from fedveil.privacy.secagg.sealed import Joins
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.privacy.secagg.site import site_sum
 from fedveil.privacy.secagg.store import MemoryStore
+from fedveil.privacy.tally import Tally
 
 HEX, SESSION = "c" * 64, "5" * 64
 _KEYS = {SiteId(name): new_signing_key() for name in ("east", "north", "south", "west", "yard")}

@@ -15,7 +15,8 @@ from fedveil.common.journal import Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.dp.accounting import Filter, best_order, rdp
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.ledger import Ledger, Tally
+from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.tally import Tally
 
 KEY = new_signing_key()
 CAP, DELTA = 2.0, 1e-5

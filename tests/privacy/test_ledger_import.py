@@ -17,8 +17,9 @@ from fedveil.common.journal import Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.deploy.cli.ledger import app
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.ledger import MAX_IMPORTED, Ledger, Tally
+from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report.charges import compose
+from fedveil.privacy.tally import MAX_IMPORTED, Tally
 
 OLD_KEY, KEY, DELTA = new_signing_key(), new_signing_key(), 1e-5
 CHEAP, DEAR = SampledGaussian(0.1, 5.0), SampledGaussian(1.0, 8.0)
