@@ -21,7 +21,7 @@ from fedveil.privacy.dp.events import MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import choose
 from fedveil.privacy.plan_figures import Mode, Optimizer, PlanFigures, Sum, Unit, Workload, clips_per_site
 
-__all__ = ["Mode", "Optimizer", "PrivacyPlan", "Sum", "Unit", "Workload", "from_json", "make_plan"]
+__all__ = ["MOST_BY_DEFAULT", "Mode", "Optimizer", "PrivacyPlan", "Sum", "Unit", "Workload", "from_json", "make_plan"]
 
 MOST_BY_DEFAULT = 10**7  # more places at one site cost so much in sensitivity that they have to be asked for
 _LEAST_EPSILON = 1e-3  # that is proposed where δ alone covers everything

@@ -28,7 +28,7 @@ from fedveil.common.identity import SERVER, Member, Roster
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.privacy.ledger import Ledger
-from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.plan import MOST_BY_DEFAULT, PrivacyPlan
 from fedveil.privacy.report import countersign, signatures
 from fedveil.privacy.report.bundle import REPORT
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore, Store
@@ -118,7 +118,8 @@ def make_site(
     """One virtual site; its limits allow what the simulation asks for, its cap is enforced like any other."""
     member = roster.sites[index]
     # Nothing real is here: where the plan states no capacity, the size of the part will do.
-    capacity = plan.capacity if plan.capacity < plan.records else max(1, len(X))
+    stated = plan.capacity < min(plan.records, MOST_BY_DEFAULT)
+    capacity = plan.capacity if stated else max(1, len(X))
     ledger = Ledger.open(
         state / LEDGERS / f"{member.site}.jsonl", member.site, key, lineage=LINEAGE,
         cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, capacity=capacity, durable=durable,

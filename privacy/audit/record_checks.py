@@ -165,7 +165,8 @@ def places(draws: NDArray[np.int64], rate: float, alpha: float) -> Finding:
     """
     room, records = draws.shape[1], int(draws.max()) + 1
     by_place = np.stack([np.bincount(np.nonzero(draws == r)[1], minlength=room) for r in range(records)])
-    statistic = float(((by_place - by_place.mean(1, keepdims=True)) ** 2 / by_place.mean(1, keepdims=True)).sum())
+    usual = np.maximum(by_place.mean(1, keepdims=True), 1e-9)  # of a record that was never sampled
+    statistic = float(((by_place - usual) ** 2 / usual).sum())
     free = records * (room - 1)
     seated = float(binomial_two_sided(int((draws >= 0).sum()), len(draws) * records, rate))
     return Finding(
