@@ -105,6 +105,8 @@ def test_one_run_sees_that_the_noise_is_not_there():
     class Silent:
         """Opens the sums without their noise."""
 
+        seats = InProcess().seats
+
         def run(self, plan, parts, *, absent, cap=None):
             out = InProcess().run(plan, parts, absent=absent, cap=cap)
             X = np.concatenate([p[0] for p in parts])

@@ -134,6 +134,8 @@ def test_one_missing_share_leaves_more_noise_than_claimed_and_is_found_all_the_s
 
 def test_an_implementation_that_releases_too_few_sums_is_no_finding_but_an_error():
     class Short:
+        seats = InProcess().seats
+
         def run(self, plan, parts, *, absent, cap=None):
             whole = InProcess().run(plan, parts, absent=absent, cap=cap)
             return type(whole)(whole.releases[:-1], whole.status, whole.charges)

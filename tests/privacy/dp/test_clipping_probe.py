@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) ->
     for fault in (Unmeasured, Unsummed):
 
         def add(self, batch, clip, out, fault=fault):
-            pieces = [fault(p) if i == forgotten else p for i, p in enumerate(self.pieces(batch))]
+            pieces: list[Any] = [fault(p) if i == forgotten else p for i, p in enumerate(self.pieces(batch))]
             return engines.clip_pieces(pieces, self._sizes, batch.keep, clip, out)
 
         monkeypatch.setattr(direct.Chain, "add", add)

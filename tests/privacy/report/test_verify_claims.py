@@ -11,7 +11,7 @@ import pytest
 from fedveil.common import canonical, identity
 from fedveil.common.errors import VerificationError
 from fedveil.common.workload.model import ModelSpec
-from fedveil.privacy import ledger
+from fedveil.privacy import tally
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.plan import Optimizer, make_plan
@@ -198,13 +198,13 @@ def test_a_ledger_too_wide_or_too_mixed_for_a_distribution_is_left_to_its_filter
 def test_a_filter_that_counts_too_little_is_found(make, monkeypatch) -> None:
     """One fault in the ledger's arithmetic and in its check: the third accountant composes without a Rényi order."""
     w = make(earlier_steps=16, cap=8.0)
-    right, by_filter = ledger.rdp, recompute.by_filter
+    right, by_filter = tally.rdp, recompute.by_filter
 
     def less(events, order: float, delta: float) -> float:
         found, offset = by_filter(list(events), order, delta), recompute._offset(order, delta)
         return found and 0.3 * (found - offset) + offset
 
-    monkeypatch.setattr(ledger, "rdp", lambda event, order: 0.3 * right(event, order))
+    monkeypatch.setattr(tally, "rdp", lambda event, order: 0.3 * right(event, order))
     monkeypatch.setattr(recompute, "by_filter", less)
     build_report(w.folder, w.server)
     failed = verify_report(w.report).failed
