@@ -131,7 +131,9 @@ def _derived(given: dict[str, Any]) -> dict[str, Any]:
     mode, sites, steps, model = given["mode"], given["sites"], given["steps"], given["model"]
     rate = 1.0 if mode == "client" else given["sample_rate"]
     epsilon, sigma = given["epsilon"], given["noise_multiplier"]
-    delta = given["delta"] * (1 - PLANNED_OVERFLOW if rate < 1 else 1)
+    delta = given["delta"]
+    if rate < 1:  # by the accountants' own arithmetic, so that they find the same number again
+        delta -= steps * (PLANNED_OVERFLOW * delta / steps)
     if epsilon is None:
         epsilon = calibrate.epsilon(sigma, delta, rate, steps)
         if epsilon <= 0:

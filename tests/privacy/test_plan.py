@@ -279,7 +279,8 @@ def test_every_plan_keeps_its_promises(sites, epsilon, steps, q, clip, shape) ->
     assert plan.share_std >= 64
     # what the h honest shares add up to, in units of the sensitivity on the grid, is σ
     total = plan.share_std * math.sqrt(plan.honest) * plan.grid
-    assert total / (clip * (1 + 1e-6) + math.sqrt(model.parameters) * plan.grid) == pytest.approx(plan.noise_multiplier)
+    wide = clip + math.sqrt(model.parameters) * plan.grid * (1 + 2.0**-6)
+    assert total / wide == pytest.approx(plan.noise_multiplier)
     assert plan.divisor == q * 2000
     assert from_json(plan.to_json()) == plan
 
