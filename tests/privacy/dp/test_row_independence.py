@@ -95,8 +95,10 @@ def test_a_place_of_one_person_is_the_mean_of_its_rows(engine) -> None:
     persons = np.array([[0, 1, 2, 3], [4, EMPTY, 5, EMPTY], [6, 7, 8, EMPTY]])
     rows = [clipper.clipped_sum(X[i : i + 1], y[i : i + 1], 1e9).values for i in range(9)]
     means = [np.mean([rows[i] for i in p if i >= 0], axis=0) for p in persons]
-    expected = sum(m * min(1.0, 0.3 / np.linalg.norm(m)) for m in means)
-    np.testing.assert_allclose(clipper.clipped_sum(X, y, 0.3, None, persons).values, expected, rtol=1e-8, atol=1e-10)
+    for clip in (0.3, 1e6):  # all are clipped, or none: then the weights show
+        expected = sum(m * min(1.0, clip / np.linalg.norm(m)) for m in means)
+        found = clipper.clipped_sum(X, y, clip, None, persons).values
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_without_places_the_same_weights_break_the_bound() -> None:
