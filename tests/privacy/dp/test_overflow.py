@@ -1,4 +1,4 @@
-"""Samples that outgrow their places: every accountant takes them off δ, and a ledger keeps a share of its δ for them."""
+"""Samples that outgrow their places: every accountant takes them off δ, and ledgers keep a share of it for them."""
 
 from __future__ import annotations
 
