@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -32,7 +33,7 @@ class Backend(Protocol):
         ...
 
 
-class InPieces:
+class InPieces(ABC):
     """An engine that gives one :class:`Piece` for each parameter, in order.
 
     Args:
@@ -42,9 +43,9 @@ class InPieces:
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
 
+    @abstractmethod
     def pieces(self, batch: Batch) -> list[Piece]:
         """The gradients of ``batch``."""
-        raise NotImplementedError
 
     def operands(self, batch: Batch) -> list[torch.Tensor]:
         """See :class:`Backend`."""
