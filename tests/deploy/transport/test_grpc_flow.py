@@ -34,14 +34,18 @@ if TYPE_CHECKING:
 BIG = 5 << 20
 
 
-def broken_after(bytes_: int, once: list[int]) -> Callable[..., Iterator[bytes]]:
-    """A ``cut`` whose stream breaks after ``bytes_``, the first time."""
+def broken_after(
+    bytes_: int, once: list[int], arrived: Callable[[], int] = lambda: BIG
+) -> Callable[..., Iterator[bytes]]:
+    """A ``cut`` whose stream breaks after ``bytes_``, the first time, once 2 MiB of it have ``arrived``."""
 
     def broken(pieces: list[bytes], size: int = CHUNK, *, skip: int = 0) -> Iterator[bytes]:
         once.append(skip)
         sent = 0
         for chunk in cut(pieces, size, skip=skip):
             if len(once) == 1 and sent >= bytes_:
+                while arrived() < 2 << 20:
+                    time.sleep(0.01)
                 raise ConnectionError("the line broke")
             yield chunk
             sent += len(chunk)
@@ -53,10 +57,13 @@ def test_a_half_sent_answer_goes_on_where_it_broke(world: World, monkeypatch: py
     from fedveil.deploy.transport import grpc_site
 
     starts: list[int] = []
-    monkeypatch.setattr(grpc_site, "cut", broken_after(3 << 20, starts))
+    grids: list[GrpcGrid] = []
+    arrived = lambda: grids[0].traffic["north"]["received"]  # noqa: E731
+    monkeypatch.setattr(grpc_site, "cut", broken_after(3 << 20, starts, arrived))
     data = os.urandom(BIG)
 
     def main(grid: GrpcGrid) -> tuple[Any, Any]:
+        grids.append(grid)
         grid.wait_for_sites(1, 600)
         return world.ask(grid, Packet({"kind": "x"}, {"a": data}), sites=["north"]), grid.traffic["north"]
 

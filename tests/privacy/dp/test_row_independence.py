@@ -101,16 +101,32 @@ def test_a_place_of_one_person_is_the_mean_of_its_rows(engine) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.fixture
+def rounds_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers whose last bits depend on a row's place. Some processors' do, others' do not at these sizes."""
+    plain = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        out = plain(self, x)
+        place, unit = torch.arange(len(out))[:, None], torch.arange(out.shape[-1])
+        return out * (1 + 2.0**-22 * ((place + unit) % 3 == 0))
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+
+
+@pytest.mark.usefixtures("rounds_by_place")
 def test_without_places_the_same_weights_break_the_bound() -> None:
     """Negative control: taking a record out shifts the others, and their rounding becomes whole clips."""
     rng = np.random.default_rng(14)
-    clipper, worst = Clipper(build(ODD), "closed"), 0.0
+    clipper, shifted, placed = Clipper(build(ODD), "closed"), 0.0, 0.0
     for _ in range(10):
         clipper.load(hostile(ODD, rng))
         X, y = records(ODD, 70, rng)
         whole, less = clipper.clipped_sum(X, y, 1.0).values, clipper.clipped_sum(X[1:], y[1:], 1.0).values
-        worst = max(worst, float(np.linalg.norm(whole - less)))
-    assert worst > 1.5
+        shifted = max(shifted, float(np.linalg.norm(whole - less)))
+        placed = max(placed, moved(clipper, X, y, rng.permutation(np.r_[np.arange(70), [EMPTY] * 20])))
+    assert shifted > 1.5
+    assert placed <= 1 + relative(90)
 
 
 @pytest.mark.parametrize(("name", "engine"), CASES)
