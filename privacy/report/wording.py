@@ -180,7 +180,7 @@ class _Words:
 
     def deviations(self) -> list[str]:
         say = self.say
-        out = [say("deviation.discrete", share=self.share), say("deviation.bernoulli"), say("deviation.float")]
+        out = [say("deviation.discrete", share=self.share), say("deviation.tail"), say("deviation.float")]
         other = [name for name, s in self.p["sites"].items() if s and s["delta"] != self.p["claim"]["delta"]]
         if other:
             out.append(say("deviation.ledger_delta", sites=say("list.join").join(other), delta=self.delta))

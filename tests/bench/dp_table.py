@@ -41,6 +41,9 @@ MODELS = {
         name="transformer", inputs=32, classes=10, hidden=(1000, 64, 4, 2)
     ),
     "wide MLP 1000-1000-10": ModelSpec(name="mlp", inputs=1000, classes=10, hidden=(1000,)),
+    "ResNet 16x16 (8, 16 channels)": ModelSpec(name="resnet", inputs=256, classes=10, hidden=(1, 8, 16)),
+    "LSTM (16 tokens, 32, 64)": ModelSpec(name="lstm", inputs=16, classes=10, hidden=(1000, 32, 64)),
+    "LoRA MLP 100-256-10, rank 8": ModelSpec(name="lora-mlp", inputs=100, classes=10, hidden=(8, 256)),
 }
 TARGETS = {"CNN": 1.6, "Tra": 1.95, "wid": 3.6}
 BATCHES = (64, 256)
