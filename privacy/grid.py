@@ -1,12 +1,14 @@
 """The integer grid of a secure sum: how fine, and how far a site's coordinate may reach.
 
-Sums travel modulo 2^46. Several small values share one ciphertext coefficient. A grid that is too coarse widens the
-sensitivity, and one that is too fine leaves no room. :func:`choose` balances both, :func:`largest_sum` says what fits.
+Sums travel modulo 2^46, or less where many sites' errors need more room. Several small values share one ciphertext
+coefficient. A grid that is too coarse widens the sensitivity, and one that is too fine leaves no room. :func:`choose`
+balances both, :func:`largest_sum` says what fits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fedveil.common.errors import PlanError
 
@@ -18,7 +20,15 @@ _USUAL = 24.0
 
 
 def choose(
-    sites: int, clip: float, share: float, D: int, steps: int, per_site: float, *, whole: bool = False
+    sites: int,
+    clip: float,
+    share: float,
+    D: int,
+    steps: int,
+    per_site: float,
+    *,
+    whole: bool = False,
+    bits: Callable[[int], int] = lambda values: MODULUS_BITS,
 ) -> tuple[float, float]:
     """Grid width and clamp: the most values per ciphertext coefficient that leave every site its usual range.
 
@@ -29,13 +39,17 @@ def choose(
     Args:
         share: σ of one site's share of the noise, in clips.
         whole: nothing may ever be cut off: the clamp is ``per_site`` clips exactly.
+        bits: log2 of the modulus that the sum can offer for so many values per coefficient; 0: none.
 
     Raises:
         PlanError: it does not fit.
     """
     wanted = per_site if whole else min(per_site, _USUAL, max(4.0, 480.0 / sites))
+    clamp = grid = noise = room = 0.0
     for values in (4, 3, 2, 1):
-        room = (1 << (MODULUS_BITS // values)) // 2 - 1
+        room = (1 << (bits(values) // values)) // 2 - 1
+        if room < 1:
+            continue
         grid = min(_AIM_INFLATION * clip / math.sqrt(D), share * clip / MIN_SHARE_STD)
         if values == 1 and not whole:
             grid /= 16
@@ -43,7 +57,7 @@ def choose(
         clamp = min((room * 0.999 * grid - noise) / sites, per_site * clip)
         if clamp >= wanted * clip or values == 1:
             break
-    if clamp <= 0:
+    if not clamp > 0:
         raise PlanError(
             "the noise alone does not fit into a ciphertext", hint="plan with a larger epsilon or fewer parameters"
         )

@@ -19,7 +19,7 @@ from fedveil.privacy.dp import calibrate
 from fedveil.privacy.dp.accounting import PLANNED_OVERFLOW
 from fedveil.privacy.dp.events import MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import choose
-from fedveil.privacy.plan_figures import Mode, Optimizer, PlanFigures, Sum, Unit, Workload, clips_per_site
+from fedveil.privacy.plan_figures import Mode, Optimizer, PlanFigures, Sum, Unit, Workload, clips_per_site, room_of
 
 __all__ = ["MOST_BY_DEFAULT", "Mode", "Optimizer", "PrivacyPlan", "Sum", "Unit", "Workload", "from_json", "make_plan"]
 
@@ -148,7 +148,8 @@ def _derived(given: dict[str, Any]) -> dict[str, Any]:
     honest = 1 if mode == "local" else sites - given["colluders"] - given["dropouts"]
     per_site = clips_per_site(mode, given["sample_rate"], given["records"], sites, model, given["clip"])
     share, whole = sigma / math.sqrt(honest), isinstance(model, StatsSpec)
-    grid, clamp = choose(sites, given["clip"], share, model.parameters, steps, per_site, whole=whole)
+    bits = room_of(given["sum"], sites, model.parameters, steps)
+    grid, clamp = choose(sites, given["clip"], share, model.parameters, steps, per_site, whole=whole, bits=bits)
     return {"epsilon": epsilon, "noise_multiplier": sigma, "grid": grid, "clamp": clamp}
 
 

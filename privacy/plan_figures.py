@@ -9,6 +9,7 @@ site (units that it may ever hold: public too), P places of a step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -24,8 +25,9 @@ from fedveil.privacy.dp.accounting import PLANNED_OVERFLOW, Filter, best_order, 
 from fedveil.privacy.dp.events import MIN_SAMPLE_RATE, SampledGaussian
 from fedveil.privacy.dp.places import places_needed
 from fedveil.privacy.dp.rounding import ON_GRID, relative
-from fedveil.privacy.grid import choose, largest_sum
+from fedveil.privacy.grid import MODULUS_BITS, choose, largest_sum
 from fedveil.privacy.secagg import committee as committees
+from fedveil.privacy.secagg.params import modulus_bits
 
 Mode = Literal["distributed", "local", "client"]
 Sum = Literal["keysum", "sharedkey", "plain", "none"]
@@ -221,13 +223,23 @@ class PlanFigures(BaseModel):
         """The grid and clamp that :func:`make_plan` would choose for this plan's other numbers."""
         share, D = self.noise_multiplier / math.sqrt(self.honest), self.model.parameters
         per_site = clips_per_site(self.mode, self.sample_rate, self.records, self.sites, self.model, self.clip)
-        grid, clamp = choose(self.sites, self.clip, share, D, self.steps, per_site, whole=self.task == "stats")
+        bits = room_of(self.sum, self.sites, D, self.steps)
+        grid, clamp = choose(
+            self.sites, self.clip, share, D, self.steps, per_site, whole=self.task == "stats", bits=bits
+        )
         return {"grid": grid, "clamp": clamp}
 
 
 @lru_cache(maxsize=64)
 def _digest(plan: PlanFigures) -> str:
     return canonical.digest(plan.to_json())
+
+
+def room_of(sum_: str, sites: int, D: int, steps: int) -> Callable[[int], int]:
+    """What a sum can offer: values per coefficient -> log2 of the modulus."""
+    if sum_ != "keysum":
+        return lambda values: MODULUS_BITS
+    return lambda values: modulus_bits(sites, D, steps, values)
 
 
 def clips_per_site(mode: Mode, sample_rate: float, records: int, sites: int, model: Workload, clip: float) -> float:

@@ -17,6 +17,7 @@ from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS
 from fedveil.privacy.plan_figures import MAX_CAP, PlanFigures
 from fedveil.privacy.secagg import committee as committees
+from fedveil.privacy.secagg.params import MAX_HELPERS, MAX_SITES, plaintext
 
 MAX_INFLATION = 0.02
 MIN_CLIENTS = 1000
@@ -63,6 +64,13 @@ def check(plan: PlanFigures) -> None:
             f"sums of up to {plan.bound:.3g} grid units do not fit into {MODULUS_BITS} bits",
             nearest=plan.regrid(),
         )
+    if plan.sum == "keysum":
+        helpers = plan.committee or plan.sites
+        try:
+            plaintext(plan.sites, helpers, plan.bound, plan.model.parameters, plan.steps)
+        except SecureSumError as e:
+            many = plan.sites > MAX_SITES or helpers > MAX_HELPERS
+            raise PlanError(e.message, hint=e.hint, nearest=None if many else plan.regrid()) from e
 
 
 def default_tolerance(sites: int) -> tuple[int, int]:

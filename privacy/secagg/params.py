@@ -68,31 +68,49 @@ def choose(spec: SumSpec) -> KeysumParams:
     Raises:
         SecureSumError: the threshold, the number of sites, the bound or the failure bound cannot hold.
     """
-    n = len(spec.roster.sites)
-    if not 2 <= n <= MAX_SITES:
-        raise SecureSumError(f"keysum does not work with {n} sites", hint=f"it takes 2 to {MAX_SITES}")
-    _check_helpers(spec, n)
+    helpers = len(spec.all_helpers)
+    _check_threshold(spec, helpers)
     if spec.min_members < 2:
         raise SecureSumError("the sum of a single site could be opened", hint="allow for fewer drop-outs")
+    return plaintext(len(spec.roster.sites), helpers, spec.bound, spec.length, spec.rounds)
+
+
+def plaintext(sites: int, helpers: int, bound: int, length: int, rounds: int) -> KeysumParams:
+    """The parameters for vectors of ``length`` values whose sums stay within ``bound``.
+
+    Raises:
+        SecureSumError: so many sites or helpers cannot work together, or the sums do not fit.
+    """
+    if not 2 <= sites <= MAX_SITES:
+        raise SecureSumError(f"keysum does not work with {sites} sites", hint=f"it takes 2 to {MAX_SITES}")
+    if helpers > MAX_HELPERS:
+        raise SecureSumError(
+            f"keysum does not work with {helpers} helpers",
+            hint=f"a committee of at most {MAX_HELPERS} ([privacy] committee, --committee of 'fedveil simulate'); a "
+            "simulation may also say --sum plain",
+        )
     for plain_bits in range(LOG_DELTA_T, _MIN_PLAIN_BITS - 1, -1):
-        found = _with(spec, n, plain_bits)
-        if found is not None:
-            return found
+        k = next((k for k in (4, 3, 2, 1) if (2 * bound + 1) ** k <= 1 << plain_bits), 0)
+        if k and (failure := _failure_log2(sites, -(-length // k), rounds, plain_bits)) <= MAX_FAILURE_LOG2:
+            base = int(2 ** (plain_bits / k))
+            base -= 1 - base % 2
+            return KeysumParams(plain_bits, (Q - 1) >> plain_bits, base, k, -(-length // (k * N)), failure)
     raise SecureSumError(
-        f"a bound of {spec.bound} over {n} sites and {spec.rounds} rounds does not fit any plaintext modulus",
+        f"a bound of {bound} over {sites} sites and {rounds} rounds does not fit any plaintext modulus",
         hint="plan with fewer sites or fewer steps",
     )
 
 
-def _check_helpers(spec: SumSpec, n: int) -> None:
+def modulus_bits(sites: int, length: int, rounds: int, values: int) -> int:
+    """log2 of the largest plaintext modulus for ``values`` values per coefficient; 0 if none is small enough."""
+    bits = range(LOG_DELTA_T, _MIN_PLAIN_BITS - 1, -1)
+    return next((b for b in bits if _failure_log2(sites, -(-length // values), rounds, b) <= MAX_FAILURE_LOG2), 0)
+
+
+def _check_threshold(spec: SumSpec, m: int) -> None:
     """Two sets of members can never both be agreed upon: 2T > m + c_m, the helpers and those of them who collude."""
-    m, threshold = len(spec.all_helpers), spec.threshold
-    if m > MAX_HELPERS:
-        raise SecureSumError(
-            f"keysum does not work with {m} helpers",
-            hint=f"set [privacy] committee to at most {MAX_HELPERS}",
-        )
-    colluding = committee_colluders(n, spec.colluders, m)
+    threshold = spec.threshold
+    colluding = committee_colluders(len(spec.roster.sites), spec.colluders, m)
     if not m + colluding < 2 * threshold <= 2 * m:
         raise SecureSumError(
             f"a threshold of {threshold} does not fit {m} helpers of whom {colluding} may collude",
@@ -100,20 +118,12 @@ def _check_helpers(spec: SumSpec, n: int) -> None:
         )
 
 
-def _with(spec: SumSpec, n: int, plain_bits: int) -> KeysumParams | None:
-    k = next((k for k in (4, 3, 2, 1) if (2 * spec.bound + 1) ** k <= 1 << plain_bits), 0)
-    if not k:
-        return None
-    base = int(2 ** (plain_bits / k))
-    base -= 1 - base % 2
-    delta = (Q - 1) >> plain_bits
-    blocks = -(-spec.length // (k * N))
+def _failure_log2(sites: int, coefficients: int, rounds: int, plain_bits: int) -> float:
+    """log2 of the bound on the chance that any coefficient of the run decrypts wrongly."""
     # One less than half of delta for the rounding inside the decryption.
-    exponent = (delta / 2 - 1) ** 2 / (HALF_BITS * n)
-    failure = 1 + math.log2(blocks * N) + math.log2(spec.rounds + 1) - exponent / math.log(2)
-    if failure > MAX_FAILURE_LOG2:
-        return None
-    return KeysumParams(plain_bits, delta, base, k, blocks, failure)
+    exponent = (((Q - 1) >> plain_bits) / 2 - 1) ** 2 / (HALF_BITS * sites)
+    whole = -(-coefficients // N) * N
+    return 1 + math.log2(whole) + math.log2(rounds + 1) - exponent / math.log(2)
 
 
 def check_sharedkey(spec: SumSpec) -> None:
