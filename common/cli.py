@@ -186,9 +186,13 @@ def _store_error(e: OSError) -> StoreError:
     )
 
 
+_signals: list[int] = []  # those that came
+
+
 def _unwind(number: int, _: object) -> NoReturn:
     """Leave as after an error, so that no unfinished file stays behind. The same signal again ends it at once."""
     signal.signal(number, signal.SIG_DFL)
+    _signals.append(number)
     raise SystemExit(128 + number)
 
 
@@ -197,6 +201,15 @@ def main() -> None:
 
     SIGTERM and SIGHUP end a command with 128 plus their number. Long-running commands have their own handlers.
     """
+    try:
+        _main()
+    except BaseException:
+        if _signals:  # a library in between may have made another error of it
+            sys.exit(128 + _signals[0])
+        raise
+
+
+def _main() -> None:
     if sys.stdout is None:  # closed by whoever started this, who wants the exit code only
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     for number in (signal.SIGTERM, signal.SIGHUP):

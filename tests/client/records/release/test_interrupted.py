@@ -25,7 +25,16 @@ owner = importlib.import_module(module)
 *path, last = name.split(".")
 for part in path:
     owner = getattr(owner, part)
-setattr(owner, last, lambda *a, **k: time.sleep(600))
+changed = "changed" in sys.argv
+def wait(*_, **__):
+    try:
+        time.sleep(600)
+    except SystemExit as e:
+        if changed:
+            raise ImportError("what a library may make of it") from e
+        raise
+setattr(owner, last, wait)
+sys.argv[:] = [a for a in sys.argv if a != "changed"]
 from fedveil.common.cli import main
 main()
 """
@@ -83,6 +92,16 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, release, number: signal.
     written(tmp_path / "out", process)
     process.send_signal(number)
     assert process.wait() == 128 + number
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("release", ["parquet"], indirect=True)
+def test_a_signal_that_a_library_turned_into_another_error_still_ends_as_the_signal(tmp_path: Path, release) -> None:
+    command, step, _ = release
+    process = started([*command, "changed"], step)
+    written(tmp_path / "out", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
     assert os.listdir(tmp_path / "out") == []
 
 
