@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from fedveil.common import fields
 from fedveil.common.errors import FedveilError, VerificationError
+from fedveil.common.identity import Roster
 from fedveil.common.journal import GENESIS, Copy, Row
-from fedveil.privacy.joining import heads_of, names_of
+from fedveil.common.units import SiteId
+from fedveil.privacy.joining import heads_in, heads_of, names_of
 from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import prices, recompute
@@ -34,6 +36,19 @@ class Other(NamedTuple):
     members: int
     same_data_set: bool
     imported: bool
+
+
+def heads_signed(documents: Mapping[SiteId, Any], roster: Roster) -> None:
+    """Every join statement names its site's ledger, head and data set under the site's own word.
+
+    A statement of an older form, which names no data set, would let a fresh ledger pass: what others have seen of the
+    old one would be of "another" data set.
+    """
+    for site, document in documents.items():
+        try:
+            heads_in({site: document}, roster)
+        except FedveilError as e:
+            raise VerificationError(f"the join statement of {site}: {e.message}") from e
 
 
 def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
@@ -70,7 +85,7 @@ def continues(
     if not rows:
         raise VerificationError("it has no rows")
     count, digest = fields.head(joined.get("head"), "the join statement")
-    if not _holds(rows, count, digest) or joined.get("ledger", rows[0].hash) != rows[0].hash:
+    if not _holds(rows, count, digest) or joined.get("ledger") != rows[0].hash:
         raise VerificationError("it does not continue the ledger that the site had when it joined")
     lost = [(w, c) for w, c in seen if c.ledger == rows[0].hash and not _holds(rows, *c.head)]
     if signed := [(w, c) for w, c in lost if c.signed_by(rows[0].owner, public)]:
@@ -123,7 +138,7 @@ def replaces_none(c: Charges, joined: Mapping[str, Any], others: Iterable[Other]
         A remark that lists the other ledgers; empty if there are none.
     """
     said = joined.get("data_set")
-    if said is not None and (said != (data_set or said) or c.data_set not in ("", said)):
+    if said != (data_set or said) or c.data_set not in ("", said):
         raise VerificationError("the site joined with the ledger of another data set than the contract's")
     for entry in joined.get("imports", []):
         name, rows = entry
@@ -222,6 +237,10 @@ def charged(c: Charges, plan: PrivacyPlan, h: History, joined: int) -> None:
     """
     if c.unit != plan.unit:
         raise VerificationError(f"the ledger counts each {c.unit!r}, the plan each {plan.unit!r}")
+    if plan.unit != "client" and c.capacity > plan.capacity:
+        raise VerificationError(
+            f"the ledger declares a capacity of {c.capacity} {plan.unit}s, the plan is for at most {plan.capacity}"
+        )
     if not c.spends:
         return
     row = c.accepted
