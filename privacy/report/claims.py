@@ -13,7 +13,7 @@ from fedveil.common.errors import VerificationError
 from fedveil.privacy.dp.events import MAX_LOSS, SampledGaussian
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import bundle as bundles
-from fedveil.privacy.report import prices, recompute
+from fedveil.privacy.report import recompute
 from fedveil.privacy.report.history import History
 from fedveil.privacy.report.prices import Prices
 from fedveil.privacy.stats_document import STATISTICS, document
@@ -123,16 +123,20 @@ def groups(payload: dict[str, Any], plan: Prices) -> str:
         if stated is not None:
             if type(factor) is not int or not 1 <= factor <= 1 << 30:
                 raise VerificationError(f"{site} states an epsilon of original records without a factor")
-            _group(stated, factor, plan, rdp=factor > prices.TOGETHER)
+            _group(stated, factor, plan)
     return ", ".join(said) + " by the third accountant"
 
 
-def _group(stated: Any, size: int, plan: Prices, *, rdp: bool) -> str:
+def _group(stated: Any, size: int, plan: Prices, *, rdp: bool = False) -> str:
+    """``rdp``: it is said to be by RDP. Where the third accountant cannot hold a group's loss, nothing else could."""
     found = fields.number({"epsilon": stated}, "epsilon", f"a group of {size}", high=1e12)
     given = plan.rate, plan.noise, plan.steps, plan.left_for(size)
     if given[-1] <= 0:
         raise VerificationError(f"a step has no places for a group of {size}, yet its epsilon is stated")
-    own = recompute.group_range(*given, size) if rdp else recompute.by_group(*given, size)
+    try:
+        own = recompute.group_range(*given, size) if rdp else recompute.by_group(*given, size)
+    except VerificationError:
+        own = recompute.group_range(*given, size)
     if found < own * (1 - _OVER) - _CLOSE:
         raise VerificationError(f"epsilon of a group of {size} is stated as {found:.6f}, it is at least {own:.6f}")
     return f"{size} units: stated {found:.6f}, {own:.6f}"
