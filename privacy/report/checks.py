@@ -221,8 +221,8 @@ class Audit:
             for key, value in {**wanted, "site": m.site}.items():
                 if fields.mapping(statement, JOINS).get(key) != value:
                     raise VerificationError(f"{m.site} signed another {key.replace('_', ' ')}")
+            ledgers.head_signed(m.site, statement, m.signing_key)
             joins[m.site] = statement
-        ledgers.heads_signed(documents, roster)
         self._joins, self._seen = joins, ledgers.seen_by_peers(joins)
         return f"{len(joins)} signatures under plan {wanted['plan_hash'][:16]}..."
 

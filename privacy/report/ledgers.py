@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 from fedveil.common import fields
 from fedveil.common.errors import FedveilError, VerificationError
-from fedveil.common.identity import Roster
 from fedveil.common.journal import GENESIS, Copy, Row
-from fedveil.common.units import SiteId
-from fedveil.privacy.joining import heads_in, heads_of, names_of
+from fedveil.privacy.joining import heads_of, names_of
 from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import prices, recompute
@@ -38,17 +36,20 @@ class Other(NamedTuple):
     imported: bool
 
 
-def heads_signed(documents: Mapping[SiteId, Any], roster: Roster) -> None:
-    """Every join statement names its site's ledger, head and data set under the site's own word.
+def head_signed(site: str, joined: Mapping[str, Any], public: str) -> None:
+    """A join statement names its site's ledger, head and data set under the site's own word.
 
     A statement of an older form, which names no data set, would let a fresh ledger pass: what others have seen of the
     old one would be of "another" data set.
     """
-    for site, document in documents.items():
-        try:
-            heads_in({site: document}, roster)
-        except FedveilError as e:
-            raise VerificationError(f"the join statement of {site}: {e.message}") from e
+    count, digest = fields.head(joined.get("head"), f"the join statement of {site}")
+    said = [count, digest, joined.get("ledger"), joined.get("data_set"), joined.get("head_signature")]
+    try:
+        own = Copy.from_json(said)
+    except FedveilError as e:
+        raise VerificationError(f"the join statement of {site} is of a form that this version does not read") from e
+    if not own.signed_by(site, public):
+        raise VerificationError(f"the join statement of {site}: the head of its own ledger is not signed")
 
 
 def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:

@@ -203,7 +203,7 @@ def earlier(f: Forger) -> None:
 
 @forged(ALONE, "a row of its journal dated before the row before it", "row times")
 def falling(f: Forger) -> None:
-    f.tell(at=lambda n, t: t - (n == 5))
+    f.tell(at=lambda n, t: t - 3600 * (n == 5))
 
 
 @forged(ALONE, "a row of its journal twice", "order of events")

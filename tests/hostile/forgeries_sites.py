@@ -143,7 +143,7 @@ def dated_a_little(f: Forger) -> None:
 
 @forged(SITE, "a row of its ledger dated before the row before it", "row times")
 def falling(f: Forger) -> None:
-    handed(f, keep, at=lambda n, t: t - (n == 20))
+    handed(f, keep, at=lambda n, t: t - 3600 * (n == 20))
 
 
 @forged(SITE, "another digest in a set that it signed", "signed sets")

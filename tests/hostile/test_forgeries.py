@@ -113,7 +113,7 @@ def test_what_is_out_of_reach_stands_in_the_threat_model() -> None:
 def test_control_without_its_check_a_forgery_passes(base, tmp_path, monkeypatch) -> None:
     by = {f.what: f for f in FORGERIES}
     for n, (what, module, function) in enumerate((
-        ("a fresh ledger, in a statement of the form before data sets were named", ledgers, "heads_signed"),
+        ("a fresh ledger, in a statement of the form before data sets were named", ledgers, "head_signed"),
         ("an audit made up and signed by the server; the auditor's key is given", results, "require_auditor"),
     )):  # fmt: skip
         with monkeypatch.context() as m:
