@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round bench-place wheel clean
+.PHONY: demo test test-slow check forgeries bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round bench-place wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -20,6 +20,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# What can be forged of a report and which check finds it: docs/forgeries.md.
+forgeries: $(STAMP)
+	$(BIN)/python tests/hostile/forgery_table.py
 
 bench: $(STAMP)
 	$(BIN)/pytest -q -m bench tests/bench -s

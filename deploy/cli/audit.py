@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,12 @@ def verify(
     require_signatures: Annotated[
         int, typer.Option(min=0, help="Fail unless at least so many sites signed this very report.")
     ] = 0,
+    auditor: Annotated[
+        str | None,
+        typer.Option(
+            help="SHA-256 fingerprint (64 hex digits) of an auditor's key. Fail unless its audit is attached."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Recompute everything that the report claims. Exit code 0 if every check passed, 60 if not."""
@@ -39,7 +46,12 @@ def verify(
 
     path = audit_sign_compare.file_of(report)
     key = audit_sign_compare.pinned(consortium_key)
-    result = verify_report(path, consortium_key=key, require_signatures=require_signatures)
+    if auditor is not None and not re.fullmatch("[0-9a-fA-F]{64}", auditor):
+        raise UsageError(
+            "--auditor takes a fingerprint of 64 hexadecimal digits",
+            hint="the auditor names it; 'fedveil audit verify' prints the one of an attached audit",
+        )
+    result = verify_report(path, consortium_key=key, require_signatures=require_signatures, auditor=auditor)
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
     else:

@@ -108,7 +108,8 @@ def check(
     console.print(
         f"k = {agreed.k}, l = {agreed.l}, t = {agreed.t if agreed.t is not None else '-'}; {agreed.width} inputs, "
         f"{agreed.classes} classes; one record changes "
-        + ("a number of released rows that is not bounded" if factor is None else f"at most {factor} released rows"),
+        + ("a number of released rows that is not bounded" if factor is None else f"at most {factor} released rows")
+        + (f"; k counts persons, with up to {agreed.rows_per_person} rows each" if agreed.rows_per_person else ""),
         markup=False, soft_wrap=True,
     )  # fmt: skip
     for step in steps:

@@ -28,21 +28,28 @@ _ROUNDING = 1e-16
 _NO_EXP = 700.0
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
+_NEWTON, _NEAR = 64, 1e-12  # the most steps; a change in standard deviations below which there are no more
+
 Values = NDArray[np.float64]
+Weights = tuple[float, ...]
 _Step = tuple[int, Values, float, int]  # first cell, masses, mass at infinity, how often
 
 
-def epsilon(events: Iterable[tuple[float, float, int]], delta: float, interval: float | None = None) -> float:
-    """An upper bound of ε at ``delta`` of all ``events``, under add-or-remove-one adjacency; 0 for none.
+def epsilon(
+    events: Iterable[tuple[float, float, int]], delta: float, interval: float | None = None, size: int = 1
+) -> float:
+    """An upper bound of ε at ``delta`` of all ``events``, under add-or-remove adjacency; 0 for none.
 
     Args:
         events: ``(q, σ, how often)``, fixed before the first release.
-        interval: width of the grid of losses; by default a 32nd of q/σ, the widest of all events.
+        interval: width of the grid of losses; by default a 32nd of size·q/σ, the widest of all events.
+        size: so many units come or go together. Each is sampled by itself, and all pull in one direction, which is the
+            worst there is: then a step is a mixture of Gaussians with means 0 to ``size`` and binomial weights.
 
     Raises:
         VerificationError: ``delta`` drowns in the rounding of so many steps, or ε is beyond what a double can divide.
     """
-    events = [(q, s, n) for q, s, n in events if n]
+    events = [(q, s / size if q == 1 else s, n) for q, s, n in events if n]
     inverse = sum(n / s / s for q, s, n in events if q == 1)
     sampled = [(q, s, n) for q, s, n in events if q < 1]
     if inverse:  # Gaussians compose to a Gaussian
@@ -52,30 +59,37 @@ def epsilon(events: Iterable[tuple[float, float, int]], delta: float, interval: 
     left = delta - _ROUNDING * sum(n for _, _, n in events)
     if left <= 0:
         raise VerificationError(f"delta = {delta:g} drowns in the rounding of so many composed steps")
-    h = interval or max(_interval(q, s) for q, s, _ in events)
-    return max(_epsilon(events, left, h, removing) for removing in ((True, False) if sampled else (True,)))
+    steps = [((0.0, 1.0) if q == 1 else _weights(q, size), s, n) for q, s, n in events]
+    h = interval or max(_interval(w, s) for w, s, _ in steps)
+    return max(_epsilon(steps, left, h, removing) for removing in ((True, False) if sampled else (True,)))
 
 
-def _interval(q: float, sigma: float) -> float:
-    """A 32nd of a step's usual loss q/σ, at most 5e-4 and at least 5e-7; between a 2^15th and a 2^17th of its largest.
+def _weights(q: float, size: int) -> Weights:
+    """How likely it is that 0, 1, ..., ``size`` of the units are in a step."""
+    return tuple(math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in range(size + 1))
 
-    The largest: 10 σ out.
+
+def _interval(weights: Weights, sigma: float) -> float:
+    """A 32nd of a step's usual loss, at most 5e-4 and at least 5e-7; between a 2^15th and a 2^17th of its largest.
+
+    The usual one: the mean over σ. The largest: 10 σ out.
     """
-    largest = _loss(q, sigma, 1 + 10 * sigma)
-    return max(min(5e-4, max(q / sigma / 32, largest / (1 << 15), 5e-7)), largest / (1 << 17))
+    usual = sum(j * w for j, w in enumerate(weights)) / sigma
+    largest = _loss(weights, sigma, len(weights) - 1 + 10 * sigma)
+    return max(min(5e-4, max(usual / 32, largest / (1 << 15), 5e-7)), largest / (1 << 17))
 
 
-def _loss(q: float, sigma: float, x: float) -> float:
+def _loss(weights: Weights, sigma: float, x: float) -> float:
     """log of the mixture's density over the Gaussian's, at ``x``."""
-    far = (2 * x - 1) / (2 * sigma * sigma)
-    return far if q == 1 else float(np.logaddexp(math.log1p(-q), math.log(q) + far))
+    each = [math.log(w) + j * (2 * x - j) / (2 * sigma * sigma) for j, w in enumerate(weights) if w]
+    return float(np.logaddexp.reduce(each))
 
 
-def _epsilon(events: list[tuple[float, float, int]], delta: float, h: float, removing: bool) -> float:
+def _epsilon(events: list[tuple[Weights, float, int]], delta: float, h: float, removing: bool) -> float:
     """One direction: ε that bounds the loss of the table that has the record (``removing``), or has not."""
     cut, count = _CUT * delta, sum(n for _, _, n in events)
     while True:
-        steps = [(*_step(q, s, h, cut / count, removing), n) for q, s, n in events]
+        steps = [(*_step(w, s, h, cut / count, removing), n) for w, s, n in events]
         low, high = -_reach(steps, h, cut, -1), _reach(steps, h, cut, 1)
         first, cells = math.floor(low / h), math.ceil(high / h) - math.floor(low / h) + 1
         if cells <= _CELLS:
@@ -86,14 +100,15 @@ def _epsilon(events: list[tuple[float, float, int]], delta: float, h: float, rem
     return _at(h * losses, masses, delta, lost)
 
 
-def _step(q: float, sigma: float, h: float, cut: float, removing: bool) -> tuple[int, Values, float]:
+def _step(weights: Weights, sigma: float, h: float, cut: float, removing: bool) -> tuple[int, Values, float]:
     """One step's loss distribution on the multiples of ``h``: the first one, the masses from there on, at infinity."""
-    z = math.sqrt(-2 * math.log(cut))  # beyond z standard deviations lies less than ``cut``
-    first, last = math.floor(_loss(q, sigma, -z * sigma) / h) - 1, math.ceil(_loss(q, sigma, 1 + z * sigma) / h) + 1
+    z, most = math.sqrt(-2 * math.log(cut)), len(weights) - 1  # beyond z standard deviations lies less than ``cut``
+    first = math.floor(_loss(weights, sigma, -z * sigma) / h) - 1
+    last = math.ceil(_loss(weights, sigma, most + z * sigma) / h) + 1
     edges = h * np.arange(first, last + 1, dtype=np.float64)
-    x = (edges if q == 1 else _unsampled(q, edges)) * sigma + 0.5 / sigma
-    without, shifted = _between(x), _between(x - 1 / sigma)
-    mixed = (1 - q) * without + q * shifted
+    x = _outcomes(weights, sigma, edges)
+    each = [_between(x - j / sigma) for j in range(most + 1)]
+    without, mixed = each[0], sum((w * p for w, p in zip(weights, each, strict=True)), np.zeros_like(each[0]))
     drawn, other = (mixed, without) if removing else (without[::-1], mixed[::-1])
     if not removing:  # the loss of the other direction is this one's negative
         first, edges = -last, -edges[::-1]
@@ -105,11 +120,33 @@ def _step(q: float, sigma: float, h: float, cut: float, removing: bool) -> tuple
     return first, masses, float(drawn[-1])
 
 
-def _unsampled(q: float, losses: Values) -> Values:
-    """The loss that a step without sampling has where one of rate q has these; -inf below log(1 - q)."""
-    ratio = np.exp(losses) - (1 - q) if q >= 0.5 else np.expm1(losses) + q  # neither cancels where it counts
+def _outcomes(weights: Weights, sigma: float, losses: Values) -> Values:
+    """Where, in standard deviations, a step has these losses; -inf at and below log of the first weight.
+
+    Without its first term, the log of the densities' ratio is a log-sum-exp of lines, so convex. Each line alone gives
+    a place that is too far out. Newton's method comes down from the nearest of them, and needs few steps.
+    """
+    none = weights[0]
+    some = np.minimum(losses, _NO_EXP)  # beyond, the first weight is nothing beside the ratio
+    ratio = np.exp(some) - none if none < 0.5 else np.expm1(some) + math.fsum(weights[1:])  # neither cancels
+    slopes = np.arange(1, len(weights)) / sigma
+    offsets = np.log(weights[1:]) - slopes * slopes / 2
     with np.errstate(divide="ignore"):
-        return np.log(np.maximum(ratio, 0) / q)
+        target = np.where(losses > _NO_EXP, losses, np.log(np.maximum(ratio, 0)))
+    out = ((target[:, None] - offsets) / slopes).min(axis=1)
+    finite = np.isfinite(out)
+    x, target = out[finite], target[finite]
+    for _ in range(_NEWTON if len(slopes) > 1 else 0):
+        terms = offsets + slopes * x[:, None]
+        top = terms.max(axis=1)
+        parts = np.exp(terms - top[:, None])
+        total = parts.sum(axis=1)
+        change = (top + np.log(total) - target) * total / (parts * slopes).sum(axis=1)
+        x = x - change
+        if float(np.abs(change).max(initial=0.0)) < _NEAR:
+            break
+    out[finite] = x
+    return out
 
 
 def _between(cuts: Values) -> Values:

@@ -69,6 +69,7 @@ class Charges:
         spending: every row that spent, in order.
         approvals: keys of the persons who approved this session, as the ledger names them; None if nobody was asked.
         tightest: at the spend that came closest to the cap then in force, all events up to it, and that cap.
+        capacity: the most units that the site may hold, as it declared last; 0 in ledgers of older versions.
         data_set: the data set that it counts, by hash; empty in ledgers of older versions.
         covers: by imported ledger, up to how many of its rows.
         agreed: by round of this session, the set that the site signed: its names and the whole, by hash.
@@ -99,6 +100,7 @@ class Charges:
     spending: tuple[Spent, ...]
     approvals: tuple[str, ...] | None
     tightest: tuple[tuple[SampledGaussian, ...], float]
+    capacity: int
     data_set: str
     covers: dict[str, int]
     agreed: dict[int, tuple[str, str]]
@@ -143,7 +145,7 @@ def compose(rows: list[Row], session: str) -> Charges:
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
         left=_left(tally), affordable=None if tally.closed else (f, tally.spent, tally.overflow),
         spending=tuple(state.spending), approvals=state.approvals,
-        tightest=state.tightest, data_set=tally.data_set, covers=tally.covers,
+        tightest=state.tightest, capacity=tally.capacity, data_set=tally.data_set, covers=tally.covers,
         agreed={n: said for (s, n), said in tally.agreed.items() if s == session},
         times=(min(at), max(at)) if (at := [r.at for r in rows if r.body.get("session") == session]) else (),
         fall=falling(rows),

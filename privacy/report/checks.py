@@ -45,19 +45,6 @@ _CONTRACT = "fedveil/contract/1"
 _REPORT_LIMIT = 1 << 28
 _OWN = ("software", "written_at")  # what only the builder knows
 
-_CLAIMS = (
-    ("epsilon by PLD", "claimed against recomputed: all planned steps at h shares", claims.pld),
-    ("epsilon by RDP", "the second accountant bounds the claim", claims.rdp),
-    (
-        "epsilon by Fourier",
-        "a third accountant, of fedveil's own: the claim is not below it, and near it",
-        claims.fourier,
-    ),
-    ("replace-one epsilon", "one record replaced by another, by both accountants", claims.replace_one),
-    ("fallback epsilon", "a site's own share only", claims.fallback),
-    ("privacy curve", "every point of the curve, and the attack risk drawn from it", claims.curve),
-)
-
 Step = tuple[str, str, Callable[[], str]]
 
 
@@ -68,9 +55,11 @@ class NotReached(VerificationError):
 class Audit:
     """One verification under way; :meth:`steps` gives the checks in order."""
 
-    def __init__(self, report: Path, consortium_key: str | None, signatures_required: int = 0) -> None:
+    def __init__(
+        self, report: Path, consortium_key: str | None, signatures_required: int = 0, auditor: str | None = None
+    ) -> None:
         self._report, self._key, self.pinned = report, consortium_key, False
-        self._required = signatures_required
+        self._required, self._auditor = signatures_required, auditor
         self._bundle: Bundle | None = None
         self._document: Any = None
         self.roster: Roster | None = None
@@ -142,8 +131,9 @@ class Audit:
         yield "ledgers delivered", "one ledger of every site, except of at most d that dropped out", self._delivered
         yield "charges", "every member of every sum had charged exactly the plan's step", self._spends
         yield "prices", "the report's trust and noise against the plan's raw numbers, by other arithmetic", self._priced
-        for name, what, check in _CLAIMS:
+        for name, what, check in claims.CHECKS:
             yield name, what, partial(self._on, check)
+        yield "group epsilon", "several units of one person, by the third accountant: none is below it", self._groups
         yield "budgets", "each site's ε over all its runs; the most that this run charged to one", self._budgets
         yield (
             "metrics file",
@@ -151,6 +141,8 @@ class Audit:
             self._metrics,
         )
         yield "every field", "the report's fields against the same derivation from the journals", self._fields
+        if self._auditor is not None:
+            yield "attached audit", "every attached result is signed by the auditor's key that was given", self._audited
         yield "schema", f"the report's form against the published schema, version {VERSION}", self._schema
 
     # -- who may speak ------------------------------------------------------------------------------------------
@@ -172,8 +164,7 @@ class Audit:
     def _open_report(self) -> str:
         roster = self._got("roster", self.roster)
         payload = identity.opened(self._document, DOMAIN, roster.server.signing_key, what=REPORT)
-        if fields.mapping(payload, REPORT).get("v") != VERSION:
-            raise VerificationError("the report is of an unknown version", hint="use the same version of fedveil")
+        signatures.require_version(fields.mapping(payload, REPORT).get("v"), VERSION)
         self._payload = payload
         return f"key {roster.server.signing_key[:16]}..."
 
@@ -230,7 +221,7 @@ class Audit:
             for key, value in {**wanted, "site": m.site}.items():
                 if fields.mapping(statement, JOINS).get(key) != value:
                     raise VerificationError(f"{m.site} signed another {key.replace('_', ' ')}")
-            fields.head(statement.get("head"), f"the join statement of {m.site}")
+            ledgers.head_signed(m.site, statement, m.signing_key)
             joins[m.site] = statement
         self._joins, self._seen = joins, ledgers.seen_by_peers(joins)
         return f"{len(joins)} signatures under plan {wanted['plan_hash'][:16]}..."
@@ -366,6 +357,10 @@ class Audit:
         by = {name: software[name]["version"] for name in ("dp-accounting", "fedveil") if name in software}
         return "written with " + ", ".join(f"{name} {version}" for name, version in by.items())
 
+    def _audited(self) -> str:
+        payload = self._got("report signature", self._payload)
+        return results.require_auditor(payload.get("audit"), self._auditor or "")
+
     def _schema(self) -> str:
         if errors := schema.errors(self._got("report signature", self._document)):
             raise VerificationError("; ".join(errors[:8]))
@@ -374,6 +369,9 @@ class Audit:
     def _on(self, check: Callable[[dict[str, Any], Prices], str]) -> str:
         payload = self._got("report signature", self._payload)
         return check(fields.mapping(payload.get("claim"), "claim"), self._got("plan", self._prices))
+
+    def _groups(self) -> str:
+        return claims.groups(self._got("report signature", self._payload), self._got("plan", self._prices))
 
     # -- helpers ------------------------------------------------------------------------------------------------
 

@@ -102,6 +102,46 @@ def fallback(claim: dict[str, Any], plan: Prices) -> str:
     return f"stated {stated:.6f}, recomputed {own:.6f}"
 
 
+def groups(payload: dict[str, Any], plan: Prices) -> str:
+    """ε of several units of one person, and of an original record that moves several released ones.
+
+    None is below what the third accountant makes of a mixture of Gaussians with binomial weights, nor, where the
+    builder found that mixture too wide and took RDP, below what a table of orders can give.
+    """
+    claim = fields.mapping(payload.get("claim"), "claim")
+    rows = claim.get("groups")
+    if not isinstance(rows, list) or len(rows) > _NAMED:
+        raise VerificationError("the groups of one person are not listed")
+    said = []
+    for row in rows:
+        entry = fields.mapping(row, "groups")
+        size = fields.integer(entry, "size", "groups", low=2, high=1 << 10)
+        said.append(_group(entry.get("epsilon"), size, plan, rdp=entry.get("accountant") == "RDP"))
+    for site, entry in fields.mapping(payload.get("sites"), "sites").items():
+        table = (entry or {}).get("anonymisation") or {}
+        factor, stated = table.get("stability_factor"), table.get("epsilon_of_original_record")
+        if stated is not None:
+            if type(factor) is not int or not 1 <= factor <= 1 << 30:
+                raise VerificationError(f"{site} states an epsilon of original records without a factor")
+            _group(stated, factor, plan)
+    return ", ".join(said) + " by the third accountant"
+
+
+def _group(stated: Any, size: int, plan: Prices, *, rdp: bool = False) -> str:
+    """``rdp``: it is said to be by RDP. Where the third accountant cannot hold a group's loss, nothing else could."""
+    found = fields.number({"epsilon": stated}, "epsilon", f"a group of {size}", high=1e12)
+    given = plan.rate, plan.noise, plan.steps, plan.left_for(size)
+    if given[-1] <= 0:
+        raise VerificationError(f"a step has no places for a group of {size}, yet its epsilon is stated")
+    try:
+        own = recompute.group_range(*given, size) if rdp else recompute.by_group(*given, size)
+    except VerificationError:
+        own = recompute.group_range(*given, size)
+    if found < own * (1 - _OVER) - _CLOSE:
+        raise VerificationError(f"epsilon of a group of {size} is stated as {found:.6f}, it is at least {own:.6f}")
+    return f"{size} units: stated {found:.6f}, {own:.6f}"
+
+
 def charged(accounting: dict[str, Any], plan: Prices, steps: int) -> str:
     """The most that this run charged to one site: ``steps`` of the plan's, by both accountants."""
     if (found := accounting.get("steps_charged")) != steps:
@@ -194,3 +234,14 @@ def _differences(found: Any, derived: Any, where: str) -> Iterator[str]:
             yield from _differences(a, b, f"{where}[{i}]")
     elif type(found) is not type(derived) or found != derived:
         yield f"{where} is not what the journals give"
+
+
+# Of every claim: its name, what is compared, the check.
+CHECKS = (
+    ("epsilon by PLD", "claimed against recomputed: all planned steps at h shares", pld),
+    ("epsilon by RDP", "the second accountant bounds the claim", rdp),
+    ("epsilon by Fourier", "a third accountant, of fedveil's own: the claim is not below it, and near it", fourier),
+    ("replace-one epsilon", "one record replaced by another, by both accountants", replace_one),
+    ("fallback epsilon", "a site's own share only", fallback),
+    ("privacy curve", "every point of the curve, and the attack risk drawn from it", curve),
+)

@@ -15,7 +15,7 @@ from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round
 
-VERSION = 2
+VERSION = 3
 MAX_METRIC_POINTS = 256
 MAX_REFUSALS = MAX_RUNS = 64
 MAX_SPENDING = 24

@@ -36,6 +36,22 @@ class Other(NamedTuple):
     imported: bool
 
 
+def head_signed(site: str, joined: Mapping[str, Any], public: str) -> None:
+    """A join statement names its site's ledger, head and data set under the site's own word.
+
+    A statement of an older form, which names no data set, would let a fresh ledger pass: what others have seen of the
+    old one would be of "another" data set.
+    """
+    count, digest = fields.head(joined.get("head"), f"the join statement of {site}")
+    said = [count, digest, joined.get("ledger"), joined.get("data_set"), joined.get("head_signature")]
+    try:
+        own = Copy.from_json(said)
+    except FedveilError as e:
+        raise VerificationError(f"the join statement of {site} is of a form that this version does not read") from e
+    if not own.signed_by(site, public):
+        raise VerificationError(f"the join statement of {site}: the head of its own ledger is not signed")
+
+
 def seen_by_peers(joins: Mapping[str, Mapping[str, Any]]) -> dict[str, Seen]:
     """By site, every head of its ledgers that a signed join statement names; whether its owner signed it or not."""
     out: dict[str, Seen] = {}
@@ -70,7 +86,7 @@ def continues(
     if not rows:
         raise VerificationError("it has no rows")
     count, digest = fields.head(joined.get("head"), "the join statement")
-    if not _holds(rows, count, digest) or joined.get("ledger", rows[0].hash) != rows[0].hash:
+    if not _holds(rows, count, digest) or joined.get("ledger") != rows[0].hash:
         raise VerificationError("it does not continue the ledger that the site had when it joined")
     lost = [(w, c) for w, c in seen if c.ledger == rows[0].hash and not _holds(rows, *c.head)]
     if signed := [(w, c) for w, c in lost if c.signed_by(rows[0].owner, public)]:
@@ -123,7 +139,7 @@ def replaces_none(c: Charges, joined: Mapping[str, Any], others: Iterable[Other]
         A remark that lists the other ledgers; empty if there are none.
     """
     said = joined.get("data_set")
-    if said is not None and (said != (data_set or said) or c.data_set not in ("", said)):
+    if said != (data_set or said) or c.data_set not in ("", said):
         raise VerificationError("the site joined with the ledger of another data set than the contract's")
     for entry in joined.get("imports", []):
         name, rows = entry
@@ -222,6 +238,10 @@ def charged(c: Charges, plan: PrivacyPlan, h: History, joined: int) -> None:
     """
     if c.unit != plan.unit:
         raise VerificationError(f"the ledger counts each {c.unit!r}, the plan each {plan.unit!r}")
+    if plan.unit != "client" and c.capacity > plan.capacity:
+        raise VerificationError(
+            f"the ledger declares a capacity of {c.capacity} {plan.unit}s, the plan is for at most {plan.capacity}"
+        )
     if not c.spends:
         return
     row = c.accepted

@@ -25,6 +25,7 @@ from fedveil.common import fields
 from fedveil.common.errors import VerificationError
 
 _ASIDE = 1e-6  # the part of δ for samples that outgrow their places
+TOGETHER = 5  # units of one group that a step has places for
 _CLOSE = 1e-9
 _WHERE = "plan.json"
 
@@ -66,6 +67,10 @@ class Prices:
     def left(self, steps: int) -> float:
         """δ without the chance that one of so many samples outgrew its places."""
         return self.delta - steps * self.overflow
+
+    def left_for(self, units: int) -> float:
+        """δ for so many units that come together: places are made for :data:`TOGETHER`; for more nothing is left."""
+        return self.left(self.steps) if self.rate == 1 or units <= TOGETHER else 0.0
 
     @property
     def places(self) -> int:
@@ -181,13 +186,13 @@ def _places(capacity: int, rate: float, overflow: float) -> int:
         rest = 0.0 if places == others else (1 - a) * math.log((1 - a) / (1 - rate))
         return others * (a * math.log(a / rate) + rest) >= needed
 
-    places, step = capacity, 1 << capacity.bit_length()  # then four more, for five units that come together
+    places, step = capacity, 1 << capacity.bit_length()
     while step:
         if places - step >= 1 and enough(places - step):
             places -= step
         else:
             step >>= 1
-    return min(capacity, places + 4)
+    return min(capacity, places + TOGETHER - 1)
 
 
 def _same(found: Any, own: float) -> bool:

@@ -123,6 +123,22 @@ def by_fourier(counted: tuple[tuple[float, float, int], ...], delta: float) -> f
     return fourier_pld.epsilon(counted, delta)
 
 
+@lru_cache(maxsize=256)
+def by_group(q: float, sigma: float, steps: int, delta: float, size: int) -> float:
+    """ε of ``size`` units that come or go together, by the accountant of :func:`by_fourier`."""
+    return fourier_pld.epsilon(((q, sigma, steps),), delta, size=size)
+
+
+def group_range(q: float, sigma: float, steps: int, delta: float, size: int) -> float:
+    """The least that Rényi DP with any table of orders (:func:`rdp_range`) gives for ``size`` units together.
+
+    Two bounds of a step, of which the smaller one counts: a step that none of them is in with probability
+    (1 - q)^size, else all; and all of them in every step.
+    """
+    some = -math.expm1(size * math.log1p(-q)) if q < 1 else 1.0
+    return min(rdp_range(rate, sigma / size, steps, delta)[0] for rate in {some, 1.0})
+
+
 def least(events: Iterable[SampledGaussian], delta: float) -> float:
     """What a whole ledger's charges cost at least, however they were chosen: all of them fixed before, by Fourier PLD.
 

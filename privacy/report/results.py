@@ -48,6 +48,22 @@ def attach(run: Path, results: Iterable[Path]) -> None:
     evidence.write(run, whole)
 
 
+def require_auditor(audit: Any, fingerprint: str) -> str:
+    """Every attached result is signed by the key with this fingerprint, and there is one; what was found, in words.
+
+    Raises:
+        VerificationError: none is attached, or one is unsigned or signed by another key.
+    """
+    found = auditors(audit)
+    if not found:
+        raise VerificationError("no audit is attached", hint="ask the auditor for its result")
+    for part, by in found.items():
+        if by != fingerprint.lower():
+            whose = f"signed by the key {by[:16]}..." if by else "unsigned"
+            raise VerificationError(f"the attached audit ({part.replace('_', '-')}) is {whose}, not by the key given")
+    return f"{', '.join(found).replace('_', '-')}, by the key {fingerprint[:16]}..."
+
+
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as f:

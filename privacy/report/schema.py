@@ -11,7 +11,7 @@ from typing import Any
 
 from fedveil.common.errors import VerificationError
 
-NAME = "privacy-report-2"
+NAME = "privacy-report-3"
 MAX_ERRORS = 32
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "object": lambda v: isinstance(v, dict),

@@ -19,6 +19,7 @@ from fedveil.privacy.report import bundle as bundles
 SIGNATURES = "signatures.json"
 DOMAIN = "fedveil/report-seen/1"
 _LIMIT = 1 << 23
+_EARLIER = "0.1"  # the fedveil that wrote reports of the versions before this one
 
 
 def check(folder: Path, roster: Roster, session: str, document: Any) -> list[str]:
@@ -45,6 +46,21 @@ def require(site: str, key: str, session: str, digest: str, signed: Any) -> None
     what = f"the countersignature of {site}"
     if identity.opened(signed, DOMAIN, key, what=what) != statement(site, session, digest):
         raise VerificationError(f"{what} is under another report")
+
+
+def require_version(found: Any, own: int) -> None:
+    """Raise :class:`VerificationError` for a report of another version, and say what verifies it."""
+    if found == own:
+        return
+    if found in (1, 2):
+        raise VerificationError(
+            f"this is a report of version {found}; fedveil {_EARLIER} verifies it, this fedveil reads version {own}",
+            hint=f"install fedveil {_EARLIER} in an environment of its own, and verify it there",
+        )
+    raise VerificationError(
+        f"the report is of a version that this fedveil does not know; it reads version {own}",
+        hint="use the version of fedveil that wrote the report: its software bill names it",
+    )
 
 
 def keep(folder: Path, signed: Mapping[str, Any]) -> None:

@@ -60,8 +60,8 @@ def steps(folder: Path, plan: PrivacyPlan, h: History) -> str:
             state = state.after(plan, values)
         except FedveilError as e:
             raise VerificationError(f"round {r.number}: {e.message}") from e
-        if state.digest != r.state_out:
-            raise VerificationError(f"the opened sum of round {r.number} does not lead to the model state after it")
+        if (state.digest, state.hash) != (r.state_out, r.model_out):
+            raise VerificationError(f"the opened sum of round {r.number} does not lead to the model after it")
     return f"{len(h.applied)} steps taken again from the opened sums"
 
 

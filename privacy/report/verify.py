@@ -30,6 +30,7 @@ _ACCOUNTANTS = {
     "replace-one epsilon": (_PLD, _RDP, _CLOSED),
     "fallback epsilon": (_PLD, _RDP),
     "privacy curve": (_PLD,),
+    "group epsilon": (_FOURIER, _RDP),
     "budgets": (_FILTER, _FOURIER),
     "metrics file": (_PLD,),
 }
@@ -139,7 +140,9 @@ class Verification:
         }
 
 
-def verify_report(report: Path, *, consortium_key: str | None = None, require_signatures: int = 0) -> Verification:
+def verify_report(
+    report: Path, *, consortium_key: str | None = None, require_signatures: int = 0, auditor: str | None = None
+) -> Verification:
     """Check ``report.json`` against the files beside it.
 
     Args:
@@ -147,18 +150,19 @@ def verify_report(report: Path, *, consortium_key: str | None = None, require_si
         consortium_key: the consortium's Ed25519 public key, 64 hexadecimal digits, from a source other than the bundle.
             None takes the bundle's, and the result says so; anything else that is no key fails the roster's check.
         require_signatures: how many sites must have signed this very report.
+        auditor: SHA-256 fingerprint (hex) of an auditor's key: an audit must be attached, and signed by that key.
 
     Returns:
         A :class:`Verification`; nothing in the files makes this function raise.
     """
-    return examined(report, consortium_key=consortium_key, require_signatures=require_signatures)[0]
+    return examined(report, consortium_key=consortium_key, require_signatures=require_signatures, auditor=auditor)[0]
 
 
 def examined(
-    report: Path, *, consortium_key: str | None = None, require_signatures: int = 0
+    report: Path, *, consortium_key: str | None = None, require_signatures: int = 0, auditor: str | None = None
 ) -> tuple[Verification, Audit]:
     """:func:`verify_report`, and what was read for it: later steps must use this and not read the files again."""
-    audit = Audit(report, consortium_key, require_signatures)
+    audit = Audit(report, consortium_key, require_signatures, auditor)
     checks: list[Check] = []
     for name, compared, step in audit.steps():
         checks.append(_run(name, compared, step))

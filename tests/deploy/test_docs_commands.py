@@ -14,9 +14,13 @@ from fedveil.common import cli, identity
 from fedveil.common.errors import UsageError
 from fedveil.common.units import Delta, Epsilon
 from fedveil.deploy.lab import simulate, virtual_sites
+from fedveil.privacy.audit import attach
+from fedveil.privacy.audit.one_run import Guesses, OneRun, corrected, detectable
+from fedveil.privacy.audit.slab import price
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report import pdf
+from fedveil.privacy.report.build import build_report
 
 ROOT = Path(__file__).parents[2]
 SLOW = ("conformance RUN", "one-run RUN", "attacks --out", "--audit")
@@ -91,6 +95,18 @@ def older_ledger(made: virtual_sites.World, key: str) -> None:
     old.close()
 
 
+def audited(made: virtual_sites.World) -> str:
+    """Attach a result that ``auditor.key`` signed to RUN; the key's fingerprint."""
+    plan, guesses = attach.plan_of(Path("RUN")), Guesses(1000, 100, 70)
+    least = detectable(1000, price(plan), plan.steps, plan.claim, plan.delta, 0.95, "gaussian")
+    bound = corrected(guesses, plan.delta, 0.95, "gaussian")
+    result = OneRun(bound, 0.95, plan.delta, "gaussian", guesses, plan.claim, least)
+    evidence = attach.evidence_of(plan.hash, result, identity.load_signing_key(Path("auditor.key")))
+    attach.write(Path("RUN"), evidence)
+    build_report(Path("RUN"), made.server)
+    return evidence.signatures["one_run"].fingerprint
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if len(c.split()) == 3 and c != "fedveil audit schema"])
 def test_what_is_named_in_a_sentence_exists(command):
     assert invoke([*command.split()[1:], "--help"]).exit_code == 0
@@ -109,6 +125,8 @@ def test_it_runs_as_it_stands_there(command, world, tmp_path, monkeypatch):
     shutil.copytree(home, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     words = filled(command, made)
+    if "--auditor" in words:
+        words[words.index("--auditor") + 1] = audited(made)
     if words[:2] == ["ledger", "import"]:
         older_ledger(made, words[words.index("--old-key") + 1] if "--old-key" in words else "signing.key")
     if "--out" in words:

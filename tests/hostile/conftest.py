@@ -41,6 +41,10 @@ from fedveil.privacy.secagg.keysum_server import KeysumServer
 from fedveil.privacy.secagg.keysum_site import KeysumSite
 from fedveil.privacy.secagg.store import MemoryStore, Store
 
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # the forgeries are also a program: tests find its modules by their names
+
 SITES = ["north", "south", "west"]
 GROWTH = 64 << 20  # bytes by which the server may grow under attack: a reply, its copies, allocator slack
 Code = grpc.StatusCode

@@ -55,8 +55,11 @@ def assess(
             f"{told} line ends are inside quoted cells of columns that are not loaded: compare the number of rows with "
             "the source's, because an open quote can hold whole rows"
         )
-    if persons > 1:
+    most = contract.rows_per_person
+    if most is None and persons > 1:
         notes.append("some persons have several rows: the unit of privacy is one row, so their loss adds up")
+    if most is not None and persons > most:
+        notes.append(f"some persons have more than {most} rows: only their first {most} are used")
     return QualityReport(
         raw.rows, raw.rows - len(np.unique(raw.identity)), tuple(columns), tuple(problems), contract.k, tuple(notes),
         tuple(stages), tuple(stability), hipaa.checklist(used, raw.tally.found), persons,

@@ -17,6 +17,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from fedveil.client.records.read.intake import RawTable
+from fedveil.client.records.release import persons
 from fedveil.client.records.release.closeness import require_closeness
 from fedveil.client.records.release.released_cells import require_cells
 from fedveil.common.contract import Column, DataContract
@@ -25,7 +26,7 @@ from fedveil.privacy.anonymization import codes, recheck
 from fedveil.privacy.anonymization import verify as fixed_verify
 from fedveil.privacy.anonymization.anonymizer import Anonymizer, Method, Outcome, contract_models
 from fedveil.privacy.anonymization.attributes import Sensitive, TableSpec
-from fedveil.privacy.anonymization.criteria import Criterion, TCloseness
+from fedveil.privacy.anonymization.criteria import Criterion, KAnonymity, TCloseness
 from fedveil.privacy.anonymization.recheck import Finding, Findings
 from fedveil.privacy.anonymization.rows import TableRows
 from fedveil.privacy.anonymization.stability import Stability, Step, stability
@@ -48,9 +49,10 @@ class Risk:
 
     Attributes:
         rows, classes: of the released table.
-        prosecutor: highest probability of naming a person who is known to be in the table: 1 / smallest class.
-        marketer: expected share of persons named right: classes / rows. The journalist's risk needs a register of the
-            population and is at most the prosecutor's.
+        prosecutor: highest probability of naming a person who is known to be in the table: 1 / smallest class; where
+            persons have up to m rows, m times that at most.
+        marketer: expected share of persons named right: classes / rows, with the same factor. The journalist's risk
+            needs a register of the population and is at most the prosecutor's.
         unique: share of rows that are alone in their class.
     """
 
@@ -62,9 +64,14 @@ class Risk:
 
 
 def specification(contract: DataContract) -> tuple[TableSpec, tuple[Criterion, ...]]:
-    """The engine's specification and criteria of a contract. Diversity is counted over the contract's labels."""
+    """The engine's specification and criteria of a contract. Diversity is counted over the contract's labels.
+
+    The engine counts rows. Where k counts persons with up to m rows each, k·m rows are asked for: whoever they are of,
+    they are of k persons at least. So the released file alone shows that k holds.
+    """
     spec = TableSpec.from_contract(contract)
-    models = contract_models(contract)
+    rows = contract.k * (contract.rows_per_person or 1)
+    models = tuple(KAnonymity(rows) if isinstance(m, KAnonymity) else m for m in contract_models(contract))
     if contract.t is not None and not any(isinstance(m, TCloseness) for m in models):
         t = [TCloseness(contract.t, c.name, distance=contract.t_distance) for c in contract.sensitive]
         models = (*models, *t)
@@ -98,16 +105,15 @@ def _arrow(values: Any, c: Column) -> pa.Array:
 def anonymise(raw: RawTable, contract: DataContract, method: Method, out: Path) -> Released:
     """Recode ``raw``, write ``out`` (.csv or .parquet, mode 0600), read it back and check every criterion on it.
 
+    Of a person's rows the first m of the source are released, where the contract has ``rows_per_person``.
+
     Raises:
         UsageError: ``out`` exists or has another ending; too many quasi-identifiers for the method.
         AnonymityError: the criteria cannot be met, or the written file does not meet them. Then ``out`` does not exist.
     """
     require_new(out)
-    if contract.rows_per_person is not None:
-        raise UsageError(
-            "this way of releasing counts rows, and the contract's k counts persons (rows_per_person)",
-            hint="the contract's fixed levels count persons: fedveil data ingest",
-        )
+    if contract.rows_per_person is not None and raw.persons is not None:
+        raw = raw.take(persons.first_rows(raw.persons, contract.rows_per_person))
     spec, models = specification(contract)
     engine = Anonymizer(spec, models, method=method, suppression_limit=contract.suppression_limit)
     done = write_release(engine, TableRows(as_table(raw, contract)), out, lambda draft: require_cells(draft, contract))
@@ -202,5 +208,6 @@ def risk(path: Path, contract: DataContract) -> Risk:
     plain = [c.cast(pa.string()) for c in table.columns]
     groups = pa.table(plain, names=names).group_by(names).aggregate([([], "count_all")]) if names else None
     sizes: Sequence[int] = [table.num_rows] if groups is None else groups["count_all"].to_pylist()
-    rows = sum(sizes)
-    return Risk(rows, len(sizes), 1 / min(sizes), len(sizes) / rows, sizes.count(1) / rows)
+    rows, most = sum(sizes), contract.rows_per_person or 1
+    named = min(1.0, most / min(sizes)), min(1.0, most * len(sizes) / rows)
+    return Risk(rows, len(sizes), *named, sizes.count(1) / rows)

@@ -38,6 +38,18 @@ def rows_of(persons: NDArray[np.int64], order: NDArray[np.int64], most: int, cap
     return out
 
 
+def first_rows(persons: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """The rows that are among the first ``most`` of their person, in the source's order.
+
+    Args:
+        persons: ``(n,)`` whose row each is, in the source's order.
+    """
+    by_person = np.argsort(persons, kind="stable")
+    own = persons[by_person]
+    turn = np.arange(len(own)) - np.searchsorted(own, own)
+    return np.sort(by_person[turn < most])
+
+
 def require_k(table: ReleasedTable, persons: NDArray[np.int64], contract: DataContract) -> None:
     """Raise :class:`AnonymityError` unless every class of equal quasi-identifiers holds k different persons.
 

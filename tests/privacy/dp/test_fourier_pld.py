@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def least(q: float, sigma: float, steps: int, delta: float) -> float:
     """The library's lower bound: every loss rounded down, on a grid eight times finer than ours."""
     one = privacy_loss_distribution.from_gaussian_mechanism(
         sigma, sampling_prob=q, pessimistic_estimate=False, use_connect_dots=False,
-        value_discretization_interval=fourier_pld._interval(q, sigma) / 8,
+        value_discretization_interval=fourier_pld._interval(fourier_pld._weights(q, 1), sigma) / 8,
     )  # fmt: skip
     return float(one.self_compose(steps).get_epsilon_for_delta(delta))
 
@@ -118,7 +119,8 @@ def test_a_coarser_grid_only_adds() -> None:
 @pytest.mark.parametrize("event", [(0.01, 0.7, 100), (0.5, 1.0, 10)])
 def test_the_larger_direction_counts(event) -> None:
     """To have taken a record out tells more, where samples are drawn, than to have put one in."""
-    out, in_ = (fourier_pld._epsilon([event], 1e-5, 1e-4, removing) for removing in (True, False))
+    weights = fourier_pld._weights(event[0], 1)
+    out, in_ = (fourier_pld._epsilon([(weights, *event[1:])], 1e-5, 1e-4, removing) for removing in (True, False))
     assert out > 1.5 * in_ > 0
     assert epsilon([event], 1e-5, 1e-4) == pytest.approx(out, rel=1e-6)
 
@@ -190,8 +192,9 @@ def test_what_cannot_be_composed_is_refused_by_name() -> None:
 
 
 def test_a_step_keeps_its_probability_under_both_neighbours() -> None:
-    for removing in (True, False):
-        first, masses, infinite = fourier_pld._step(0.03, 0.8, 1e-3, 1e-14, removing)
+    for size, removing in itertools.product((1, 2, 5), (True, False)):
+        weights = fourier_pld._weights(0.03, size)
+        first, masses, infinite = fourier_pld._step(weights, 0.8, 1e-3, 1e-14, removing)
         losses = 1e-3 * (first + np.arange(len(masses)))
         assert masses.min() >= 0
         assert masses.sum() + infinite == pytest.approx(1, abs=1e-12)

@@ -15,7 +15,7 @@ from fedveil.common import canonical, identity
 from fedveil.common.contract import DataContract, sign_contract
 from fedveil.common.errors import BudgetExhausted, VerificationError
 from fedveil.common.identity import Member, Roster
-from fedveil.common.journal import Journal
+from fedveil.common.journal import Copy, Head, Journal
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.common.workload.model import ModelSpec
 from fedveil.privacy.dp.accounting import epsilon_pld
@@ -79,7 +79,7 @@ class World:
     restart_in: int = 0
     stop_after: int | None = None
     peers: dict[str, Any] = field(default_factory=dict)  # by site: what its join statement says of the others
-    witnesses: bool = False  # heads are signed, ledgers name their data set and the sets that were signed
+    witnesses: bool = False  # ledgers name their data set, and the sets that were signed
     before: dict[str, Ledger] = field(default_factory=dict)  # by site: the ledger that its ledger imports
     released: dict[str, Any] = field(
         default_factory=lambda: {
@@ -162,7 +162,7 @@ class World:
     def join(self, site: str, ledger: Ledger) -> dict[str, Any]:
         own, covers = ledger.journal.copy(self.data_set), ledger.tally.covers
         told = {"data_set": own.data_set, "head_signature": own.signature, "imports": [list(c) for c in covers.items()]}
-        payload = (told if self.witnesses else {}) | {
+        payload = told | {
             "v": 1, "session": self.session, "site": site, "plan_hash": self.plan.hash,
             "roster_hash": self.roster.hash, "contract_hash": self.plan.contract_hash, "fields": {},
             "head": list(ledger.head), "ledger": ledger.journal.rows[0].hash, "peers": self.peers.get(site, {}),
@@ -293,6 +293,8 @@ class World:
                 joined = [r["kind"] == "plan.accepted" for r in rows].index(True)
                 payload |= {"head": [joined + 1, rows[joined]["hash"]], "ledger": rows[0]["hash"]}
             payload |= told.get(site, {})
+            copy = Copy(Head(*payload["head"]), payload["ledger"], payload["data_set"]).by(site, self.sites[site])
+            payload["head_signature"] = copy.signature
             payload |= {"peers": peers[site]} if peers and site in peers else {}
             joins[site] = identity.signed(self.sites[site], "fedveil/join/1", payload)
         self.json("joins.json", joins)

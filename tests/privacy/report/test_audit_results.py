@@ -12,7 +12,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from fedveil.common import canonical, identity
-from fedveil.common.errors import VerificationError
+from fedveil.common.errors import UsageError, VerificationError
 from fedveil.deploy.cli.audit import app
 from fedveil.privacy.audit import attach as attach_module
 from fedveil.privacy.audit import consistency, noise_checks
@@ -118,6 +118,10 @@ def test_the_auditors_key_is_named_by_its_fingerprint_and_unsigned_results_as_su
     assert "Attached audit, one-run: unsigned." in done.stdout
     shown = canonical.loads(call("verify", spoilt.report, "--json").stdout.encode())
     assert shown["auditors"] == {"conformance": fingerprint, "one_run": ""}
+    assert call("verify", spoilt.report, "--auditor", "0" * 64).exit_code != 0
+    asked = call("verify", spoilt.report, "--auditor", fingerprint)
+    assert "the attached audit (one-run) is unsigned" in str(asked.exception)
+    assert isinstance(call("verify", spoilt.report, "--auditor", "abc").exception, UsageError)
     # another key under the same words: the file no longer holds, beside the report or without it
     body = signed.to_json()
     body["signatures"]["conformance"]["signer"] = identity.public_hex(identity.new_signing_key())

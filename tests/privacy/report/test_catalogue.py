@@ -71,7 +71,7 @@ def test_no_message_is_unused() -> None:
 
 
 def test_every_check_has_a_name_in_every_language(honest, make) -> None:
-    found = verify_report(honest.report)
+    found = verify_report(honest.report, auditor="0" * 64)
     english = [c.named(Speaker("en")) for c in found.checks]
     assert english == [c.name for c in found.checks]
     chinese = [c.named(Speaker("zh")) for c in found.checks]

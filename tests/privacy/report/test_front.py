@@ -264,7 +264,8 @@ def test_what_the_first_page_says_is_signed_and_derived_again(spoilt) -> None:
         change(document["payload"])
         spoilt.report.write_bytes(canonical.dumps(identity.signed(spoilt.server, DOMAIN, document["payload"])))
         found = verify_report(spoilt.report)
-        assert [c.name for c in found.failures] == ["every field"], field
+        own = {"groups": ["group epsilon"]}.get(field, [])
+        assert [c.name for c in found.failures] == [*own, "every field"], field
         spoilt.report.write_bytes(before)
 
 

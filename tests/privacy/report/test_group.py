@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from fedveil.common.errors import VerificationError
+from fedveil.privacy.dp import fourier_pld
 from fedveil.privacy.dp.accounting import epsilon_pld, gaussian_epsilon
 from fedveil.privacy.dp.events import SampledGaussian
+from fedveil.privacy.report import claims, prices
 from fedveil.privacy.report.privacy_loss import GROUPS, group, group_epsilon, groups
 
 # (q, σ, steps, δ): small enough to integrate, with one step and with two.
@@ -100,6 +102,43 @@ def test_what_is_too_wide_to_compute_is_bounded_by_the_second_accountant() -> No
         assert math.isfinite(epsilon)
     with pytest.raises(VerificationError, match="at least one"):
         group(SampledGaussian(0.1, 1.0), 1, 1e-5, 0)
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps", "delta"), SMALL)
+@pytest.mark.parametrize("size", GROUPS)
+def test_the_verifiers_own_accountant_is_a_bound_too_and_never_above_the_builders(q, sigma, steps, delta, size) -> None:
+    own, stated = (
+        fourier_pld.epsilon([(q, sigma, steps)], delta, size=size),
+        group(SampledGaussian(q, sigma), steps, delta, size)[0],
+    )
+    assert true_delta(q, sigma, size, steps, own) <= delta * (1 + 1e-6)
+    assert true_delta(q, sigma, size, steps, 0.99 * own - 0.001) > delta, "far above the truth"
+    assert own <= stated * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("q", "steps", "sigma"), [(0.1, 60, 2.0), (1.0, 40, 9.0), (0.9, 900, 1.0), (0.25, 3, 0.3)])
+def test_the_verifier_takes_what_the_builder_states_and_nothing_less(planned, q, steps, sigma) -> None:
+    """Also where the mixture is too wide and RDP is stated: (0.9, 900, 1.0) for all sizes."""
+    plan = planned(epsilon=None, sample_rate=q, steps=steps, noise_multiplier=sigma)
+    own, found, factor = prices.read(plan.to_json()), groups(plan), 20 if q == 1 else 5
+    table = {"stability_factor": factor, "epsilon_of_original_record": group_epsilon(plan, factor)}
+    payload = {"claim": {"groups": found}, "sites": {"alba": {"anonymisation": table}, "berg": None}}
+    claims.groups(payload, own)
+    for entry, key in (*((g, "epsilon") for g in found), (table, "epsilon_of_original_record")):
+        before = entry[key]
+        entry[key] = 0.9 * before - 0.02
+        with pytest.raises(VerificationError, match="is stated as"):
+            claims.groups(payload, own)
+        entry[key] = before
+
+
+def test_the_verifier_states_no_epsilon_of_a_group_that_has_no_places(planned) -> None:
+    plan = planned(sample_rate=0.5, steps=10)
+    table = {"stability_factor": 6, "epsilon_of_original_record": 100.0}
+    payload = {"claim": {"groups": groups(plan)}, "sites": {"alba": {"anonymisation": table}}}
+    with pytest.raises(VerificationError, match="no places for a group of 6"):
+        claims.groups(payload, prices.read(plan.to_json()))
+    assert group_epsilon(plan, 6) is None
 
 
 def test_a_report_names_all_sizes(honest) -> None:

@@ -79,6 +79,12 @@ EDITS = {
     "replace one by RDP": ("replace-one epsilon", lambda p: p["claim"].update(replace_one_accountant="RDP")),
     "fallback": ("fallback epsilon", lambda p: p["claim"].update(fallback_epsilon=2.0)),
     "fallback by another name": ("every field", lambda p: p["claim"].update(fallback_accountant="RDP")),
+    "a person with 5 rows": ("group epsilon", lambda p: p["claim"]["groups"][2].update(epsilon=5.0)),
+    "a person's rows by RDP": (
+        "group epsilon", lambda p: p["claim"]["groups"][2].update(epsilon=5.0, accountant="RDP")
+    ),
+    "a person of one row": ("group epsilon", lambda p: p["claim"]["groups"][2].update(size=1)),
+    "no groups": ("group epsilon", lambda p: p["claim"].pop("groups")),
     "curve": ("privacy curve", lambda p: p["claim"]["curve"][3].__setitem__(1, 1e-9)),
     "curve of one point": ("privacy curve", lambda p: p["claim"].update(curve=[[1, 1]])),
     "attack": ("privacy curve", lambda p: p["claim"]["attack"][1].update(true_positive_rate=0.011)),
@@ -99,11 +105,24 @@ EDITS = {
     "a field less": ("every field", lambda p: p.pop("tuning")),
     "a hash": ("every field", lambda p: p["hashes"]["files"].update({"plan.json": "0" * 64})),
     "software": ("every field", lambda p: p.update(software={"fedveil": 1})),
-    "version": ("report signature", lambda p: p.update(v=3)),
+    "version": ("report signature", lambda p: p.update(v=4)),
     "an older version": ("report signature", lambda p: p.update(v=1)),
     "no heads": ("server journal", lambda p: p["hashes"].pop("heads")),
     "a site's head": ("ledger of alba", lambda p: p["hashes"]["heads"]["alba"].__setitem__(0, 3)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("v", "words"), [
+    (2, "a report of version 2; fedveil 0.1 verifies it, this fedveil reads version 3"),
+    (1, "a report of version 1; fedveil 0.1 verifies it"),
+    (4, "a version that this fedveil does not know; it reads version 3"),
+    ("3", "a version that this fedveil does not know"),
+])  # fmt: skip
+def test_a_report_of_another_version_is_refused_with_the_one_that_verifies_it(spoilt, v, words) -> None:
+    assert edit(spoilt, lambda p: p.update(v=v)) == "report signature"
+    failed = verify_report(spoilt.report, consortium_key=spoilt.public).failed
+    assert failed is not None
+    assert words in failed.detail
 
 
 @pytest.mark.parametrize("what", EDITS)

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.client.records.release.persons import EMPTY, rows_of
+from fedveil.client.records.read.sources import Rules, read
+from fedveil.client.records.release import anonymize
+from fedveil.client.records.release.persons import EMPTY, first_rows, rows_of
 from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import AnonymityError, ContractError
@@ -76,6 +78,42 @@ def test_k_counts_persons_and_not_their_rows(contract, rows, table, tmp_path, se
         ingest(table(rows), of_persons(contract, 6), tmp_path / "w", secret=secret)
     assert not (tmp_path / "w" / "released.csv").exists()
     ingest(table(rows), of_persons(contract, 6, k=4), tmp_path / "u", secret=secret)
+
+
+@given(whose=st.lists(st.integers(0, 6), min_size=1, max_size=30), most=st.integers(1, 4))
+def test_the_first_rows_of_each_person_as_a_loop_finds_them(whose, most) -> None:
+    expected = [i for i, person in enumerate(whose) if whose[:i].count(person) < most]
+    assert first_rows(np.array(whose), most).tolist() == expected
+
+
+@pytest.mark.parametrize("method", ["fixed", "mondrian", "optimal"])
+def test_a_release_by_any_method_holds_k_persons_in_every_class(make, rows, table, tmp_path, secret, method) -> None:
+    """Of persons with three rows each two are released; a class of 2·k rows is of k persons, whoever they are."""
+    for i, row in enumerate(rows):
+        row[0] = f"p{i // 3:03}"
+    agreed = of_persons(make(), k=2, l=1)
+    raw = read(table(rows), agreed, rules=Rules(secret=secret))
+    out = tmp_path / "r.csv"
+    done = anonymize.anonymise(raw, agreed, method, out)
+    k = next(f for f in done.findings.findings if f.name == "k-anonymity")
+    assert (k.required, k.met) == ("k = 4", True)
+    assert done.findings.rows == 2 * len(rows) // 3
+    assert anonymize.verify(out, agreed).met
+    sizes = done.findings.rows, done.findings.classes
+    risk = anonymize.risk(out, agreed)
+    assert risk.prosecutor <= 1 / agreed.k
+    assert (risk.rows, risk.classes) == sizes
+
+
+def test_control_k_rows_of_fewer_persons_are_refused(make, rows, table, tmp_path, secret) -> None:
+    """Six rows in each class, of two persons: enough rows for k = 3, too few for 3 persons with three rows each."""
+    for i, row in enumerate(rows):
+        row[0] = f"p{i // 3:03}"
+    raw = read(table(rows), of_persons(make(), 3, k=3, l=1), rules=Rules(secret=secret))
+    with pytest.raises(AnonymityError):
+        anonymize.anonymise(raw, of_persons(make(), 3, k=3, l=1), "fixed", tmp_path / "r.csv")
+    assert not (tmp_path / "r.csv").exists()
+    assert anonymize.anonymise(raw, make(k=3, l=1), "fixed", tmp_path / "rows.csv").findings.met
 
 
 def test_a_contract_that_cannot_tell_persons_apart_or_suppresses_is_refused(contract) -> None:
