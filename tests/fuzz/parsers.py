@@ -33,7 +33,7 @@ from fedveil.privacy.dp import events
 from fedveil.privacy.joining import JOIN, check_joins, heads_of
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report import charges, handover, history, signatures
-from fedveil.privacy.secagg import keysum_common, opened_sum, sharedkey_common
+from fedveil.privacy.secagg import keysum_common, named_state, opened_sum, sharedkey_common
 from fedveil.privacy.secagg.contributions import from_bytes
 from fedveil.privacy.secagg.interface import ServerSum, SiteSum, SumSpec
 from fedveil.privacy.secagg.sealed import Joins
@@ -296,6 +296,10 @@ def _sums() -> dict[str, Parser]:
     for protocol in ("keysum", "sharedkey", "plain"):
         adding = _Session(protocol)
         out[f"{protocol} contribution"] = adding.from_site(adding.packets[SiteId("east")], adding.server.add)
+    for protocol in ("keysum", "sharedkey"):
+        naming = _Session(protocol)
+        named = named_state.pack(1, "n", [p.header for p in naming.packets.values()])
+        out[f"{protocol} state named"] = Parser(named, naming.sites[SiteId("east")].named)
     spec = _spec("plain")
     opened = opened_sum.pack(spec, 1, list(_KEYS), np.arange(6))
     out["opened sum"] = Parser(opened.header, lambda v: opened_sum.unpack(spec, _packet(v, opened.buffers)))
