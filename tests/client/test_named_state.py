@@ -212,7 +212,7 @@ def test_a_model_only_moves_forward(late):
     "named",
     [7, [], {}, {"round": 3}, pack(3, "nonce-3", []), {"round": True, "nonce": "nonce-3", "members": []},
      {"round": 3, "nonce": 3, "members": []}, {"round": 3, "nonce": "nonce-3", "members": "abc"},
-     pack(3, "nonce-3", [{}] * 3), pack(3, "nonce-3", [7] * 3), pack(99, "nonce-3", [{}] * 3),
+     pack(3, "nonce-3", [{}] * 3), {**pack(3, "nonce-3", []), "members": [7] * 3}, pack(99, "nonce-3", [{}] * 3),
      pack(3, "", [{}] * 3), pack(3, "nonce-3", [{"site": []}] * 3), pack(3, "nonce-3", [{}] * 5),
      {**pack(3, "nonce-3", []), "more": 1}],
     ids=str,
