@@ -13,6 +13,7 @@ from fedveil.client import round as line
 from fedveil.common.errors import FedveilError, ProtocolError, SecureSumError, StateMismatch, WireError
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.optimiser import ModelState
+from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.keysum_common import sign_header
 from fedveil.privacy.secagg.named_state import NAMED, WHOLE, pack
 from fedveil.privacy.start import start
@@ -230,3 +231,14 @@ def test_where_states_have_no_signed_names_none_is_taken_as_a_whole(world, plan)
     header = {"kind": "apply", "session": w.session, "state": state.digest, "sums": []}
     with pytest.raises(SecureSumError, match="a model state as a whole"):
         line.apply(site, Packet({**header, NAMED: pack(1, "n", [{}] * 4)}, {WHOLE: state.data}))
+
+
+def test_the_broken_version_takes_what_one_colluder_made_up(late, monkeypatch):
+    """The control: where one member's word is enough, the server and one site choose everybody's model."""
+    made_up = ModelState(np.full(8, 99.0), np.zeros(8), 2)
+    other = {k: v for k, v in late.headers[0].items() if k != "signature"} | {"state": made_up.digest}
+    one = pack(3, "nonce-3", [sign_header(late.w.keys[1], other)])
+    late.refused(late.message(one, made_up.data, made_up.digest), SecureSumError, "1 members name")
+    monkeypatch.setattr(SumSpec, "quorum", 1)
+    line.apply(late.site, late.message(one, made_up.data, made_up.digest))
+    assert late.held.name == made_up.digest
