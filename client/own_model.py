@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import ProtocolError, RunAborted, StateMismatch, SumTooLong, WireError
+from fedveil.common.errors import ProtocolError, RunAborted, StateMismatch, StoreError, SumTooLong, WireError
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy import norm_cap
 from fedveil.privacy.joining import chained
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import SiteSum, is_hex
+from fedveil.privacy.secagg.named_state import NAMED, WHOLE
 from fedveil.privacy.secagg.opened_sum import sums_in
 from fedveil.privacy.secagg.store import Store
 
@@ -69,14 +70,19 @@ class OwnModel:
     def follow(self, request: Packet) -> None:
         """Step on the sums in ``request`` that this model lacks. Afterwards it is the state that ``request`` names.
 
+        The request may bring a whole later state instead of sums, if more than t + d members named it, signed.
+
         Raises:
             StateMismatch: it is another one. Then nothing has changed.
+            ProtocolError: a whole state is not later than this model. Nothing has changed.
             SumTooLong: a sum is longer than the plan's :func:`~fedveil.privacy.norm_cap.cap`. Nothing has changed.
             WireError, SecureSumError, RunAborted: a sum is malformed, or the model would not be finite after it.
         """
         named, now = request.header.get("state"), self.held
         if not (isinstance(named, str) and is_hex(named, 64)):
             raise WireError("a request that names no model state")
+        if NAMED in request.header:
+            now = self._later(request)
         for packet in sums_in(request):
             if self._number(packet) > now.round:
                 now = self._after(now, packet)
@@ -86,6 +92,30 @@ class OwnModel:
                 hint="the server sent another sum than to the others, or not every sum that this site lacks",
             )
         self._keep(now)
+
+    def _later(self, request: Packet) -> Held:
+        """The whole state that ``request`` brings: all rounds before that of the members who named it are in it."""
+        round_, name = self._sum.named(request.header[NAMED])
+        data = request.buffer(WHOLE, self.held.state.length)
+        if sha256(data) != name:
+            raise StateMismatch(
+                f"the server brings another model state than the {name[:16]}... that the members of round {round_} "
+                "named",
+                hint="its copy is damaged, or it lied; this site keeps the model that it has",
+            )
+        try:
+            state = ModelState.load(data)
+        except StoreError as e:
+            raise WireError("a model state that is malformed") from e
+        if not state.finite:
+            raise WireError("a model state with values that are not finite numbers")
+        if not self.held.state.steps < state.steps < round_ or round_ - 1 <= self.held.round:
+            raise ProtocolError(
+                f"the server brings the model state before round {round_}, which is not later than this site's after "
+                f"round {self.held.round}, or does not go with that round",
+                hint="a model only moves forward; nothing has changed",
+            )
+        return Held(round_ - 1, name, state)
 
     def _number(self, packet: Packet) -> int:
         number = packet.header.get("round")

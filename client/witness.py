@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,11 @@ from fedveil.client.peers import PeerHeads
 from fedveil.common.errors import FreshLedger, JournalError
 from fedveil.common.journal import Copy
 from fedveil.common.units import SiteId
-from fedveil.privacy.joining import MAX_IMPORTS, Told, fresh, left_out, names_of, seen_of
+from fedveil.privacy.joining import MAX_IMPORTS, Told, at_caps, fresh, left_out, names_of, seen_of
 from fedveil.privacy.ledger import CLOCK_S, Ledger
 from fedveil.privacy.secagg.rollback import check_head
+
+_LOG = logging.getLogger("fedveil.client")
 
 
 def told(ledger: Ledger, data_set: str, peers: PeerHeads) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def check_own(site: SiteId, ledger: Ledger, statements: Mapping[SiteId, Told]) -
         HelperRefusal: a peer has seen a later journal, or another one with the same first row.
         FreshLedger: another ledger of this data set was seen, whose spending is not counted here.
     """
+    for other, name in at_caps(statements):
+        _LOG.warning("%s has lost its ledger %s...: it counts that one as having spent its whole cap", other, name[:16])
     rows, seen = ledger.journal.rows, seen_of(statements, site)
     copies = {s: copy.head for s, copy in seen if copy.ledger == rows[0].hash}
     check_head(ledger.head, copies, need=0, hash_at=lambda n: rows[n - 1].hash)

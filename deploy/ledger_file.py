@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.common import canonical, fields, identity
-from fedveil.common.errors import FedveilError, UsageError, VerificationError
-from fedveil.common.journal import GENESIS, Row, parse, verify_rows, without_torn_end
-from fedveil.common.units import Delta, Epsilon
+from fedveil.common.errors import MALFORMED, FedveilError, UsageError, VerificationError
+from fedveil.common.journal import GENESIS, Copy, Row, parse, verify_rows, without_torn_end
+from fedveil.common.units import Delta, Epsilon, SiteId
+from fedveil.privacy.joining import heads_of
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.report.bundle import read_bounded
 from fedveil.privacy.report.charges import bounded
@@ -77,6 +78,70 @@ def import_into(
     return Imported(str(done.body["lineage"]), before, after, now.filter.epsilon)
 
 
+def charge_lost(
+    file: Path, into: Path, key: Path, *, cap: float, delta: float | None = None, public: str = ""
+) -> list[Imported]:
+    """Charge in ``into`` the whole cap of every lost ledger of its owner and data set of which ``file`` holds a head.
+
+    Args:
+        file: heads that others keep: a member's ``peers.json``, or the ``joins.json`` of a run's folder.
+        into: the ledger that is charged; it must have been opened.
+        key: the private key of its owner.
+        cap, delta: the largest cap that a lost ledger may have had, and its δ; None: that of ``into``.
+        public: the key that signed the lost ledger, or a roster that names it; empty: that of the private key.
+
+    Raises:
+        UsageError: ``file`` cannot be read, or holds no head of such a ledger.
+        VerificationError: ``into`` is malformed or was never opened, or the cap is below its own.
+    """
+    held, owner = _bounded_rows(into), identity.load_signing_key(key)
+    now, signer = tally_of(held), _key(public, held) if public else identity.public_hex(owner)
+    if now.filter is None:
+        raise VerificationError(f"{into}: the ledger was never opened", hint="a site's first run opens its ledger")
+    site, own = held[0].owner, held[0].hash
+    known: dict[str, Copy] = {}
+    for copy in _heads_of(file, SiteId(site)):
+        fits = copy.data_set == (now.data_set or copy.data_set) and copy.ledger not in (own, *now.counted)
+        newer = copy.ledger not in known or copy.head.rows > known[copy.ledger].head.rows
+        if fits and newer and copy.signed_by(site, signer):
+            known[copy.ledger] = copy
+    if not known:
+        raise UsageError(
+            f"{file} holds no head of another ledger of this data set that {site!r} has signed and that is not counted",
+            hint="give the peers.json of a member that has seen it, or the joins.json of a run; --public names an "
+            "older key",
+        )
+    ledger = Ledger.open(
+        into, site, owner, lineage=now.lineage, cap=Epsilon(now.filter.epsilon), delta=Delta(now.filter.delta),
+        unit=now.unit,
+    )  # fmt: skip
+    done = list[Imported]()
+    try:
+        for name, copy in sorted(known.items()):
+            before = ledger.tally.epsilon
+            ledger.charge_lost(copy, site, signer, Epsilon(cap), Delta(now.filter.delta if delta is None else delta))
+            done.append(Imported(f"{name[:16]}...", before, ledger.tally.epsilon, now.filter.epsilon))
+    finally:
+        ledger.close()
+    return done
+
+
+def _heads_of(file: Path, site: SiteId) -> list[Copy]:
+    """Every head of the ledgers of ``site`` in a ``peers.json`` or ``joins.json``; no signature is checked."""
+    require_file(file, hint="a member's state folder holds peers.json, a run's folder joins.json")
+    try:
+        value = fields.mapping(canonical.loads(read_bounded(file, _LIMIT)), file.name)
+        statements = [s["payload"] for s in value.values() if isinstance(s, dict)]
+        own = [[*p["head"], p["ledger"], p["data_set"], p["head_signature"]] for p in statements if p["site"] == site]
+        kept = [heads_of(p["peers"]) for p in statements] if statements else [heads_of(value)]
+    except (*MALFORMED, FedveilError) as e:
+        raise UsageError(
+            f"{file} is neither a list of journal heads nor the join statements of a run",
+            hint="a member's state folder holds peers.json, a run's folder joins.json",
+        ) from e
+    return [*map(Copy.from_json, own), *(copy for by in kept for copy in by.get(site, {}).values())]
+
+
 def _bounded_rows(file: Path) -> list[Row]:
     """The rows of a ledger's file, without what a crash left behind the last one; no signature is checked."""
     require_file(file)
@@ -125,7 +190,7 @@ def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
             s["epsilon_after"] = tally.epsilon
     if tally.filter is None:
         raise VerificationError("the ledger was never opened")
-    f = tally.filter
+    f, room = tally.filter, tally.room
     return {
         "lineage": tally.lineage,
         "owner": rows[0].owner,
@@ -134,10 +199,11 @@ def summary(rows: list[Row], *, checked: bool) -> dict[str, Any]:
         "delta": f.delta,
         "order": f.order,
         "epsilon_spent": tally.epsilon,
-        "fraction_left": max(0.0, 1 - tally.spent / f.budget) if f.budget > 0 else 0.0,
+        "fraction_left": max(0.0, 1 - tally.spent / room.budget) if room and room.budget > 0 else 0.0,
         "steps": len(tally.by_round),
         "closed_for": tally.closed,
         "imported": {name: sum(n for _, n in events) for name, events in tally.imported.items()},
+        "lost": {name: cap for name, (cap, _) in tally.lost.items()},
         "sessions": sessions,
         "head": [len(rows), rows[-1].hash],
         "signatures_checked": checked,

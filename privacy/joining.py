@@ -230,8 +230,13 @@ def fresh(site: SiteId, known: Copy) -> FreshLedger:
         f"{site!r} takes part with a ledger that does not count what was spent on this data set from its ledger "
         f"{known.ledger[:16]}..., of which {known.head.rows} rows were seen",
         hint="restore that ledger (the folder of its last run holds a copy, journals/SITE.jsonl), or count it in a new "
-        "one: 'fedveil ledger import'",
+        "one: 'fedveil ledger import', with --lost if it is lost for good",
     )
+
+
+def at_caps(told: Mapping[SiteId, Told]) -> list[tuple[SiteId, str]]:
+    """The lost ledgers that sites count as having spent their whole caps: each with its site."""
+    return [(site, name) for site, t in told.items() for name, rows in t.imports.items() if rows == MAX_ROWS]
 
 
 def genuine(owner: SiteId, copy: Copy, roster: Roster) -> bool:

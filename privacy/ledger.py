@@ -9,7 +9,10 @@ Rows, by ``kind`` (everything here may leave the site: no counts, no values)::
 
     ledger.open     {lineage, unit, adjacency, cap_epsilon, delta, order}, and {version, subject_salt, data_set} where
                     given: data_set names the contract's data set by hash
-    ledger.import   {lineage, owner, public, ledger, carries, head, events[, covers]}   what an older ledger has spent
+    ledger.import   {lineage, owner, public, ledger, carries, head, events[, covers][, lost]}   what an older ledger has
+                    spent; lost: the caps of lost ones that it was charged
+    ledger.lost     {ledger, owner, public, head, data_set, signature, cap_epsilon, delta}   an older ledger that is
+                    lost, charged at its cap, by a head of it that its owner has signed
     ledger.cap      {cap_epsilon}                      the site's policy changed its cap
     ledger.capacity {capacity}                         the most records (or persons) that the site may hold
     ledger.closed   {ledger}                           nothing more is spent: that one (its first row) counts this
@@ -36,7 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
 from fedveil.common.identity import public_hex
-from fedveil.common.journal import Head, Journal, Row, parse, verify_rows
+from fedveil.common.journal import Copy, Head, Journal, Row, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.dp.accounting import best_order
 from fedveil.privacy.dp.events import SampledGaussian
@@ -156,6 +159,7 @@ class Ledger:
             "ledger.cap",
             "ledger.capacity",
             "ledger.import",
+            "ledger.lost",
             "ledger.closed",
         ):
             raise JournalError(f"a row of kind {kind!r} cannot be added as a note")
@@ -204,6 +208,30 @@ class Ledger:
         finally:
             old.close()
 
+    def charge_lost(self, known: Copy, owner: str, public: str, cap: Epsilon, delta: Delta) -> Row:
+        """Charge the whole cap of a ledger that is lost, as one signed row that names it. It cannot be undone.
+
+        Whatever was spent from it stayed under (ε, δ) of its cap, which are added here as they stand. The total may
+        pass this ledger's own cap: then nothing more is admitted.
+
+        Args:
+            known: a head of the lost ledger, which its owner has signed.
+            owner, public: the lost ledger's, with the key that signed it (64 hexadecimal digits).
+            cap, delta: the largest cap that it may have had, and its δ.
+
+        Raises:
+            VerificationError: the head is not signed by that key or is of another data set; the ledger is counted here
+                already; or the cap is below the highest that this ledger had.
+            JournalError: it is this ledger itself.
+        """
+        if known.ledger == self.journal.rows[0].hash:
+            raise JournalError("a ledger cannot be charged for itself")
+        return self._append(
+            "ledger.lost",
+            ledger=known.ledger, owner=owner, public=public, head=list(known.head), data_set=known.data_set,
+            signature=known.signature, cap_epsilon=cap, delta=delta,
+        )  # fmt: skip
+
     def retire(self, ledger: str) -> Row:
         """Never spend from this ledger again: ``ledger`` (the hash of another's first row) is about to count it."""
         return self._append("ledger.closed", ledger=ledger)
@@ -235,6 +263,8 @@ class Ledger:
             "carries": sorted(old.counted), "head": [len(verified), verified[-1].hash],
             "events": [[e.to_json(), n] for e, n in counted.items()], **({"covers": covers} if covers else {}),
         }  # fmt: skip
+        if old.lost:
+            body["lost"] = [[lost, *cap] for lost, cap in old.lost.items()]
         copy.deepcopy(self.tally).feed(Row(self.head.rows, self.journal.owner, 0, "ledger.import", body, "", "", ""))
         return body
 

@@ -32,7 +32,7 @@ _CHUNK = 1 << 16  # squares below 2^46 each: their sum stays below 2^62
 def cap(plan: PrivacyPlan, members: int) -> int:
     """The largest length of an opened sum of ``members`` sites, in grid units, rounded up."""
     D, noise = plan.model.parameters, plan.share_std * math.sqrt(members)
-    length = _in_sample(plan) * plan.clip * (1 + relative(plan.places(plan.capacity))) / plan.grid
+    length = _in_sample(plan, members) * plan.clip * (1 + relative(plan.places(plan.capacity))) / plan.grid
     length += math.sqrt(D) * plan.sites / 2 + noise * math.sqrt(D + 2 * math.sqrt(D * _L) + 2 * _L)
     return math.ceil(min(length, 2.0**1000))  # a hostile plan may make it infinite
 
@@ -58,10 +58,10 @@ def squared(values: NDArray[np.int64]) -> int:
     return total
 
 
-def _in_sample(plan: PrivacyPlan) -> float:
-    """So many records (clients) are in the sample of a step at most, except with probability 2^-40."""
+def _in_sample(plan: PrivacyPlan, members: int) -> float:
+    """So many records (clients) of ``members`` are in a step's sample at most, except with probability 2^-40."""
     if plan.mode == "client":
         return plan.sites
-    most = _SPARE * plan.records
+    most = min(_SPARE * plan.records, members * plan.capacity)  # no member holds more than its capacity
     mean, variance = plan.sample_rate * most, plan.sample_rate * (1 - plan.sample_rate) * most
     return min(most, mean + _L / 3 + math.sqrt(_L * _L / 9 + 2 * _L * variance))

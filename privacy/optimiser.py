@@ -39,6 +39,16 @@ class ModelState:
         """The public initialisation."""
         return cls(weights.astype(np.float64), np.zeros(weights.size))
 
+    @property
+    def length(self) -> int:
+        """How many bytes :attr:`data` has: those of every state of this model."""
+        return len(_DOMAIN) + _HEAD.size + 16 * self.weights.size
+
+    @property
+    def finite(self) -> bool:
+        """Whether every weight and velocity is a finite number."""
+        return bool(np.isfinite(self.weights).all() and np.isfinite(self.velocity).all())
+
     @cached_property
     def data(self) -> bytes:
         """The whole state: a domain, the steps and D (8 bytes each), weights and velocity, all little-endian."""

@@ -108,6 +108,11 @@ class PlanFigures(BaseModel):
         return self.sites - self.dropouts
 
     @property
+    def quorum(self) -> int:
+        """t + d + 1: what so many distinct sites have signed, at least one honest site has signed."""
+        return self.colluders + self.dropouts + 1
+
+    @property
     def threshold(self) -> int:
         """T = floor((n + t) / 2) + 1: two sets can never both gather so many answers; a committee has its own."""
         if self.committee:

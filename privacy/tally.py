@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fedveil.common.errors import MALFORMED, VerificationError
-from fedveil.common.journal import Row
+from fedveil.common.errors import MALFORMED, ProtocolError, VerificationError
+from fedveil.common.journal import MAX_ROWS, Copy, Row
 from fedveil.privacy.dp.accounting import ORDERS, Filter, rdp
 from fedveil.privacy.dp.events import SampledGaussian, from_json
 
@@ -33,32 +33,24 @@ class Tally:
         self.closed = ""  # the ledger that counts this one's spending from now on
         self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
         self.counted: set[str] = set()  # every ledger whose spending is in here: the imported ones and theirs
+        self.lost: dict[str, tuple[float, float]] = {}  # by ledger that is charged at its cap: that cap's ε and δ
+        self.highest = 0.0  # the highest cap that this ledger had so far
         self.covers: dict[str, int] = {}  # by ledger: up to which of its rows; what was imported last stands last
 
     def feed(self, row: Row) -> None:
         """Apply one row."""
-        b = row.body
+        step = {
+            "ledger.open": self._open, "ledger.cap": self._recap, "ledger.import": self._import,
+            "ledger.lost": self._lose, "ledger.closed": self._close, "spend": self._spend, "agreed": self._agree,
+        }.get(row.kind)  # fmt: skip
         try:
-            if row.kind == "ledger.open":
-                self._open(row)
-            elif row.kind == "ledger.cap":
-                f = self._filter(row)
-                self.filter = Filter(_number(b["cap_epsilon"]), f.delta, f.order)
+            if step is not None:
+                step(row)
             elif row.kind == "ledger.capacity":
                 self._filter(row)
-                self.capacity = _capacity(b["capacity"])
-            elif row.kind == "spend":
-                self._spend(row)
-            elif row.kind == "ledger.import":
-                self._import(row)
-            elif row.kind == "ledger.closed":
-                self._close(row)
-            elif row.kind == "agreed":
-                said = str(b["members"]), str(b["digest"])
-                if self.agreed.setdefault(_key(b), said) != said:
-                    raise VerificationError(f"row {row.n} signs another set for round {b['round']} than a row before")
+                self.capacity = _capacity(row.body["capacity"])
             elif row.kind == "commit":
-                key = _key(b)
+                key = _key(row.body)
                 if key not in self.by_round:
                     raise VerificationError(f"row {row.n} commits a round that was never charged")
                 self.committed.add(key)
@@ -72,9 +64,21 @@ class Tally:
         if b["order"] not in ORDERS:
             raise VerificationError(f"row {row.n} names a Rényi order that is not in the table")
         self.filter = Filter(_number(b["cap_epsilon"]), _number(b["delta"]), _number(b["order"]))
+        self.highest = self.filter.epsilon
         self.lineage, self.unit = str(b["lineage"]), str(b["unit"])
         self.version, self.subject_salt = str(b.get("version", "")), str(b.get("subject_salt", ""))
         self.data_set = str(b.get("data_set", ""))
+
+    def _recap(self, row: Row) -> None:
+        f = self._filter(row)
+        self.filter = Filter(_number(row.body["cap_epsilon"]), f.delta, f.order)
+        self.highest = max(self.highest, self.filter.epsilon)
+
+    def _agree(self, row: Row) -> None:
+        b = row.body
+        said = str(b["members"]), str(b["digest"])
+        if self.agreed.setdefault(_key(b), said) != said:
+            raise VerificationError(f"row {row.n} signs another set for round {b['round']} than a row before")
 
     def _filter(self, row: Row) -> Filter:
         if self.filter is None:
@@ -94,12 +98,12 @@ class Tally:
         self.closed = name
 
     def _spend(self, row: Row) -> None:
-        f = self._open_filter(row)
+        f, room = self._open_filter(row), self.room
         key, event = _key(row.body), from_json(row.body["event"])
         if key in self.by_round:
             raise VerificationError(f"row {row.n} charges round {key[1]} a second time")
         after, overflow = self.spent + rdp(event, f.order), self.overflow + event.overflow
-        if not f.admits(after, overflow):
+        if room is None or not room.admits(after, overflow):
             raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
         self.spent, self.overflow, self.by_round[key] = after, overflow, event
 
@@ -115,6 +119,9 @@ class Tally:
             raise VerificationError(f"row {row.n} imports fewer than one or more than {MAX_IMPORTED} steps")
         if any(type(rows) is not int or name not in names for rows, name in covers):
             raise VerificationError(f"row {row.n} covers rows of a ledger that it does not import")
+        lost = {name: _cap(cap, delta) for name, cap, delta in b.get("lost", [])}
+        if not names >= lost.keys():
+            raise VerificationError(f"row {row.n} brings the cap of a ledger that it does not import")
         self.spent += sum(n * rdp(e, f.order) for e, n in events)
         self.overflow += sum(n * e.overflow for e, n in events)
         if not f.holds(self.overflow):
@@ -122,9 +129,54 @@ class Tally:
                 f"row {row.n} imports samples that outgrow their places more often than delta = {f.delta:g} allows",
                 hint="a new ledger with a larger delta",
             )
+        self.lost |= lost
         self.imported[b["ledger"]] = events
         self.counted |= names
         self.covers |= {name: rows for rows, name in covers}
+
+    def _lose(self, row: Row) -> None:
+        """Charge the whole cap of a ledger that is lost, by a head of it that its owner has signed. Once for each."""
+        f, b = self._open_filter(row), row.body
+        name, cap = b["ledger"], _cap(b["cap_epsilon"], b["delta"])
+        try:
+            known = Copy.from_json([*b["head"], name, b["data_set"], b["signature"]])
+        except ProtocolError as e:
+            raise VerificationError(f"row {row.n} names no head of a lost ledger") from e
+        if not known.signed_by(str(b["owner"]), str(b["public"])):
+            raise VerificationError(f"row {row.n} names a head of a lost ledger that its owner has not signed")
+        if self.data_set not in ("", known.data_set):
+            raise VerificationError(f"row {row.n} charges a ledger of another data set")
+        if name in self.counted:
+            raise VerificationError(
+                f"row {row.n} charges ledger {name[:16]}..., whose spending is counted here already",
+                hint="a ledger is charged at its cap, or imported, once and for good",
+            )
+        if cap[0] < self.highest or cap[1] < f.delta:
+            raise VerificationError(
+                f"row {row.n} charges a lost ledger less than a whole cap: epsilon = {cap[0]:g} at delta = {cap[1]:g}; "
+                f"this ledger's own was up to {self.highest:g} at {f.delta:g}",
+                hint="name the largest cap that the lost ledger may have had; it is not below this one's",
+            )
+        self.lost[name] = cap
+        self.counted.add(name)
+        self.covers[name] = MAX_ROWS  # whatever its rows were, they stayed under its cap
+
+    @property
+    def at_caps(self) -> float:
+        """ε of all lost ledgers that are charged at their caps; their δ's add to this ledger's as well."""
+        return sum(epsilon for epsilon, _ in self.lost.values())
+
+    @property
+    def room(self) -> Filter | None:
+        """The filter for what is spent from this ledger itself: the cap less :attr:`at_caps`; None if nothing is left.
+
+        A lost ledger may have had any Rényi order, so its cap is added as it stands (basic composition).
+        """
+        f = self.filter
+        if f is None or not self.lost:
+            return f
+        left = f.epsilon - self.at_caps
+        return Filter(left, f.delta, f.order) if left > 0 else None
 
     @property
     def events(self) -> list[SampledGaussian]:
@@ -134,16 +186,17 @@ class Tally:
 
     @property
     def epsilon(self) -> float:
-        """ε spent so far over all runs, by the filter; 0 before the first release."""
-        return self.filter.after(self.overflow).epsilon_of(self.spent) if self.filter else 0.0
+        """ε spent so far over all runs, by the filter, and :attr:`at_caps`; 0 before the first release."""
+        return self.at_caps + (self.filter.after(self.overflow).epsilon_of(self.spent) if self.filter else 0.0)
 
     def affords(self, event: SampledGaussian) -> int:
         """How many steps of ``event`` the cap in force still carries; none before opening and after closing."""
-        return self.filter.affords(event, self.spent, self.overflow) if self.filter and not self.closed else 0
+        room = self.room
+        return room.affords(event, self.spent, self.overflow) if room and not self.closed else 0
 
     def admits(self, event: SampledGaussian) -> bool:
         """Whether one more step of ``event`` fits under the cap in force."""
-        f = self.filter
+        f = self.room
         return f is not None and f.admits(self.spent + rdp(event, f.order), self.overflow + event.overflow)
 
 
@@ -151,6 +204,12 @@ def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise TypeError
     return float(value)
+
+
+def _cap(epsilon: Any, delta: Any) -> tuple[float, float]:
+    """The cap of a lost ledger: positive ε and δ below 1."""
+    found = Filter(_number(epsilon), _number(delta), 2.0)
+    return found.epsilon, found.delta
 
 
 def _capacity(value: Any) -> int:

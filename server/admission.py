@@ -14,7 +14,7 @@ from fedveil.common.errors import BudgetExhausted, IdentityError, ProtocolError,
 from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
-from fedveil.privacy.joining import check_copies, check_join, check_joins, heads_in, left_out
+from fedveil.privacy.joining import at_caps, check_copies, check_join, check_joins, heads_in, left_out
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.server.exchange import Exchange
 
@@ -67,6 +67,8 @@ def _leave_out(exchange: Exchange, refused: Collection[str] = ()) -> None:
     job = exchange.job
     statements = {SiteId(site): document for site, document in job.joins.items()}
     told = heads_in(statements, job.roster)
+    for site, name in at_caps(told):
+        _LOG.warning("%s has lost its ledger %s...: it counts that one as having spent its whole cap", site, name[:16])
     named = Counter(said.own.data_set for said in told.values())  # all sites have read the same contract
     for site, error in left_out(told, named.most_common(1)[0][0]).items():
         _LOG.warning("%s takes no part: %s", site, error)

@@ -13,6 +13,7 @@ from fedveil.common.files import write_durably
 from fedveil.common.wire import sha256
 from fedveil.privacy.optimiser import ModelState
 
+FOLDER = "checkpoints"  # of a run's folder
 KEEP = 2
 
 

@@ -71,7 +71,7 @@ class Job:
         """Keep the state for a restart; returns its content hash."""
         if not self.durable:
             return self.state.digest
-        return checkpoints.save(self.run / "checkpoints", self.state)
+        return checkpoints.save(self.run / checkpoints.FOLDER, self.state)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -165,7 +165,7 @@ def _resumed(run: Path, roster: Roster, key: Ed25519PrivateKey, journal: Journal
         else:
             first, nonce = int(row.body["round"]) + 1, ""
             last = row if row.kind == "round.applied" else last
-    state = checkpoints.load(run / "checkpoints", last.body["checkpoint"])
+    state = checkpoints.load(run / checkpoints.FOLDER, last.body["checkpoint"])
     job = Job(run, opened.body["session"], plan, roster, key, journal, state, first_round=first, nonce=nonce, **options)
     if isinstance(plan.model, StatsSpec) and plan.model.metric is not None:
         job.attached[EVALUATED] = (run / f"{EVALUATED}.f32").read_bytes()

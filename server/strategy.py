@@ -212,6 +212,7 @@ class SecureSumStrategy(Strategy):
             agreements = current.close()
             members = current.members
             self._opened.reached(members)
+            self._opened.close(server_round, current.nonce, self._sum.headers)
             job.journal.append("round.set", {"session": job.session, "round": server_round, "members": list(members)})
             self._exchange.each(self._help(agreements, "train.agree", server_round), current.agree, current.refuse)
             self._exchange.each(self._help(current.ask(), "train.open", server_round), current.answer, current.refuse)

@@ -95,6 +95,13 @@ def _covered(value: Any) -> bool:
     return isinstance(value, list) and all(map(_head, value))
 
 
+def _caps(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(cap, list) and len(cap) == 3 and is_hex(cap[0], 64) and number(cap[1]) and number(cap[2])
+        for cap in value
+    )
+
+
 def _criteria(value: Any) -> bool:
     return isinstance(value, dict) and all(
         text(64)(name) and isinstance(c, dict) and set(c) == {"required", "met"} and number(c["required"])
@@ -125,6 +132,10 @@ _FORMS: dict[str, dict[str, Check]] = {
         "lineage": text(128), "owner": text(64), "public": _HEX, "ledger": _HEX, "carries": _hashes, "head": _head,
         "events": _counted,
     },
+    "ledger.lost": {
+        "ledger": _HEX, "owner": text(64), "public": _HEX, "head": _head, "data_set": _HEX,
+        "signature": hexadecimal(128), "cap_epsilon": number, "delta": number,
+    },
     "ledger.cap": {"cap_epsilon": number},
     "ledger.capacity": {"capacity": whole},
     "plan.approved": {"session": _HEX, "plan_hash": _HEX, "approvals": _hashes},
@@ -139,7 +150,7 @@ _FORMS: dict[str, dict[str, Check]] = {
 }  # fmt: skip
 _OPTIONAL: dict[str, dict[str, Check]] = {
     "ledger.open": {"version": text(128), "subject_salt": text(128), "data_set": _HEX},
-    "ledger.import": {"covers": _covered},
+    "ledger.import": {"covers": _covered, "lost": _caps},
     "plan.accepted": {"precision": _one_of("float32")},
     "spend": {"state": _HEX},  # ledgers of the first release lack it
     "plan.approved": {"approvers": _hashes},

@@ -98,7 +98,9 @@ def prove(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="The older ledger (ledger.jsonl).")],
+    file: Annotated[
+        Path, typer.Argument(help="The older ledger (ledger.jsonl). With --lost: a peers.json or joins.json.")
+    ],
     into: Annotated[
         Path, typer.Option(help="The ledger that counts its spending from now on. A run must have opened it.")
     ],
@@ -108,22 +110,53 @@ def import_(
     left_open: Annotated[
         bool, typer.Option("--left-open", help="Do not close the older ledger: its key is lost, or FILE is a copy.")
     ] = False,
+    lost: Annotated[
+        bool,
+        typer.Option("--lost", help="The older ledger is lost: charge its whole cap. FILE holds a signed head of it."),
+    ] = False,
+    cap: Annotated[
+        float | None, typer.Option(help="With --lost: the largest ε cap that the lost ledger may have had.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="With --lost: its δ, if it is not that of --into.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --lost: do not ask.")] = False,
 ) -> None:
     """Close an older ledger of the same people's records, and count here what it has spent. Once for each ledger.
 
     The total only grows. If this is interrupted, give the command again. With --left-open, whoever has the older
     ledger and its key can still spend from it: remove both.
+
+    With --lost the older ledger is not needed, only a head of it that the site has signed: in the peers.json of a
+    member that has seen it, or in the joins.json of a run's folder. Its whole cap is charged, for good. Usually
+    nothing is left then, until the cap of the new ledger is raised.
     """
     from rich.console import Console
 
     from fedveil.deploy import ledger_file
 
-    done = ledger_file.import_into(file, into, key, public=public, old_key=old_key, left_open=left_open)
-    Console(highlight=False).print(
-        f"{done.lineage} imported: filter ε {done.before:.4f} before, {done.after:.4f} now, of {done.cap:g}; "
-        f"the older ledger is {'LEFT OPEN' if left_open else 'closed'}",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+    say = Console(highlight=False)
+    if not lost:
+        if cap is not None or delta is not None or yes:
+            raise UsageError("--cap, --delta and --yes go with --lost", hint="leave them out, or give --lost")
+        done = ledger_file.import_into(file, into, key, public=public, old_key=old_key, left_open=left_open)
+        say.print(
+            f"{done.lineage} imported: filter ε {done.before:.4f} before, {done.after:.4f} now, of {done.cap:g}; "
+            f"the older ledger is {'LEFT OPEN' if left_open else 'closed'}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
+    if cap is None or left_open or old_key is not None:
+        raise UsageError(
+            "--lost goes with --cap, and without --left-open and --old-key",
+            hint="name the largest cap that the lost ledger may have had: an earlier report says what it was",
+        )
+    if not yes and not typer.confirm(f"Charge ε = {cap:g} to {into} for good, for each lost ledger in {file}?"):
+        raise UsageError("nothing was charged", hint="give --yes, or answer y")
+    for one in ledger_file.charge_lost(file, into, key, cap=cap, delta=delta, public=public):
+        say.print(
+            f"lost ledger {one.lineage} charged at its cap: ε {one.before:.4f} before, {one.after:.4f} now, of "
+            f"{one.cap:g}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _write_new(out: Path, data: bytes) -> None:
@@ -150,6 +183,9 @@ def _show(found: dict[str, Any]) -> None:
     if found["imported"]:
         steps = sum(found["imported"].values())
         head.add_row("imported", f"{steps} steps of {len(found['imported'])} older ledgers, counted in what is spent")
+    if found["lost"]:
+        caps = ", ".join(f"{name[:16]}... at ε = {cap:g}" for name, cap in found["lost"].items())
+        head.add_row("lost", f"{caps}: charged at the whole cap, counted in what is spent")
     if found["closed_for"]:
         head.add_row("closed", f"for good; ledger {found['closed_for'][:16]}... counts it")
     head.add_row("left", f"{found['fraction_left']:.1%} of the Rényi budget")

@@ -19,9 +19,9 @@ Precision = Literal["float64", "float32"]
 _MAX_CRITERIA, _MAX_EVENTS, _MAX_APPROVALS = 64, 4096, 256
 KINDS = frozenset(
     {
-        "ledger.open", "ledger.import", "ledger.cap", "ledger.capacity", "ledger.closed", "journal.repaired",
-        "data.released", "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused", "model",
-        "session.end",
+        "ledger.open", "ledger.import", "ledger.lost", "ledger.cap", "ledger.capacity", "ledger.closed",
+        "journal.repaired", "data.released", "plan.approved", "plan.accepted", "spend", "commit", "agreed", "refused",
+        "model", "session.end",
     }
 )  # fmt: skip
 
@@ -65,11 +65,13 @@ class Charges:
         models, end: this session's ``model`` rows, and its ``session.end`` row if there is one.
         events: every charge of all sessions, what was imported from older ledgers first.
         left: the part of the filter's Rényi budget that is not spent, in [0, 1].
-        affordable: see :meth:`affords`; None once the ledger was closed.
+        affordable: see :meth:`affords`; None once the ledger was closed, or lost ledgers took the whole cap.
         spending: every row that spent, in order.
         approvals: keys of the persons who approved this session, as the ledger names them; None if nobody was asked.
-        tightest: at the spend that came closest to the cap then in force, all events up to it, and that cap.
+        tightest: at the spend that came closest to the cap then in force, all events up to it, and the part of that
+            cap that was left beside lost ledgers.
         capacity: the most units that the site may hold, as it declared last; 0 in ledgers of older versions.
+        lost: by ledger that is lost and charged at its cap: that cap's ε and δ.
         data_set: the data set that it counts, by hash; empty in ledgers of older versions.
         covers: by imported ledger, up to how many of its rows.
         agreed: by round of this session, the set that the site signed: its names and the whole, by hash.
@@ -103,6 +105,7 @@ class Charges:
     capacity: int
     data_set: str
     covers: dict[str, int]
+    lost: dict[str, tuple[float, float]]
     agreed: dict[int, tuple[str, str]]
     times: tuple[int, ...]
     fall: int | None
@@ -129,12 +132,12 @@ def compose(rows: list[Row], session: str) -> Charges:
         except ArithmeticError as e:
             raise VerificationError(f"row {row.n} ({row.kind[:32]}) has numbers that cannot be composed") from e
         state.feed(row, before)
-        if row.kind in ("spend", "ledger.import"):
+        if row.kind in ("spend", "ledger.import", "ledger.lost"):
             state.book(row, tally)
     f = tally.filter
     if f is None:
         raise VerificationError("the ledger was never opened")
-    mine = state.before is not None
+    mine, room = state.before is not None, tally.room
     return Charges(
         lineage=tally.lineage[:128], unit=tally.unit[:128], cap=f.epsilon, delta=f.delta, order=f.order,
         epsilon_before=state.before if state.before is not None else tally.epsilon, epsilon_after=tally.epsilon,
@@ -143,9 +146,10 @@ def compose(rows: list[Row], session: str) -> Charges:
         earlier_sessions=len(state.earlier if mine else state.others),
         exhausted=state.exhausted, models=tuple(state.models), end=state.end, released=state.released,
         events=tuple(tally.events), head=(len(rows), rows[-1].hash),
-        left=_left(tally), affordable=None if tally.closed else (f, tally.spent, tally.overflow),
+        left=_left(tally), affordable=None if tally.closed or room is None else (room, tally.spent, tally.overflow),
         spending=tuple(state.spending), approvals=state.approvals,
         tightest=state.tightest, capacity=tally.capacity, data_set=tally.data_set, covers=tally.covers,
+        lost=tally.lost,
         agreed={n: said for (s, n), said in tally.agreed.items() if s == session},
         times=(min(at), max(at)) if (at := [r.at for r in rows if r.body.get("session") == session]) else (),
         fall=falling(rows),
@@ -153,8 +157,8 @@ def compose(rows: list[Row], session: str) -> Charges:
 
 
 def _left(tally: Tally) -> float:
-    """The part of the cap's RDP that is not spent."""
-    budget = tally.filter.after(tally.overflow).budget if tally.filter else 0.0
+    """The part that is not spent of the RDP under the cap, or under what lost ledgers leave of it."""
+    budget = tally.room.after(tally.overflow).budget if tally.room else 0.0
     return max(0.0, 1 - tally.spent / budget) if budget > 0 else 0.0
 
 
@@ -183,17 +187,17 @@ class _State:
         self.spending: list[Spent] = []
         self.approvals: tuple[str, ...] | None = None
         self._booked: list[list[tuple[SampledGaussian, int]]] = []
-        self._strain: tuple[float, int, float] = (0.0, 0, 0.0)  # part of the cap spent, rows booked, the cap
+        self._strain: tuple[float, int, float] = (0.0, 0, 0.0)  # part of the cap spent, rows booked, the cap's rest
 
     def book(self, row: Row, tally: Tally) -> None:
         """Remember a row that spent, once the tally let it pass."""
         own = row.kind == "spend"
         self.spending.append(Spent(str(row.body.get("session", "")), tally.epsilon, row.at))
         key = (row.body.get("session", ""), row.body.get("round", 0))
-        self._booked.append([(tally.by_round[key], 1)] if own else tally.imported[row.body["ledger"]])
+        self._booked.append([(tally.by_round[key], 1)] if own else tally.imported.get(row.body["ledger"], []))
         cap = tally.filter.epsilon if tally.filter else 0.0
         if own and tally.epsilon >= self._strain[0] * cap:
-            self._strain = tally.epsilon / cap, len(self._booked), cap
+            self._strain = tally.epsilon / cap, len(self._booked), cap - tally.at_caps
 
     @property
     def tightest(self) -> tuple[tuple[SampledGaussian, ...], float]:
@@ -258,7 +262,6 @@ def bounded(row: Row) -> None:
     if row.kind == "ledger.open":
         if row.body.get("order") not in ORDERS:
             raise VerificationError(f"{where}: the Rényi order is not in the table")
-        fields.number(row.body, "delta", where, low=1e-300, high=0.01)
         fields.text(row.body, "lineage", where)
         fields.text(row.body, "unit", where)
         for name in {"version", "subject_salt", "data_set"} & set(row.body):
@@ -267,8 +270,8 @@ def bounded(row: Row) -> None:
         _bounded_import(row, where)
     if row.kind == "ledger.capacity":
         fields.integer(row.body, "capacity", where, low=1, high=1 << 48)
-    if row.kind in ("ledger.open", "ledger.cap"):
-        fields.number(row.body, "cap_epsilon", where, low=1e-9, high=1000)
+    if row.kind in ("ledger.open", "ledger.lost", "ledger.cap"):
+        _bounded_cap(row, where)
     if row.kind in ("spend", "commit", "agreed"):
         fields.text(row.body, "session", where)
         fields.integer(row.body, "round", where, high=1 << 20)
@@ -279,9 +282,17 @@ def bounded(row: Row) -> None:
         raise VerificationError(f"{where}: a noise multiplier below {MIN_NOISE:g} gives no privacy to account for")
 
 
+def _bounded_cap(row: Row, where: str) -> None:
+    fields.number(row.body, "cap_epsilon", where, low=1e-9, high=1000)
+    if row.kind != "ledger.cap":
+        fields.number(row.body, "delta", where, low=1e-300, high=0.01)
+
+
 def _bounded_import(row: Row, where: str) -> None:
     fields.hexadecimal(row.body, "ledger", where)
-    events, carries = row.body.get("events"), row.body.get("carries")
+    events, carries, lost = (row.body.get(k, []) for k in ("events", "carries", "lost"))
+    if not isinstance(lost, list) or len(lost) > _MAX_EVENTS:
+        raise VerificationError(f"{where}: it does not say which lost ledgers it was charged for")
     if not isinstance(carries, list) or len(carries) > _MAX_EVENTS:
         raise VerificationError(f"{where}: it does not say which ledgers it carries along")
     covers = row.body.get("covers", [])

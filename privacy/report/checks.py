@@ -33,6 +33,7 @@ from fedveil.privacy.report import (
     software_bill,
     states,
     tables,
+    witnesses,
 )
 from fedveil.privacy.report.build import DOMAIN
 from fedveil.privacy.report.bundle import CONTRACT, JOINS, PLAN, REPORT, Bundle, journal_name
@@ -284,9 +285,9 @@ class Audit:
         seen, public = self._seen.get(site, []), self._got("roster", self.roster).member(site).signing_key
         remark = ledgers.continues(rows, joined, seen, plan.colluders, public)
         c = compose(rows, h.session)
-        others = ledgers.others(site, public, joined, seen, c.covers)
         named = data_set(self._agreed.name, c.unit) if self._agreed else ""
-        remark += ledgers.replaces_none(c, joined, others, named)
+        remark += ledgers.replaces_none(c, joined, ledgers.others(site, public, joined, seen, c.covers), named)
+        remark += ledgers.at_caps(rows, c) + witnesses.said(site, public, joined, seen, rows, plan, self.countersigned)
         ledgers.charged(c, plan, h, joined["head"][0])
         ledgers.ends(c, h, site)
         if not self.simulated:

@@ -10,7 +10,7 @@ from fedveil.common.identity import Roster
 from fedveil.privacy.dp.accounting import epsilon_pld, epsilon_rdp, interval
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.report import ledgers, privacy_loss, wording
+from fedveil.privacy.report import ledgers, privacy_loss, witnesses, wording
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charges import Charges
 from fedveil.privacy.report.history import History, Round
@@ -98,6 +98,7 @@ def derive(f: Facts) -> dict[str, Any]:
         "optimizer": plan.optimizer.model_dump(mode="json"),
         "metrics": _metrics(f),
         "hashes": _hashes(f),
+        "witnesses": _witnesses(f),
     }
     if other := _other_ledgers(f):
         numbers["other_ledgers"] = other
@@ -222,7 +223,13 @@ def _site(f: Facts, site: str) -> dict[str, Any] | None:
         "exhausted": c.exhausted,
         "precision": c.precision,
         "anonymisation": _anonymisation(f.plan, c),
+        **({"lost_ledgers": _lost(c)} if c.lost else {}),
     }
+
+
+def _lost(c: Charges) -> list[dict[str, Any]]:
+    """The lost ledgers that this one was charged for at their caps."""
+    return [{"ledger": name, "cap_epsilon": cap, "delta": delta} for name, (cap, delta) in sorted(c.lost.items())]
 
 
 def _other_ledgers(f: Facts) -> dict[str, list[dict[str, Any]]]:
@@ -233,6 +240,17 @@ def _other_ledgers(f: Facts) -> dict[str, list[dict[str, Any]]]:
         if found := ledgers.others(m.site, m.signing_key, f.joins.get(m.site, {}), seen.get(m.site, []), covers):
             out[m.site] = [o._asdict() for o in found]
     return out
+
+
+def _witnesses(f: Facts) -> dict[str, Any]:
+    """Of every ledger that was delivered: its rows, how many are witnessed, and how many peers hold how many rows."""
+    seen, needed, out = ledgers.seen_by_peers(f.joins), f.plan.quorum, dict[str, Any]()
+    for m in f.roster.sites:
+        if m.site in f.charges:
+            rows = f.charges[m.site].head[0]
+            found = witnesses.held(m.site, m.signing_key, f.joins.get(m.site, {}), seen.get(m.site, []), rows)
+            out[m.site] = {"rows": rows, "witnessed": witnesses.witnessed(found, needed), "held": found}
+    return {"needed": needed, "ledgers": out}
 
 
 def _runs(c: Charges) -> list[dict[str, Any]]:

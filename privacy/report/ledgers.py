@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fedveil.common import fields
 from fedveil.common.errors import FedveilError, VerificationError
-from fedveil.common.journal import GENESIS, Copy, Row
+from fedveil.common.journal import GENESIS, MAX_ROWS, Copy, Row
 from fedveil.privacy.joining import heads_of, names_of
 from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
@@ -27,6 +27,7 @@ class Other(NamedTuple):
     """Another ledger of a site: its first row's hash, the most rows and how many members saw, and what counts it.
 
     ``same_data_set``: it counted the data set of this run. ``imported``: this run's ledger counts all of these rows.
+    ``at_cap``: it was lost, and is counted as having spent its whole cap.
     """
 
     ledger: str
@@ -34,6 +35,7 @@ class Other(NamedTuple):
     members: int
     same_data_set: bool
     imported: bool
+    at_cap: bool
 
 
 def head_signed(site: str, joined: Mapping[str, Any], public: str) -> None:
@@ -121,7 +123,7 @@ def others(site: str, public: str, joined: Mapping[str, Any], seen: Seen, covers
         Other(
             name, max(c.head.rows for _, c in copies), len({w for w, _ in copies}),
             any(c.data_set == joined.get("data_set") for _, c in copies),
-            covers.get(name, -1) >= max(c.head.rows for _, c in copies),
+            covers.get(name, -1) >= max(c.head.rows for _, c in copies), covers.get(name) == MAX_ROWS,
         )
         for name, copies in sorted(by.items())
     ]  # fmt: skip
@@ -152,7 +154,7 @@ def replaces_none(c: Charges, joined: Mapping[str, Any], others: Iterable[Other]
                 f"it is a fresh ledger: {o.members} members have seen another one of this data set, "
                 f"{o.ledger[:16]}... with {o.rows} rows, which it does not count"
             )
-        how = "counted in this one" if o.imported else "of another data set"
+        how = "charged at its cap" if o.at_cap else "counted in this one" if o.imported else "of another data set"
         listed.append(f"{o.ledger[:16]}... ({o.rows} rows, seen by {o.members} members, {how})")
     return f"; other ledgers of this site: {', '.join(listed)}" if listed else ""
 
@@ -295,7 +297,8 @@ def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:
     the same charges, had all been fixed before. The cap that counts is the one in force at each spend: an owner may
     lower it afterwards.
     """
-    own = recompute.by_filter(c.events, c.order, c.delta)
+    lost = sum(epsilon for epsilon, _ in c.lost.values())
+    own = recompute.by_filter(c.events, c.order, c.delta) + lost
     # The ledger adds 1e-12 to each step against rounding.
     if abs(own - c.epsilon_after) > 1e-6 * max(1.0, own) + 2e-12 * len(c.events):
         raise VerificationError(
@@ -304,8 +307,35 @@ def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:
     if fields.number(stated, "epsilon_after", site) < own - 1e-6:
         raise VerificationError(f"{site}: the report states {stated['epsilon_after']:.6f} spent, it is {own:.6f}")
     least = recompute.least(c.events, c.delta)
-    if own < least * (1 - _UNEVEN) - 1e-6:
+    if own - lost < least * (1 - _UNEVEN) - 1e-6:
         raise VerificationError(f"{site}: its filter reads {own:.6f}, but its charges cost {least:.6f} when composed")
     events, cap = c.tightest
     if (then := recompute.by_filter(events, c.order, c.delta)) > cap * (1 + 1e-6):
         raise VerificationError(f"{site}: {then:.6f} was spent under a cap of {cap:g}")
+
+
+def at_caps(rows: Iterable[Row], c: Charges) -> str:
+    """Every lost ledger is charged a whole cap: not below the highest that this ledger had until then.
+
+    Prices are read out of the rows again, beside the tally that composed them.
+
+    Returns:
+        A remark that lists the lost ledgers; empty if there are none.
+    """
+    highest, found = 0.0, dict[str, float]()
+    for row in rows:
+        if row.kind in ("ledger.open", "ledger.cap"):
+            highest = max(highest, fields.number(row.body, "cap_epsilon", row.kind))
+        elif row.kind == "ledger.lost":
+            name = fields.hexadecimal(row.body, "ledger", row.kind)
+            found[name] = fields.number(row.body, "cap_epsilon", row.kind)
+            if found[name] < highest:
+                raise VerificationError(f"row {row.n} charges a lost ledger {found[name]:g}, less than {highest:g}")
+        elif row.kind == "ledger.import":
+            found |= {str(name): float(cap) for name, cap, _ in row.body.get("lost", [])}
+    if {name: cap for name, (cap, _) in c.lost.items()} != found:
+        raise VerificationError("the lost ledgers that it was charged for do not add up")
+    if not found:
+        return ""
+    listed = ", ".join(f"{name[:16]}... at {cap:g}" for name, cap in sorted(found.items()))
+    return f"; lost ledgers, charged at their caps: {listed}"

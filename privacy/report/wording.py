@@ -12,7 +12,9 @@ from typing import Any
 from fedveil.privacy.planning import HIGH_EPSILON
 from fedveil.privacy.report.catalogue import Speaker, messages
 from fedveil.privacy.report.results import empirical
+from fedveil.privacy.report.witnesses import peers_at
 
+NAMED = 8  # sites, and groups of sites, that one sentence names
 SPOKEN_RATES = (0.01, 0.1)  # false alarms for which the attack sentence states the members found
 
 
@@ -172,11 +174,31 @@ class _Words:
             say("open.server"),
             say("open.inference", result=self.result),
         ]
+        if unseen := self._unwitnessed():
+            out.append(unseen)
         if missing := self.p["ledgers_missing"]:
             out.insert(0, say("open.ledgers", sites=say("list.join").join(missing)))
+        if lost := [name for name, s in self.p["sites"].items() if s and s.get("lost_ledgers")]:
+            out.insert(0, say("open.lost_ledgers", sites=say("list.join").join(lost)))
         if others := self.p.get("other_ledgers"):
             out.insert(0, say("open.other_ledgers", sites=say("list.join").join(others)))
         return out
+
+    def _unwitnessed(self) -> str:
+        """The ledgers whose last rows too few members hold, those alike together."""
+        say, needed = self.say, self.p["witnesses"]["needed"]
+        groups: dict[tuple[int, int, int], list[str]] = {}
+        for site, w in self.p["witnesses"]["ledgers"].items():
+            if (peers := peers_at(w["held"], w["rows"])) < needed:
+                groups.setdefault((w["witnessed"], w["rows"], peers), []).append(site)
+        if not groups:
+            return ""
+        parts = list[str]()
+        for (rows, of, peers), names in [*groups.items()][:NAMED]:
+            sites = say("list.join").join([*names[:NAMED], *["…"] * (len(names) > NAMED)])
+            parts.append(say("open.witnessed_rows", sites=sites, rows=rows, of=of, peers=peers, needed=needed))
+        more = ["…"] if len(groups) > NAMED else []
+        return say("open.unwitnessed", needed=needed, ledgers=say("attack.join").join(parts + more))
 
     def deviations(self) -> list[str]:
         say = self.say

@@ -108,6 +108,11 @@ class SumSpec:
         return self.helpers or tuple(m.site for m in self.roster.sites)
 
     @property
+    def quorum(self) -> int:
+        """t + d + 1: what so many distinct sites have signed, at least one honest site has signed."""
+        return self.colluders + len(self.roster.sites) - self.min_members + 1
+
+    @property
     def figures(self) -> dict[str, Any]:
         """What two sites must have in common beside session, plan and roster; bound into every contribution."""
         return {
@@ -202,6 +207,14 @@ class SiteSum(ABC):
             SecureSumError, WireError: the packet does not hold.
         """
 
+    def named(self, value: Any) -> tuple[int, str]:
+        """The round and the model state that its members named, from what the server shows: see :mod:`.named_state`.
+
+        Raises:
+            SecureSumError, WireError: it does not hold, or the protocol has no signed contributions.
+        """
+        raise SecureSumError("a model state as a whole, in a protocol whose contributions are not signed")
+
     @abstractmethod
     def end(self) -> None:
         """Destroy the session's secrets. Calling it again does nothing."""
@@ -237,6 +250,11 @@ class ServerSum(ABC):
     @abstractmethod
     def members(self) -> tuple[SiteId, ...]:
         """The sites whose contributions are in the sum, in roster order."""
+
+    @property
+    def headers(self) -> tuple[dict[str, Any], ...]:
+        """The members' signed headers, in roster order; none where contributions are not signed."""
+        return ()
 
     @abstractmethod
     def agree_requests(self) -> dict[SiteId, Packet]:

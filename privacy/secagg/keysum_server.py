@@ -111,6 +111,11 @@ class KeysumServer(ServerSum):
         """See :attr:`ServerSum.members`."""
         return tuple(sorted(self._headers, key=self._spec.roster.index))
 
+    @property
+    def headers(self) -> tuple[dict[str, Any], ...]:
+        """See :attr:`ServerSum.headers`."""
+        return tuple(self._headers[site] for site in self.members)
+
     def agree_requests(self) -> dict[SiteId, Packet]:
         """See :meth:`ServerSum.agree_requests`."""
         round, joins = self._open_round()

@@ -21,7 +21,7 @@ from fedveil.common import canonical
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, opened_sum, opening, shamir
+from fedveil.privacy.secagg import _seal, lattice, named_state, opened_sum, opening, shamir
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.blinding import GroupKey
@@ -147,6 +147,16 @@ class KeysumSite(SiteSum):
         if signed is not None and canonical.loads(signed)["digest"] != packet.header["digest"]:
             raise SecureSumError(f"a sum over other members than this site signed for round {round}")
         return values, members
+
+    def named(self, value: Any) -> tuple[int, str]:
+        """See :meth:`SiteSum.named`."""
+        joins = self._joined()
+
+        def verify(round: int, nonce: str, header: Any) -> tuple[SiteId, str]:
+            said = messages.check_contribution(self._spec, joins, round, nonce, header)
+            return said.site, said.state
+
+        return named_state.check(self._spec, value, verify)
 
     def _unblind(self, packet: Packet, group: GroupKey) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         round, found = self._check_members(packet, opened_sum.BLINDED)

@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fedveil.common.errors import WireError
+from fedveil.common.errors import SecureSumError, WireError
+from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.privacy.secagg.interface import SumSpec
+from fedveil.privacy.secagg.interface import SumSpec, is_hex
+from fedveil.privacy.secagg.keysum_common import check_signature
 from fedveil.privacy.secagg.params import CKKS_SLOTS
+from fedveil.privacy.secagg.sealed import Joins
 
 DEAL, KEY, SEALED, OPEN, OPENED = (f"sharedkey/{step}" for step in ("deal", "key", "sealed", "open", "opened"))
 KEY_CONTEXT = ["sharedkey/key"]
@@ -46,3 +49,33 @@ def pieces(spec: SumSpec, packet: Packet) -> Iterator[tuple[int, bytes]]:
     for count, length in zip(expected, lengths, strict=True):
         yield count, data[at : at + length]
         at += length
+
+
+def check_sealed(spec: SumSpec, joins: Joins, round: int, nonce: str, header: Any) -> tuple[SiteId, str]:
+    """The site of a contribution's signed header and the model state that it names; empty if it names none.
+
+    Raises:
+        SecureSumError, WireError: a field is missing, malformed or of another session, plan, round or nonce; or the
+            header is not signed by its site.
+    """
+    site = header.get("site") if isinstance(header, dict) else None
+    if not isinstance(site, str) or site not in joins.keys:
+        raise SecureSumError("a contribution of a site that did not join")
+    if "state" in header and not is_hex(header["state"], 64):
+        raise WireError(f"the model state that {site!r} names is malformed")
+    expected = fields(spec, SEALED, round, nonce=nonce, site=site)
+    check_signed(spec, SiteId(site), header, expected, {"lengths", "ciphertexts", *header.keys() & {"state"}})
+    return SiteId(site), header.get("state", "")
+
+
+def check_signed(spec: SumSpec, site: SiteId, header: dict[str, Any], expected: dict[str, Any], free: set[str]) -> None:
+    """Refuse a header without exactly the ``expected`` values, the ``free`` fields and the signature of ``site``.
+
+    Raises:
+        SecureSumError, WireError: that says which of these it is.
+    """
+    if set(header) != {*expected, *free, "signature"}:
+        raise WireError(f"a message of {site!r} has missing or unknown fields")
+    if any(type(header[k]) is not type(v) or header[k] != v for k, v in expected.items()):
+        raise SecureSumError(f"a message of {site!r} for another session, plan, round, nonce or site")
+    check_signature(spec, site, header)

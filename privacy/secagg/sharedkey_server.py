@@ -15,7 +15,6 @@ from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal, opened_sum
 from fedveil.privacy.secagg import sharedkey_common as messages
 from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec, another_state
-from fedveil.privacy.secagg.keysum_common import check_signature
 from fedveil.privacy.secagg.params import check_sharedkey
 from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
 
@@ -65,25 +64,31 @@ class SharedKeyServer(ServerSum):
         if self._closed:
             raise SecureSumError(f"round {round} is closed")
         header = packet.expect(messages.SEALED).header
-        if site not in joins.keys or site in self._members:
+        if site not in joins.keys or site in self._headers:
             raise SecureSumError(f"{site!r} did not join, or contributed to round {round} before")
-        expected = messages.fields(self._spec, messages.SEALED, round, nonce=nonce, site=site)
-        self._check(site, header, expected, {"lengths", "ciphertexts", *header.keys() & {"state"}})
-        if header.get("state", "") != self._state:
+        said, state = messages.check_sealed(self._spec, joins, round, nonce, header)
+        if said != site:
+            raise SecureSumError(f"a contribution in another site's name came from {site!r}")
+        if state != self._state:
             raise another_state(site)
         parts = list(messages.pieces(self._spec, packet))
         if sha256(packet.buffers["ciphertexts"]) != header["ciphertexts"]:
             raise SecureSumError(f"the ciphertexts of {site!r} are not those it signed")
         loaded = [self._ckks.load(data, count) for count, data in parts]
-        if self._members:
+        if self._headers:
             loaded = [self._ckks.add(a, b) for a, b in zip(self._sums, loaded, strict=True)]
         self._sums = loaded
-        self._members.add(site)
+        self._headers[site] = header
 
     @property
     def members(self) -> tuple[SiteId, ...]:
         """See :attr:`ServerSum.members`."""
-        return tuple(sorted(self._members, key=self._spec.roster.index))
+        return tuple(sorted(self._headers, key=self._spec.roster.index))
+
+    @property
+    def headers(self) -> tuple[dict[str, Any], ...]:
+        """See :attr:`ServerSum.headers`."""
+        return tuple(self._headers[site] for site in self.members)
 
     def agree_requests(self) -> dict[SiteId, Packet]:
         """None: closes the sum."""
@@ -109,7 +114,8 @@ class SharedKeyServer(ServerSum):
         if not self._closed or site not in joins.keys or site in self._answers:
             raise SecureSumError(f"an answer of {site!r}, which was not asked or answered before")
         header = packet.expect(messages.OPENED).header
-        self._check(site, header, messages.fields(self._spec, messages.OPENED, round, site=site), {"values"})
+        expected = messages.fields(self._spec, messages.OPENED, round, site=site)
+        messages.check_signed(self._spec, site, header, expected, {"values"})
         data = packet.buffer("values", 8 * self._spec.length)
         if sha256(data) != header["values"]:
             raise SecureSumError(f"the answer of {site!r} is not the one it signed")
@@ -139,13 +145,6 @@ class SharedKeyServer(ServerSum):
         """See :attr:`ServerSum.suspects`."""
         return self._suspects
 
-    def _check(self, site: SiteId, header: dict[str, Any], expected: dict[str, Any], free: set[str]) -> None:
-        if set(header) != {*expected, *free, "signature"}:
-            raise WireError(f"a message of {site!r} has missing or unknown fields")
-        if any(type(header[k]) is not type(v) or header[k] != v for k, v in expected.items()):
-            raise SecureSumError(f"a message of {site!r} for another session, plan, round, nonce or site")
-        check_signature(self._spec, site, header)
-
     def _open_round(self) -> tuple[int, str, Joins]:
         if self._round is None or self._joins is None:
             raise SecureSumError("no round is open")
@@ -153,16 +152,16 @@ class SharedKeyServer(ServerSum):
 
     def _close(self) -> tuple[int, str, Joins]:
         state = self._open_round()
-        if len(self._members) < self._spec.min_members:
+        if len(self._headers) < self._spec.min_members:
             raise SecureSumError(
-                f"{len(self._members)} sites contributed; a sum of fewer than {self._spec.min_members} is never opened"
+                f"{len(self._headers)} sites contributed; a sum of fewer than {self._spec.min_members} is never opened"
             )
         self._closed = True
         return state
 
     def _forget(self) -> None:
         self._sums = list[Any]()
-        self._members = set[SiteId]()
+        self._headers = dict[SiteId, dict[str, Any]]()
         self._closed = False
         self._answers = dict[SiteId, str]()
         self._values = dict[str, bytes]()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, opened_sum
+from fedveil.privacy.secagg import _seal, named_state, opened_sum
 from fedveil.privacy.secagg import sharedkey_common as messages
 from fedveil.privacy.secagg.contributions import Contributions
 from fedveil.privacy.secagg.interface import READY, Head, Integers, SiteSum, SumSpec, Witness
@@ -115,6 +115,13 @@ class SharedKeySite(SiteSum):
     def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`SiteSum.opened`: the server's word."""
         return opened_sum.unpack(self._spec, packet)
+
+    def named(self, value: Any) -> tuple[int, str]:
+        """See :meth:`SiteSum.named`."""
+        joins = self._session.joins
+        if joins is None:
+            raise SecureSumError("this site was not told who joined", hint="the server begins a session first")
+        return named_state.check(self._spec, value, lambda *said: messages.check_sealed(self._spec, joins, *said))
 
     def end(self) -> None:
         """Destroy the shared key and the X25519 key."""

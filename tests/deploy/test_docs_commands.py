@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedveil.common import cli, identity
+from fedveil.common import canonical, cli, identity
 from fedveil.common.errors import UsageError
 from fedveil.common.units import Delta, Epsilon
 from fedveil.deploy.lab import simulate, virtual_sites
@@ -92,6 +92,8 @@ def older_ledger(made: virtual_sites.World, key: str) -> None:
     old = Ledger.open(Path("OLD"), made.sites[0], identity.load_signing_key(Path(key)), lineage="older",
                       cap=Epsilon(9.0), delta=Delta(1e-5))  # fmt: skip
     old.reserve("e" * 64, 1, "a" * 64, SampledGaussian(1.0, 20.0))
+    for heads in ("HEADS", "joins.json"):  # what the others hold of it
+        Path(heads).write_bytes(canonical.dumps({made.sites[0]: [old.journal.copy("5e" * 32).to_json()]}))
     old.close()
 
 
@@ -129,6 +131,7 @@ def test_it_runs_as_it_stands_there(command, world, tmp_path, monkeypatch):
         words[words.index("--auditor") + 1] = audited(made)
     if words[:2] == ["ledger", "import"]:
         older_ledger(made, words[words.index("--old-key") + 1] if "--old-key" in words else "signing.key")
+        words += ["--yes"] if "--lost" in words else []  # what a person answers
     if "--out" in words:
         Path(words[words.index("--out") + 1]).unlink(missing_ok=True)  # a new file, whatever the document calls it
     if "--audit" in words:

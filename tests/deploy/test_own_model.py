@@ -14,15 +14,17 @@ from fedveil.client.app import make_app as client_app
 from fedveil.client.own_model import OwnModel
 from fedveil.client.round import apply
 from fedveil.client.session import Site
-from fedveil.common.errors import FedveilError, PlanError, ProtocolError
+from fedveil.common import flwr_adapter
+from fedveil.common.errors import FedveilError, JournalError, PlanError, ProtocolError
 from fedveil.common.units import SiteId
-from fedveil.common.wire import Packet
+from fedveil.common.wire import Limits, Packet
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.lab import datasets, simulate, virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
+from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, Sum, make_plan
 from fedveil.privacy.report.verify import verify_report
-from fedveil.privacy.secagg.opened_sum import with_sums
+from fedveil.privacy.secagg.opened_sum import sums_in, with_sums
 from fedveil.privacy.secagg.store import MemoryStore
 from fedveil.server import job as jobs
 from fedveil.server import opened_sums
@@ -37,11 +39,12 @@ def plan_of(split, reveal_to: Literal["server", "sites"] = "sites", sum_: Sum = 
     )  # fmt: skip
 
 
-def run(folder: Path, reveal_to: Literal["server", "sites"] = "sites", drop=None, sum_: Sum = "keysum", sites=None):
+def run(folder: Path, reveal_to: Literal["server", "sites"] = "sites", drop=None, sum_: Sum = "keysum", sites=None,
+        durable: bool = False):  # fmt: skip
     split = datasets.load("trivial", 4, 0)
     plan = plan_of(split, reveal_to, sum_)
     world = virtual_sites.World.make(4)
-    job = jobs.create(folder, plan, world.roster, world.server, documents=world.documents(), durable=False)
+    job = jobs.create(folder, plan, world.roster, world.server, documents=world.documents(), durable=durable)
     server, _ = server_app(job)
     resolve, made = virtual_sites.keep(
         lambda i: virtual_sites.make_site(world.roster, i, world.keys[i], plan, *split.parts[i], folder, cap=9.0)
@@ -148,3 +151,68 @@ def test_every_site_ends_with_the_servers_model(tmp_path, sum_):
     assert len(set(opened)) == 4
     for s in sites:  # the signed charges name the states that the sums were computed from
         assert [r.body["state"] for r in s.ledger.journal.of_kind("spend")] == opened
+
+
+def brought(folder: Path, monkeypatch, sum_: Sum, reveal_to: Literal["server", "sites"] = "server", broken=None):
+    """A run in which one site misses more rounds than one message brings; what it is sent by ``apply``."""
+    monkeypatch.setattr(opened_sums, "MAX_SUMS", 1)
+    late, sent, now = SiteId("site-0003"), list[Packet](), [0]
+
+    def drop(site: SiteId, message: Message) -> bool:
+        """It hears nothing from round 2 to the end of round 3."""
+        meta = message.metadata
+        if meta.message_type == "train.contribute":
+            now[0] = int(meta.group_id)
+        if site != late or meta.reply_to_message_id:
+            return False
+        away = now[0] in (2, 3) and not (now[0] == 3 and meta.message_type == "query.apply")
+        if meta.message_type == "query.apply" and not away:
+            sent.append(flwr_adapter.from_record(message.content, Limits()))
+        if broken is not None:
+            broken()
+        return away
+
+    job, sites = run(folder, reveal_to, drop=drop, sum_=sum_, durable=True)
+    assert all(np.array_equal(weights(job, sites[0]), weights(job, s)) for s in sites)
+    return job, sent
+
+
+@pytest.mark.parametrize("sum_", ["keysum", "sharedkey"])
+def test_a_site_that_lacks_more_than_fits_is_brought_a_state_that_the_others_named(tmp_path, monkeypatch, sum_):
+    job, [message] = brought(tmp_path / "run", monkeypatch, sum_)
+    assert sums_in(message) == []
+    named = message.header["named"]
+    after_two = [r.body["state"] for r in job.journal.of_kind("round.applied")][1]
+    assert (named["round"], len(named["members"])) == (3, 3)
+    assert {h["state"] for h in named["members"]} == {after_two} == {message.header["state"]}
+
+
+@pytest.mark.parametrize(("sum_", "reveal_to"), [("keysum", "sites"), ("plain", "server")])
+def test_where_no_state_has_a_signed_name_sums_are_brought_one_after_the_other(tmp_path, monkeypatch, sum_, reveal_to):
+    _, sent = brought(tmp_path / "run", monkeypatch, sum_, reveal_to)
+    assert [[p.header["round"] for p in sums_in(m)] for m in sent] == [[1], [2]]
+    assert not (tmp_path / "run" / opened_sums.NAMED_FILE).exists()
+
+
+def test_without_the_checkpoint_sums_are_brought(tmp_path, monkeypatch):
+    def broken():
+        for path in (tmp_path / "run" / "checkpoints").glob("*.state"):
+            path.unlink()
+
+    _, sent = brought(tmp_path / "run", monkeypatch, "keysum", broken=broken)
+    assert [[p.header["round"] for p in sums_in(m)] for m in sent] == [[1], [2]]
+
+
+def test_a_server_that_was_restarted_still_has_what_the_members_signed(tmp_path, monkeypatch):
+    job, _ = brought(tmp_path / "run", monkeypatch, "keysum")
+    job.durable = True
+    again = opened_sums.opened_sums(job)
+    kept = again._named
+    assert kept is not None
+    assert (kept["round"], len(kept["members"])) == (4, 4)
+    message = again._next(0)
+    assert message.header["named"] == kept
+    assert ModelState.load(message.buffers["whole"]).digest == kept["members"][0]["state"]
+    (tmp_path / "run" / opened_sums.NAMED_FILE).write_bytes(b"{")
+    with pytest.raises(JournalError, match="damaged"):
+        opened_sums.opened_sums(job)

@@ -32,8 +32,8 @@ from fedveil.privacy.audit.one_run import Guesses, OneRun
 from fedveil.privacy.dp import events
 from fedveil.privacy.joining import JOIN, check_joins, heads_of
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.report import charges, handover, history, signatures
-from fedveil.privacy.secagg import keysum_common, opened_sum, sharedkey_common
+from fedveil.privacy.report import charges, handover, history, ledgers, signatures
+from fedveil.privacy.secagg import keysum_common, named_state, opened_sum, sharedkey_common
 from fedveil.privacy.secagg.contributions import from_bytes
 from fedveil.privacy.secagg.interface import ServerSum, SiteSum, SumSpec
 from fedveil.privacy.secagg.sealed import Joins
@@ -296,6 +296,10 @@ def _sums() -> dict[str, Parser]:
     for protocol in ("keysum", "sharedkey", "plain"):
         adding = _Session(protocol)
         out[f"{protocol} contribution"] = adding.from_site(adding.packets[SiteId("east")], adding.server.add)
+    for protocol in ("keysum", "sharedkey"):
+        naming = _Session(protocol)
+        named = named_state.pack(1, "n", [p.header for p in naming.packets.values()])
+        out[f"{protocol} state named"] = Parser(named, naming.sites[SiteId("east")].named)
     spec = _spec("plain")
     opened = opened_sum.pack(spec, 1, list(_KEYS), np.arange(6))
     out["opened sum"] = Parser(opened.header, lambda v: opened_sum.unpack(spec, _packet(v, opened.buffers)))
@@ -352,7 +356,7 @@ def _rows() -> dict[str, Parser]:
         tally = Tally()
         for r in rows:
             tally.feed(r)
-        charges.compose(rows, SESSION)
+        ledgers.at_caps(rows, charges.compose(rows, SESSION))
 
     def run(value: Any) -> None:
         history.replay(chain(_RUN, value))
@@ -365,11 +369,15 @@ def _rows() -> dict[str, Parser]:
 
 
 _EVENT = events.SampledGaussian(0.1, 1.0).to_json()
+_LOST = Copy(Head(3, HEX), "e" * 64, HEX).by("west", _KEYS[SiteId("west")])
 _LEDGER: dict[str, Any] = {
     "ledger.open": {"lineage": "l", "cap_epsilon": 5.0, "delta": 1e-5, "order": 8.0, "unit": "record"},
     "ledger.import": {"ledger": HEX, "carries": ["d" * 64], "events": [[_EVENT, 2]], "head": [3, HEX],
-                      "covers": [[2, "d" * 64]]},
-    "ledger.cap": {"cap_epsilon": 6.0},
+                      "covers": [[2, "d" * 64]], "lost": [["d" * 64, 5.0, 1e-5]]},
+    "ledger.lost": {"ledger": "e" * 64, "owner": "west", "public": public_hex(_KEYS[SiteId("west")]),
+                    "head": list(_LOST.head), "data_set": HEX, "signature": _LOST.signature,
+                    "cap_epsilon": 5.0, "delta": 1e-5},
+    "ledger.cap": {"cap_epsilon": 16.0},
     "data.released": {
         "contract_hash": HEX, "criteria": {"k": {"required": 5, "met": True}}, "stability_factor": 1,
         "commitments": {"source": HEX},

@@ -20,9 +20,9 @@ from fedveil.client.app import make_app as client_app
 from fedveil.client.peers import PeerHeads
 from fedveil.client.session import Site
 from fedveil.common import identity
-from fedveil.common.errors import HelperRefusal, JournalError, ProtocolError, VerificationError
+from fedveil.common.errors import BudgetExhausted, HelperRefusal, JournalError, ProtocolError, VerificationError
 from fedveil.common.journal import Copy, Head, parse
-from fedveil.common.units import SiteId
+from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.common.wire import Packet
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.lab import datasets, virtual_sites
@@ -329,3 +329,39 @@ def test_a_ledger_dated_in_the_future_joins_no_run(four) -> None:
         witness.told(site.ledger, site.data_set, site.peers)
     site.ledger.journal._clock = lambda: site.ledger.journal.rows[-1].at - 80_000.0
     witness.told(site.ledger, site.data_set, site.peers)
+
+
+# -- a ledger that is lost for good ----------------------------------------------------------------------------------
+
+
+def test_a_lost_ledger_is_charged_at_its_cap_and_a_higher_one_lets_the_site_go_on(four, caplog) -> None:
+    """The charge needs a head that a peer holds. Under the old cap nothing is left; the peers tell what they see."""
+    first = four.world.sites[FIRST]
+    four.replace(lambda ledger: ledger.unlink(), cap=20.5)
+    assert four.run() == out(four)
+    site = four.sites[FIRST]
+    [known] = four.sites[1].peers.of(first)
+    site.ledger.charge_lost(known, first, identity.public_hex(site.key), Epsilon(20.5), Delta(PLAN.delta))
+    assert site.ledger.affords(PLAN.event) == 0
+    with pytest.raises(BudgetExhausted):
+        four.run()
+    site.ledger.close()
+    four.sites[FIRST] = four.open(FIRST, cap=30.0)
+    caplog.clear()
+    assert four.run() == ([], [four.world.sites] * 2, "COMPLETED")
+    assert f"{first} has lost its ledger {known.ledger[:16]}...: it counts that one as having spent its" in caplog.text
+    assert four.sites[FIRST].ledger.tally.epsilon > 20.5
+
+
+def test_a_later_head_of_the_lost_ledger_is_covered_too(four) -> None:
+    first = four.world.sites[FIRST]
+    [early] = four.sites[1].peers.of(first)
+    assert four.run() == ([], [four.world.sites] * 2, "COMPLETED")
+    [known] = four.sites[1].peers.of(first)
+    assert known.head.rows > early.head.rows
+    four.replace(lambda ledger: ledger.unlink())
+    site = four.sites[FIRST]
+    site.ledger.charge_lost(early, first, identity.public_hex(site.key), Epsilon(20.0), Delta(PLAN.delta))
+    site.ledger.close()
+    four.sites[FIRST] = four.open(FIRST, cap=30.0)
+    assert four.run() == ([], [four.world.sites] * 2, "COMPLETED")

@@ -68,6 +68,18 @@ def test_it_grows_with_records_clip_noise_and_members():
     assert norm_cap.cap(plan(), 3) < norm_cap.cap(plan(), 5)
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+def test_capacities_that_are_stated_make_it_tighter(rate):
+    """Every member is full: no honest sum is refused; and one more record than they can hold would be too long."""
+    p = plan(sample_rate=rate, capacity=110)
+    assert norm_cap.cap(p, 5) * p.grid < norm_cap.cap(plan(sample_rate=rate), 5) * plan(sample_rate=rate).grid
+    assert norm_cap._in_sample(plan(capacity=110), 4) == 440
+    assert norm_cap._in_sample(plan(), 4) == 1000, "twice the declared records, if no capacity is stated"
+    rng = np.random.default_rng(2)
+    most = max(int(n) for n in rng.binomial(5 * 110, rate, 2000))
+    assert most <= norm_cap._in_sample(p, 5) <= 5 * 110
+
+
 def test_one_unit_over_it_is_refused():
     p = plan()
     D, most = p.model.parameters, norm_cap.cap(p, 5)

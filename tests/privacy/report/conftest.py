@@ -81,6 +81,9 @@ class World:
     peers: dict[str, Any] = field(default_factory=dict)  # by site: what its join statement says of the others
     witnesses: bool = False  # ledgers name their data set, and the sets that were signed
     before: dict[str, Ledger] = field(default_factory=dict)  # by site: the ledger that its ledger imports
+    gone: dict[str, Copy] = field(
+        default_factory=dict
+    )  # by site: a lost ledger, charged at the cap, which then doubles
     released: dict[str, Any] = field(
         default_factory=lambda: {
             "v": 1, "contract": AGREED.hash, "recoding": "fixed",
@@ -136,11 +139,17 @@ class World:
         return self
 
     def open_ledger(self, site: str) -> Ledger:
-        ledger = Ledger.open(
+        opened = lambda cap: Ledger.open(  # noqa: E731
             self.folder / "journals" / f"{site}.jsonl", site, self.sites[site], lineage=f"{site}-patients",
-            cap=Epsilon(self.cap), delta=Delta(self.delta or self.plan.delta), unit=self.plan.unit, durable=False,
+            cap=Epsilon(cap), delta=Delta(self.delta or self.plan.delta), unit=self.plan.unit, durable=False,
             clock=lambda: 1e9, data_set=self.data_set if self.witnesses else "",
         )  # fmt: skip
+        ledger = opened(self.cap)
+        if site in self.gone:
+            public = identity.public_hex(self.sites[site])
+            ledger.charge_lost(self.gone[site], site, public, Epsilon(self.cap), Delta(self.plan.delta))
+            ledger.close()
+            ledger = opened(2 * self.cap)
         if site in self.before:
             ledger.adopt(self.before[site].journal.rows, identity.public_hex(self.sites[site]))
         events = self.earlier_events or (self.plan.event,)

@@ -10,13 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedveil.common import canonical, identity
 from fedveil.common.journal import Copy, Head
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.joining import data_set, names_of
 from fedveil.privacy.ledger import CLOCK_S, Ledger
+from fedveil.privacy.report import witnesses
+from fedveil.privacy.report.catalogue import Speaker
+from fedveil.privacy.report.countersign import countersign
 from fedveil.privacy.report.verify import Check, verify_report
+from fedveil.privacy.report.wording import words
 
 SITES = ("alba", "berg", "cava", "dorn")
 Items = list[tuple[str, dict[str, Any]]]
@@ -128,7 +134,9 @@ def test_ledgers_of_other_data_sets_are_listed_in_report_and_verifier(told) -> N
     told.forge(peers={"cava": {"berg": [kept[0], hearsay]}, "dorn": {"berg": [kept[1]]}})
     payload = canonical.loads(told.report.read_bytes())["payload"]
     assert payload["other_ledgers"] == {
-        "berg": [{"ledger": "cd" * 32, "rows": 9, "members": 2, "same_data_set": False, "imported": False}]
+        "berg": [
+            {"ledger": "cd" * 32, "rows": 9, "members": 2, "same_data_set": False, "imported": False, "at_cap": False}
+        ]
     }
     assert "other ledgers of berg" in payload["not_covered"][0]
     detail = passed(told)["ledger of berg"].detail
@@ -292,3 +300,87 @@ def test_a_hidden_charge_is_found_from_either_side(told) -> None:
     found = verify_report(spoilt.report, consortium_key=spoilt.public)
     bad = {c.name: c.detail for c in found.checks if not c.passed}
     assert "signed another set in round 4" in bad.get("signed sets", "") or "ledger of alba" in bad
+
+
+# -- by how many a head is held ----------------------------------------------------------------------------------------
+
+
+def signed_head(w, site: str, rows: int) -> list[Any]:
+    """What a peer holds of a site's ledger in this run, after so many rows."""
+    found = w.rows(f"journals/{site}.jsonl")
+    return head(w, site, rows, found[rows - 1]["hash"], found[0]["hash"]).to_json()
+
+
+def told_of(w) -> dict[str, Any]:
+    return canonical.loads(w.report.read_bytes())["payload"]["witnesses"]
+
+
+def open_points(w, lang: str) -> str:
+    payload = canonical.loads(w.report.read_bytes())["payload"]
+    return "\n".join(words(payload, Speaker(lang))["not_covered"])
+
+
+def test_rows_are_witnessed_when_more_than_t_and_d_peers_hold_them(told) -> None:
+    """n = 4, t = d = 1: three of the three others are needed."""
+    total = len(told.rows("journals/berg.jsonl"))
+    seen = {"alba": 5, "cava": 3, "dorn": 7}
+    told.forge(peers={peer: {"berg": [signed_head(told, "berg", rows)]} for peer, rows in seen.items()})
+    found = told_of(told)
+    assert found["needed"] == 3
+    assert found["ledgers"]["berg"] == {"rows": total, "witnessed": 3, "held": [[3, 3], [5, 2], [7, 1]]}
+    assert found["ledgers"]["alba"]["held"] == []
+    detail = passed(told)["ledger of berg"].detail
+    assert f"rows are held: 1 to 3 by 3, 4 to 5 by 2, 6 to 7 by 1, 8 to {total} by 0" in detail
+    assert "its head is seen by 0 of the needed 3 peers" in detail
+    assert f"berg: 3 of {total} rows witnessed, the last one seen by 0 of the needed 3" in open_points(told, "en")
+    assert f"berg：{total} 行中有 3 行有见证，最后一行有 0 个成员见过，需要 3 个" in open_points(told, "zh")
+
+
+@pytest.mark.parametrize("how", ["unsigned", "by the accuser", "its own word", "another ledger"])
+def test_what_its_owner_has_not_signed_counts_nothing(told, how) -> None:
+    rows = told.rows("journals/berg.jsonl")
+    true = head(told, "berg", 3, rows[2]["hash"], rows[0]["hash"])
+    copy_, peer = {
+        "unsigned": (Copy(true.head, true.ledger), "cava"),
+        "by the accuser": (Copy(true.head, true.ledger, told.data_set).by("berg", told.sites["cava"]), "cava"),
+        "its own word": (true, "berg"),
+        "another ledger": (head(told, "berg", 3, rows[2]["hash"], "cd" * 32, "9" * 64), "cava"),
+    }[how]
+    told.forge(peers={peer: {"berg": [copy_.to_json()]}})
+    passed(told)
+    assert told_of(told)["ledgers"]["berg"]["held"] == []
+    told.forge(peers={"cava": {"berg": [true.to_json()]}})  # negative control
+    assert told_of(told)["ledgers"]["berg"]["held"] == [[3, 1]]
+
+
+def test_a_report_cannot_state_more_witnesses_than_signed(told) -> None:
+    document = canonical.loads(told.report.read_bytes())
+    document["payload"]["witnesses"]["ledgers"]["berg"] |= {"witnessed": 5, "held": [[5, 3]]}
+    forged = identity.signed(told.server, "fedveil/report/1", document["payload"])
+    told.report.write_bytes(canonical.dumps(forged))
+    assert "witnesses" in failed(told, "every field")
+
+
+def test_signatures_under_the_report_witness_the_last_rows(told) -> None:
+    for n, peer in enumerate(("alba", "cava", "dorn", "berg")):
+        countersign(told.report, told.sites[peer], told.public)
+        detail = passed(told)["ledger of berg"].detail
+        if n < 2:
+            assert f"its head is seen by {n + 1} of the needed 3 peers" in detail
+        else:  # its own signature adds nothing to its own ledger
+            assert "its head is witnessed" in detail
+    assert "its head is witnessed" in passed(told)["ledger of alba"].detail
+
+
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 9)), st.sets(st.sampled_from("abcdefghs")))
+def test_peers_fall_as_rows_rise(seen, signers) -> None:
+    key = identity.new_signing_key()
+    copies = [(w, Copy(Head(n, f"{n:064d}"), "cd" * 32, "9" * 64).by("s", key)) for w, n in seen.items()]
+    found = witnesses.held("s", identity.public_hex(key), {"ledger": "cd" * 32}, copies, 9, signers)
+    most = seen | dict.fromkeys(signers - {"s"}, 9)
+    for row in range(1, 10):
+        assert witnesses.peers_at(found, row) == sum(m >= row for m in most.values())
+    for needed in range(1, 9):
+        rows = witnesses.witnessed(found, needed)
+        assert (rows == 0) or witnesses.peers_at(found, rows) >= needed
+        assert witnesses.peers_at(found, rows + 1) < needed
