@@ -68,11 +68,10 @@ def choose(spec: SumSpec) -> KeysumParams:
     Raises:
         SecureSumError: the threshold, the number of sites, the bound or the failure bound cannot hold.
     """
-    helpers = len(spec.all_helpers)
-    _check_threshold(spec, helpers)
+    _check_helpers(spec, len(spec.roster.sites))
     if spec.min_members < 2:
         raise SecureSumError("the sum of a single site could be opened", hint="allow for fewer drop-outs")
-    return plaintext(len(spec.roster.sites), helpers, spec.bound, spec.length, spec.rounds)
+    return plaintext(len(spec.roster.sites), len(spec.all_helpers), spec.bound, spec.length, spec.rounds)
 
 
 def plaintext(sites: int, helpers: int, bound: int, length: int, rounds: int) -> KeysumParams:
@@ -107,10 +106,10 @@ def modulus_bits(sites: int, length: int, rounds: int, values: int) -> int:
     return next((b for b in bits if _failure_log2(sites, -(-length // values), rounds, b) <= MAX_FAILURE_LOG2), 0)
 
 
-def _check_threshold(spec: SumSpec, m: int) -> None:
+def _check_helpers(spec: SumSpec, n: int) -> None:
     """Two sets of members can never both be agreed upon: 2T > m + c_m, the helpers and those of them who collude."""
-    threshold = spec.threshold
-    colluding = committee_colluders(len(spec.roster.sites), spec.colluders, m)
+    m, threshold = len(spec.all_helpers), spec.threshold
+    colluding = committee_colluders(n, spec.colluders, m)
     if not m + colluding < 2 * threshold <= 2 * m:
         raise SecureSumError(
             f"a threshold of {threshold} does not fit {m} helpers of whom {colluding} may collude",
