@@ -74,12 +74,15 @@ def forge_opening() -> Callable[..., Any]:
     return _forge_opening
 
 
-def _forge_opening(spec: Any, keys: Any, round: int, values: Any, *, nonce: str = "n", members: Any = None) -> Any:
+def _forge_opening(
+    spec: Any, keys: Any, round: int, values: Any, *, nonce: str = "n", members: Any = None, digests: Any = None
+) -> Any:
     """The packet that a server and members who all collude send: every site takes it.
 
     Args:
         keys: signing keys by site.
         members: names; None for the whole roster.
+        digests: of the members' signed contributions; None for made-up ones.
     """
     from fedveil.common.wire import sha256
     from fedveil.privacy.secagg import _seal, lattice, shamir
@@ -89,7 +92,7 @@ def _forge_opening(spec: Any, keys: Any, round: int, values: Any, *, nonce: str 
     from fedveil.privacy.secagg.params import N, choose
 
     p, sites = choose(spec), tuple(members or (m.site for m in spec.roster.sites))
-    digests = dict.fromkeys(sites, "a" * 64)
+    digests = digests or dict.fromkeys(sites, "a" * 64)
     key = lattice.small(lattice.Stream.fresh(), (N,))
     padded = np.zeros(p.blocks * p.per_coefficient * N, np.int64)
     padded[: spec.length] = values
@@ -109,5 +112,5 @@ def _forge_opening(spec: Any, keys: Any, round: int, values: Any, *, nonce: str 
     for site in sites:
         found = fingerprints.of(challenge, total) if site == whole else (0,) * fingerprints.ROWS
         header = messages.fingerprint_header(spec, round, site, digest, challenge, found)
-        opening.members[site] = Vouched("a" * 64, found, messages.sign_header(keys[site], header)["signature"])
+        opening.members[site] = Vouched(digests[site], found, messages.sign_header(keys[site], header)["signature"])
     return opening.packet(spec)
