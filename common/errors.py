@@ -15,8 +15,7 @@
      │   ├── SecureSumError      exit 42   the secure sum cannot go on
      │   │   ├── HelperRefusal   exit 43   a site refuses to help open a sum
      │   │   │   └── FreshLedger exit 46   a site's ledger was replaced by one that does not count it
-     │   │   └── UnverifiedOpening         nothing shows that an opened sum is that of its members' contributions
-     │   │                       exit 47
+     │   │   └── UnverifiedOpening exit 47 nothing shows that an opened sum is that of its members
      │   ├── StateMismatch       exit 44   two participants hold different states of one model
      │   └── SumTooLong          exit 45   an opened sum is longer than records and noise can make it
     ├── PolicyRefusal           exit 50   the site's own limits say no

@@ -88,9 +88,9 @@ def _readded(run: Path, spec: SumSpec, joins: Joins, r: Round) -> Readded:
         if sha256(lattice.to_bytes(total)) != opening.total:
             raise UnverifiedOpening("the members' signed ciphertexts do not add up to the opened sum")
         if spec.reveal_to == "server":
-            verification.verify(spec, joins, opening)
+            verification.verify(spec, opening)
         else:  # only the sites can judge the errors
-            for _ in verification.checked(spec, joins, opening):
+            for _ in verification.checked(spec, opening):
                 pass
     except FedveilError as e:
         return Readded(r.number, len(r.members or ()), e.message)

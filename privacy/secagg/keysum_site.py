@@ -166,9 +166,9 @@ class KeysumSite(SiteSum):
 
     def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`SiteSum.opened`; the values are shared by the sites of a process, and cannot be written to."""
-        joins, opening = self._joined(), Opening.parse(self._spec, packet)
+        opening = Opening.parse(self._spec, packet)
         self._check_agreed(opening.round, opening.digest(self._spec))
-        values = verification.once(self._spec, joins, packet, opening, self._group)
+        values = verification.once(self._spec, packet, opening, self._group)
         return values, tuple(opening.members)
 
     def end(self) -> None:

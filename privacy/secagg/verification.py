@@ -4,6 +4,9 @@ Against the server alone it is: each member signed the fingerprint of its own ci
 hash of this very opening, and the fingerprints add up to that of the opened sum (:mod:`.fingerprint`). T signed answers
 give the sum of the members' keys. The errors must be those of honest sites: with free errors any sum would fit.
 
+That T answers name the members means that T helpers signed these members before, each after it had checked every
+header: so a site that took no part in the round, or in the session, can verify its sum too.
+
 A member that deviates together with the server can choose its fingerprint afterwards, and with it the sum.
 """
 
@@ -28,14 +31,11 @@ from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
 from fedveil.privacy.secagg.params import HALF_BITS, choose
-from fedveil.privacy.secagg.sealed import Joins
 
 _last: list[tuple[tuple[str, ...], NDArray[np.int64]]] = []  # one: the virtual sites of a process verify the same sum
 
 
-def once(
-    spec: SumSpec, joins: Joins, packet: Packet, opening: Opening, group: GroupKey | None = None
-) -> NDArray[np.int64]:
+def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None = None) -> NDArray[np.int64]:
     """:func:`verify` for one of many sites in a process: what was verified last is not verified again.
 
     The values are shared and cannot be written to.
@@ -45,20 +45,20 @@ def once(
         group: the site's group key, where sums are blinded.
     """
     seen = (
-        spec.session, spec.roster.hash, spec.plan_hash, joins.digest, sha256(packet.buffers[BUFFERS[KEYSUM]]),
+        spec.session, spec.roster.hash, spec.plan_hash, sha256(packet.buffers[BUFFERS[KEYSUM]]),
         canonical.digest(packet.header), group.digest if group else "",
     )  # fmt: skip
     for before, values in _last:
         if before == seen:
             return values
     blinds = group.streams(spec.session, opening.round, opening.nonce, tuple(opening.members)) if group else ()
-    values = verify(spec, joins, opening, blinds)
+    values = verify(spec, opening, blinds)
     values.flags.writeable = False
     _last[:] = [(seen, values)]
     return values
 
 
-def verify(spec: SumSpec, joins: Joins, opening: Opening, blinds: Sequence[lattice.Uniform] = ()) -> NDArray[np.int64]:
+def verify(spec: SumSpec, opening: Opening, blinds: Sequence[lattice.Uniform] = ()) -> NDArray[np.int64]:
     """The ``(D,)`` integers of an opened sum.
 
     Args:
@@ -71,7 +71,7 @@ def verify(spec: SumSpec, joins: Joins, opening: Opening, blinds: Sequence[latti
     """
     reader = residuals.Reader(choose(spec), len(opening.members), spec.length, spec.bound)
     try:
-        for phases in checked(spec, joins, opening):
+        for phases in checked(spec, opening):
             clear = phases
             for blind in blinds:
                 clear = lattice.reduce((clear - blind.take(len(clear))).view(np.int64))
@@ -87,15 +87,15 @@ def verify(spec: SumSpec, joins: Joins, opening: Opening, blinds: Sequence[latti
         raise UnverifiedOpening(e.message, hint=e.hint) from e
 
 
-def checked(spec: SumSpec, joins: Joins, opening: Opening) -> Iterator[NDArray[np.uint64]]:
+def checked(spec: SumSpec, opening: Opening) -> Iterator[NDArray[np.uint64]]:
     """The phases of an opened sum, a few blocks at a time. They are verified only when the last was taken.
 
     Raises:
         UnverifiedOpening: see :func:`verify`; here the errors are not judged.
         WireError: a phase is not below q.
     """
-    key = _key(spec, joins, opening)
-    challenge = _vouched(spec, joins, opening)
+    key = _key(spec, opening)
+    challenge = _vouched(spec, opening)
     engine, public = (
         _seal.engine(choose(spec).plain_bits),
         lattice.PublicPolynomials(spec.session, opening.round, opening.nonce),
@@ -118,12 +118,12 @@ def checked(spec: SumSpec, joins: Joins, opening: Opening) -> Iterator[NDArray[n
         )
 
 
-def _key(spec: SumSpec, joins: Joins, opening: Opening) -> NDArray[np.int64]:
+def _key(spec: SumSpec, opening: Opening) -> NDArray[np.int64]:
     """The sum of the members' keys, from T answers that their helpers signed for these members."""
     rows, digest = list[NDArray[np.int64]](), opening.digest(spec)
     for site, answer in opening.answers.items():
         header = messages.answer_header(spec, opening.round, site, digest, sha256(answer.shares))
-        _check(spec, joins.helpers, site, {**header, "signature": answer.signature}, "answer")
+        _check(spec, site, {**header, "signature": answer.signature}, "answer")
         row = np.frombuffer(answer.shares, "<u2").astype(np.int64)
         if int(row.max()) >= shamir.P:
             raise UnverifiedOpening(f"the answer of {site!r} in an opened sum is outside the field")
@@ -135,18 +135,16 @@ def _key(spec: SumSpec, joins: Joins, opening: Opening) -> NDArray[np.int64]:
     return key
 
 
-def _vouched(spec: SumSpec, joins: Joins, opening: Opening) -> str:
+def _vouched(spec: SumSpec, opening: Opening) -> str:
     """The challenge, after the signature under every member's fingerprint was checked."""
     challenge, digest = opening.challenge(spec), opening.digest(spec)
     for site, member in opening.members.items():
         header = messages.fingerprint_header(spec, opening.round, site, digest, challenge, member.fingerprint)
-        _check(spec, joins.sites, site, {**header, "signature": member.signature}, "fingerprint")
+        _check(spec, site, {**header, "signature": member.signature}, "fingerprint")
     return challenge
 
 
-def _check(spec: SumSpec, joined: Sequence[SiteId], site: SiteId, header: dict[str, Any], what: str) -> None:
-    if site not in joined:
-        raise UnverifiedOpening(f"an opened sum holds the {what} of {site!r}, which did not join")
+def _check(spec: SumSpec, site: SiteId, header: dict[str, Any], what: str) -> None:
     try:
         messages.check_signature(spec, site, header)
     except SecureSumError as e:

@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -29,9 +30,11 @@ from fedveil.privacy import norm_cap
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.secagg import keysum_site, opened_sum
+from fedveil.privacy.secagg import keysum_site, lattice, opened_sum, verification
+from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.keysum_server import KeysumServer
 from fedveil.privacy.secagg.keysum_site import KeysumSite
+from fedveil.privacy.secagg.params import Q, choose
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 from fedveil.server.opened_sums import OpenedSums
@@ -304,3 +307,44 @@ def test_two_hundred_steps_end_in_one_hash_whatever_the_machine_computes_with():
         said.append(done.stdout.split())
     assert len({digest for digest, *_ in said}) == 1
     assert len({" ".join(units) for _, *units in said}) > 1  # the vector units did differ
+
+
+class TestVerifiedSums:
+    """A server that steps every model by a sum of its own making."""
+
+    def shift(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on the server adds 1000 to the first value of every sum that it opens."""
+        result, opened = KeysumServer.result, KeysumServer.opened
+
+        def false_result(self: KeysumServer) -> Any:
+            values, members = result(self)
+            values[0] += 1000
+            return values, members
+
+        def false_opened(self: KeysumServer) -> Packet:
+            o = Opening.parse(self._spec, opened(self))
+            x = np.concatenate(list(o.chunks()))
+            x[0, 0] = (int(x[0, 0]) + 1000 * choose(self._spec).delta) % Q
+            return dataclasses.replace(o, phases=lattice.to_bytes(x)).packet(self._spec)
+
+        monkeypatch.setattr(KeysumServer, "result", false_result)
+        monkeypatch.setattr(KeysumServer, "opened", false_opened)
+
+    def test_no_site_steps_on_it_and_the_round_stays_charged(self, tmp_path, monkeypatch):
+        r = Run(tmp_path / "run")
+        self.shift(monkeypatch)
+        assert r.go() == "ABORTED"
+        refused = [b for b in r.rows("site.refused") if "round" in b]
+        assert {b["code"] for b in refused} == {"UnverifiedOpening"}
+        assert all(list(s.ledger.tally.by_round) == [(r.job.session, 1)] for s in r.sites)
+        assert all(s.model(s.session(r.job.session)).held.round == 0 for s in r.sites)
+
+    def test_without_the_verification_every_site_steps_on_it(self, tmp_path, monkeypatch):
+        """The negative control."""
+        r = Run(tmp_path / "run")
+        self.shift(monkeypatch)
+        monkeypatch.setattr(verification, "checked", lambda spec, opening: opening.chunks())
+        assert r.go() == "COMPLETED"
+        assert all(
+            np.array_equal(s.model(s.session(r.job.session)).held.state.weights, r.job.state.weights) for s in r.sites
+        )

@@ -52,14 +52,10 @@ class Round:
 
     def sum(self, o: Opening) -> np.ndarray:
         """The sum of ciphertexts that an opening claims."""
-        p, key = choose(self.w.spec), verification._key(self.w.spec, self.joins, o)
+        p, key = choose(self.w.spec), verification._key(self.w.spec, o)
         a = lattice.PublicPolynomials(self.w.spec.session, o.round, o.nonce).take(p.blocks)
         x = np.concatenate(list(o.chunks()))
         return lattice.reduce((x - _seal.engine(p.plain_bits).multiply(a, key)).view(np.int64))
-
-    @property
-    def joins(self) -> Any:
-        return self.w.sites[self.w.names[0]]._joined()
 
     def shifted(self, o: Opening) -> Opening:
         """The phases of a sum that is one larger in its first value."""
@@ -206,7 +202,7 @@ def test_with_the_fingerprints_unchecked_another_sum_is_taken(new_world, monkeyp
     """The negative control: the lie is right in everything else."""
     r = Round(new_world)
     packet = x_and_hash(r, r.opening()).packet(r.w.spec)
-    monkeypatch.setattr(verification, "_vouched", lambda spec, joins, o: o.challenge(spec))
+    monkeypatch.setattr(verification, "_vouched", lambda spec, o: o.challenge(spec))
     monkeypatch.setattr(fingerprints, "added", lambda _: equal_to_all())
     assert r.w.sites[r.w.names[0]].opened(packet)[0].tolist() == [1, *(5 * VALUES[1:])]
 
@@ -217,9 +213,9 @@ def equal_to_all() -> Any:
 
 def test_a_member_that_colludes_can_choose_the_sum_afterwards(new_world):
     """The limit that docs/threat-model.md states: its fingerprint is only its word."""
-    r, colluder = Round(new_world), "s4"
+    r = Round(new_world)
+    colluder = r.w.names[4]
     w, o = r.w, x_and_hash(r, r.opening())
-    w.fresh(w.names[0])
     for s in w.names[:4]:  # the honest ones were asked about the false sum first
         w.stores[s].erase(w.sites[s]._session.name("fingerprint", 1))
     challenge = o.challenge(w.spec)

@@ -241,7 +241,7 @@ class Case:
         answers = np.asarray(sum(p[2] for p in parts)) % P
         key = self._interpolate(answers)
         assert np.array_equal(key, sum(p[1] for p in parts))
-        total = sum(p[0] for p in parts)
+        total = np.asarray(sum(p[0] for p in parts))
         opened = (total + np.stack([inverse(row * transform(key) % Q) for row in a])) % Q
         self._opening(parts, rows, answers, total % Q, opened)
         if c.get("reveal_to") == "sites":
