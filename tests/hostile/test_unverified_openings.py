@@ -14,11 +14,11 @@ import pytest
 
 from fedveil.common.errors import HelperRefusal, SecureSumError, UnverifiedOpening
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, verification
+from fedveil.privacy.secagg import _seal, lattice, residuals, shamir, verification
 from fedveil.privacy.secagg import fingerprint as fingerprints
 from fedveil.privacy.secagg import keysum_common as messages
-from fedveil.privacy.secagg.keysum_opening import Answer, Opening, Vouched
-from fedveil.privacy.secagg.params import Q, choose
+from fedveil.privacy.secagg.keysum_opening import Answer, Opening, Vouched, answers_digest
+from fedveil.privacy.secagg.params import N, Q, choose
 from fedveil.privacy.secagg.server import server_sum
 
 VALUES = np.arange(6)
@@ -211,24 +211,58 @@ def equal_to_all() -> Any:
     return type("Any", (), {"__ne__": lambda *_: False})()
 
 
+def vouched(r: Round, o: Opening) -> Opening:
+    """``o`` as the members vouch for it if it is the first that they are asked about."""
+    w = r.w
+    for s in w.names:
+        w.stores[s].erase(w.sites[s]._session.name("fingerprint", 1))
+    request = Packet({**r.asked[w.names[0]].header, "sum": o.total, "answers": answers_digest(o.answers)})
+    told = {s: w.sites[s].fingerprint(request).header for s in w.names}
+    found = {s: fingerprints.from_bytes(bytes.fromhex(h["fingerprint"])) for s, h in told.items()}
+    return replace(o, members={s: Vouched(o.members[s].digest, found[s], told[s]["signature"]) for s in w.names})
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_sum_of_keys_that_a_helper_moved_with_an_x_that_fits_is_refused_for_its_errors(
+    new_world, monkeypatch, judged
+):
+    """Σc, the hash, the fingerprints and all signatures are right. With free errors (negative control) it is taken."""
+    r = Round(new_world)
+    w, o = r.w, r.opening()
+    total, helper = r.sum(o), list(o.answers)[2]
+    row = np.frombuffer(o.answers[helper].shares, "<u2").astype(np.int64)
+    row[7] = (row[7] + 1) % shamir.P  # the weight of the third of three points at zero is 1
+    data = row.astype("<u2").tobytes()
+    header = messages.answer_header(w.spec, 1, helper, o.digest(w.spec), sha256(data))
+    answer = Answer(data, messages.sign_header(w.keys[helper], header)["signature"])
+    o = replace(o, answers={**o.answers, helper: answer})
+    p, a = choose(w.spec), lattice.PublicPolynomials(w.spec.session, 1, "n").take(1)
+    product = _seal.engine(p.plain_bits).multiply(a, verification._key(w.spec, o))
+    o = vouched(r, replace(o, phases=lattice.to_bytes(lattice.reduce((total + product).view(np.int64)))))
+    if judged:
+        with pytest.raises(UnverifiedOpening, match="honest sites"):
+            w.sites[w.names[0]].opened(o.packet(w.spec))
+        return
+    monkeypatch.setattr(residuals, "EXCESS", np.inf)
+    monkeypatch.setattr(residuals.lattice, "unpack_values", lambda m, p: np.zeros((len(m), p.per_coefficient, N), int))
+    w.sites[w.names[0]].opened(o.packet(w.spec))
+
+
 def test_a_member_that_colludes_can_choose_the_sum_afterwards(new_world):
     """The limit that docs/threat-model.md states: its fingerprint is only its word."""
     r = Round(new_world)
-    colluder = r.w.names[4]
-    w, o = r.w, x_and_hash(r, r.opening())
-    for s in w.names[:4]:  # the honest ones were asked about the false sum first
-        w.stores[s].erase(w.sites[s]._session.name("fingerprint", 1))
+    w, colluder = r.w, r.w.names[4]
+    o = vouched(r, x_and_hash(r, r.opening()))
+    with pytest.raises(UnverifiedOpening, match="do not add up"):
+        w.sites[w.names[0]].opened(o.packet(w.spec))
     challenge = o.challenge(w.spec)
-    request = Packet({**r.asked[w.names[0]].header, "sum": o.total})
-    told = {s: w.sites[s].fingerprint(request).header for s in w.names[:4]}
-    said = {s: fingerprints.from_bytes(bytes.fromhex(h["fingerprint"])) for s, h in told.items()}
     whole = fingerprints.of(challenge, lattice.to_bytes(r.sum(o)))
-    rest = tuple((x - sum(column)) % Q for x, column in zip(whole, zip(*said.values(), strict=True), strict=True))
+    honest = fingerprints.added([m.fingerprint for s, m in o.members.items() if s != colluder])
+    rest = tuple((x - y) % Q for x, y in zip(whole, honest, strict=True))
     header = messages.fingerprint_header(w.spec, 1, colluder, o.digest(w.spec), challenge, rest)
-    rows = {s: Vouched(o.members[s].digest, said[s], told[s]["signature"]) for s in said}
-    signature = messages.sign_header(w.keys[colluder], header)["signature"]
-    rows[w.names[4]] = Vouched(o.members[w.names[4]].digest, rest, signature)
-    assert w.sites[w.names[0]].opened(replace(o, members=rows).packet(w.spec))[0].tolist() == [1, *(5 * VALUES[1:])]
+    row = Vouched(o.members[colluder].digest, rest, messages.sign_header(w.keys[colluder], header)["signature"])
+    o = replace(o, members={**o.members, colluder: row})
+    assert w.sites[w.names[0]].opened(o.packet(w.spec))[0].tolist() == [1, *(5 * VALUES[1:])]
 
 
 class TestTheMember:

@@ -235,13 +235,14 @@ def test_strikes_set_a_helper_aside_and_lost_rounds_are_bounded():
     assert conduct.set_aside == ()
     conduct.opened(2, [b, b])
     assert conduct.set_aside == (b,)
-    conduct.aborted(3)
+    conduct.aborted(3, [a, a])
+    assert conduct.left_out == ()
     for again in (3, 1):
         with pytest.raises(SecureSumError, match="forward"):
             conduct.opened(again, [])
     with pytest.raises(SecureSumError, match="plan bears 1"):
-        conduct.aborted(4)
-    assert conduct.aborts == 2
+        conduct.aborted(4, [a])
+    assert (conduct.aborts, conduct.left_out, conduct.set_aside) == (2, (a,), (b,))
     for bad in ((-1, 1), (0, 0)):
         with pytest.raises(SecureSumError):
             Conduct(*bad)
