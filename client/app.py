@@ -33,6 +33,7 @@ def make_app(resolve: Resolve, gate: Gate | None = None) -> ClientApp:
         (app.train, "contribute", line.contribute),
         (app.train, "agree", line.agree),
         (app.train, "open", line.open_sum),
+        (app.train, "fingerprint", line.fingerprint),
         (app.query, "apply", line.apply),
         (app.query, "finish", line.finish),
         (app.query, "report", report_receipt.report),

@@ -1,8 +1,8 @@
 """A site's own copy of the model, which it steps itself on the opened sums: no server can give it other weights.
 
-The start follows from the plan. A round brings the sums that were opened since the one before. The site takes the
-plan's optimiser step on each and compares the state that it comes to with the one that the round names. What a
-contribution names, signed, is this state.
+The start follows from the plan. A round brings the sums that were opened since the one before. The site verifies each
+where the protocol can (``keysum``), takes the plan's optimiser step on it, and compares the state that it comes to with
+the one that the round names. What a contribution names, signed, is this state.
 
 If only the sites can read the sums (``reveal_to = "sites"``), the server cannot hash the state. Then its name is the
 hash of the chain of blinded sums that it came from, from which it follows.
@@ -75,6 +75,7 @@ class OwnModel:
         Raises:
             StateMismatch: it is another one. Then nothing has changed.
             ProtocolError: a whole state is not later than this model. Nothing has changed.
+            UnverifiedOpening: under ``keysum``, nothing shows that a sum is that of its members. Nothing has changed.
             SumTooLong: a sum is longer than the plan's :func:`~fedveil.privacy.norm_cap.cap`. Nothing has changed.
             WireError, SecureSumError, RunAborted: a sum is malformed, or the model would not be finite after it.
         """

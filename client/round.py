@@ -136,6 +136,12 @@ def open_sum(site: Site, request: Packet) -> Packet:
     return site.session(request.header.get("session")).sum.open(request)
 
 
+def fingerprint(site: Site, request: Packet) -> Packet:
+    """Vouch for the opened sum with the fingerprint of this site's own ciphertext, unless the server was revoked."""
+    site.not_revoked([SERVER])
+    return site.session(request.header.get("session")).sum.fingerprint(request)
+
+
 def finish(site: Site, request: Packet) -> Packet:
     """End the session: note the final model, which is this site's own, destroy the keys, hand over the ledger."""
     h = request.expect("finish").header

@@ -13,8 +13,9 @@
     ├── ProtocolError           exit 40   a peer sent what the protocol does not allow
     │   ├── WireError           exit 41   a message breaks its size or shape bounds
      │   ├── SecureSumError      exit 42   the secure sum cannot go on
-     │   │   └── HelperRefusal   exit 43   a site refuses to help open a sum
-     │   │       └── FreshLedger exit 46   a site's ledger was replaced by one that does not count it
+     │   │   ├── HelperRefusal   exit 43   a site refuses to help open a sum
+     │   │   │   └── FreshLedger exit 46   a site's ledger was replaced by one that does not count it
+     │   │   └── UnverifiedOpening exit 47 nothing shows that an opened sum is that of its members
      │   ├── StateMismatch       exit 44   two participants hold different states of one model
      │   └── SumTooLong          exit 45   an opened sum is longer than records and noise can make it
     ├── PolicyRefusal           exit 50   the site's own limits say no
@@ -134,6 +135,12 @@ class FreshLedger(HelperRefusal):
     """A site takes part with a new ledger for a data set that another ledger of it counted, and has not imported it."""
 
     exit_code = 46
+
+
+class UnverifiedOpening(SecureSumError):
+    """Nothing shows that an opened sum is the sum of its members' signed contributions: nobody steps on it."""
+
+    exit_code = 47
 
 
 class StateMismatch(ProtocolError):

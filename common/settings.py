@@ -167,11 +167,14 @@ class OptimizerSection(_Section):
 
 
 class RunSection(_Section):
-    """Time limits, in seconds."""
+    """Time limits, in seconds, and what is kept of a run."""
 
     join_timeout: float = Field(default=300, gt=0, description="wait for every site to join")
     grace: float = Field(default=10, gt=0, description="wait for a site whose connection broke")
     round_timeout: float = Field(default=120, gt=0, description="wait for the answers of one step of a round")
+    keep_ciphertexts: bool = Field(
+        default=False, description="keep what sites send under keysum, for 'fedveil audit readd'; delete it afterwards"
+    )
 
 
 class Federation(_Section):

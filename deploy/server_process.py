@@ -147,6 +147,7 @@ def _options(
         "join_timeout": federation.run.join_timeout,
         "round_timeout": federation.run.round_timeout,
         "countersigned": True,
+        "keep_ciphertexts": federation.run.keep_ciphertexts,
     }
     if federation.federation.public_test is not None and plan.task == "train":
         X, y = public_table(federation.federation.public_test, contract)

@@ -45,6 +45,7 @@ class Job:
         first_round, state, nonce: where to go on. ``nonce`` is set if a round was open at a crash.
         durable: False in the simulator (no checkpoints, no fsync).
         attached: further buffers that go to every site in a round.
+        keep_ciphertexts: whether ``keysum`` keeps every contribution's ciphertext in the run's folder, for an auditor.
         countersigned: whether the report is written at the end of the run and sent to the sites for their signatures.
         progress: called for events (``joined``, ``round``, ``aborted``, ``end``) with their public numbers.
     """
@@ -66,6 +67,7 @@ class Job:
     progress: Progress = _silent
     attached: dict[str, bytes] = field(default_factory=dict)
     countersigned: bool = False
+    keep_ciphertexts: bool = False
 
     def checkpoint(self) -> str:
         """Keep the state for a restart; returns its content hash."""

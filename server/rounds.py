@@ -6,8 +6,9 @@ The caller (the strategy) moves messages. The class decides what each message ma
     COLLECTING   contributions are admitted and added, one per site
     AGREEING     the set U is fixed; helpers sign it
     OPENING      helpers that saw enough signatures answer with sums of shares
-    DONE         the sum of U is open
-    ABORTED      too few members, signatures or answers: the round is charged and gives nothing
+    VERIFYING    the sum of U is open; its members vouch for it
+    DONE         the sum of U is open, and verified where the protocol can
+    ABORTED      too few members, signatures or answers, or no proof: the round is charged and gives nothing
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import FedveilError, ProtocolError, RunAborted, SecureSumError, SumTooLong
+from fedveil.common.errors import FedveilError, ProtocolError, RunAborted, SecureSumError, SumTooLong, UnverifiedOpening
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy import norm_cap
@@ -32,8 +33,9 @@ class Phase(IntEnum):
     COLLECTING = 1
     AGREEING = 2
     OPENING = 3
-    DONE = 4
-    ABORTED = 5
+    VERIFYING = 4
+    DONE = 5
+    ABORTED = 6
 
 
 class Round:
@@ -105,13 +107,32 @@ class Round:
         self._require(Phase.OPENING)
         self._try(site, lambda: self._sum.add_answer(site, packet))
 
+    def verify(self) -> dict[SiteId, Packet]:
+        """Open the sum; the requests that ask its members to vouch for it (none for sums that cannot be verified).
+
+        Raises:
+            RunAborted: it cannot be opened.
+        """
+        self._require(Phase.OPENING)
+        self.phase = Phase.VERIFYING
+        try:
+            return self._sum.fingerprint_requests()
+        except SecureSumError as e:
+            raise self._abort(e.message) from e
+
+    def fingerprint(self, site: SiteId, packet: Packet) -> None:
+        """Take one member's fingerprint."""
+        self._require(Phase.VERIFYING)
+        self._try(site, lambda: self._sum.add_fingerprint(site, packet))
+
     def opened(self) -> tuple[Packet, NDArray[np.int64] | None]:
         """The opened sum as the sites get it, and its ``(D,)`` integers where the server reads it.
 
         Raises:
-            RunAborted: it cannot be opened, or is longer than records and noise can make it.
+            RunAborted: it cannot be opened, is longer than records and noise can make it, or not every member vouched
+                for it.
         """
-        self._require(Phase.OPENING)
+        self._require(Phase.VERIFYING)
         try:
             values = None
             if self.plan.reveal_to == "server":
@@ -121,6 +142,8 @@ class Round:
                 norm_cap.check(self.plan, values, len(members))
             packet = self._sum.opened()
         except (SecureSumError, SumTooLong) as e:
+            for site in self._sum.unvouched:
+                self.refusals.setdefault(site, UnverifiedOpening("it did not vouch for the sum: the round is lost"))
             raise self._abort(e.message) from e
         self._done()
         return packet, values

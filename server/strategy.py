@@ -23,6 +23,7 @@ from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.report.history import End
 from fedveil.privacy.secagg.interface import ServerSum
+from fedveil.privacy.secagg.kept import FOLDER as CIPHERTEXTS
 from fedveil.privacy.secagg.round_outcomes import Conduct
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.server import admission, ledger_handover, report_signatures, statistics
@@ -52,11 +53,13 @@ class SecureSumStrategy(Strategy):
         self.status = COMPLETED
         self._site_wait = job.join_timeout if site_wait is None else site_wait
         self._exhausted: set[SiteId] = set()
-        # A quarter of the planned rounds may be lost. Helpers that gave two wrong answers are not asked again.
+        # A quarter of the planned rounds may be lost. Helpers that gave two wrong answers are not asked again, nor are
+        # members that twice did not vouch for a sum.
         self._conduct = Conduct(max(MIN_ABORTS, job.plan.steps // 4))
         self._consecutive, self._bearable = 0, True
         self._counted = (0, 0)
-        self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster))
+        keep = job.run / CIPHERTEXTS if job.keep_ciphertexts else None
+        self._sum: ServerSum = server_sum(sum_spec(job.plan, job.session, job.roster), keep)
         self._opened = opened_sums(job)
         self._round: Round | None = None
         self._linked: Exchange | None = None
@@ -118,7 +121,7 @@ class SecureSumStrategy(Strategy):
             return
         self._consecutive += 1
         try:
-            self._conduct.aborted(number)
+            self._conduct.aborted(number, self._sum.unvouched)
         except SecureSumError as e:
             _LOG.error("%s", e)
             self._bearable = False
@@ -170,7 +173,10 @@ class SecureSumStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Write the round's opening into the journal (its nonce first) and ask every joined site to contribute."""
+        """Write the round's opening into the journal (its nonce first) and ask the joined sites to contribute.
+
+        Sites that repeatedly did not vouch for a sum are not asked.
+        """
         job = self.job
         self._catch_up()
         nonce, job.nonce = job.nonce, ""
@@ -194,13 +200,15 @@ class SecureSumStrategy(Strategy):
             "nonce": nonce,
             "plan_hash": self.plan.hash,
         }
-        packets = self._opened.packets(self._exchange.nodes, header, job.attached)
+        left_out = set(self._conduct.left_out)
+        asked = [site for site in self._exchange.nodes if site not in left_out]
+        packets = self._opened.packets(asked, header, job.attached)
         return self._exchange.messages(packets, "train.contribute", server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Collect, agree, open, apply. An aborted round is written into the journal and gives ``(None, None)``.
+        """Collect, agree, open, verify, apply. An aborted round is written into the journal and gives ``(None, None)``.
 
         Each reply is checked and added when ``replies`` gives it, and freed before the next one is asked for.
         """
@@ -216,6 +224,8 @@ class SecureSumStrategy(Strategy):
             job.journal.append("round.set", {"session": job.session, "round": server_round, "members": list(members)})
             self._exchange.each(self._help(agreements, "train.agree", server_round), current.agree, current.refuse)
             self._exchange.each(self._help(current.ask(), "train.open", server_round), current.answer, current.refuse)
+            vouching = self._exchange.ask(current.verify(), "train.fingerprint", server_round)
+            self._exchange.each(vouching, current.fingerprint, current.refuse)
             packet, values = current.opened()
             if values is not None:
                 job.state = job.state.after(self.plan, values)

@@ -11,7 +11,9 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
@@ -64,3 +66,51 @@ def _free_port() -> int:
 def free_port() -> Callable[[], int]:
     """Finds free ports."""
     return _free_port
+
+
+@pytest.fixture(scope="session")
+def forge_opening() -> Callable[..., Any]:
+    """Makes an opened sum of ``keysum`` out of any values, for whoever has the signing keys of all its members."""
+    return _forge_opening
+
+
+def _forge_opening(
+    spec: Any, keys: Any, round: int, values: Any, *, nonce: str = "n", members: Any = None, digests: Any = None
+) -> Any:
+    """The packet that a server and members who all collude send: every site takes it.
+
+    Args:
+        keys: signing keys by site.
+        members: names; None for the whole roster.
+        digests: of the members' signed contributions; None for made-up ones.
+    """
+    from fedveil.common.wire import sha256
+    from fedveil.privacy.secagg import _seal, lattice, shamir
+    from fedveil.privacy.secagg import fingerprint as fingerprints
+    from fedveil.privacy.secagg import keysum_common as messages
+    from fedveil.privacy.secagg.keysum_opening import Answer, Opening, Vouched
+    from fedveil.privacy.secagg.params import N, choose
+
+    p, sites = choose(spec), tuple(members or (m.site for m in spec.roster.sites))
+    digests = digests or dict.fromkeys(sites, "a" * 64)
+    key = lattice.small(lattice.Stream.fresh(), (N,))
+    padded = np.zeros(p.blocks * p.per_coefficient * N, np.int64)
+    padded[: spec.length] = values
+    x = lattice.encode(padded.reshape(p.blocks, p.per_coefficient, N), p)
+    x = lattice.reduce(x + lattice.small(lattice.Stream.fresh(), x.shape))
+    public = lattice.PublicPolynomials(spec.session, round, nonce).take(p.blocks)
+    total = lattice.to_bytes(lattice.reduce((x - _seal.engine(p.plain_bits).multiply(public, key)).view(np.int64)))
+    digest, answers = messages.members_digest(spec, round, digests), dict[Any, Answer]()
+    shares = shamir.share(key, spec.threshold, len(spec.all_helpers))
+    for site, row in list(zip(spec.all_helpers, shares, strict=True))[: spec.threshold]:
+        data = row.astype("<u2").tobytes()
+        header = messages.answer_header(spec, round, site, digest, sha256(data))
+        answers[site] = Answer(data, messages.sign_header(keys[site], header)["signature"])
+    opening = Opening(round, nonce, sha256(total), {}, answers, lattice.to_bytes(x))
+    opening.members.update({s: Vouched(d, (0,) * fingerprints.ROWS, "") for s, d in digests.items()})
+    challenge, whole = opening.challenge(spec), sites[-1]
+    for site in sites:
+        found = fingerprints.of(challenge, total) if site == whole else (0,) * fingerprints.ROWS
+        header = messages.fingerprint_header(spec, round, site, digest, challenge, found)
+        opening.members[site] = Vouched(digests[site], found, messages.sign_header(keys[site], header)["signature"])
+    return opening.packet(spec)

@@ -21,6 +21,7 @@ from fedveil.privacy.report import signatures
 from fedveil.privacy.secagg import keysum_common as keysum
 from fedveil.privacy.secagg import sharedkey_common as sharedkey
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
+from fedveil.privacy.secagg.fingerprint import BYTES as FINGERPRINT_BYTES
 from fedveil.privacy.secagg.interface import READY, SumSpec
 from fedveil.privacy.secagg.params import choose
 from fedveil.privacy.secagg.sealed import Joins
@@ -40,14 +41,14 @@ class Forms:
         """Raise :class:`PolicyRefusal` unless ``packet`` is one of the answers to ``action`` that may leave.
 
         Args:
-            action: ``join``, ``begin``, ``deal``, ``contribute``, ``agree``, ``open``, ``apply``, ``finish``,
-                ``report``.
+            action: ``join``, ``begin``, ``deal``, ``contribute``, ``agree``, ``open``, ``fingerprint``,
+                ``apply``, ``finish``, ``report``.
             request: what is being answered.
         """
         check = {
             "join": self._join, "begin": self._begin, "deal": self._deal, "contribute": self._contribute,
-            "agree": self._agree, "open": self._open, "apply": self._apply, "finish": self._finish,
-            "report": self._report,
+            "agree": self._agree, "open": self._open, "fingerprint": self._fingerprint,
+            "apply": self._apply, "finish": self._finish, "report": self._report,
         }.get(action)  # fmt: skip
         if check is None:
             raise PolicyRefusal("this kind of request is never answered")
@@ -184,6 +185,16 @@ class Forms:
             values = packet.buffers.get("values", b"")
             header = sharedkey.fields(spec, sharedkey.OPENED, round_, site=site.id, values=sha256(values))
             _exact(packet, header | {"signature": _SIGNATURE}, values=8 * spec.length)
+        keysum.check_signature(spec, site.id, packet.header)
+
+    def _fingerprint(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
+        """A few numbers that follow from a ciphertext which has left already, and from the request."""
+        site.fits(session)
+        spec, asked = self._spec(session, site), keysum.check_challenge(self._spec(session, site), request)
+        if (session.id, asked.round) not in site.ledger.tally.committed:
+            raise PolicyRefusal("a fingerprint of a contribution that the ledger has no commit row for")
+        header = keysum.fingerprint_header(spec, asked.round, site.id, asked.digest, asked.challenge, ())
+        _exact(packet, header | {"fingerprint": hexadecimal(2 * FINGERPRINT_BYTES), "signature": _SIGNATURE})
         keysum.check_signature(spec, site.id, packet.header)
 
     # --- what the session's members know --------------------------------------------------------------------

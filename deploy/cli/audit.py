@@ -14,6 +14,7 @@ from fedveil.common.cli import Group
 from fedveil.common.errors import UsageError
 from fedveil.deploy.cli import audit_evidence as measured
 from fedveil.deploy.cli import audit_sign_compare
+from fedveil.deploy.cli.audit_readd import readd
 from fedveil.deploy.cli.audit_sign_compare import plain
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ for _command in (
     audit_sign_compare.compare,
     audit_sign_compare.local,
     audit_sign_compare.schema,
+    readd,
 ):
     app.command()(_command)
 for _command in (measured.attacks, measured.conformance, measured.one_run):

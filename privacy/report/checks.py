@@ -265,7 +265,7 @@ class Audit:
         h = self._ended()
         said = rounds.models(h, payload, self._report.parent)
         states.chain(h)
-        return f"{said}; {states.steps(self._report.parent, plan, h)}"
+        return f"{said}; {states.steps(self._report.parent, plan, h, self._got('roster', self.roster))}"
 
     def _statistics(self) -> str:
         return claims.statistics(self._got("plan", self._plan), self._ended(), self._report.parent)

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedveil.common import canonical
 from fedveil.common.errors import SecureSumError
 from fedveil.common.units import SiteId
+from fedveil.common.wire import sha256
 from fedveil.privacy.secagg import lattice
 from fedveil.privacy.secagg.sealed import TAG_BYTES, SessionKey
 from fedveil.privacy.secagg.store import Store
@@ -49,11 +50,8 @@ class GroupKey:
 
     def stream(self, session: str, round: int, nonce: str, site: SiteId) -> lattice.Uniform:
         """The blinding of ``site`` in ``round``; :class:`SecureSumError` if this site has no group key."""
-        key = self._store.get(self._name)
-        if key is None:
-            raise SecureSumError("this site has no group key", hint="the first site deals it when the session begins")
         info = canonical.dumps([session, round, nonce, site])
-        return lattice.Uniform(lattice.Stream(HKDF(SHA256(), 32, b"fedveil/blinding/1", info).derive(key)))
+        return lattice.Uniform(lattice.Stream(HKDF(SHA256(), 32, b"fedveil/blinding/1", info).derive(self._key)))
 
     def streams(self, session: str, round: int, nonce: str, sites: Sequence[SiteId]) -> list[lattice.Uniform]:
         """The blindings of several sites."""
@@ -62,6 +60,18 @@ class GroupKey:
     def destroy(self) -> None:
         """Erase the key."""
         self._store.erase(self._name)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the key, to tell two keys apart within this process; it never leaves it."""
+        return sha256(self._key)
+
+    @property
+    def _key(self) -> bytes:
+        key = self._store.get(self._name)
+        if key is None:
+            raise SecureSumError("this site has no group key", hint="the first site deals it when the session begins")
+        return key
 
     @property
     def _name(self) -> str:

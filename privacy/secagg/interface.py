@@ -5,7 +5,9 @@ A site and the server meet in fixed steps; every step's message is a :class:`~fe
     SiteSum.join_fields -> (the caller signs and spreads them) -> SiteSum.begin, ServerSum.begin, SiteSum.receive
     each round:  ServerSum.start_round -> SiteSum.contribute -> ServerSum.add
                  -> ServerSum.agree_requests -> SiteSum.agree -> ServerSum.add_agreement
-                 -> ServerSum.open_requests  -> SiteSum.open  -> ServerSum.add_answer -> ServerSum.result
+                 -> ServerSum.open_requests  -> SiteSum.open  -> ServerSum.add_answer
+                 -> ServerSum.fingerprint_requests -> SiteSum.fingerprint -> ServerSum.add_fingerprint
+                 -> ServerSum.result, ServerSum.opened -> SiteSum.opened
     SiteSum.end
 
 Every implementation is an exact homomorphism: the opened vector equals the integer sum of the members'
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import SecureSumError, StateMismatch
+from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, StateMismatch, WireError
 from fedveil.common.identity import Roster
 from fedveil.common.journal import Copy
 from fedveil.common.units import SiteId
@@ -134,6 +136,23 @@ class SumSpec:
         if not (0 < len(nonce) <= MAX_NONCE and nonce.isascii() and nonce.isprintable()):
             raise SecureSumError(f"the nonce of round {round} is not 1 to {MAX_NONCE} printable ASCII characters")
 
+    def members(self, names: Any) -> tuple[SiteId, ...]:
+        """The members that an opened sum or a challenge names.
+
+        Raises:
+            WireError, SecureSumError: no list of names; fewer than ``min_members``; one twice, out of roster order or
+                not on the roster.
+        """
+        if not isinstance(names, list) or len(names) > len(self.roster.sites):
+            raise WireError("the members of a sum are malformed")
+        try:
+            order = [self.roster.index(SiteId(m)) if isinstance(m, str) else -1 for m in names]
+        except IdentityError as e:
+            raise SecureSumError("a sum names a member that is not on the roster") from e
+        if len(order) < self.min_members or any(a >= b for a, b in pairwise([-1, *order])):
+            raise SecureSumError("the members of a sum are too few, out of order, or named twice")
+        return tuple(SiteId(m) for m in names)
+
     def vector(self, values: Integers) -> Integers:
         """``values``, if it is a (D,) array of int64 or int32; a contiguous copy where it is not contiguous."""
         if values.dtype not in (np.int64, np.int32) or values.shape != (self.length,):
@@ -196,14 +215,23 @@ class SiteSum(ABC):
     def open(self, request: Packet) -> Packet:
         """Help to open the agreed sum; :class:`HelperRefusal` otherwise."""
 
+    def fingerprint(self, request: Packet) -> Packet:
+        """Vouch for an opening: the signed fingerprint of this member's own ciphertext, under one challenge a round.
+
+        A repeated request gets the same bytes. Raises :class:`HelperRefusal`, always where the protocol has no such
+        step.
+        """
+        raise HelperRefusal(f"this sum has no fingerprints ({request.kind[:64]!r})")
+
     @abstractmethod
     def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """The sum in :meth:`ServerSum.opened`'s packet, (D,) int64, and its members.
 
-        A sum in the clear is the server's word: nothing proves that the members' contributions add up to it. But a
-        helper that signed a set of members takes no sum of another one.
+        ``keysum`` verifies that it is the sum of the members' signed contributions, against the server alone. Under
+        every other protocol it is the server's word.
 
         Raises:
+            UnverifiedOpening: it does not verify.
             SecureSumError, WireError: the packet does not hold.
         """
 
@@ -276,6 +304,18 @@ class ServerSum(ABC):
     def add_answer(self, site: SiteId, packet: Packet) -> None:
         """Take one site's answer; :class:`SecureSumError` or :class:`WireError` if it does not hold."""
 
+    def fingerprint_requests(self) -> dict[SiteId, Packet]:
+        """Open the sum and ask every member to vouch for it; empty if the protocol has no fingerprints.
+
+        Raises:
+            SecureSumError: it cannot be opened.
+        """
+        return {}
+
+    def add_fingerprint(self, site: SiteId, packet: Packet) -> None:
+        """Take one member's fingerprint; :class:`SecureSumError` or :class:`WireError` if it does not hold."""
+        raise SecureSumError(f"{site!r} was asked for no fingerprint")
+
     @abstractmethod
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """The opened sum, (D,) int64, and its members; :class:`SecureSumError` says why there is none."""
@@ -285,8 +325,14 @@ class ServerSum(ABC):
         """The opened sum for all sites: in the clear, or as only they can read it (``reveal_to = "sites"``).
 
         Raises:
+            UnverifiedOpening: a member's fingerprint is missing or wrong: see :attr:`unvouched`.
             SecureSumError: it says why there is none.
         """
+
+    @property
+    def unvouched(self) -> tuple[SiteId, ...]:
+        """Members of a sum that :meth:`opened` refused whose fingerprints are missing or known to be wrong."""
+        return ()
 
     @property
     def suspects(self) -> tuple[SiteId, ...]:

@@ -10,8 +10,10 @@
 ``keysum/open``          server -> helpers: T agreements on one digest; buffer ``shares``, the members' boxes
                          for the receiver
 ``keysum/answer``        helper -> server: buffer ``answer``, the sum of the shares modulo 65521, 2 bytes a coefficient
-``keysum/blinded``       server -> sites: members, T agreements; buffer ``blinded``, 7 bytes a coefficient
-``sum/opened``           server -> sites, where the server reads the sums: see :mod:`.opened_sum`
+``keysum/challenge``     server -> members: the digest of each member's signed header, the hash of the sum of
+                         ciphertexts, the digest of the T answers that opened it
+``keysum/fingerprint``   member -> server: the fingerprint of its own ciphertext, signed
+``keysum/opened``        server -> sites: see :mod:`.keysum_opening`
 =======================  ==================================================================================
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -28,12 +30,15 @@ from fedveil.common.errors import IdentityError, ProtocolError, SecureSumError, 
 from fedveil.common.journal import Copy
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
+from fedveil.privacy.secagg import fingerprint as fingerprints
+from fedveil.privacy.secagg.fingerprint import Fingerprint
 from fedveil.privacy.secagg.interface import Head, SumSpec, is_hex
 from fedveil.privacy.secagg.params import N
 from fedveil.privacy.secagg.sealed import TAG_BYTES, Joins
 
 CONTRIBUTION, MEMBERS, AGREEMENT = "keysum/contribution", "keysum/members", "keysum/agreement"
 OPEN, ANSWER = "keysum/open", "keysum/answer"
+CHALLENGE, FINGERPRINT = "keysum/challenge", "keysum/fingerprint"
 DEAL, GROUP = "keysum/deal", "keysum/group"
 SHARE_BYTES = 2 * N
 BOX_BYTES = SHARE_BYTES + TAG_BYTES
@@ -41,6 +46,7 @@ _DOMAINS = {
     CONTRIBUTION: "fedveil/contribution/1",
     AGREEMENT: "fedveil/agree/1",
     ANSWER: "fedveil/answer/1",
+    FINGERPRINT: "fedveil/fingerprint/1",
     "sharedkey/sealed": "fedveil/contribution/1",
     "sharedkey/opened": "fedveil/answer/1",
 }
@@ -160,6 +166,44 @@ def agreement_header(spec: SumSpec, round: int, site: SiteId, digest: str) -> di
 def answer_header(spec: SumSpec, round: int, site: SiteId, digest: str, answer: str) -> dict[str, Any]:
     """The unsigned header of one site's answer; ``answer`` is the SHA-256 of its buffer."""
     return {**agreement_header(spec, round, site, digest), "kind": ANSWER, "answer": answer}
+
+
+def fingerprint_header(
+    spec: SumSpec, round: int, site: SiteId, digest: str, challenge: str, fingerprint: Fingerprint
+) -> dict[str, Any]:
+    """The unsigned header of one member's fingerprint."""
+    header = agreement_header(spec, round, site, digest) | {"kind": FINGERPRINT, "challenge": challenge}
+    return header | {"fingerprint": fingerprints.to_bytes(fingerprint).hex()}
+
+
+class Challenge(NamedTuple):
+    """A parsed ``keysum/challenge``: ``members`` gives the digest of each member's signed header."""
+
+    round: int
+    nonce: str
+    members: dict[SiteId, str]
+    digest: str
+    challenge: str
+
+
+def check_challenge(spec: SumSpec, request: Packet) -> Challenge:
+    """What the server asks the members to vouch for.
+
+    Raises:
+        WireError, SecureSumError: another form or session, members that no sum can have.
+    """
+    round, header = check_request(spec, request, CHALLENGE), request.header
+    nonce, rows, total, answers = (header.get(k) for k in ("nonce", "members", "sum", "answers"))
+    if not (isinstance(nonce, str) and isinstance(rows, list) and is_hex(total, 64) and is_hex(answers, 64)):
+        raise WireError("a challenge is malformed")
+    if not all(isinstance(row, list) and len(row) == 2 and is_hex(row[1], 64) for row in rows):
+        raise WireError("the members of a challenge are malformed")
+    spec.check_round(round, nonce)
+    names = spec.members([row[0] for row in rows])
+    members = dict(zip(names, (str(row[1]) for row in rows), strict=True))
+    digest = members_digest(spec, round, members)
+    challenge = fingerprints.challenge(spec, round, nonce, digest, str(total), str(answers))
+    return Challenge(round, nonce, members, digest, challenge)
 
 
 def check_request(spec: SumSpec, packet: Packet, kind: str) -> int:

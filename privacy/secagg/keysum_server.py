@@ -3,10 +3,12 @@
 It adds ciphertexts, never sees a key of a site, and opens one sum per round: with T sites' answers it interpolates
 the sum of the members' keys and nothing else. Wrong answers cannot be told from right ones beforehand. They show when
 there are more than T (Reed-Solomon), or when the sum is opened, as errors that no sum of honest errors could have.
+At last every member vouches for the sum. That is what the sites verify.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice
@@ -15,13 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import SecureSumError, WireError
+from fedveil.common.errors import SecureSumError, UnverifiedOpening, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, opened_sum, opening, reed_solomon, shamir
+from fedveil.privacy.secagg import _seal, lattice, opening, reed_solomon, residuals, shamir
+from fedveil.privacy.secagg import fingerprint as fingerprints
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
-from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec, another_state
+from fedveil.privacy.secagg.fingerprint import Fingerprint
+from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec, another_state, is_hex
+from fedveil.privacy.secagg.kept import KeptCiphertexts
+from fedveil.privacy.secagg.keysum_opening import Answer, Opening, Vouched, answers_digest
 from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, HALF_BITS, N, choose
 from fedveil.privacy.secagg.sealed import Joins
 
@@ -29,10 +35,14 @@ MAX_TRIES = 256
 
 
 class KeysumServer(ServerSum):
-    """The server of one session. State of a round goes forward only: adding, agreeing, opening."""
+    """The server of one session. State of a round goes forward only: adding, agreeing, opening, being vouched for.
 
-    def __init__(self, spec: SumSpec) -> None:
-        self._spec = spec
+    Args:
+        kept: where ciphertexts are kept for an auditor, if they are.
+    """
+
+    def __init__(self, spec: SumSpec, kept: KeptCiphertexts | None = None) -> None:
+        self._spec, self._kept = spec, kept
         self._params = choose(spec)
         self._engine = _seal.engine(self._params.plain_bits)
         self._joins: Joins | None = None
@@ -73,7 +83,7 @@ class KeysumServer(ServerSum):
         self._forget()
 
     def add(self, site: SiteId, packet: Packet) -> None:
-        """See :meth:`ServerSum.add`. The site's ciphertext is not kept."""
+        """See :meth:`ServerSum.add`. The site's ciphertext is not kept, unless the run says so."""
         round, joins = self._open_round()
         if self._digest is not None:
             raise SecureSumError(f"round {round} is closed")
@@ -92,6 +102,8 @@ class KeysumServer(ServerSum):
         for i, expected in enumerate(said.shares):
             if sha256(boxes[i * messages.BOX_BYTES : (i + 1) * messages.BOX_BYTES]) != expected:
                 raise SecureSumError(f"a sealed share of {site!r} is not the one it signed")
+        if self._kept is not None:
+            self._kept.keep(round, site, packet)
         self._add(data)
         self._headers[site], self._digests[site], self._boxes[site] = packet.header, said.digest, boxes
 
@@ -127,7 +139,6 @@ class KeysumServer(ServerSum):
         self._digest = messages.members_digest(self._spec, round, self._digests)
         header = {"kind": messages.MEMBERS, "session": self._spec.session, "round": round, "nonce": self._nonce}
         header["members"] = [self._headers[site] for site in self.members]
-        self._announced = header
         return {site: Packet(header) for site in joins.helpers}
 
     def add_agreement(self, site: SiteId, packet: Packet) -> None:
@@ -168,29 +179,95 @@ class KeysumServer(ServerSum):
         if int(answer.max()) >= shamir.P:
             raise WireError(f"the answer of {site!r} is outside the field")
         self._answers[site] = answer
+        self._signatures[site] = packet.header["signature"]
+
+    def fingerprint_requests(self) -> dict[SiteId, Packet]:
+        """See :meth:`ServerSum.fingerprint_requests`; the sum of ciphertexts is let go of."""
+        round, _ = self._open_round()
+        phases, _ = self._opened_sum()
+        if self._held is None:
+            raise SecureSumError(f"the members of round {round} were asked before")
+        rows = range(0, len(self._held), lattice.CHUNK)
+        total = hashlib.sha256()
+        for at in rows:
+            total.update(lattice.to_bytes(self._held[at : at + lattice.CHUNK]))
+        members = {s: Vouched(self._digests[s], (), "") for s in self.members}
+        self._vouched = Opening(round, self._nonce, total.hexdigest(), members, self._trusted, phases)
+        self._challenge = self._vouched.challenge(self._spec)
+        weights = fingerprints.Weights(self._challenge)
+        for at in rows:
+            weights.take(self._held[at : at + lattice.CHUNK])
+        self._expected, self._held = weights.sums, None
+        header = {"kind": messages.CHALLENGE, "session": self._spec.session, "round": round, "nonce": self._nonce}
+        header["members"] = [[site, member.digest] for site, member in members.items()]
+        header |= {"sum": self._vouched.total, "answers": answers_digest(self._trusted)}
+        return {site: Packet(header) for site in members}
+
+    def add_fingerprint(self, site: SiteId, packet: Packet) -> None:
+        """See :meth:`ServerSum.add_fingerprint`."""
+        asked = self._asked()
+        if site not in asked.members or asked.members[site].signature:
+            raise SecureSumError(f"a fingerprint of {site!r}, which was not asked or answered before")
+        header, said = packet.expect(messages.FINGERPRINT).header, packet.header.get("fingerprint")
+        if not is_hex(said, 2 * fingerprints.BYTES):
+            raise WireError(f"the fingerprint of {site!r} is malformed")
+        found = fingerprints.from_bytes(bytes.fromhex(str(said)))
+        expected = messages.fingerprint_header(
+            self._spec, asked.round, site, self._digest or "", self._challenge, found
+        )
+        self._check_signed(site, header, expected)
+        asked.members[site] = Vouched(self._digests[site], found, header["signature"])
 
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`ServerSum.result`. Beyond T answers, wrong ones are set aside and named in ``suspects``."""
         if self._spec.reveal_to != "server":
             raise SecureSumError("the sum is revealed to the sites only", hint="send them what opened() returns")
-        return np.array(self._opened_sum(), np.int64), self.members
+        return np.array(self._opened_sum()[1], np.int64), self.members
 
     def opened(self) -> Packet:
-        """See :meth:`ServerSum.opened`."""
-        if self._spec.reveal_to == "server":
-            values, members = self.result()
-            return opened_sum.pack(self._spec, self._open_round()[0], members, values, self._digest or "")
-        opened = bytes(self._opened_sum())
-        header = self._announced | {"kind": opened_sum.BLINDED, "digest": self._digest}
-        return Packet(header | {"agreements": dict(self._agreements)}, {"blinded": opened})
+        """See :meth:`ServerSum.opened`: every member has vouched for it, and their fingerprints add up."""
+        opening = self._asked()
+        missing = tuple(site for site, member in opening.members.items() if not member.signature)
+        if missing:
+            self._unvouched = missing
+            raise UnverifiedOpening(
+                f"no fingerprint from {', '.join(missing[:8])}{' and others' if len(missing) > 8 else ''}",
+                hint="nobody steps on a sum for which not every member vouched",
+            )
+        if fingerprints.added([m.fingerprint for m in opening.members.values()]) != self._expected:
+            self._unvouched = self._wrong_fingerprints(opening)
+            raise UnverifiedOpening(
+                f"the members' fingerprints do not add up: that of {', '.join(self._unvouched)} is wrong"
+                if self._unvouched
+                else "the members' fingerprints do not add up: one of the members is wrong, or the sum",
+                hint="" if self._unvouched else "with [run] keep_ciphertexts the server can say which member is wrong",
+            )
+        return opening.packet(self._spec)
+
+    def _wrong_fingerprints(self, opening: Opening) -> tuple[SiteId, ...]:
+        """The members whose fingerprints are not those of their ciphertexts, where these are kept."""
+        if self._kept is None:
+            return ()
+        known = {site: self._kept.fingerprint(opening.round, site, self._challenge) for site in opening.members}
+        return tuple(s for s, m in opening.members.items() if known[s] is not None and known[s] != m.fingerprint)
+
+    def _asked(self) -> Opening:
+        if self._vouched is None:
+            raise SecureSumError("no member was asked to vouch for the sum of this round")
+        return self._vouched
 
     @property
     def suspects(self) -> tuple[SiteId, ...]:
         """See :attr:`ServerSum.suspects`."""
         return self._suspects
 
-    def _opened_sum(self) -> NDArray[np.int64] | bytes:
-        """The values, or the blinded sum packed; opened at the first call."""
+    @property
+    def unvouched(self) -> tuple[SiteId, ...]:
+        """See :attr:`ServerSum.unvouched`."""
+        return self._unvouched
+
+    def _opened_sum(self) -> tuple[bytes, NDArray[np.int64] | None]:
+        """The packed phases, and the values where the server reads them; opened at the first call."""
         round, _ = self._open_round()
         if self._opened is None:
             if len(self._answers) < self._spec.threshold:
@@ -198,23 +275,28 @@ class KeysumServer(ServerSum):
                     f"{len(self._answers)} sites answered in round {round}, {self._spec.threshold} are needed"
                 )
             self._opened = self._open(round)
-            self._held, self._boxes = None, {}
+            self._boxes = {}
         return self._opened
 
-    def _open(self, round: int) -> NDArray[np.int64] | bytes:
+    def _open(self, round: int) -> tuple[bytes, NDArray[np.int64] | None]:
         sums = self._held
         if sums is None:
             raise SecureSumError(f"nothing was added in round {round}")
-        read = self._decrypt if self._spec.reveal_to == "server" else self._blinded_sum
         for trusted, wrong in self._candidates():
             key = self._key(trusted)
             try:
                 # No honest sum of keys is zero or this large, and SEAL refuses products with zero.
-                opened = read(round, sums, key) if 0 < np.abs(key).max() <= HALF_BITS * len(self._headers) else None
+                small = 0 < np.abs(key).max() <= HALF_BITS * len(self._headers)
+                opened = self._read(round, sums, key) if small else None
             finally:
                 key.fill(0)
             if opened is not None:
                 self._suspects = wrong if wrong is not None else self._not_on_the_polynomial_of(trusted)
+                self._trusted = {
+                    s: Answer(self._answers[s].astype("<u2").tobytes(), self._signatures[s])
+                    for s in self._spec.all_helpers
+                    if s in trusted
+                }
                 self._answers = {}
                 return opened
         raise SecureSumError(
@@ -261,26 +343,21 @@ class KeysumServer(ServerSum):
         answers = np.stack([self._answers[site] for site in sites])
         return shamir.centred(shamir.interpolate([self._point(site) for site in sites], answers)[0])
 
-    def _decrypt(self, round: int, sums: NDArray[np.uint64], key: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """The opened values, or None as soon as a block's errors are not those of a sum of honest sites."""
-        p = self._params
-        public = lattice.PublicPolynomials(self._spec.session, round, self._nonce)
-        per_block = p.per_coefficient * N
-        out = np.empty(p.blocks * per_block, np.int64)
-        for first, noisy in opening.phases(self._engine, p, sums, public, key):
-            values = opening.values(noisy, p, len(self._headers))
-            if values is None:
-                return None
-            out[first * per_block : (first + len(values)) * per_block] = values.reshape(-1)
-        return opening.bounded(out[: self._spec.length], self._spec.bound)
+    def _read(
+        self, round: int, sums: NDArray[np.uint64], key: NDArray[np.int64]
+    ) -> tuple[bytes, NDArray[np.int64] | None] | None:
+        """The packed phases and the values; None as soon as a block's errors are not those of a sum of honest sites.
 
-    def _blinded_sum(self, round: int, sums: NDArray[np.uint64], key: NDArray[np.int64]) -> bytes:
-        """What the sites unblind, packed. Only they can see whether its errors are honest."""
-        public = lattice.PublicPolynomials(self._spec.session, round, self._nonce)
-        out = io.BytesIO()
-        for _, noisy in opening.phases(self._engine, self._params, sums, public, key):
-            out.write(lattice.to_bytes(noisy))
-        return out.getvalue()
+        Of a blinded sum there are no values, and only the sites can see whether its errors are honest.
+        """
+        p, clear = self._params, self._spec.reveal_to == "server"
+        reader = residuals.Reader(p, len(self._headers), self._spec.length, self._spec.bound) if clear else None
+        public, out = lattice.PublicPolynomials(self._spec.session, round, self._nonce), io.BytesIO()
+        for phases in opening.phases(self._engine, p, sums, public, key):
+            out.write(lattice.to_bytes(phases))
+            if reader is not None and not reader.take(phases):
+                return None
+        return out.getvalue(), None if reader is None else reader.values
 
     def _not_on_the_polynomial_of(self, trusted: tuple[SiteId, ...]) -> tuple[SiteId, ...]:
         others = [site for site in self._answered() if site not in trusted]
@@ -316,6 +393,9 @@ class KeysumServer(ServerSum):
         self._digest: str | None = None
         self._agreements = dict[SiteId, str]()
         self._answers = dict[SiteId, NDArray[np.int64]]()
-        self._opened: NDArray[np.int64] | bytes | None = None
-        self._announced = dict[str, Any]()
-        self._suspects: tuple[SiteId, ...] = ()
+        self._signatures = dict[SiteId, str]()
+        self._opened: tuple[bytes, NDArray[np.int64] | None] | None = None
+        self._trusted = dict[SiteId, Answer]()
+        self._vouched: Opening | None = None
+        self._challenge, self._expected = "", Fingerprint()
+        self._suspects = self._unvouched = tuple[SiteId, ...]()

@@ -18,16 +18,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedveil.common import canonical
-from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, WireError
+from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, UnverifiedOpening, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import _seal, lattice, named_state, opened_sum, opening, shamir
+from fedveil.privacy.secagg import _seal, lattice, named_state, shamir, verification
+from fedveil.privacy.secagg import fingerprint as fingerprints
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.blinding import GroupKey
 from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_parts
 from fedveil.privacy.secagg.interface import READY, Head, Integers, SiteSum, SumSpec, Witness
-from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, choose
+from fedveil.privacy.secagg.keysum_opening import Opening
+from fedveil.privacy.secagg.params import N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
 from fedveil.privacy.secagg.store import Store
 
@@ -97,7 +99,7 @@ class KeysumSite(SiteSum):
             joins = self._joined()
             if self._site not in joins.helpers:
                 raise SecureSumError("this site is not on the committee that opens sums")
-            round, members = self._check_members(request, messages.MEMBERS)
+            round, members = self._check_members(request)
             self._check_own(round, members)
             if witness is not None:
                 witness({m.site: m.head for m in members if m.head is not None})
@@ -134,19 +136,40 @@ class KeysumSite(SiteSum):
         self._store.put(self._session.name("answer", round), *to_parts(packet))
         return packet
 
-    def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
-        """See :meth:`SiteSum.opened`.
+    def fingerprint(self, request: Packet) -> Packet:
+        """See :meth:`SiteSum.fingerprint`: of the contribution that is kept, for one challenge a round."""
+        try:
+            self._joined()
+            asked = messages.check_challenge(self._spec, request)
+            self._check_agreed(asked.round, asked.digest)
+            name = self._session.name("fingerprint", asked.round)
+            held = self._store.get(name)
+            if held is not None:
+                packet = from_bytes(held)
+                if packet.header["challenge"] != asked.challenge:
+                    raise SecureSumError(f"another opening of round {asked.round} was vouched for before")
+                return packet
+            own = self._contributions.replay(asked.round)
+            if own is None or asked.members.get(self._site) != canonical.digest(own.header):
+                raise SecureSumError("this site is not among the members, or with a contribution that it does not keep")
+            if own.header["nonce"] != asked.nonce:
+                raise SecureSumError(f"an opening of round {asked.round} under another nonce")
+            found = fingerprints.of(asked.challenge, own.buffers["ciphertext"])
+            header = messages.fingerprint_header(
+                self._spec, asked.round, self._site, asked.digest, asked.challenge, found
+            )
+            packet = Packet(messages.sign_header(self._signing_key, header))
+            self._store.put(name, *to_parts(packet))  # before it leaves: there is never a second one
+        except (WireError, IdentityError, SecureSumError) as e:
+            raise _refusal(e) from e
+        return packet
 
-        Where sums are blinded, T helpers agreed on the members, and the errors are those of honest sites.
-        """
-        if self._group is not None:
-            return self._unblind(packet, self._group)
-        values, members = opened_sum.unpack(self._spec, packet)
-        round = packet.header["round"]
-        signed = self._store.get(self._session.name("agreed", round))
-        if signed is not None and canonical.loads(signed)["digest"] != packet.header["digest"]:
-            raise SecureSumError(f"a sum over other members than this site signed for round {round}")
-        return values, members
+    def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
+        """See :meth:`SiteSum.opened`; the values are shared by the sites of a process, and cannot be written to."""
+        opening = Opening.parse(self._spec, packet)
+        self._check_agreed(opening.round, opening.digest(self._spec))
+        values = verification.once(self._spec, packet, opening, self._group)
+        return values, tuple(opening.members)
 
     def named(self, value: Any) -> tuple[int, str]:
         """See :meth:`SiteSum.named`."""
@@ -157,25 +180,6 @@ class KeysumSite(SiteSum):
             return said.site, said.state
 
         return named_state.check(self._spec, value, verify)
-
-    def _unblind(self, packet: Packet, group: GroupKey) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
-        round, found = self._check_members(packet, opened_sum.BLINDED)
-        members, p = tuple(m.site for m in found), self._params
-        digest = messages.members_digest(self._spec, round, {m.site: m.digest for m in found})
-        self._check_agreements(packet, round, digest)
-        data = memoryview(packet.buffer("blinded", p.ciphertext_bytes))
-        blinds = group.streams(self._spec.session, round, found[0].nonce, members)
-        step, per_block = lattice.CHUNK * N * COEFFICIENT_BYTES, p.per_coefficient * N
-        out = np.empty(p.blocks * per_block, np.int64)
-        for first in range(0, p.blocks, lattice.CHUNK):
-            x = lattice.from_bytes(data[first // lattice.CHUNK * step :][:step])
-            for blind in blinds:
-                x = lattice.reduce((x - blind.take(len(x))).view(np.int64))
-            values = opening.values(x, p, len(members))
-            if values is None:
-                raise SecureSumError(f"the blinded sum of round {round} does not open to a sum of honest sites")
-            out[first * per_block : (first + len(x)) * per_block] = values.reshape(-1)
-        return opening.bounded(out[: self._spec.length], self._spec.bound), members
 
     def end(self) -> None:
         """Destroy the session's keys: sealed shares that somebody recorded stay sealed for ever."""
@@ -226,10 +230,10 @@ class KeysumSite(SiteSum):
         shares.fill(0)
         return boxes
 
-    def _check_members(self, request: Packet, kind: str) -> tuple[int, list[messages.Contribution]]:
+    def _check_members(self, request: Packet) -> tuple[int, list[messages.Contribution]]:
         """The round and the announced members, every header verified."""
         spec, joins = self._spec, self._joined()
-        round = messages.check_request(spec, request, kind)
+        round = messages.check_request(spec, request, messages.MEMBERS)
         headers, nonce = request.header.get("members"), request.header.get("nonce")
         if not isinstance(headers, list) or not isinstance(nonce, str) or len(headers) > len(joins.sites):
             raise WireError("the announced members are malformed")
@@ -251,6 +255,12 @@ class KeysumSite(SiteSum):
                 raise SecureSumError("this site is announced with a contribution that it did not make")
         if said is not None and said[1] != members[0].state:
             raise SecureSumError(f"the members of round {round} computed from another model state than this site")
+
+    def _check_agreed(self, round: int, digest: str) -> None:
+        """A helper takes no sum of other members than it signed."""
+        signed = self._store.get(self._session.name("agreed", round))
+        if signed is not None and canonical.loads(signed)["digest"] != digest:
+            raise UnverifiedOpening(f"a sum over other members than this site signed for round {round}")
 
     def _promise(self, round: int) -> dict[str, Any]:
         self._joined()

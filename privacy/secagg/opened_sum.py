@@ -1,37 +1,35 @@
 """An opened sum on its way to the sites.
 
 ====================  ==============================================================================================
-``sum/opened``        server -> sites: the members' names, the digest that the helpers signed (empty where a protocol
-                      has no agreement); buffer ``values``, D little-endian integers of 4 bytes, of 8 if the bound of
-                      the plan is 2^31 or more
-``keysum/blinded``    the form that only the sites can read (docs/protocol.md); buffer ``blinded``
+``sum/opened``        server -> sites, of every protocol but ``keysum``: the members' names; buffer ``values``, D
+                      little-endian integers of 4 bytes, of 8 if the bound of the plan is 2^31 or more
+``keysum/opened``     what the sites can verify: :mod:`.keysum_opening`; buffer ``opening``
 ====================  ==============================================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import IdentityError, SecureSumError, WireError
+from fedveil.common.errors import SecureSumError, WireError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
-from fedveil.privacy.secagg.interface import SumSpec, is_hex
+from fedveil.privacy.secagg.interface import SumSpec
 
 FOLDER = "sums"  # of a run's folder, where the server keeps them
 MAX_SUMS = 32  # in one message
-OPENED, BLINDED = "sum/opened", "keysum/blinded"
-BUFFERS = {OPENED: "values", BLINDED: "blinded"}  # of each kind
-_FIELDS = {"kind", "session", "round", "members", "digest"}
+OPENED, KEYSUM = "sum/opened", "keysum/opened"
+BUFFERS = {OPENED: "values", KEYSUM: "opening"}  # of each kind
+_FIELDS = {"kind", "session", "round", "members"}
 
 
-def pack(spec: SumSpec, round: int, members: Sequence[SiteId], values: NDArray[np.int64], digest: str = "") -> Packet:
+def pack(spec: SumSpec, round: int, members: Sequence[SiteId], values: NDArray[np.int64]) -> Packet:
     """The sum over ``members`` as the sites get it."""
-    header = {"kind": OPENED, "session": spec.session, "round": round, "members": list(members), "digest": digest}
+    header = {"kind": OPENED, "session": spec.session, "round": round, "members": list(members)}
     return Packet(header, {BUFFERS[OPENED]: values.astype(_width(spec)).tobytes()})
 
 
@@ -43,22 +41,17 @@ def unpack(spec: SumSpec, packet: Packet) -> tuple[NDArray[np.int64], tuple[Site
             or not on the roster; a value beyond the plan's bound.
     """
     header = packet.expect(OPENED).header
-    members, digest, round = (header.get(k) for k in ("members", "digest", "round"))
-    if set(header) != _FIELDS or not isinstance(members, list) or not (digest == "" or is_hex(digest, 64)):
+    if set(header) != _FIELDS:
         raise WireError("an opened sum is malformed")
+    round = header["round"]
     if header["session"] != spec.session or type(round) is not int or not 0 <= round <= spec.rounds:
         raise SecureSumError("an opened sum of another session, or of a round that is not planned")
-    try:
-        order = [spec.roster.index(SiteId(m)) if isinstance(m, str) else -1 for m in members]
-    except IdentityError as e:
-        raise SecureSumError("an opened sum names a member that is not on the roster") from e
-    if len(order) < spec.min_members or any(a >= b for a, b in pairwise([-1, *order])):
-        raise SecureSumError("the members of an opened sum are too few, out of order, or named twice")
+    members = spec.members(header["members"])
     width = _width(spec)
     values = np.frombuffer(packet.buffer(BUFFERS[OPENED], width.itemsize * spec.length), width).astype(np.int64)
     if max(int(values.max()), -int(values.min())) > spec.bound:
         raise SecureSumError("an opened sum is beyond the bound declared in the plan")
-    return values, tuple(SiteId(m) for m in members)
+    return values, members
 
 
 def with_sums(header: dict[str, Any], buffers: dict[str, bytes], sums: Sequence[Packet]) -> Packet:

@@ -1,4 +1,4 @@
-"""Rounds that opened, rounds that were lost, and which helpers are not asked any more."""
+"""Rounds that opened, rounds that were lost, and which sites are not asked any more."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ class Conduct:
     verifiable sharing). So a strike only means that others are asked to help. A helper that is set aside goes on
     contributing. Whom to exclude from a run is for people to decide.
 
+    A member that does not vouch for a sum costs the whole round. So after as many strikes it is not asked to contribute
+    any more. It may only have lost its connection at a bad time: that too is for people to judge.
+
     Args:
         max_aborts: how many rounds may be lost; one more is an error.
-        strikes: after how many wrong answers a helper is set aside.
+        strikes: after how many wrong answers a helper is set aside, and after how many sums that it did not vouch for
+            a member is left out.
     """
 
     def __init__(self, max_aborts: int, strikes: int = 2) -> None:
@@ -26,6 +30,7 @@ class Conduct:
             raise SecureSumError(f"{max_aborts} aborts and {strikes} strikes are no bounds")
         self._max_aborts, self._strikes = max_aborts, strikes
         self._counts: Counter[SiteId] = Counter()
+        self._unvouched: Counter[SiteId] = Counter()
         self._last: int | None = None
         self.aborts = 0
 
@@ -34,9 +39,14 @@ class Conduct:
         self._next(round)
         self._counts.update(set(suspects))
 
-    def aborted(self, round: int) -> None:
-        """Record a lost round; :class:`SecureSumError` once more rounds are lost than the plan bears."""
+    def aborted(self, round: int, unvouched: Iterable[SiteId] = ()) -> None:
+        """Record a lost round, with :attr:`ServerSum.unvouched`.
+
+        Raises:
+            SecureSumError: more rounds are lost than the plan bears.
+        """
         self._next(round)
+        self._unvouched.update(set(unvouched))
         self.aborts += 1
         if self.aborts > self._max_aborts:
             raise SecureSumError(
@@ -48,6 +58,11 @@ class Conduct:
     def set_aside(self) -> tuple[SiteId, ...]:
         """Helpers that gave at least ``strikes`` wrong answers, in order of name."""
         return tuple(sorted(site for site, count in self._counts.items() if count >= self._strikes))
+
+    @property
+    def left_out(self) -> tuple[SiteId, ...]:
+        """Members that at least ``strikes`` times did not vouch for a sum, in order of name."""
+        return tuple(sorted(site for site, count in self._unvouched.items() if count >= self._strikes))
 
     def _next(self, round: int) -> None:
         if self._last is not None and round <= self._last:

@@ -145,12 +145,14 @@ def whole_round(n: int, k: int, length: int, contributors: int, reveal_to: str =
         seconds, packet = cpu(lambda s=name: world.sites[s].open(requests[s]))
         answer.append(seconds)
         world.server.add_answer(name, packet)
-    read = 0.0
-    if reveal_to == "server":
-        opened, (total, _) = cpu(world.server.result)
-    else:
-        opened, packet = cpu(world.server.opened)
-        read, (total, _) = cpu(lambda: world.sites[world.names[0]].opened(packet))
+    opened, requests = cpu(world.server.fingerprint_requests)
+    vouch = list[float]()
+    for name, request in requests.items():
+        seconds, packet = cpu(lambda s=name, r=request: world.sites[s].fingerprint(r))
+        vouch.append(seconds)
+        world.server.add_fingerprint(name, packet)
+    packet = world.server.opened()
+    read, (total, _) = cpu(lambda: world.sites[world.names[0]].opened(packet))
     if not np.array_equal(total, n * values):
         raise SystemExit("the opened sum is wrong: no figures are written")
     return {
@@ -162,6 +164,7 @@ def whole_round(n: int, k: int, length: int, contributors: int, reveal_to: str =
         "agree": statistics.median(agree),
         "answer": statistics.median(answer),
         "open": opened,
+        "vouch": statistics.median(vouch),
         "read": read,
     }
 

@@ -140,6 +140,8 @@ def keysum(grid: GrpcGrid) -> dict[str, Any]:
     collected = time.perf_counter() - began
     step(server.agree_requests(), server.add_agreement, "agree")
     step(server.open_requests(), server.add_answer, "open")
+    step(server.fingerprint_requests(), server.add_fingerprint, "fingerprint")
+    server.opened()
     values, members = server.result()
     seconds = time.perf_counter() - began
     assert len(members) == MANY
@@ -220,6 +222,7 @@ def one_site(name: str, address: str) -> None:
     handler("contribute", contribute)
     handler("agree", lambda p: sums[0].agree(p))
     handler("open", lambda p: sums[0].open(p))
+    handler("fingerprint", lambda p: sums[0].fingerprint(p))
     run_site(
         app, address=address, tls=load_tls(folder), site=SiteId(name), stop=threading.Event(), wait=120
     )  # fmt: skip

@@ -49,6 +49,7 @@ class World:
     cap: float
     session: str = field(default_factory=lambda: secrets.token_hex(32))
     limits: dict[str, Any] = field(default_factory=dict)
+    forge: Callable[..., Packet] | None = None
 
     def __post_init__(self) -> None:
         self.keys: list[Ed25519PrivateKey] = [identity.new_signing_key() for _ in range(self.plan.sites)]
@@ -105,9 +106,11 @@ class World:
         return with_sums({**header, **changes}, {}, sums)
 
     def opened(self, round_: int, values: Any) -> Packet:
-        """What the server says that a round opened to, in grid units."""
-        spec = sum_spec(self.plan, self.session, self.roster)
-        return pack(spec, round_, [m.site for m in self.roster.sites], np.asarray(values, np.int64))
+        """What a round opened to, in grid units; under ``keysum`` as all members together could have it."""
+        spec, members = sum_spec(self.plan, self.session, self.roster), [m.site for m in self.roster.sites]
+        if self.plan.sum == "keysum" and self.forge is not None:
+            return self.forge(spec, dict(zip(members, self.keys, strict=True)), round_, values)
+        return pack(spec, round_, members, np.asarray(values, np.int64))
 
     def finish(self, **changes: Any) -> Packet:
         """The server's ``finish``."""
@@ -121,11 +124,11 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., World]:
+def world(tmp_path: Path, request: pytest.FixtureRequest, forge_opening: Callable[..., Packet]) -> Callable[..., World]:
     """A maker of worlds whose ledgers are closed at the end."""
 
     def make(*, cap: float = 3.0, limits: dict[str, Any] | None = None, **plan: Any) -> World:
-        made = World(tmp_path / secrets.token_hex(4), small_plan(**plan), cap, limits=limits or {})
+        made = World(tmp_path / secrets.token_hex(4), small_plan(**plan), cap, limits=limits or {}, forge=forge_opening)
         request.addfinalizer(lambda: [s.ledger.close() for s in made.sites])
         return made
 

@@ -133,7 +133,7 @@ class TestJoining:
         assert w.spends() == before
 
 
-@pytest.mark.parametrize("kind", ["join", "begin", "deal", "contribute", "agree", "open_sum", "finish"])
+@pytest.mark.parametrize("kind", ["join", "begin", "deal", "contribute", "agree", "open_sum", "fingerprint", "finish"])
 def test_a_session_is_a_name_and_never_a_path(world, kind):
     w = world().begin()
     own = w.folder / "site-1"
@@ -147,7 +147,7 @@ def test_a_session_is_a_name_and_never_a_path(world, kind):
     assert sorted(own.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["begin", "deal", "contribute", "agree", "open_sum", "finish"])
+@pytest.mark.parametrize("kind", ["begin", "deal", "contribute", "agree", "open_sum", "fingerprint", "finish"])
 def test_an_unknown_session_is_refused_and_leaves_nothing_behind(world, kind):
     w = world()
     request = {"contribute": w.request(), "finish": w.finish()}.get(

@@ -33,7 +33,7 @@ def every_error() -> list[type[FedveilError]]:
 
 SPOKEN = {
     "PolicyRefusal", "PlanError", "BudgetExhausted", "ProtocolError", "WireError", "SecureSumError", "HelperRefusal",
-    "FreshLedger", "IdentityError", "ModelError", "StateMismatch", "SumTooLong",
+    "FreshLedger", "IdentityError", "ModelError", "StateMismatch", "SumTooLong", "UnverifiedOpening",
 }  # fmt: skip
 
 

@@ -143,4 +143,8 @@ def test_it_runs_as_it_stands_there(command, world, tmp_path, monkeypatch):
         assert isinstance(done.exception, UsageError)
         assert "Chromium" in str(done.exception)
         return
+    if words[1] == "readd":  # a simulation keeps no ciphertexts
+        assert isinstance(done.exception, UsageError)
+        assert "holds no ciphertexts" in str(done.exception)
+        return
     assert done.exit_code == 0, (done.exception, done.output)

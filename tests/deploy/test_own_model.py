@@ -125,7 +125,7 @@ def test_a_site_refuses_an_altered_sum_and_a_sum_of_no_round(tmp_path):
     site = sites[0]
     model = site.model(site.session(job.session))
     before = model.held
-    inner = Packet({"kind": "keysum/blinded", "round": 4}, {"blinded": b""})
+    inner = Packet({"kind": "keysum/opened", "round": 4}, {"opening": b""})
     ask = {"kind": "apply", "session": job.session, "state": before.name}
     apply(site, with_sums(ask, {}, [inner]))  # of a round it has: nothing happens
     assert model.held is before
@@ -133,7 +133,7 @@ def test_a_site_refuses_an_altered_sum_and_a_sum_of_no_round(tmp_path):
         apply(site, with_sums(ask, {}, [Packet({**inner.header, "round": 99}, inner.buffers)]))
     model.held = replace(before, round=3)  # as if round 4 had not come yet
     with pytest.raises(FedveilError):
-        apply(site, with_sums(ask, {}, [Packet(inner.header, {"blinded": b"\0" * 64})]))
+        apply(site, with_sums(ask, {}, [Packet(inner.header, {"opening": b"\0" * 64})]))
     assert model.held.name == before.name
 
 

@@ -93,7 +93,7 @@ class Consortium:
         self.replace(
             home / "federation.toml", here, ("steps = 20", f"steps = {steps}"),
             ("round_timeout = 30", f"round_timeout = {round_timeout}"), ("grace = 5", f"grace = {grace}"),
-            ("join_timeout = 60", f"join_timeout = {join_timeout}"),
+            ("join_timeout = 60", f"join_timeout = {join_timeout}\nkeep_ciphertexts = true"),
         )  # fmt: skip
         for site in HOSPITALS:
             self.replace(home / site / "site.toml", here)

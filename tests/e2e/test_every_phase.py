@@ -46,6 +46,8 @@ SITE = {
     "agree after": at_site("agree", "after"),
     "open before": at_site("open_sum", "before"),
     "open after": at_site("open_sum", "after"),
+    "fingerprint before": at_site("fingerprint", "before"),
+    "fingerprint after": at_site("fingerprint", "after"),
     "finish before": at_site("finish", "before", 1),
     "finish after": at_site("finish", "after", 1),
 }
@@ -59,6 +61,7 @@ SERVER = {
     "set after": at_row("round.set", "after"),
     "asked to open": {"target": "fedveil.server.rounds:Round.ask", "when": "after", "nth": 3},
     "answered": {"target": "fedveil.server.rounds:Round.answer", "when": "after", "nth": 9},
+    "asked to vouch": {"target": "fedveil.server.rounds:Round.verify", "when": "after", "nth": 3},
     "checkpoint": {"target": "fedveil.server.job:Job.checkpoint", "when": "after", "nth": 4},
     "applied before": at_row("round.applied", "before"),
     "applied after": at_row("round.applied", "after"),

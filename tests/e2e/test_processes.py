@@ -65,6 +65,15 @@ def test_the_report_verifies_as_a_command(honest):
     assert (honest.run / "report.html").stat().st_size > 1000
 
 
+def test_the_kept_ciphertexts_add_up_as_a_command(honest):
+    applied = [r["round"] for r in honest.of_kind("round.applied")]
+    command = [sys.executable, "-m", "fedveil", "audit", "readd", str(honest.run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [int(line.split()[1].rstrip(",")) for line in done.stdout.splitlines()] == applied
+    assert all(p.stat().st_mode & 0o077 == 0 for p in (honest.run / "ciphertexts").iterdir())
+
+
 def test_every_hospital_signed_the_report_and_wrote_a_page_of_its_own(honest):
     assert verified(honest).countersigned == HOSPITALS
     assert "countersigned by 4 of 4 sites" in (honest.run / "report.html").read_text()

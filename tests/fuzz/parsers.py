@@ -322,11 +322,38 @@ def _sums() -> dict[str, Parser]:
     )
     answer = opening.sites[east].open(asked[east])
     out["keysum answer"] = opening.from_site(answer, opening.server.add_answer)
+    out |= _vouching()
     out["sharedkey pieces"] = Parser(
         {"kind": "x", "lengths": [3]},
         lambda v: [*sharedkey_common.pieces(_spec("sharedkey"), _packet(v, {"ciphertexts": b"abc"}))],
     )
     return out
+
+
+def _vouching() -> dict[str, Parser]:
+    """What follows the answers: a challenge, a fingerprint, the opened sum."""
+    (asked, requests), (whole, more), east = _answered(), _answered(), SiteId("east")
+    told = asked.sites[east].fingerprint(requests[east])
+    for s, p in more.items():
+        whole.server.add_fingerprint(s, whole.sites[s].fingerprint(p))
+    opened = whole.server.opened()
+    return {
+        "keysum challenge": Parser(requests[east].header, lambda v: asked.sites[east].fingerprint(_packet(v, {}))),
+        "keysum fingerprint": asked.from_site(told, asked.server.add_fingerprint),
+        "keysum opened": Parser(opened.header, lambda v: whole.sites[east].opened(_packet(v, opened.buffers))),
+    }
+
+
+def _answered() -> tuple[_Session, dict[SiteId, Packet]]:
+    """A session whose sum is open, and what its members are asked."""
+    session = _Session("keysum")
+    for s, p in session.packets.items():
+        session.server.add(s, p)
+    for s, p in session.server.agree_requests().items():
+        session.server.add_agreement(s, session.sites[s].agree(p))
+    for s, p in session.server.open_requests().items():
+        session.server.add_answer(s, session.sites[s].open(p))
+    return session, session.server.fingerprint_requests()
 
 
 # --- journals and files ----------------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ class World:
         elif action == "agree":
             made = [line.contribute(s, self.packet("contribute")) for s in self.sites]
             header |= {"kind": keysum.MEMBERS, "round": 1, "nonce": "n", "members": [p.header for p in made]}
+        elif action == "fingerprint":
+            made = [line.contribute(s, self.packet("contribute")) for s in self.sites]
+            rows = [[p.header["site"], canonical.digest(p.header)] for p in made]
+            header |= {"kind": keysum.CHALLENGE, "round": 1, "nonce": "n", "members": rows}
+            header |= {"sum": "0" * 64, "answers": "0" * 64}
         elif action == "finish":
             header |= {"status": "COMPLETED", "round": 1, "model_hash": start(self.plan).hash, "state": self.state}
         return Packet(header)
@@ -117,7 +122,7 @@ class World:
         def resolve(_: Context):
             yield self.sites[0]
 
-        group = "train" if action in ("contribute", "agree", "open") else "query"
+        group = "train" if action in ("contribute", "agree", "open", "fingerprint") else "query"
         message = flwr_adapter.request(request, to=2, action=f"{group}.{action}", round=1)
         flwr_adapter.stamp(message)
         before = self.now
@@ -167,6 +172,9 @@ for _name, _action, _change in [
     ("a forged journal head", "contribute", _header(head=lambda w: [1, _as_hash(w), _as_hash(w)])),
     ("a made-up number of rows", "contribute", _header(head=lambda w: [int(w.value * 1000), "0" * 64, "0" * 64])),
     ("a plain hash as the members' digest", "agree", _header(digest=_as_hash)),
+    ("a plain hash as the challenge", "fingerprint", _header(challenge=_as_hash)),
+    ("a fingerprint of other lengths", "fingerprint", _header(fingerprint=lambda w: "0" * int(w.value * 1000))),
+    ("a metric beside the fingerprint", "fingerprint", _header(loss=lambda w: w.value)),
     ("the message's kind", "contribute", _header(kind=lambda w: f"keysum/{w.value}")),
     ("the ledger's head at the end", "finish", _header(head=lambda w: [int(w.value * 1000), _as_hash(w)])),
     ("a header's name", "contribute", lambda w, p: Packet({**p.header, f"m{w.value}": 0}, p.buffers)),
@@ -277,7 +285,7 @@ def test_without_the_gate_it_does(name, tmp_path, monkeypatch):
     assert HELD.encode() not in a
 
 
-@pytest.mark.parametrize("action", ["join", "begin", "contribute", "agree", "finish"])
+@pytest.mark.parametrize("action", ["join", "begin", "contribute", "agree", "fingerprint", "finish"])
 def test_honest_answers_leave_and_hold_no_spelling(action, tmp_path):
     for value in VALUES:
         w = World(tmp_path, value).ready(action)

@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 from fedveil.client.app import make_app as client_app
 from fedveil.client.session import Site
-from fedveil.common.errors import HelperRefusal, SecureSumError, StateMismatch
+from fedveil.common.errors import HelperRefusal, StateMismatch, UnverifiedOpening
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.common.workload.model import ModelSpec
@@ -29,8 +30,11 @@ from fedveil.privacy import norm_cap
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
-from fedveil.privacy.secagg import keysum_site, opened_sum
+from fedveil.privacy.secagg import keysum_site, lattice, opened_sum, verification
+from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.keysum_server import KeysumServer
+from fedveil.privacy.secagg.keysum_site import KeysumSite
+from fedveil.privacy.secagg.params import Q, choose
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 from fedveil.server.opened_sums import OpenedSums
@@ -86,19 +90,21 @@ def trap(hidden_bias: float) -> np.ndarray:
 
 
 def two_models(r: Run, monkeypatch: pytest.MonkeyPatch, *, compared: bool = True) -> dict[int, np.ndarray]:
-    """The server sends the victim another first sum than the others; by round, what it opens from then on."""
+    """The server sends the victim another first sum than the others; by round, what it opens from then on.
+
+    No site verifies a sum: what stops the attack here is that the members' states are compared.
+    """
+    monkeypatch.setattr(KeysumSite, "opened", unverified)
     victim, read = r.world.sites[VICTIM], dict[int, np.ndarray]()
     honest, add, result = OpenedSums.packets, KeysumServer.add, KeysumServer.result
-    start, digests = r.job.state, list[str]()
+    start = r.job.state
 
     def packets(self: OpenedSums, sites: Iterable[SiteId], header: dict[str, Any], buffers: Any = None) -> Any:
         out = honest(self, sites, header, buffers)
         if header["kind"] != "contribute" or header["round"] == 1:
             return out
-        digests.extend(h["digest"] for p in out.values() for h in p.header["sums"])
         for site in out:
             brought, after = r.leading_to(start, trap(20.0 if site == victim else 0.0), 1)
-            brought.header["digest"] = digests[0]
             out[site] = opened_sum.with_sums({**header, "state": after.digest}, buffers or {}, [brought])
         return out
 
@@ -116,6 +122,10 @@ def two_models(r: Run, monkeypatch: pytest.MonkeyPatch, *, compared: bool = True
     monkeypatch.setattr(KeysumServer, "add", takes_any)
     monkeypatch.setattr(KeysumServer, "result", opens)
     return read
+
+
+def unverified(self: KeysumSite, packet: Packet) -> Any:
+    return opened_sum.unpack(self._spec, packet)
 
 
 def test_no_sum_is_opened_whose_members_were_given_two_models(tmp_path, monkeypatch):
@@ -180,8 +190,7 @@ class TestNormCap:
 
     def test_sites_take_no_such_sum_from_a_server_that_does(self, tmp_path, monkeypatch):
         r = Run(tmp_path / "run", steps=4)
-        values, result = self.too_long(r), KeysumServer.result
-        monkeypatch.setattr(KeysumServer, "result", lambda self: (values, result(self)[1]))
+        monkeypatch.setattr(norm_cap, "cap", lambda *_: 1)  # so that the members' own sum is too long
         monkeypatch.setattr("fedveil.server.rounds.norm_cap.check", _only_at_sites(norm_cap.check))
         assert r.go() == "ABORTED"
         assert {b["code"] for b in r.rows("site.refused") if "round" in b} == {"SumTooLong"}
@@ -259,14 +268,15 @@ class TestAgreement:
             w.server.add(w.names[4], w.packets[w.names[4]])
         assert w.server.members == tuple(w.names[:4])
 
-    def test_a_sum_of_other_members_than_the_helper_signed_is_not_taken(self, new_world):
+    def test_a_sum_of_other_members_than_the_helper_signed_is_not_taken(self, new_world, forge_opening):
+        """Even if all of them collude."""
         w = self.contributed(new_world, "aaaaa")
         w.sites[w.names[0]].agree(w.announce(w.names))
-        made = opened_sum.pack(w.spec, 1, w.names, np.zeros(6, np.int64), w.digest(w.names))
-        assert w.sites[w.names[0]].opened(made)[1] == tuple(w.names)
-        for digest in ("", "0" * 64, w.digest(w.names[:4])):
-            with pytest.raises(SecureSumError, match="other members"):
-                w.sites[w.names[0]].opened(opened_sum.pack(w.spec, 1, w.names, np.zeros(6, np.int64), digest))
+        for members in (w.names, w.names[:4]):
+            made = forge_opening(w.spec, w.keys, 1, np.zeros(6, np.int64), members=members)
+            with pytest.raises(UnverifiedOpening, match="other members"):
+                w.sites[w.names[0]].opened(made)
+            assert w.sites[w.names[1]].opened(made)[1] == tuple(members)  # it signed none
 
 
 _STEPPING = """
@@ -297,3 +307,44 @@ def test_two_hundred_steps_end_in_one_hash_whatever_the_machine_computes_with():
         said.append(done.stdout.split())
     assert len({digest for digest, *_ in said}) == 1
     assert len({" ".join(units) for _, *units in said}) > 1  # the vector units did differ
+
+
+class TestVerifiedSums:
+    """A server that steps every model by a sum of its own making."""
+
+    def shift(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on the server adds 1000 to the first value of every sum that it opens."""
+        result, opened = KeysumServer.result, KeysumServer.opened
+
+        def false_result(self: KeysumServer) -> Any:
+            values, members = result(self)
+            values[0] += 1000
+            return values, members
+
+        def false_opened(self: KeysumServer) -> Packet:
+            o = Opening.parse(self._spec, opened(self))
+            x = np.concatenate(list(o.chunks()))
+            x[0, 0] = (int(x[0, 0]) + 1000 * choose(self._spec).delta) % Q
+            return dataclasses.replace(o, phases=lattice.to_bytes(x)).packet(self._spec)
+
+        monkeypatch.setattr(KeysumServer, "result", false_result)
+        monkeypatch.setattr(KeysumServer, "opened", false_opened)
+
+    def test_no_site_steps_on_it_and_the_round_stays_charged(self, tmp_path, monkeypatch):
+        r = Run(tmp_path / "run")
+        self.shift(monkeypatch)
+        assert r.go() == "ABORTED"
+        refused = [b for b in r.rows("site.refused") if "round" in b]
+        assert {b["code"] for b in refused} == {"UnverifiedOpening"}
+        assert all(list(s.ledger.tally.by_round) == [(r.job.session, 1)] for s in r.sites)
+        assert all(s.model(s.session(r.job.session)).held.round == 0 for s in r.sites)
+
+    def test_without_the_verification_every_site_steps_on_it(self, tmp_path, monkeypatch):
+        """The negative control."""
+        r = Run(tmp_path / "run")
+        self.shift(monkeypatch)
+        monkeypatch.setattr(verification, "checked", lambda spec, opening: opening.chunks())
+        assert r.go() == "COMPLETED"
+        assert all(
+            np.array_equal(s.model(s.session(r.job.session)).held.state.weights, r.job.state.weights) for s in r.sites
+        )

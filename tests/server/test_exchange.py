@@ -99,7 +99,7 @@ def test_no_reply_is_held_while_the_next_one_is_waited_for(run):
     made = list[Streaming]()
     r = run(grid=lambda g: made.append(Streaming(g)) or made[0], sum="keysum", steps=2)
     assert r.go() == "COMPLETED"
-    assert made[0].given == 2 * 3 * 4
+    assert made[0].given == 2 * 4 * 4
 
 
 class Silent(Wrapped):

@@ -24,6 +24,7 @@ class FakeSum(ServerSum):
         self.fails, self.calls, self.added = fails, list[str](), list[SiteId]()
         self._count = members
         self.wrong: tuple[SiteId, ...] = ()
+        self.lacking: tuple[SiteId, ...] = ()
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
@@ -58,6 +59,13 @@ class FakeSum(ServerSum):
     def add_answer(self, site: SiteId, packet: Packet) -> None:
         self._call("add_answer")
 
+    def fingerprint_requests(self) -> dict[SiteId, Packet]:
+        self._call("fingerprint_requests")
+        return dict.fromkeys(self.added, PACKET)
+
+    def add_fingerprint(self, site: SiteId, packet: Packet) -> None:
+        self._call("add_fingerprint")
+
     def result(self) -> tuple[np.ndarray, tuple[SiteId, ...]]:
         self._call("result")
         return np.arange(8), tuple(self.added)[: self._count]
@@ -69,6 +77,10 @@ class FakeSum(ServerSum):
     @property
     def suspects(self) -> tuple[SiteId, ...]:
         return self.wrong
+
+    @property
+    def unvouched(self) -> tuple[SiteId, ...]:
+        return self.lacking
 
 
 @pytest.fixture
@@ -94,7 +106,8 @@ def collected(plan, fake, sites=(A, B, C, D)):
 ALLOWED = {
     Phase.COLLECTING: {"collect", "close"},
     Phase.AGREEING: {"agree", "ask"},
-    Phase.OPENING: {"answer", "opened"},
+    Phase.OPENING: {"answer", "verify"},
+    Phase.VERIFYING: {"fingerprint", "opened"},
     Phase.DONE: set(),
     Phase.ABORTED: set(),
 }
@@ -104,6 +117,8 @@ CALLS = {
     "agree": lambda r: r.agree(A, PACKET),
     "ask": lambda r: r.ask(),
     "answer": lambda r: r.answer(A, PACKET),
+    "verify": lambda r: r.verify(),
+    "fingerprint": lambda r: r.fingerprint(A, PACKET),
     "opened": lambda r: r.opened(),
 }
 
@@ -115,7 +130,7 @@ def at(plan, phase):
             r.close()
         return r
     r = collected(plan, FakeSum())
-    for step in (r.close, r.ask, r.opened)[: phase - 1]:
+    for step in (r.close, r.ask, r.verify, r.opened)[: phase - 1]:
         step()
     return r
 
@@ -137,7 +152,7 @@ def test_forward_only(plan, phase, call):
 
 
 def test_the_result_is_in_grid_units(plan):
-    packet, values = at(plan, Phase.OPENING).opened()
+    packet, values = at(plan, Phase.VERIFYING).opened()
     assert packet is PACKET
     np.testing.assert_array_equal(values, np.arange(8))
 
@@ -157,15 +172,16 @@ def test_a_sum_that_lost_members_on_the_way_is_not_applied(plan):
     r = collected(plan, FakeSum(members=2))
     r.close()
     r.ask()
+    r.verify()
     with pytest.raises(RunAborted, match="2 sites, fewer than 3"):
         r.opened()
 
 
-@pytest.mark.parametrize("fails", ["open_requests", "result"])
-def test_a_sum_that_cannot_be_opened_is_an_abort(plan, fails):
+@pytest.mark.parametrize(("fails", "at"), [("open_requests", 1), ("fingerprint_requests", 2), ("result", 3)])
+def test_a_sum_that_cannot_be_opened_is_an_abort(plan, fails, at):
     r = collected(plan, FakeSum(fails))
     r.close()
-    steps = [r.ask] if fails == "open_requests" else [r.ask, r.opened]
+    steps = [r.ask, r.verify, r.opened][:at]
     for step in steps[:-1]:
         step()
     with pytest.raises(RunAborted, match=f"{fails} failed"):
@@ -173,7 +189,18 @@ def test_a_sum_that_cannot_be_opened_is_an_abort(plan, fails):
     assert r.phase is Phase.ABORTED
 
 
-@pytest.mark.parametrize("fails", ["add", "add_agreement", "add_answer"])
+def test_a_member_that_does_not_vouch_is_named_and_the_round_is_lost(plan):
+    r = collected(plan, FakeSum("opened"))
+    for step in (r.close, r.ask, r.verify):
+        step()
+    r.refuse(C, FedveilError("its own words"))
+    r.fake.lacking = (B, C)
+    with pytest.raises(RunAborted, match="opened failed"):
+        r.opened()
+    assert {s: e.code for s, e in r.refusals.items()} == {B: "UnverifiedOpening", C: "FedveilError"}
+
+
+@pytest.mark.parametrize("fails", ["add", "add_agreement", "add_answer", "add_fingerprint"])
 def test_a_bad_message_is_its_senders_refusal_and_no_more(plan, fails):
     fake = FakeSum(fails)
     r = Round(plan, fake, 1, "nonce")
@@ -183,12 +210,14 @@ def test_a_bad_message_is_its_senders_refusal_and_no_more(plan, fails):
     r.agree(A, PACKET)
     r.ask()
     r.answer(A, PACKET)
+    r.verify()
+    r.fingerprint(A, PACKET)
     assert {s: e.message for s, e in r.refusals.items()} == {A: f"{fails} failed"}
     assert r.opened()[0] is PACKET
 
 
 def test_a_corrected_answer_is_counted_against_its_helper(plan):
-    r = at(plan, Phase.OPENING)
+    r = at(plan, Phase.VERIFYING)
     r.fake.wrong = (B,)
     r.opened()
     assert set(r.refusals) == {B}

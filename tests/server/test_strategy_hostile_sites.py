@@ -17,6 +17,7 @@ from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
+from fedveil.privacy.secagg.keysum_common import sign_header
 from fedveil.privacy.secagg.plain import PlainServer
 
 
@@ -297,3 +298,42 @@ def _upper(data: bytes) -> bytes:
     changed = dataclasses.replace(rows[-1], sig=rows[-1].sig.upper())
     assert canonical.dumps(changed.sig) != canonical.dumps(rows[-1].sig)
     return b"".join(x.line() for x in [*rows[:-1], changed])
+
+
+class TestVouching:
+    """Members of ``keysum`` that do not vouch for an opened sum."""
+
+    def test_a_round_without_every_fingerprint_is_lost_and_the_member_is_left_out_after_two(self, run):
+        r = run(drop=lost("train.fingerprint", {1}), sum="keysum")
+        assert r.go() == "COMPLETED"
+        aborted = r.bodies("round.aborted")
+        assert [b["round"] for b in aborted] == [1, 2]
+        assert {b["reason"] for b in aborted} == {
+            "round 1: no fingerprint from site-0002", "round 2: no fingerprint from site-0002"
+        }  # fmt: skip
+        said = [(b["round"], b["site"], b["code"]) for b in r.bodies("site.refused")]
+        assert said == [(1, "site-0002", "UnverifiedOpening"), (2, "site-0002", "UnverifiedOpening")]
+        others = ["site-0001", "site-0003", "site-0004"]
+        assert [(b["round"], b["members"]) for b in r.bodies("round.applied")] == [(3, others), (4, others)]
+        assert [r.spends(0), r.spends(1)] == [[1, 2, 3, 4], [1, 2]]
+
+    def test_more_of_them_than_may_be_missing_end_the_run(self, run):
+        r = run(drop=lost("train.fingerprint", {1, 2}, reply=True), sum="keysum")
+        assert r.go() == "ABORTED"
+        assert not r.bodies("round.applied")
+        assert not r.job.state.weights.any()
+
+    def test_a_wrong_fingerprint_is_named_where_the_ciphertexts_are_kept(self, run):
+        def lie(index, action, packet):
+            if (index, action) != (1, "train.fingerprint"):
+                return packet
+            header = {k: v for k, v in packet.header.items() if k != "signature"} | {"fingerprint": "0" * 70}
+            return Packet(sign_header(r.world.keys[1], header))
+
+        r = run(lie=lie, sum="keysum", options={"keep_ciphertexts": True})
+        assert r.go() == "COMPLETED"
+        assert "that of site-0002 is wrong" in r.bodies("round.aborted")[0]["reason"]
+        assert [b["round"] for b in r.bodies("round.applied")] == [3, 4]
+        r = run(lie=lie, sum="keysum")
+        assert r.go() == "ABORTED"  # nobody can be named, so nobody is left out
+        assert all("one of the members is wrong, or the sum" in b["reason"] for b in r.bodies("round.aborted"))

@@ -127,12 +127,15 @@ def _round(case, spec, names, sites, server) -> dict[str, Any]:
         server.add_answer(names[i], answer)
         data = answer.buffers["answer"]
         expected["answers"][names[i]] = {"first_values": data[:16].hex(), "answer": sha256(data)}
-    if spec.reveal_to == "sites":
-        packet = server.opened()
-        expected["blinded"] = sha256(packet.buffers["blinded"])
-        values, _ = sites[names[0]].opened(packet)
-    else:
-        values, _ = server.result()
+    expected["fingerprints"] = {}
+    for site, request in server.fingerprint_requests().items():
+        packet = sites[site].fingerprint(request)
+        server.add_fingerprint(site, packet)
+        expected["fingerprints"][site] = packet.header["fingerprint"]
+        expected["challenge"] = packet.header["challenge"]
+    packet = server.opened()
+    expected |= {"sum": packet.header["sum"], "opening": sha256(packet.buffers["opening"])}
+    values, _ = sites[names[0]].opened(packet)
     assert np.array_equal(values, sum(vector(case, i) for i in case["members"]))
     return expected | {"first_sums": values[:8].tolist(), "sums": sha256(values.astype("<i8").tobytes())}
 

@@ -36,7 +36,8 @@ def test_a_second_implementation_agrees():
 
 
 @pytest.mark.parametrize("path", [("contributions", "site-0", "ciphertext"), ("contributions", "site-2", "shares"),
-                                  ("digest",), ("answers", "site-1", "answer"), ("sums",)])  # fmt: skip
+                                  ("digest",), ("answers", "site-1", "answer"), ("sums",), ("opening",),
+                                  ("fingerprints", "site-2")])  # fmt: skip
 def test_the_verifier_notices_a_byte_that_differs(path):
     case = copy.deepcopy(DOCUMENT["cases"][0])
     place = case["expected"]

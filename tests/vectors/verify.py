@@ -118,6 +118,22 @@ def errors(key: bytes, blocks: int) -> np.ndarray:
 # ---- one case
 
 
+def packed(x: np.ndarray) -> bytes:
+    return b"".join(int(v).to_bytes(7, "little") for v in x.reshape(-1))
+
+
+def fingerprint(challenge: str, x: np.ndarray) -> list[int]:
+    """Five numbers modulo q: the weight of coefficient i of block j in row k is u[j][k] * v[i][k]."""
+
+    def weights(what: str, count: int) -> np.ndarray:
+        key = hashlib.sha256(f"fedveil/keysum/{what}/1|{challenge}".encode()).digest()
+        return words(key, 5 * count).reshape(count, 5)
+
+    v = (weights("v", N) & np.uint64(2**26 - 1)).astype(object) - 2**25
+    u = (weights("u", len(x)) & np.uint64(2**56 - 1)).astype(object)
+    return [int(k) % Q for k in (u * x.astype(object).dot(v)).sum(0)]
+
+
 class Case:
     """A case of the file and everything that follows from its labels."""
 
@@ -182,7 +198,7 @@ class Case:
         if c.get("reveal_to") == "sites":
             x = x + self.blinding(i)
         x %= Q
-        data = b"".join(int(v).to_bytes(7, "little") for v in x.reshape(-1))
+        data = packed(x)
         assert data[:56].hex() == wanted["first_coefficients"]
         assert sha(data) == wanted["ciphertext"]
         shares = self._shares(i, s)
@@ -225,15 +241,45 @@ class Case:
         answers = np.asarray(sum(p[2] for p in parts)) % P
         key = self._interpolate(answers)
         assert np.array_equal(key, sum(p[1] for p in parts))
-        total = sum(p[0] for p in parts)
+        total = np.asarray(sum(p[0] for p in parts))
         opened = (total + np.stack([inverse(row * transform(key) % Q) for row in a])) % Q
+        self._opening(parts, rows, answers, total % Q, opened)
         if c.get("reveal_to") == "sites":
-            assert sha(b"".join(int(v).to_bytes(7, "little") for v in opened.reshape(-1))) == want["blinded"]
             opened = (opened - sum(self.blinding(i) for i in c["members"])) % Q
         sums = self._values(opened, len(parts))
         assert sums[:8] == want["first_sums"]
         assert sha(np.array(sums, "<i8").tobytes()) == want["sums"]
         assert sums == [sum(column) for column in zip(*(self.vector(i) for i in c["members"]), strict=True)]
+
+    def _opening(self, parts: Any, rows: Any, answers: np.ndarray, total: np.ndarray, phases: np.ndarray) -> None:
+        """The challenge, every member's fingerprint, and the bytes that sites get."""
+        c, want = self.case, self.expected
+        assert sha(packed(total)) == want["sum"]
+        base = {"session": self.session, "round": c["round"], "digest": want["digest"]}
+        signed, tail = [], b""
+        for site in [h for h in self.helpers if h in want["answers"]][: c["threshold"]]:
+            data = answers[self.helpers.index(site)].astype("<u2").tobytes()
+            header = {**base, "kind": "keysum/answer", "site": site, "answer": sha(data)}
+            signature = self._sign(site, "fedveil/answer/1", header)
+            signed.append([site, sha(data), signature.hex()])
+            tail += signature + data
+        claims = {"members": want["digest"], "sum": want["sum"], "answers": sha(canonical(signed))}
+        challenge = sha(canonical(["keysum/challenge", self.session, c["round"], c["nonce"], claims]))
+        assert challenge == want["challenge"]
+        middle, added = b"", [0] * 5
+        for part, (site, digest) in zip(parts, rows, strict=True):
+            found = fingerprint(challenge, part[0])
+            data = b"".join(x.to_bytes(7, "little") for x in found)
+            assert data.hex() == want["fingerprints"][site]
+            header = {**base, "kind": "keysum/fingerprint", "site": site, "challenge": challenge,
+                      "fingerprint": data.hex()}  # fmt: skip
+            middle += bytes.fromhex(digest) + data + self._sign(site, "fedveil/fingerprint/1", header)
+            added = [(a + b) % Q for a, b in zip(added, found, strict=True)]
+        assert added == fingerprint(challenge, total)
+        assert sha(packed(phases) + middle + tail) == want["opening"]
+
+    def _sign(self, site: str, domain: str, header: dict[str, Any]) -> bytes:
+        return self.signing[self.sites.index(site)].sign(domain.encode() + b"\0" + canonical(header))
 
     def _interpolate(self, answers: np.ndarray) -> np.ndarray:
         key, points = 0, []

@@ -43,8 +43,9 @@ Opened = tuple[NDArray[np.int64], tuple[SiteId, ...]]
 class _Seen:
     """A server's half of the secure sum that keeps what it opens. In all else it is the real one.
 
-    What was opened was released, however long it is. Nobody steps on a sum over the norm's cap. In its place zeros go
-    on, so that an examination of a program that does not clip comes to its end.
+    What was opened was released, however long it is. Nobody steps on a sum over the norm's cap. In its place the server
+    and the sites (:class:`_Handed`) go on with zeros, so that an examination of a program that does not clip comes to
+    its end.
 
     Attributes:
         sums: what was opened, with its members.
@@ -53,7 +54,6 @@ class _Seen:
 
     def __init__(self, inner: ServerSum, plan: PrivacyPlan) -> None:
         self.inner, self._plan = inner, plan
-        self._too_long = False
         self.sums: list[Opened] = []
         self.read: Callable[[Packet], Opened] | None = None
 
@@ -64,29 +64,21 @@ class _Seen:
         """The opened sum, kept."""
         values, members = self.inner.result()
         self.sums.append((values, members))
-        try:
-            norm_cap.check(self._plan, values, len(members))
-        except SumTooLong:
-            self._too_long = True
-            return np.zeros_like(values), members
-        self._too_long = False
-        return values, members
+        return _stepped_on(self._plan, values, members)
 
     def opened(self) -> Packet:
-        """The opened sum for the sites, zeros where they would refuse it; what they read in a blinded one is kept."""
+        """The opened sum for the sites; what they read in a blinded one is kept."""
         packet = self.inner.opened()
         if self._plan.reveal_to == "sites" and self.read is not None:
             self.sums.append(self.read(packet))
-        if not self._too_long:
-            return packet
-        return Packet(packet.header, {name: bytes(len(data)) for name, data in packet.buffers.items()})
+        return packet
 
 
 class _Handed:
     """A site's half of the secure sum that keeps what it is handed. In all else it is the real one."""
 
-    def __init__(self, inner: SiteSum, keep: Callable[[int, Integers], None]) -> None:
-        self.inner, self._keep = inner, keep
+    def __init__(self, inner: SiteSum, plan: PrivacyPlan, keep: Callable[[int, Integers], None]) -> None:
+        self.inner, self._plan, self._keep = inner, plan, keep
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -95,6 +87,11 @@ class _Handed:
         """The contribution; its values are kept as they were before any encryption."""
         self._keep(round, values)
         return self.inner.contribute(round, nonce, values, *more)
+
+    def opened(self, packet: Packet) -> Opened:
+        """The sum that the site steps on."""
+        values, members = self.inner.opened(packet)
+        return (values, members) if self._plan.reveal_to == "sites" else _stepped_on(self._plan, values, members)
 
 
 class _Watched(SecureSumStrategy):
@@ -108,7 +105,8 @@ class _Watched(SecureSumStrategy):
     def bring_up_to_date(self) -> None:
         """Let every site apply the last sum now, where only the sites can."""
         if self.plan.reveal_to == "sites":
-            self._catch_up()
+            link, header = self._exchange, {"kind": "apply", "session": self.job.session}
+            link.packets(link.ask(self._opened.packets(link.nodes, header), "query.apply"))
 
     def _record(self, number: int, metrics: MetricRecord | None, seconds: float) -> None:
         """Write no line of metrics: to compute its ε would take longer than the round."""
@@ -142,7 +140,8 @@ class InProcess:
 
         Args:
             weights: where training starts, for an attack by a server; None: the plan's public start. A real server
-                has no such choice: it can only move the model, by a sum that nobody verified, within the norm's cap.
+                has no such choice: it can only move the model within the norm's cap, and under ``keysum`` only together
+            with a member.
         """
         flwr_adapter.quiet_flower()
         virtual_sites.fit_threads(plan.model.parameters)
@@ -233,10 +232,19 @@ def _listen(site: Site, keep: Callable[[int, Integers], None]) -> None:
     def accepted(*given: Any, **named: Any) -> Session:
         session = accept(*given, **named)
         if not isinstance(session.sum, _Handed):
-            session.sum = cast(SiteSum, _Handed(session.sum, keep))
+            session.sum = cast(SiteSum, _Handed(session.sum, session.plan, keep))
         return session
 
     site.accept = accepted
+
+
+def _stepped_on(plan: PrivacyPlan, values: NDArray[np.int64], members: tuple[SiteId, ...]) -> Opened:
+    """What server and sites step on: zeros in place of a sum over the norm's cap."""
+    try:
+        norm_cap.check(plan, values, len(members))
+    except SumTooLong:
+        return np.zeros_like(values), members
+    return values, members
 
 
 def _member(job: jobs.Job, sites: list[Site]) -> Session:

@@ -74,9 +74,9 @@ def blinded(make, planned):
             if kind == "round.open":
                 b["model_hash"] = now
             elif kind == "round.applied":
-                packet = Packet({"kind": "blinded", "round": b["round"]}, {"blinded": bytes([b["round"]]) * 500})
+                packet = Packet({"kind": "blinded", "round": b["round"]}, {"opening": bytes([b["round"]]) * 500})
                 (folder / f"{b['round']}.json").write_bytes(canonical.dumps(packet.header))
-                (folder / f"{b['round']}.bin").write_bytes(packet.buffers["blinded"])
+                (folder / f"{b['round']}.bin").write_bytes(packet.buffers["opening"])
                 now = b["model_hash"] = chained(now, packet)
         items[-1][1]["model_hash"] = now
 

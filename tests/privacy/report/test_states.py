@@ -11,11 +11,12 @@ import pytest
 
 from fedveil.common import canonical
 from fedveil.common.errors import VerificationError
+from fedveil.common.identity import Roster
 from fedveil.common.journal import parse
 from fedveil.deploy.lab import simulate
 from fedveil.privacy import norm_cap
 from fedveil.privacy import plan as plans
-from fedveil.privacy.report import history, states
+from fedveil.privacy.report import bundle, history, states
 from fedveil.privacy.report.verify import verify_report
 
 
@@ -35,7 +36,12 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def steps(run: Path) -> str:
     plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
-    return states.steps(run, plan, history.replay(parse((run / "journal.jsonl").read_bytes())))
+    return states.steps(run, plan, history.replay(parse((run / "journal.jsonl").read_bytes())), roster(run))
+
+
+def roster(run: Path) -> Roster:
+    files = bundle.read(run)
+    return bundle.open_roster(files, files.pin)
 
 
 def test_an_honest_run_is_taken_again_step_by_step(run):
@@ -91,7 +97,7 @@ def test_a_state_that_the_sum_does_not_lead_to_is_found(run):
     states.chain(h)
     h.applied[1].state_out = "0" * 64
     with pytest.raises(VerificationError, match="round 2 does not lead to"):
-        states.steps(run, plan, h)
+        states.steps(run, plan, h, roster(run))
     with pytest.raises(VerificationError, match="round 3 does not start from the model state"):
         states.chain(h)
 

@@ -89,12 +89,18 @@ class Session:
                 self.server.add_agreement(s, self.site(s).agree(request))
         return {s: self.site(s).open(r) for s, r in self.server.open_requests().items() if s in chosen}
 
+    def vouch(self) -> None:
+        """Every member's fingerprint."""
+        for s, request in self.server.fingerprint_requests().items():
+            self.server.add_fingerprint(s, self.site(s).fingerprint(request))
+
     def sum(
         self, round: int, vectors: Mapping[SiteId, NDArray[np.int64]], helpers: Iterable[SiteId] | None = None
     ) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         self.collect(round, vectors)
         for s, packet in self.answers(helpers).items():
             self.server.add_answer(s, packet)
+        self.vouch()
         if self.spec.reveal_to == "sites":
             return self.site(self.names[-1]).opened(self.server.opened())
         return self.server.result()

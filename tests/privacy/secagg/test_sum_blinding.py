@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from fedveil.common.errors import ProtocolError, SecureSumError, WireError
+from fedveil.common.errors import ProtocolError, SecureSumError, UnverifiedOpening, WireError
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import lattice, shamir
+from fedveil.privacy.secagg import shamir
 from fedveil.privacy.secagg.keysum_common import sign_header
+from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.params import N, Q
 from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore
 
@@ -36,7 +37,7 @@ def test_every_site_reads_the_blinded_sum_and_the_server_does_not(blind):
 def test_what_the_server_holds_is_uniform_also_for_a_sum_of_zeros(blind):
     s = blind(length=16 * 4 * N, bound=1447)
     s.sum(1, dict.fromkeys(s.names, np.zeros(s.spec.length, np.int64)))
-    held = lattice.from_bytes(s.server.opened().buffers["blinded"]).reshape(-1)
+    held = np.concatenate(list(Opening.parse(s.spec, s.server.opened()).chunks())).reshape(-1)
     counts = np.bincount((held.astype(np.float64) * 64 / Q).astype(int), minlength=64)
     expected = held.size / 64
     assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 8 * math.sqrt(2 * 63)
@@ -114,16 +115,15 @@ def test_a_blinded_sum_that_was_changed_or_wrongly_labelled_is_refused(blind):
     s.sum(1, dict.fromkeys(s.names, np.arange(5)))
     packet = s.server.opened()
     site, h = s.site(s.names[0]), packet.header
-    data = packet.buffers["blinded"]
+    data = packet.buffers["opening"]
     flipped = data[:5] + bytes([data[5] ^ 64]) + data[6:]
-    few = dict(list(h["agreements"].items())[: s.spec.threshold - 1])
     for bad in (
-        Packet(h, {"blinded": flipped}),
-        Packet(h, {"blinded": data[:-7]}),
+        Packet(h, {"opening": flipped}),
+        Packet(h, {"opening": data[:-7]}),
         Packet({**h, "members": h["members"][:-1]}, packet.buffers),
         Packet({**h, "members": h["members"][:2]}, packet.buffers),
-        Packet({**h, "agreements": few}, packet.buffers),
-        Packet({**h, "digest": "0" * 64}, packet.buffers),
+        Packet({**h, "helpers": h["helpers"][:-1]}, packet.buffers),
+        Packet({**h, "sum": "0" * 64}, packet.buffers),
         Packet({**h, "round": 2}, packet.buffers),
         Packet({**h, "nonce": "m"}, packet.buffers),
         Packet({**h, "kind": "keysum/members"}, packet.buffers),
@@ -152,11 +152,12 @@ def test_a_wrong_answer_among_exactly_enough_is_seen_by_the_server_or_by_the_sit
         s.server.add_answer(n, packet)
     if seen_by == "server":
         with pytest.raises(SecureSumError, match="wrong"):
-            s.server.opened()
+            s.server.fingerprint_requests()
     else:
+        s.vouch()
         packet = s.server.opened()
         for n in s.names:
-            with pytest.raises(SecureSumError, match="honest sites"):
+            with pytest.raises(UnverifiedOpening, match="honest sites"):
                 s.site(n).opened(packet)
 
 
@@ -177,6 +178,6 @@ def test_the_deal_is_checked_by_the_server_and_only_keysum_can_blind(blind, sess
             session(protocol, 3, reveal_to=reveal_to)
     plain = session("keysum", 3)
     plain.sum(1, dict.fromkeys(plain.names, np.zeros(10, np.int64)))
-    with pytest.raises(WireError, match="'sum/opened' was expected"):
-        plain.site(lead).opened(Packet({"kind": "keysum/blinded"}))
+    with pytest.raises(WireError, match="'keysum/opened' was expected"):
+        plain.site(lead).opened(Packet({"kind": "sum/opened"}))
     assert isinstance(plain.stores[lead], MemoryStore)

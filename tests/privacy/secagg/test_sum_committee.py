@@ -223,8 +223,8 @@ def test_twelve_sites_open_with_two_liars_who_are_named(session, reveal_to):
             header = {k: v for k, v in packet.header.items() if k != "signature"} | {"answer": sha256(data)}
             packet = Packet(sign_header(s.site(n)._signing_key, header), {"answer": data})
         s.server.add_answer(n, packet)
-    got = s.server.result()[0] if reveal_to == "server" else s.site(s.names[0]).opened(s.server.opened())[0]
-    assert got.tolist() == [0, 12, 24, 36, 48]
+    s.vouch()
+    assert s.site(s.names[0]).opened(s.server.opened())[0].tolist() == [0, 12, 24, 36, 48]
     assert s.server.suspects == liars
 
 
@@ -235,13 +235,14 @@ def test_strikes_set_a_helper_aside_and_lost_rounds_are_bounded():
     assert conduct.set_aside == ()
     conduct.opened(2, [b, b])
     assert conduct.set_aside == (b,)
-    conduct.aborted(3)
+    conduct.aborted(3, [a, a])
+    assert conduct.left_out == ()
     for again in (3, 1):
         with pytest.raises(SecureSumError, match="forward"):
             conduct.opened(again, [])
     with pytest.raises(SecureSumError, match="plan bears 1"):
-        conduct.aborted(4)
-    assert conduct.aborts == 2
+        conduct.aborted(4, [a])
+    assert (conduct.aborts, conduct.left_out, conduct.set_aside) == (2, (a,), (b,))
     for bad in ((-1, 1), (0, 0)):
         with pytest.raises(SecureSumError):
             Conduct(*bad)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.errors import SecureSumError, WireError
-from fedveil.privacy.secagg import keysum_server, keysum_site, lattice, opening, params, shamir
+from fedveil.privacy.secagg import keysum_server, keysum_site, lattice, params, residuals, shamir
 from fedveil.privacy.secagg.params import KeysumParams, N, Q
 
 # ---- shamir
@@ -117,7 +117,7 @@ def test_the_test_of_errors_sees_a_narrower_a_shifted_and_a_repeated_error():
 
 def test_the_errors_of_an_opened_sum_have_the_variance_of_its_members(session, monkeypatch):
     def opens(excess: float) -> bool:
-        monkeypatch.setattr(opening, "EXCESS", excess)
+        monkeypatch.setattr(residuals, "EXCESS", excess)
         s = session("keysum", 4, length=10)
         try:
             s.sum(1, dict.fromkeys(s.names, np.zeros(10, np.int64)))

@@ -134,7 +134,7 @@ def test_no_key_and_no_plaintext_passes_a_file_outside_the_store(session, monkey
     assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o700}
     # What is at rest and secret is the X25519 key alone.
     kinds = {"-".join(p.name.split("-")[2:]) for p in files}
-    assert kinds == {"x25519", "joins", "contribution-1", "spent-1", "agreed-1", "answer-1"}
+    assert kinds == {"x25519", "joins", "contribution-1", "spent-1", "agreed-1", "answer-1", "fingerprint-1"}
 
 
 # ---- the store

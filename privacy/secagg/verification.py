@@ -1,0 +1,153 @@
+"""Whether an opened sum is the sum of its members' signed ciphertexts.
+
+Against the server alone it is: each member signed the fingerprint of its own ciphertext under a challenge that is the
+hash of this very opening, and the fingerprints add up to that of the opened sum (:mod:`.fingerprint`). T signed answers
+give the sum of the members' keys. The errors must be those of honest sites: with free errors any sum would fit.
+
+That T answers name the members means that T helpers signed these members before, each after it had checked every
+header: so a site that took no part in the round, or in the session, can verify its sum too.
+
+A member that deviates together with the server can choose its fingerprint afterwards, and with it the sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedveil.common import canonical
+from fedveil.common.errors import SecureSumError, UnverifiedOpening
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet, sha256
+from fedveil.privacy.secagg import _seal, lattice, residuals, shamir
+from fedveil.privacy.secagg import fingerprint as fingerprints
+from fedveil.privacy.secagg import keysum_common as messages
+from fedveil.privacy.secagg.blinding import GroupKey
+from fedveil.privacy.secagg.interface import SumSpec
+from fedveil.privacy.secagg.keysum_opening import Opening
+from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
+from fedveil.privacy.secagg.params import HALF_BITS, choose
+
+_last: list[tuple[tuple[str, ...], NDArray[np.int64]]] = []  # one: the virtual sites of a process verify the same sum
+
+
+def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None = None) -> NDArray[np.int64]:
+    """:func:`verify` for one of many sites in a process: what was verified last is not verified again.
+
+    The values are shared and cannot be written to.
+
+    Args:
+        opening: the parts of ``packet``.
+        group: the site's group key, where sums are blinded.
+    """
+    seen = (
+        spec.session, spec.roster.hash, spec.plan_hash, sha256(packet.buffers[BUFFERS[KEYSUM]]),
+        canonical.digest(packet.header), group.digest if group else "",
+    )  # fmt: skip
+    for before, values in _last:
+        if before == seen:
+            return values
+    blinds = group.streams(spec.session, opening.round, opening.nonce, tuple(opening.members)) if group else ()
+    values = verify(spec, opening, blinds)
+    values.flags.writeable = False
+    _last[:] = [(seen, values)]
+    return values
+
+
+def verify(spec: SumSpec, opening: Opening, blinds: Sequence[lattice.Uniform] = ()) -> NDArray[np.int64]:
+    """The ``(D,)`` integers of an opened sum.
+
+    Args:
+        blinds: the members' blindings, where sums are blinded.
+
+    Raises:
+        UnverifiedOpening: nothing shows that it is the sum of its members' signed ciphertexts, or its errors or values
+            are not those of honest sites.
+        WireError: a phase is not below q.
+    """
+    reader = residuals.Reader(choose(spec), len(opening.members), spec.length, spec.bound)
+    try:
+        for phases in checked(spec, opening):
+            clear = phases
+            for blind in blinds:
+                clear = lattice.reduce((clear - blind.take(len(clear))).view(np.int64))
+            if not reader.take(clear):
+                raise UnverifiedOpening(
+                    f"the sum of round {opening.round} does not open to a sum of honest sites: too large errors",
+                    hint="a helper's answer, or a member's ciphertext or share, was wrong",
+                )
+        return reader.values
+    except UnverifiedOpening:
+        raise
+    except SecureSumError as e:
+        raise UnverifiedOpening(e.message, hint=e.hint) from e
+
+
+def checked(spec: SumSpec, opening: Opening) -> Iterator[NDArray[np.uint64]]:
+    """The phases of an opened sum, a few blocks at a time. They are verified only when the last was taken.
+
+    Raises:
+        UnverifiedOpening: see :func:`verify`; here the errors are not judged.
+        WireError: a phase is not below q.
+    """
+    key = _key(spec, opening)
+    challenge = _vouched(spec, opening)
+    engine, public = (
+        _seal.engine(choose(spec).plain_bits),
+        lattice.PublicPolynomials(spec.session, opening.round, opening.nonce),
+    )
+    weights, total = fingerprints.Weights(challenge), hashlib.sha256()
+    for phases in opening.chunks():
+        product = engine.multiply(public.take(len(phases)), key)
+        ciphertexts = lattice.reduce((phases - product).view(np.int64))
+        weights.take(ciphertexts)
+        total.update(lattice.to_bytes(ciphertexts))
+        yield phases
+    if total.hexdigest() != opening.total:
+        raise UnverifiedOpening(
+            f"the sum of round {opening.round} is not the one whose hash its members were asked about"
+        )
+    if fingerprints.added([m.fingerprint for m in opening.members.values()]) != weights.sums:
+        raise UnverifiedOpening(
+            f"the members' fingerprints in round {opening.round} do not add up to that of the opened sum",
+            hint="the server sent another sum, or a member another fingerprint",
+        )
+
+
+def _key(spec: SumSpec, opening: Opening) -> NDArray[np.int64]:
+    """The sum of the members' keys, from T answers that their helpers signed for these members."""
+    rows, digest = list[NDArray[np.int64]](), opening.digest(spec)
+    for site, answer in opening.answers.items():
+        header = messages.answer_header(spec, opening.round, site, digest, sha256(answer.shares))
+        _check(spec, site, {**header, "signature": answer.signature}, "answer")
+        row = np.frombuffer(answer.shares, "<u2").astype(np.int64)
+        if int(row.max()) >= shamir.P:
+            raise UnverifiedOpening(f"the answer of {site!r} in an opened sum is outside the field")
+        rows.append(row)
+    points = [spec.all_helpers.index(site) + 1 for site in opening.answers]
+    key = shamir.centred(shamir.interpolate(points, np.stack(rows))[0])
+    if not 0 < np.abs(key).max() <= HALF_BITS * len(opening.members):
+        raise UnverifiedOpening(f"the answers of round {opening.round} do not open to a sum of keys of honest sites")
+    return key
+
+
+def _vouched(spec: SumSpec, opening: Opening) -> str:
+    """The challenge, after the signature under every member's fingerprint was checked."""
+    challenge, digest = opening.challenge(spec), opening.digest(spec)
+    for site, member in opening.members.items():
+        header = messages.fingerprint_header(spec, opening.round, site, digest, challenge, member.fingerprint)
+        _check(spec, site, {**header, "signature": member.signature}, "fingerprint")
+    return challenge
+
+
+def _check(spec: SumSpec, site: SiteId, header: dict[str, Any], what: str) -> None:
+    try:
+        messages.check_signature(spec, site, header)
+    except SecureSumError as e:
+        raise UnverifiedOpening(
+            f"the {what} of {site!r} in the opened sum of round {header['round']} is not signed by it for this sum"
+        ) from e
