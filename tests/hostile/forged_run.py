@@ -27,7 +27,7 @@ from fedveil.common.contract import DataContract, sign_contract
 from fedveil.common.errors import FedveilError, VerificationError
 from fedveil.common.journal import Copy, Head, Journal
 from fedveil.common.units import Delta, Epsilon, SiteId
-from fedveil.common.wire import sha256
+from fedveil.common.wire import Packet, sha256
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.lab import virtual_sites
 from fedveil.deploy.transport.inprocess import run_inprocess
@@ -35,13 +35,19 @@ from fedveil.privacy.audit import attach
 from fedveil.privacy.audit.one_run import Guesses, OneRun, corrected, detectable
 from fedveil.privacy.audit.slab import price
 from fedveil.privacy.dp.accounting import Filter, best_order, rdp
-from fedveil.privacy.joining import JOIN, data_set
+from fedveil.privacy.joining import JOIN, chained, data_set, sum_spec
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report import results, signatures
 from fedveil.privacy.report.build import DOMAIN, build_report
 from fedveil.privacy.report.countersign import countersign, see, sign
+from fedveil.privacy.secagg import lattice
+from fedveil.privacy.secagg.interface import SumSpec
+from fedveil.privacy.secagg.keysum_opening import Opening
+from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
+from fedveil.privacy.secagg.params import N, choose
+from fedveil.privacy.secagg.residuals import Reader
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 from fedveil.server.evaluate import Evaluator
@@ -328,9 +334,39 @@ class Forger:
         state = ModelState.start(np.frombuffer((self.folder / "start.f32").read_bytes(), "<f4"))
         out = {}
         for r in range(1, PLAN.steps + 1):
-            values = sums.get(r, np.frombuffer((self.folder / f"sums/{r}.bin").read_bytes(), "<i4").astype(np.int64))
-            out[r] = state = state.after(PLAN, values)
+            out[r] = state = state.after(PLAN, sums[r] if r in sums else self.values(r))
         return out
+
+    @property
+    def spec(self) -> SumSpec:
+        """The secure sum of the run."""
+        return sum_spec(PLAN, self.json("report.json")["payload"]["session"], self.base.world.roster)
+
+    def opening(self, round_: int) -> Opening:
+        """The opened sum of a round, as the folder holds it."""
+        data = (self.folder / f"sums/{round_}.bin").read_bytes()
+        return Opening.parse(self.spec, Packet(self.json(f"sums/{round_}.json"), {BUFFERS[KEYSUM]: data}))
+
+    def put_opening(self, round_: int, opening: Opening) -> str:
+        """Another one in its place; returns what the journal calls it."""
+        packet = opening.packet(self.spec)
+        (self.folder / f"sums/{round_}.json").write_bytes(canonical.dumps(packet.header))
+        (self.folder / f"sums/{round_}.bin").write_bytes(packet.buffers[BUFFERS[KEYSUM]])
+        return chained("", packet)
+
+    def values(self, round_: int) -> np.ndarray:
+        """What the opened sum of a round says."""
+        opening, spec = self.opening(round_), self.spec
+        reader = Reader(choose(spec), len(opening.members), spec.length, spec.bound)
+        assert all(reader.take(phases) for phases in opening.chunks())
+        return reader.values.copy()
+
+    def phases(self, values: np.ndarray) -> bytes:
+        """What a sum of these values looks like, without errors."""
+        p = choose(self.spec)
+        filled = np.zeros(p.blocks * p.per_coefficient * N, np.int64)
+        filled[: values.size] = values
+        return lattice.to_bytes(lattice.reduce(lattice.encode(filled.reshape(p.blocks, p.per_coefficient, N), p)))
 
     def signed_by(self) -> list[str]:
         """The honest sites that sign the report as it lies there: each verifies it, and compares its own ledger."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from forged_run import CAPPED, NAMES, OTHER, PLAN, Forger, Items, body
 from forgery import ALONE, LEFT_OUT, forged
 
 from fedveil.common import canonical
-from fedveil.common.wire import Packet, sha256
+from fedveil.common.units import SiteId
+from fedveil.common.wire import sha256
 from fedveil.privacy.dp.events import SampledGaussian
-from fedveil.privacy.joining import chained
-from fedveil.privacy.secagg.opened_sum import BUFFERS, OPENED
 
 DAY = 86_400
 
@@ -100,20 +99,18 @@ def round_fewer(f: Forger) -> None:
 
 def _other_sum(f: Forger, round_: int) -> None:
     """Another opened sum, short enough; the states and models after it are those that it gives."""
-    path = f.folder / f"sums/{round_}"
-    values = np.frombuffer(path.with_suffix(".bin").read_bytes(), "<i4").astype(np.int64) // 2
-    path.with_suffix(".bin").write_bytes(values.astype("<i4").tobytes())
+    values = f.values(round_) // 2
+    named = f.put_opening(round_, replace(f.opening(round_), phases=f.phases(values)))
     states = f.steps({round_: values})
 
     def change(items: Items) -> None:
-        packet = Packet(f.json(f"sums/{round_}.json"), {BUFFERS[OPENED]: values.astype("<i4").tobytes()})
         for kind, b in items:
             r = b.get("round", 0)
             if kind == "round.open" and r > round_:
                 b |= {"model_hash": states[r - 1].hash, "state": states[r - 1].digest}
             if kind == "round.applied" and r >= round_:
                 b |= {"model_hash": states[r].hash, "state": states[r].digest}
-                b |= {"sum": chained("", packet)} if r == round_ else {}
+                b |= {"sum": named} if r == round_ else {}
         body(items, "run.end")["model_hash"] = states[PLAN.steps].hash
 
     (f.folder / "model.f32").write_bytes(states[PLAN.steps].sent())
@@ -175,9 +172,10 @@ def _members(f: Forger, round_: int, members: list[str]) -> None:
             if kind == "round.applied" and b["round"] == round_:
                 b["noise_multiplier"] = PLAN.realised_noise_multiplier(len(members))
 
-    f.edit(f"sums/{round_}.json", lambda h: h.update(members=members))
-    data = (f.folder / f"sums/{round_}.bin").read_bytes()
-    named = chained("", Packet(f.json(f"sums/{round_}.json"), {BUFFERS[OPENED]: data}))
+    opening = f.opening(round_)
+    some = next(iter(opening.members.values()))
+    rows = {SiteId(name): opening.members.get(SiteId(name), some) for name in members}
+    named = f.put_opening(round_, replace(opening, members=rows))
 
     def both(items: Items) -> None:
         change(items)

@@ -104,22 +104,12 @@ class _Right(NamedTuple):
     values: NDArray[np.float64]
 
 
-def reference(model: nn.Module, records: Records, clip: float) -> NDArray[np.float64]:
-    """``(D,)``: the definition. One backward pass for each record by itself, in float64, without dropout."""
-    gradients = _gradients(model.double(), records)
-    return _clipped(gradients, np.linalg.norm(gradients, axis=1), clip)
-
-
 def _definition(model: nn.Module, records: Records) -> _Right:
     with _shaken(model.double()):
         gradients = _gradients(model, records)
     norms = np.linalg.norm(gradients, axis=1)
     clip = math.sqrt(float(norms.min()) * float(norms.max())) or 1.0
-    return _Right(records, clip, _clipped(gradients, norms, clip))
-
-
-def _clipped(gradients: NDArray[np.float64], norms: NDArray[np.float64], clip: float) -> NDArray[np.float64]:
-    return np.minimum(1.0, clip / (norms + 1e-300)) @ gradients
+    return _Right(records, clip, np.minimum(1.0, clip / (norms + 1e-300)) @ gradients)
 
 
 def _gradients(model: nn.Module, records: Records) -> NDArray[np.float64]:

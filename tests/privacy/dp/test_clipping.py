@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.privacy.dp.definition import reference
 from torch import nn
 
 from fedveil.common.errors import ModelError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten, trainable, unflatten
 from fedveil.privacy.dp.clipping import Clipper, Engine
-from fedveil.privacy.dp.clipping.probe import reference
 from fedveil.privacy.dp.places import EMPTY
 from fedveil.privacy.dp.rounding import relative
 

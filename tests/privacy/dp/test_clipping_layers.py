@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from opacus.layers import DPLSTM, DPMultiheadAttention
+from tests.privacy.dp.definition import reference
 from torch import nn
 from torch.nn import functional
 
 from fedveil.common.errors import ModelError
 from fedveil.privacy.dp.clipping import Clipper, Engine, choose, refuse_coupled
-from fedveil.privacy.dp.clipping.probe import reference
 
 ENGINES: tuple[Engine, ...] = ("closed", "numpy", "book", "vmap", "opacus")
 DENSE: tuple[Engine, ...] = ("closed", "book", "vmap", "opacus")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.privacy.dp.definition import reference
 from torch import nn
 
 from fedveil.common.errors import ModelError
@@ -16,7 +17,6 @@ from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, unflatten
 from fedveil.privacy.dp.clipping import Clipper, choose, direct, engines, probe, problem
 from fedveil.privacy.dp.clipping.gradient_factors import Dense
-from fedveil.privacy.dp.clipping.probe import reference
 
 MLP = ModelSpec(name="mlp", inputs=6, classes=3, hidden=(16, 16), seed=3)
 CNN = ModelSpec(name="cnn", inputs=64, classes=4, hidden=(3, 2), seed=5)

@@ -269,7 +269,7 @@ def test_the_fallback_of_many_sites_is_named_by_an_accountant_that_can_compute_i
     honest, sites: int, rate: float, epsilon: float, steps: int
 ) -> None:
     plan = make_plan(
-        sites=sites, records=100_000, epsilon=epsilon, delta=1e-6, steps=steps, clip=1.0, sample_rate=rate,
+        sites=sites, records=100_000, epsilon=epsilon, delta=1e-6, steps=steps, clip=1.0, sample_rate=rate, sum="plain",
         model=ModelSpec(name="logistic", inputs=1000, classes=2), optimizer=Optimizer(learning_rate=0.1),
         contract_hash=honest.plan.contract_hash,
     )  # fmt: skip
