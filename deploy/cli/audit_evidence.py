@@ -133,16 +133,14 @@ def _key(path: Path | None) -> Ed25519PrivateKey | None:
 
 
 def _noted_precision(run: Path | None) -> str:
-    """The lowest precision that a ledger beside the plan notes for the run's sites."""
+    """The lowest precision that a ledger beside the plan notes for the run's sites; without any, the default."""
     from fedveil.common.journal import parse
     from fedveil.privacy.report.bundle import JOURNALS, read_bounded
 
     folder = run / JOURNALS if run is not None and run.is_dir() else None
-    for path in sorted(folder.glob("*.jsonl")) if folder is not None else []:
-        for row in parse(read_bounded(path, 1 << 28)):
-            if row.kind == "plan.accepted" and row.body.get("precision") == "float32":
-                return "float32"
-    return "float64"
+    rows = (r for p in folder.glob("*.jsonl") for r in parse(read_bounded(p, 1 << 28))) if folder is not None else ()
+    noted = {r.body.get("precision", "float32") for r in rows if r.kind == "plan.accepted"}
+    return "float64" if noted == {"float64"} else "float32"
 
 
 def _keep(run: Path | None, wanted: bool, result: Conformance | OneRun, key: Ed25519PrivateKey | None) -> None:

@@ -14,7 +14,7 @@ from fedveil.privacy.plan import PrivacyPlan
 
 
 def conformance(
-    plan: PrivacyPlan, effort: Effort | None = None, engine: str = "auto", precision: str = "float64"
+    plan: PrivacyPlan, effort: Effort | None = None, engine: str = "auto", precision: str = "float32"
 ) -> Conformance:
     """Examine the path that ``plan`` takes through this program; see :func:`fedveil.privacy.audit.suite.examine`.
 

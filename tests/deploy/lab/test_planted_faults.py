@@ -59,7 +59,7 @@ def test_the_honest_program_passes_every_check(sum_):
     assert result.low < result.measured < result.high
     assert result.measured == pytest.approx(1.0, abs=0.03)
     assert canonical.loads(canonical.dumps(result.to_json()))["passed"] is True
-    assert result.examined == Examined("train", "distributed", sum_, "server", 0, "logistic", 18, "closed", "float64")
+    assert result.examined == Examined("train", "distributed", sum_, "server", 0, "logistic", 18, "closed", "float32")
     consistency.conformance(at_the_usual_level(result), train_plan(sum=sum_))
 
 
