@@ -139,7 +139,8 @@ def _noted_precision(run: Path | None) -> str:
 
     folder = run / JOURNALS if run is not None and run.is_dir() else None
     rows = (r for p in folder.glob("*.jsonl") for r in parse(read_bounded(p, 1 << 28))) if folder is not None else ()
-    noted = {r.body.get("precision", "float32") for r in rows if r.kind == "plan.accepted"}
+    # A ledger notes any other precision than float64.
+    noted = {r.body.get("precision", "float64") for r in rows if r.kind == "plan.accepted"}
     return "float64" if noted == {"float64"} else "float32"
 
 

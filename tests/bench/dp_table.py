@@ -91,8 +91,11 @@ def ours(spec: ModelSpec, X: np.ndarray, y: np.ndarray, precision: Precision, pl
 
 def ratios(steps: dict[str, Step]) -> tuple[float, dict[str, float], int]:
     """(milliseconds of the plain step, ratio of every other, repetitions)."""
-    for step in steps.values():
-        step()
+    for name, step in list(steps.items()):
+        try:
+            step()
+        except NotImplementedError:  # Opacus' ghost clipping knows no layer that is used twice
+            del steps[name]
     taken: dict[str, list[float]] = {name: [] for name in steps}
     start, names, order = time.perf_counter(), list(steps), random.Random(0)
     while len(taken["plain"]) < LEAST or (time.perf_counter() - start < SECONDS and len(taken["plain"]) < MOST):
@@ -130,9 +133,9 @@ def clipping_rows() -> list[str]:
             ours_, padded_, before_ = (found[c] for c in COLUMNS[:3])
             target = TARGETS.get(name[:3])
             verdict = [] if target is None else [f"≤ {target}: {'yes' if ours_ <= target else 'no'}"]
-            verdict.append(f"≤ Opacus: {'yes' if ours_ <= min(found[c] for c in COLUMNS[3:]) else 'no'}")
+            verdict.append(f"≤ Opacus: {'yes' if ours_ <= min(found[c] for c in COLUMNS[3:] if c in found) else 'no'}")
             verdict.append(f"sampled ≤ before: {'yes' if padded_ <= before_ else 'no'}")
-            cells = [f"{found[c]:.2f}" for c in COLUMNS]
+            cells = [f"{found[c]:.2f}" if c in found else "refuses" for c in COLUMNS]
             for i, used in enumerate((whole, sampled, double)):
                 cells[i] += f" ({used.engine})"
             cells[1] += f", {places} places"

@@ -176,12 +176,12 @@ def test_the_precision_is_the_one_that_the_runs_ledgers_note(tmp_path):
     from fedveil.deploy.cli.audit_evidence import _noted_precision
 
     assert _noted_precision(None) == _noted_precision(tmp_path) == "float32"
-    for site, noted in (("a", "float64"), ("b", "float32")):
+    for site, noted in (("a", {}), ("b", {"precision": "float32"})):
         path = tmp_path / "journals" / f"{site}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with Journal.open(path, SiteId(site), identity.new_signing_key(), durable=False) as journal:
-            journal.append("plan.accepted", {"precision": noted})
-        assert _noted_precision(tmp_path) == noted
+            journal.append("plan.accepted", noted)
+        assert _noted_precision(tmp_path) == noted.get("precision", "float64")
 
 
 @pytest.mark.parametrize("more", [["--attach"], ["RUN", "--attach", "--steps", "2"], ["RUN/nothing"]])
