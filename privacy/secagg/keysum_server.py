@@ -2,8 +2,7 @@
 
 It adds ciphertexts, never sees a key of a site, and opens one sum per round: with T sites' answers it interpolates
 the sum of the members' keys and nothing else. Wrong answers cannot be told from right ones beforehand. They show when
-there are more than T (Reed-Solomon), or when the sum is opened, as errors that no sum of honest errors could have.
-At last every member vouches for the sum. That is what the sites verify.
+there are more than T (Reed-Solomon), or as errors that no honest sum has. At last every member vouches for the sum.
 """
 
 from __future__ import annotations

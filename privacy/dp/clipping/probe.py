@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +55,7 @@ def choose(
     """The fastest engine that computes the right sum, and in which rows do not depend on each other.
 
     Args:
-        make: builds a fresh network with the same weights each time it is called.
+        make: builds the network; it is called once.
         inputs: values per record.
         classes: number of classes.
         precision: of the forward and backward pass.
@@ -70,7 +72,9 @@ def choose(
     Raises:
         ModelError: the network couples records, or no engine computes the right sum.
     """
-    refuse_coupled(make())
+    built = make()  # once: the weights of a large network are drawn from hashes, which takes longer than a copy
+    make = partial(deepcopy, built)
+    refuse_coupled(built)
     reasons: list[str] = []
     right = _definition(make(), _synthetic(make(), inputs, classes, _RECORDS))
     timed = _synthetic(make(), inputs, classes, max(1, min(places * rows, _MOST)))
