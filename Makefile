@@ -47,7 +47,7 @@ bench-place: $(STAMP)
 	$(BIN)/python tests/bench/place_table.py
 
 bench-round: $(STAMP)
-	$(BIN)/python tests/bench/round_ratio.py
+	$(BIN)/python tests/bench/round_table.py
 
 .PHONY: test-hostile fuzz bench-transport
 

@@ -1,0 +1,198 @@
+"""`make bench-round`: a private round beside a plain one, and where its time goes; writes docs/bench-round.md.
+
+Private: the product's own path in one process, four virtual sites and the server, every message included: clipping,
+noise, ledger rows, encryption under the sum of keys, agreement, opening, fingerprints, and the sites' own step. Plain:
+federated SGD with the same network on the same records, one float32 backward pass a site, averaged and stepped. Both
+take turns in one run; figures are medians of rounds, wall seconds. What a simulation leaves out is fsync, TLS and the
+network: see docs/bench-transport.md. ``python tests/bench/round_table.py [output file]``, three minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedveil.client import own_model
+from fedveil.client import round as line
+from fedveil.client.app import make_app as client_app
+from fedveil.common import flwr_adapter
+from fedveil.common.workload.model import ModelSpec
+from fedveil.common.workload.torch.networks import build
+from fedveil.deploy.lab import virtual_sites
+from fedveil.deploy.transport.inprocess import run_inprocess
+from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
+from fedveil.privacy.secagg.keysum_server import KeysumServer
+from fedveil.privacy.secagg.keysum_site import KeysumSite
+from fedveil.server import job as jobs
+from fedveil.server.app import make_app as server_app
+
+OUTPUT = Path(__file__).parents[2] / "docs" / "bench-round.md"
+SITES, ROUNDS, TURNS = 4, 3, 2
+FEATURES = 64
+HIDDEN = {"1M": (700, 1330), "11M": (2600, 4160)}
+TARGETS = {"1M": 2.0, "11M": 2.5}
+# (what, whose function, its name); the clipped sum and the noise are looked up where a round is answered
+PARTS: tuple[tuple[str, Any, str], ...] = (
+    ("clipped sum", line, "site_sum"),
+    ("noise", line, "discrete_gaussian"),
+    ("to the grid", line, "to_grid"),
+    ("encrypt, share, sign, keep", KeysumSite, "contribute"),
+    ("fingerprint", KeysumSite, "fingerprint"),
+    ("add at the server", KeysumServer, "add"),
+    ("open at the server", KeysumServer, "result"),
+    ("verify the opened sum", KeysumSite, "opened"),
+    ("step the model", own_model, "_stepped"),
+)
+
+
+def plan_of(hidden: tuple[int, ...], records: int) -> PrivacyPlan:
+    """Every record in every step, a tenth more places than records."""
+    return make_plan(
+        sites=SITES, records=SITES * records, capacity=records + records // 10, epsilon=8.0, steps=ROUNDS + 1,
+        clip=1.0, sample_rate=1.0, contract_hash="c" * 64, optimizer=Optimizer(learning_rate=0.1),
+        model=ModelSpec(name="mlp", inputs=FEATURES, classes=2, hidden=hidden),
+    )  # fmt: skip
+
+
+def tables(records: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Made-up records of every site."""
+    rng = np.random.default_rng(0)
+    return [(rng.random((records, FEATURES), np.float32), rng.integers(0, 2, records)) for _ in range(SITES)]
+
+
+@contextmanager
+def timed(taken: dict[str, float]) -> Iterator[None]:
+    """Adds up the time within each of :data:`PARTS`."""
+
+    def around(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*args, **named)
+            finally:
+                taken[what] = taken.get(what, 0.0) + time.perf_counter() - start
+
+        return run
+
+    with ExitStack() as stack:
+        for what, owner, name in PARTS:
+            stack.enter_context(patch.object(owner, name, around(what, getattr(owner, name))))
+        yield
+
+
+def private(plan: PrivacyPlan, data: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each round but the first, and of its parts (of all sites together, per round)."""
+    marks: list[float] = []
+    taken: dict[str, float] = {}
+
+    def progress(kind: str, body: dict[str, Any]) -> None:
+        if kind == "round":
+            marks.append(time.perf_counter())
+            if len(marks) == 1:
+                taken.clear()  # the first round builds engines and tables
+
+    with tempfile.TemporaryDirectory() as scratch, timed(taken):
+        world, home = virtual_sites.World.make(SITES), Path(scratch)
+        job = jobs.create(
+            home / "run", plan, world.roster, world.server, documents=world.documents(), durable=False,
+            engine="inprocess", progress=progress,
+        )  # fmt: skip
+        server, _ = server_app(job)
+        resolve, sites = virtual_sites.keep(
+            lambda i: virtual_sites.make_site(
+                world.roster, i, world.keys[i], plan, *data[i], home, cap=plan.filter_epsilon(), engine="closed"
+            )
+        )
+        run_inprocess(server, client_app(resolve), world.sites, lambda _: {})
+        for site in sites:
+            site.ledger.close()
+    seconds = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    return seconds, {what: total / len(seconds) for what, total in taken.items()}
+
+
+def plain(plan: PrivacyPlan, data: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Seconds of each round of federated SGD without any privacy."""
+    model = build(plan.network)
+    parameters = list(model.parameters())
+    given = [(torch.from_numpy(X), torch.from_numpy(y)) for X, y in data]
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        updates = []
+        for X, y in given:
+            gradients = torch.autograd.grad(nn.functional.cross_entropy(model(X), y), parameters)
+            updates.append(torch.cat([g.reshape(-1) for g in gradients]))
+        step, at = torch.stack(updates).mean(0), 0
+        with torch.no_grad():
+            for p in parameters:
+                p -= 0.1 * step[at : at + p.numel()].view_as(p)
+                at += p.numel()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def section(name: str, records: int) -> tuple[list[str], float]:
+    """The lines of one size, and the ratio."""
+    plan, data = plan_of(HIDDEN[name], records), tables(records)
+    alone: list[float] = []
+    ours: list[float] = []
+    parts: list[dict[str, float]] = []
+    for _ in range(TURNS):
+        alone += plain(plan, data)
+        seconds, taken = private(plan, data)
+        ours += seconds
+        parts.append(taken)
+    ratio = statistics.median(ours) / statistics.median(alone)
+    whole = statistics.median(ours)
+    rows = [
+        f"## {plan.model.parameters:,} parameters, {SITES} sites of {records} records", "",
+        f"Plain round {statistics.median(alone):.3f} s, private round {whole:.3f} s: **{ratio:.2f}x** "
+        f"(target at {name}, 64 records: ≤ {TARGETS[name]}x).", "",
+        "| part | s a round, all sites | share |", "|---|---|---|",
+    ]  # fmt: skip
+    mean = {what: statistics.mean(p.get(what, 0.0) for p in parts) for what, _, _ in PARTS}
+    mean["everything else (messages, hashes, ledger rows, state)"] = max(0.0, whole - sum(mean.values()))
+    rows += [f"| {what} | {seconds:.3f} | {seconds / whole:.0%} |" for what, seconds in mean.items()]
+    print("\n".join(rows), flush=True)
+    return [*rows, ""], ratio
+
+
+def main(output: Path) -> None:
+    """Measure, print, write."""
+    flwr_adapter.quiet_flower()
+    start = time.perf_counter()
+    rows: list[str] = []
+    for name, records in (("1M", 64), ("11M", 64), ("1M", 1000)):
+        rows += section(name, records)[0]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    head = [
+        "# A private round beside a plain one", "",
+        f"Written by `make bench-round` in {time.perf_counter() - start:.0f} s: {os.cpu_count()} cores "
+        f"({platform.machine()}), torch {version('torch')} with {torch.get_num_threads()} threads, NumPy "
+        f"{version('numpy')}, Python {platform.python_version()}. Wall seconds, medians of {ROUNDS * TURNS} rounds; "
+        f"both kinds take turns. The process held {memory} MiB at most: a server and all sites.", "",
+        "*Private* is the whole path of a round in one process (keysum, ledgers, every message). *Plain* is federated "
+        "SGD: one float32 gradient a site, averaged. Without fsync, TLS and network: those are in "
+        "[bench-transport](bench-transport.md).", "",
+    ]  # fmt: skip
+    output.write_text("\n".join([*head, *rows]), encoding="utf-8")
+    print(output)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT)
