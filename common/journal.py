@@ -43,7 +43,7 @@ from fedveil.common.identity import public_hex, sign, verify
 DOMAIN = "fedveil/journal/1"
 HEAD = "fedveil/head/1"
 GENESIS = "0" * 64
-MAX_ROW_BYTES = 1 << 20
+MAX_ROW_BYTES = 1 << 21  # the end of a run names the head of every site
 MAX_ROWS = 1 << 22
 _HEX = re.compile("[0-9a-f]*")
 _FIELDS = frozenset({"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"})
@@ -131,16 +131,43 @@ class Row:
         return canonical.dumps({"v": 1, **self.__dict__}) + b"\n"
 
 
+class Unsigned(NamedTuple):
+    """What a row says; ``start`` is how its canonical line begins. The journals of a simulation share one."""
+
+    at: int
+    kind: str
+    body: dict[str, Any]
+    start: bytes
+
+
+_SHARED = 4
+_shared: list[Unsigned] = []  # the latest ones
+
+
+def _unsigned(at: int, kind: str, body: dict[str, Any]) -> Unsigned:
+    for known in _shared:
+        if known.body is body and (known.at, known.kind) == (at, kind):
+            return known
+    row = Unsigned(at, kind, body, _start(at, body))
+    _shared[:] = [row, *_shared[: _SHARED - 1]]
+    return row
+
+
+def _start(at: int, body: dict[str, Any]) -> bytes:
+    return b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
+
+
 class Journal:
     """The writer's side. Use :meth:`open`; close it, or use it as a context manager."""
 
     def __init__(
         self, path: Path, owner: str, key: Ed25519PrivateKey, *, durable: bool, clock: Callable[[], float]
     ) -> None:
-        self.path, self.owner, self.rows = path, owner, list[Row]()
+        self.path, self.owner, self._rows = path, owner, list[Row]()
         self._key, self._durable, self._clock = key, durable, clock
         self._fd: int | None = None
         self._pid = os.getpid()
+        self._waiting: list[Unsigned] = []
         self._pending: list[bytes] = []
         self._head = Head(0, GENESIS)
         self._at: int | None = None
@@ -159,8 +186,8 @@ class Journal:
         """Open or create ``path``. Every row is verified. An unfinished last line is dropped, and that is recorded.
 
         Args:
-            durable: False keeps new rows in memory until :meth:`flush`, without fsync, lock or open file. That is for
-                the simulator, where nothing real is protected.
+            durable: False keeps new rows in memory until :meth:`flush`, without fsync, lock or open file, and lets
+                :meth:`add` sign them later. That is for the simulator, where nothing real is protected.
 
         Raises:
             JournalError: the file is in use, or not this owner's, or altered.
@@ -187,17 +214,39 @@ class Journal:
 
     def append(self, kind: str, body: dict[str, Any]) -> Row:
         """Sign and write one row; it is on disk when this returns (if durable)."""
-        head = self.head
+        self._sign_waiting()
+        return self._append(_unsigned(self._now(), kind, body))
+
+    def add(self, kind: str, body: dict[str, Any]) -> None:
+        """As :meth:`append`, for a row that nobody looks at yet. A journal that is not durable signs it when somebody
+        does. ``body`` is not written to any more: the journals of a simulation share it.
+        """
+        row = _unsigned(self._now(), kind, body)
+        if self._durable:
+            self._append(row)
+        else:
+            self._waiting.append(row)
+
+    def _now(self) -> int:
+        return int(self._clock()) if self._at is None else self._at
+
+    def _sign_waiting(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for row in waiting:
+                self._append(row)
+
+    def _append(self, row_: Unsigned) -> Row:
+        head, kind, at, start = self._head, row_.kind, row_.at, row_.start
         if head.rows >= MAX_ROWS:
             raise JournalError(f"{self.path} is full", hint=f"a journal holds at most {MAX_ROWS} rows")
-        at = int(self._clock()) if self._at is None else self._at
-        if self.rows:
-            at = max(at, self.rows[-1].at)
-        start = b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
+        if self._rows and self._rows[-1].at > at:
+            at = self._rows[-1].at
+            start = _start(at, row_.body)
         rest = canonical.dumps({"kind": kind, "n": head.rows, "owner": self.owner, "prev": head.hash, "v": 1})[1:]
         digest = hashlib.sha256(start + rest).hexdigest()
         signature = sign(self._key, DOMAIN, digest.encode()).hex()
-        row = Row(head.rows, self.owner, at, kind, body, head.hash, digest, signature)
+        row = Row(head.rows, self.owner, at, kind, row_.body, head.hash, digest, signature)
         # The canonical line, put together: its keys in order are those above with "hash" and "sig" between them.
         line = b'%s"hash":"%s",%s"sig":"%s","v":1}\n' % (start, digest.encode(), rest[:-6], signature.encode())
         if len(line) > MAX_ROW_BYTES:
@@ -220,13 +269,25 @@ class Journal:
                 raise self.failed from e
         else:
             self._pending.append(line)
-        self.rows.append(row)
+        self._rows.append(row)
         self._head = Head(row.n + 1, digest)
         return row
 
     @property
+    def rows(self) -> list[Row]:
+        """Every row, in order."""
+        self._sign_waiting()
+        return self._rows
+
+    @property
+    def length(self) -> int:
+        """How many rows there are."""
+        return self._head.rows + len(self._waiting)
+
+    @property
     def head(self) -> Head:
         """Row count and last hash."""
+        self._sign_waiting()
         return self._head
 
     def copy(self, data_set: str) -> Copy:
@@ -253,6 +314,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write what a non-durable journal holds back."""
+        self._sign_waiting()
         if self._pending:
             pending, self._pending = self._pending, []
             try:
@@ -289,11 +351,11 @@ class Journal:
         """Verify the complete lines into ``rows``; returns the length of a torn last line."""
         try:
             whole = without_torn_end(data)
-            self.rows = verify_rows(parse(whole), public_hex(self._key), owner=self.owner)
+            self._rows = verify_rows(parse(whole), public_hex(self._key), owner=self.owner)
         except FedveilError as e:
             raise JournalError(f"{self.path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
-        if self.rows:
-            self._head = Head(len(self.rows), self.rows[-1].hash)
+        if self._rows:
+            self._head = Head(len(self._rows), self._rows[-1].hash)
         return len(data) - len(whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from fedveil.common.errors import MALFORMED, VerificationError
@@ -29,6 +30,7 @@ class Tally:
         self.by_round: dict[tuple[str, int], SampledGaussian] = {}
         self.committed: set[tuple[str, int]] = set()
         self.agreed: dict[tuple[str, int], tuple[str, str]] = {}  # by round: the signed set's names and digest
+        self.last_models: set[str] = set()  # sessions whose final model was noted: nothing may follow it
         self.version, self.subject_salt, self.data_set = "", "", ""
         self.closed = ""  # the ledger that counts this one's spending from now on
         self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
@@ -53,17 +55,25 @@ class Tally:
                 self._import(row)
             elif row.kind == "ledger.closed":
                 self._close(row)
-            elif row.kind == "agreed":
-                said = str(b["members"]), str(b["digest"])
-                if self.agreed.setdefault(_key(b), said) != said:
-                    raise VerificationError(f"row {row.n} signs another set for round {b['round']} than a row before")
-            elif row.kind == "commit":
-                key = _key(b)
-                if key not in self.by_round:
-                    raise VerificationError(f"row {row.n} commits a round that was never charged")
-                self.committed.add(key)
+            else:
+                self._round(row)
         except MALFORMED as e:
             raise VerificationError(f"row {row.n} ({row.kind}) is malformed") from e
+
+    def _round(self, row: Row) -> None:
+        """What becomes of a charged round, and of a session."""
+        b = row.body
+        if row.kind == "agreed":
+            said = str(b["members"]), str(b["digest"])
+            if self.agreed.setdefault(_key(b), said) != said:
+                raise VerificationError(f"row {row.n} signs another set for round {b['round']} than a row before")
+        elif row.kind == "model":
+            self.last_models.add(str(b.get("session")))
+        elif row.kind == "commit":
+            key = _key(b)
+            if key not in self.by_round:
+                raise VerificationError(f"row {row.n} commits a round that was never charged")
+            self.committed.add(key)
 
     def _open(self, row: Row) -> None:
         if self.filter is not None:
@@ -101,7 +111,7 @@ class Tally:
         after, overflow = self.spent + rdp(event, f.order), self.overflow + event.overflow
         if not f.admits(after, overflow):
             raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
-        self.spent, self.overflow, self.by_round[key] = after, overflow, event
+        self.spent, self.overflow, self.by_round[key] = after, overflow, _same(event)
 
     def _import(self, row: Row) -> None:
         """Add the spending of another ledger, whatever the cap says: it has happened. Once for each ledger."""
@@ -163,4 +173,14 @@ def _key(body: dict[str, Any]) -> tuple[str, int]:
     session, round_ = body["session"], body["round"]
     if type(session) is not str or type(round_) is not int:
         raise TypeError
+    return _one(session, round_)
+
+
+@lru_cache(maxsize=4096)  # the ledgers of a simulation hold the same keys and events: one object each
+def _one(session: str, round_: int) -> tuple[str, int]:
     return session, round_
+
+
+@lru_cache(maxsize=64)
+def _same(event: SampledGaussian) -> SampledGaussian:
+    return event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from fedveil.common import canonical
 from fedveil.common.errors import JournalError
 from fedveil.common.files import write_durably
 from fedveil.common.units import SiteId
-from fedveil.common.wire import Packet
+from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.joining import chained
 from fedveil.privacy.secagg.opened_sum import BUFFERS, FOLDER, MAX_SUMS, with_sums
 from fedveil.server.job import Job
 
 Ask = Callable[[dict[SiteId, Packet]], dict[SiteId, Packet]]
 _BYTES = 1 << 28  # of sums in one message; a single larger one goes alone
+_HEADER_BYTES = Limits.header * 3 // 4  # of their members' names
 
 
 class OpenedSums:
@@ -32,6 +34,7 @@ class OpenedSums:
 
     def __init__(self, folder: Path, session: str, states: dict[int, str], *, durable: bool, resumed: bool) -> None:
         self._folder, self._session, self._states, self._durable = folder, session, states, durable
+        self._numbers = list(states)  # of the rounds that were opened, 0 for the start
         self._unknown = -1 if resumed else 0
         self._at: dict[SiteId, int] = {}
         self._latest: tuple[int, Packet] | None = None
@@ -55,6 +58,7 @@ class OpenedSums:
         write(self._folder / f"{number}.bin", packet.buffers[BUFFERS[packet.kind]])
         before, self._latest = self.state, (number, packet)
         self._states[number] = state or chained(before, packet)
+        self._numbers.append(number)
         return chained("", packet)
 
     def packets(
@@ -79,7 +83,8 @@ class OpenedSums:
 
         A site that does not answer is asked before the next round again.
         """
-        behind = {s for s in sites if self._far(s)}
+        fits = self._fits
+        behind = {s for s in sites if self._far(s, fits)}
         stuck = set[SiteId]()
         while behind:
             replies = ask({s: self._next(self._at.get(s, self._unknown)) for s in behind})
@@ -91,7 +96,7 @@ class OpenedSums:
                 self._at[site] = at
                 if at <= before:  # its state was lost: once more, from where it stands
                     (behind.discard if site in stuck else stuck.add)(site)
-            behind = {s for s in behind & set(replies) if self._far(s)}
+            behind = {s for s in behind & set(replies) if self._far(s, fits)}
 
     def reached(self, sites: Iterable[SiteId]) -> None:
         """These sites named the present state."""
@@ -103,20 +108,23 @@ class OpenedSums:
 
     @property
     def _last(self) -> int:
-        return next(reversed(self._states))
+        return self._numbers[-1]
 
     @property
     def _fits(self) -> int:
         """How many sums go into one message: all of a run are of one size."""
-        size = sum(map(len, self._sum(self._last).buffers.values())) if self._last else 1
-        return max(1, min(MAX_SUMS, _BYTES // size))
+        if not self._last:
+            return MAX_SUMS
+        packet = self._sum(self._last)
+        size, named = sum(map(len, packet.buffers.values())), len(canonical.dumps(packet.header))
+        return max(1, min(MAX_SUMS, _BYTES // size, _HEADER_BYTES // named))
 
     def _missing(self, at: int) -> list[int]:
-        return [n for n in self._states if n > at]
+        return self._numbers[bisect_right(self._numbers, at) :]
 
-    def _far(self, site: SiteId) -> bool:
+    def _far(self, site: SiteId, fits: int) -> bool:
         at = self._at.get(site, self._unknown)
-        return at < 0 or len(self._missing(at)) > self._fits
+        return at < 0 or len(self._numbers) - bisect_right(self._numbers, at) > fits
 
     def _next(self, at: int) -> Packet:
         """The first sums after ``at``. If it is not known where the site stands: the question."""

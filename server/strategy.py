@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -93,9 +94,14 @@ class SecureSumStrategy(Strategy):
             if self._over() or not self._enough_sites(number):
                 break
             started = time.monotonic()
-            messages = self.configure_train(number, self._arrays(), config, grid)
-            arrays, metrics = self.aggregate_train(number, exchange.replies(messages, self.job.round_timeout))
-            self._book(number, opened=arrays is not None)
+            if exchange.together is None:
+                messages = self.configure_train(number, self._arrays(), config, grid)
+                replies = exchange.replies(messages, self.job.round_timeout)
+                opened, metrics = self.aggregate_train(number, replies)
+            else:
+                given = exchange.together(self._ask_for(number))
+                opened, metrics = self._aggregated(number, partial(Round.collect_together, given=given))
+            self._book(number, opened=opened is not None)
             self._record(number, metrics, time.monotonic() - started)
         self._over()
         self._finish()
@@ -171,6 +177,10 @@ class SecureSumStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Write the round's opening into the journal (its nonce first) and ask every joined site to contribute."""
+        return self._exchange.messages(self._ask_for(server_round), "train.contribute", server_round)
+
+    def _ask_for(self, server_round: int) -> dict[SiteId, Packet]:
+        """Open a round; what every joined site is asked."""
         job = self.job
         self._catch_up()
         nonce, job.nonce = job.nonce, ""
@@ -194,8 +204,7 @@ class SecureSumStrategy(Strategy):
             "nonce": nonce,
             "plan_hash": self.plan.hash,
         }
-        packets = self._opened.packets(self._exchange.nodes, header, job.attached)
-        return self._exchange.messages(packets, "train.contribute", server_round)
+        return self._opened.packets(self._exchange.nodes, header, job.attached)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -204,11 +213,16 @@ class SecureSumStrategy(Strategy):
 
         Each reply is checked and added when ``replies`` gives it, and freed before the next one is asked for.
         """
+        return self._aggregated(server_round, lambda r: self._exchange.each(replies, r.collect, r.refuse))
+
+    def _aggregated(
+        self, server_round: int, collect: Callable[[Round], None]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         job, current = self.job, self._round
         if current is None:
             raise ProtocolError("a round must be configured before it is aggregated")
         try:
-            self._exchange.each(replies, current.collect, current.refuse)
+            collect(current)
             agreements = current.close()
             members = current.members
             self._opened.reached(members)

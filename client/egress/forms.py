@@ -26,14 +26,13 @@ from fedveil.privacy.secagg.params import choose
 from fedveil.privacy.secagg.sealed import Joins
 
 _SIGNATURE = hexadecimal(128)
-_MAX_SPECS = 64
+_MAX_JOINS = 64
 
 
 class Forms:
     """The table of replies, and what is kept from one reply to the next to save work."""
 
     def __init__(self) -> None:
-        self._specs: dict[tuple[str, str, str], SumSpec] = {}
         self._joins: dict[tuple[str, str], Joins] = {}
 
     def check(self, packet: Packet, action: str, request: Packet, site: Site) -> None:
@@ -189,12 +188,7 @@ class Forms:
     # --- what the session's members know --------------------------------------------------------------------
 
     def _spec(self, session: Session, site: Site) -> SumSpec:
-        key = (session.id, session.plan_hash, site.roster.hash)
-        if key not in self._specs:
-            if len(self._specs) >= _MAX_SPECS:
-                self._specs.clear()
-            self._specs[key] = sum_spec(session.plan, session.id, site.roster)
-        return self._specs[key]
+        return sum_spec(session.plan, session.id, site.roster)
 
     def _joined(self, session: Session, site: Site) -> Joins:
         """Who joined, from the site's own store. It was written there after every statement had been checked."""
@@ -203,7 +197,7 @@ class Forms:
             raise PolicyRefusal("an answer for a session that has not begun")
         key = (session.id, sha256(held))
         if key not in self._joins:
-            if len(self._joins) >= _MAX_SPECS:
+            if len(self._joins) >= _MAX_JOINS:
                 self._joins.clear()
             self._joins[key] = Joins(self._spec(session, site), canonical.loads(held))
         return self._joins[key]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -139,6 +140,47 @@ def _head(spec: SumSpec, site: SiteId, value: Any) -> Head:
     if head.head.rows == 0 or not head.signed_by(site, spec.roster.member(site).signing_key):
         raise SecureSumError(f"the journal head in the contribution of {site!r} is not signed by it")
     return head
+
+
+def check_members(spec: SumSpec, joins: Joins, request: Packet, kind: str) -> tuple[int, list[Contribution]]:
+    """The round and the announced members of a request of the server, every header verified.
+
+    What was read from the same bytes is verified once in a process: in a simulation every site gets one announcement.
+
+    Raises:
+        SecureSumError, WireError: a header does not hold; the members are too few, twice there, out of order, or
+            computed from different model states.
+    """
+    if not request.raw:
+        return _check_members(spec, joins, request, kind)
+    asked = (request.raw, spec, joins.digest, kind)
+    for known in _latest:
+        if known[0] == asked:
+            return known[1]
+    found = _check_members(spec, joins, request, kind)
+    _latest[:] = [(asked, found)]
+    return found
+
+
+_Members = tuple[int, list[Contribution]]
+_latest: list[tuple[tuple[bytes, SumSpec, str, str], _Members]] = []
+
+
+def _check_members(spec: SumSpec, joins: Joins, request: Packet, kind: str) -> _Members:
+    round = check_request(spec, request, kind)
+    headers, nonce = request.header.get("members"), request.header.get("nonce")
+    if not isinstance(headers, list) or not isinstance(nonce, str) or len(headers) > len(joins.sites):
+        raise WireError("the announced members are malformed")
+    spec.check_round(round, nonce)
+    if len(headers) < spec.min_members:
+        raise SecureSumError(f"{len(headers)} members are fewer than the {spec.min_members} a sum needs")
+    members = [check_contribution(spec, joins, round, nonce, h) for h in headers]
+    order = [spec.roster.index(m.site) for m in members]
+    if any(a >= b for a, b in pairwise(order)):
+        raise SecureSumError("a site is announced twice, or the members are out of order")
+    if (states := len({m.state for m in members})) > 1:
+        raise SecureSumError(f"the members of round {round} computed from {states} different model states")
+    return round, members
 
 
 def box_context(round: int, nonce: str, ciphertext: str) -> list[Any]:

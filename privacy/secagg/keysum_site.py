@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -218,21 +217,7 @@ class KeysumSite(SiteSum):
 
     def _check_members(self, request: Packet, kind: str) -> tuple[int, list[messages.Contribution]]:
         """The round and the announced members, every header verified."""
-        spec, joins = self._spec, self._joined()
-        round = messages.check_request(spec, request, kind)
-        headers, nonce = request.header.get("members"), request.header.get("nonce")
-        if not isinstance(headers, list) or not isinstance(nonce, str) or len(headers) > len(joins.sites):
-            raise WireError("the announced members are malformed")
-        spec.check_round(round, nonce)
-        if len(headers) < spec.min_members:
-            raise SecureSumError(f"{len(headers)} members are fewer than the {spec.min_members} a sum needs")
-        members = [messages.check_contribution(spec, joins, round, nonce, h) for h in headers]
-        order = [spec.roster.index(m.site) for m in members]
-        if any(a >= b for a, b in pairwise(order)):
-            raise SecureSumError("a site is announced twice, or the members are out of order")
-        if (states := len({m.state for m in members})) > 1:
-            raise SecureSumError(f"the members of round {round} computed from {states} different model states")
-        return round, members
+        return messages.check_members(self._spec, self._joined(), request, kind)
 
     def _check_own(self, round: int, members: list[messages.Contribution]) -> None:
         said = self._contributions.said(round)

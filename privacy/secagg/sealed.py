@@ -68,6 +68,7 @@ class SessionKey:
         self._prefix = f"{spec.session}-{spec.roster.index(site)}"
         self.joins: Joins | None = None
         self._private: X25519PrivateKey | None = None
+        self._shared: dict[SiteId, bytes] = {}  # with each peer; dropped with the private key
         raw = store.get(self.name("x25519"))
         if raw is not None and not self.ended:
             self._private = X25519PrivateKey.from_private_bytes(raw)
@@ -100,7 +101,7 @@ class SessionKey:
         if joins.keys.get(self._site) != self.public():
             raise SecureSumError(f"site {self._site!r} is not among the joined sites under its own key")
         self._store.put(self.name("joins"), canonical.dumps({s: {"x25519": k} for s, k in joins.keys.items()}))
-        self.joins = joins
+        self.joins, self._shared = joins, {}
         return joins
 
     def seal(self, receiver: SiteId, context: list[Any], data: bytes) -> bytes:
@@ -118,17 +119,20 @@ class SessionKey:
         """Erase the private key for good; the session stays ended."""
         self._store.put(self.name("ended"), b"ended")
         self._store.erase(self.name("x25519"))
-        self._private = None
+        self._private, self._shared = None, {}
 
     def _box(self, peer: SiteId, context: list[Any], sender: SiteId, receiver: SiteId) -> AESGCM:
         if self._private is None:
             raise _ended()
         if self.joins is None or peer not in self.joins.keys:
             raise SecureSumError(f"site {peer!r} did not join this session")
-        try:
-            shared = self._private.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(self.joins.keys[peer])))
-        except ValueError as e:
-            raise IdentityError(f"the X25519 key of {peer!r} is degenerate") from e
+        shared = self._shared.get(peer)
+        if shared is None:
+            try:
+                shared = self._private.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(self.joins.keys[peer])))
+            except ValueError as e:
+                raise IdentityError(f"the X25519 key of {peer!r} is degenerate") from e
+            self._shared[peer] = shared
         spec = self._spec
         info = canonical.dumps([spec.plan_hash, spec.roster.hash, spec.session, sender, receiver, *context])
         return AESGCM(HKDF(SHA256(), 32, b"fedveil/box/1", info).derive(shared))
