@@ -23,6 +23,7 @@ from fedveil.common.wire import Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.report.history import End
+from fedveil.privacy.report.progress import priced
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.round_outcomes import Conduct
 from fedveil.privacy.secagg.server import server_sum
@@ -326,7 +327,7 @@ class SecureSumStrategy(Strategy):
         facts = dict(metrics or {})
         line = {
             "round": number,
-            "epsilon_opened": epsilon_pld([(self.plan.event, number)], self.plan.delta),
+            "epsilon_opened": epsilon_pld([(self.plan.event, priced(number, self.plan.steps))], self.plan.delta),
             "members": facts.pop("members", 0),
             "metrics": facts,
             "bytes_sent": sent - self._counted[0],

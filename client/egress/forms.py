@@ -164,8 +164,8 @@ class Forms:
 
     def _agree(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         spec, round_ = self._spec(session, site), request.header.get("round")
-        members = {h["site"]: canonical.digest(h) for h in request.header["members"]}
-        digest = keysum.members_digest(spec, int(str(round_)), members)
+        _, members = keysum.check_members(spec, self._joined(session, site), request, keysum.MEMBERS)
+        digest = keysum.members_digest(spec, int(str(round_)), {m.site: m.digest for m in members})
         _exact(packet, keysum.agreement_header(spec, int(str(round_)), site.id, digest) | {"signature": _SIGNATURE})
         keysum.check_signature(spec, site.id, packet.header)
         if (session.id, round_) not in site.ledger.tally.agreed:

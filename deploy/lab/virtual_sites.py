@@ -20,6 +20,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from fedveil.client.session import Site
 from fedveil.common import identity
@@ -39,9 +40,13 @@ _SMALL = 200_000
 
 
 def fit_threads(parameters: int) -> None:
-    """Use one torch thread for networks whose steps take less time than waking a second thread."""
+    """Use one thread for networks whose steps take less time than waking a second one, in torch and in NumPy.
+
+    NumPy's second thread waits in a loop: a processor's whole time, for nothing.
+    """
     if parameters < _SMALL:
         torch.set_num_threads(1)
+        threadpool_limits(1)
 
 
 @contextmanager

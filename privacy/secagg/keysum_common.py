@@ -17,10 +17,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -145,25 +145,54 @@ def _head(spec: SumSpec, site: SiteId, value: Any) -> Head:
 def check_members(spec: SumSpec, joins: Joins, request: Packet, kind: str) -> tuple[int, list[Contribution]]:
     """The round and the announced members of a request of the server, every header verified.
 
-    What was read from the same bytes is verified once in a process: in a simulation every site gets one announcement.
-
     Raises:
         SecureSumError, WireError: a header does not hold; the members are too few, twice there, out of order, or
             computed from different model states.
     """
-    if not request.raw:
-        return _check_members(spec, joins, request, kind)
-    asked = (request.raw, spec, joins.digest, kind)
-    for known in _latest:
-        if known[0] == asked:
-            return known[1]
-    found = _check_members(spec, joins, request, kind)
-    _latest[:] = [(asked, found)]
-    return found
+    return _once((spec, joins.digest, kind), request, lambda: _check_members(spec, joins, request, kind))
+
+
+def check_agreements(spec: SumSpec, joins: Joins, request: Packet, round: int, digest: str) -> None:
+    """Raise :class:`SecureSumError` or :class:`WireError` unless T distinct helpers signed ``digest`` in a request."""
+    asked = (spec, joins.digest, round, digest)
+    _once(asked, request, lambda: _check_agreements(spec, joins, request, round, digest))
+
+
+T = TypeVar("T")
+_REMEMBERED = 4
+_checked: list[tuple[tuple[Any, ...], bytes, Any]] = []
+
+
+def _once(asked: tuple[Any, ...], request: Packet, check: Callable[[], T]) -> T:
+    """What ``check`` says of the header of ``request``. In a simulation every site reads the same bytes: once for all.
+
+    Args:
+        asked: everything else that ``check`` depends on.
+    """
+    for known, raw, said in _checked:
+        if request.raw and raw == request.raw and known == asked:
+            return said
+    said = check()
+    _checked[:] = [(asked, request.raw, said), *_checked[: _REMEMBERED - 1]]
+    return said
+
+
+def _check_agreements(spec: SumSpec, joins: Joins, request: Packet, round: int, digest: str) -> None:
+    if request.header.get("digest") != digest:
+        raise SecureSumError(f"other members than those agreed for round {round}")
+    agreements = request.header.get("agreements")
+    if not isinstance(agreements, dict) or len(agreements) > len(spec.all_helpers):
+        raise WireError("the agreements are malformed")
+    if len(agreements) < spec.threshold:
+        raise SecureSumError(f"{len(agreements)} agreements are fewer than the threshold {spec.threshold}")
+    for site, signature in agreements.items():
+        if site not in joins.helpers:
+            raise SecureSumError("an agreement of a site that is no helper or did not join")
+        header = agreement_header(spec, round, site, digest)
+        check_signature(spec, site, {**header, "signature": signature})
 
 
 _Members = tuple[int, list[Contribution]]
-_latest: list[tuple[tuple[bytes, SumSpec, str, str], _Members]] = []
 
 
 def _check_members(spec: SumSpec, joins: Joins, request: Packet, kind: str) -> _Members:

@@ -236,18 +236,7 @@ class KeysumSite(SiteSum):
 
     def _check_agreements(self, request: Packet, round: int, digest: str) -> None:
         """T signatures of distinct helpers on ``digest``."""
-        if request.header.get("digest") != digest:
-            raise SecureSumError(f"other members than those agreed for round {round}")
-        agreements = request.header.get("agreements")
-        if not isinstance(agreements, dict) or len(agreements) > len(self._spec.all_helpers):
-            raise WireError("the agreements are malformed")
-        if len(agreements) < self._spec.threshold:
-            raise SecureSumError(f"{len(agreements)} agreements are fewer than the threshold {self._spec.threshold}")
-        for site, signature in agreements.items():
-            if site not in self._joined().helpers:
-                raise SecureSumError("an agreement of a site that is no helper or did not join")
-            header = messages.agreement_header(self._spec, round, site, digest)
-            messages.check_signature(self._spec, site, {**header, "signature": signature})
+        messages.check_agreements(self._spec, self._joined(), request, round, digest)
 
     def _sum_of_shares(self, request: Packet, round: int, promise: dict[str, Any]) -> bytes:
         members = promise["members"]

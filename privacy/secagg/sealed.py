@@ -9,6 +9,7 @@ context is used once, so that the nonce can be constant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -68,6 +69,7 @@ class SessionKey:
         self._prefix = f"{spec.session}-{spec.roster.index(site)}"
         self.joins: Joins | None = None
         self._private: X25519PrivateKey | None = None
+        self._first = canonical.dumps([spec.plan_hash, spec.roster.hash, spec.session])[:-1] + b","
         self._shared: dict[SiteId, bytes] = {}  # with each peer; dropped with the private key
         raw = store.get(self.name("x25519"))
         if raw is not None and not self.ended:
@@ -133,10 +135,16 @@ class SessionKey:
             except ValueError as e:
                 raise IdentityError(f"the X25519 key of {peer!r} is degenerate") from e
             self._shared[peer] = shared
-        spec = self._spec
-        info = canonical.dumps([spec.plan_hash, spec.roster.hash, spec.session, sender, receiver, *context])
+        # The canonical list, put together: the names of sites hold nothing that JSON escapes.
+        info = self._first + b'"%b","%b",' % (sender.encode(), receiver.encode()) + _tail(*context)
         return AESGCM(HKDF(SHA256(), 32, b"fedveil/box/1", info).derive(shared))
 
 
 def _ended() -> SecureSumError:
     return SecureSumError("this session has no key", hint="it ended here, or was never joined: start a new session")
+
+
+@lru_cache(maxsize=1024)  # one context is that of a site's boxes for all others
+def _tail(*context: str | int) -> bytes:
+    """How a canonical list with these last entries goes on and ends."""
+    return canonical.dumps(context)[1:]
