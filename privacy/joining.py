@@ -225,13 +225,18 @@ def left_out(
         memory: gives what is known of a site's ledgers beside what the statements show.
     """
     out: dict[SiteId, FreshLedger] = {}
+    seen: dict[SiteId, list[Copy]] = {}
+    for witness, said in told.items():
+        for site, by in said.copies.items():
+            if site != witness:
+                seen.setdefault(site, []).extend(by.values())
     for site, said in told.items():
         if said.own.data_set != data_set:
             out[site] = FreshLedger(
                 f"{site!r} takes part with the ledger of another data set than the contract's",
                 hint="one ledger for each data set, which the contract names",
             )
-        elif known := said.ignores([*(copy for _, copy in seen_of(told, site)), *memory(site)]):
+        elif known := said.ignores([*seen.get(site, ()), *memory(site)]):
             out[site] = fresh(site, known)
     return out
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedveil.common import canonical
 from fedveil.common.errors import JournalError
-from fedveil.common.files import write_durably
+from fedveil.common.files import write
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.joining import chained
@@ -53,9 +53,8 @@ class OpenedSums:
         Returns:
             The digest of the sum.
         """
-        write = write_durably if self._durable else _write
-        write(self._folder / f"{number}.json", canonical.dumps(packet.header))
-        write(self._folder / f"{number}.bin", packet.buffers[BUFFERS[packet.kind]])
+        write(self._folder / f"{number}.json", canonical.dumps(packet.header), durable=self._durable)
+        write(self._folder / f"{number}.bin", packet.buffers[BUFFERS[packet.kind]], durable=self._durable)
         before, self._latest = self.state, (number, packet)
         self._states[number] = state or chained(before, packet)
         self._numbers.append(number)
@@ -156,8 +155,3 @@ def opened_sums(job: Job) -> OpenedSums:
     states = {0: str(start.body["state"])} | {int(r.body["round"]): str(r.body["state"]) for r in applied}
     resumed = any(True for _ in job.journal.of_kind("run.resumed"))
     return OpenedSums(job.run / FOLDER, job.session, states, durable=job.durable, resumed=resumed)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
