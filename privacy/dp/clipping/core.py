@@ -183,7 +183,7 @@ class Clipper:
         sites, places = seats.shape
         batches, each = self.shape(places)
         if not isinstance(self.backend, SmallChain) or batches > LONGEST_BLOCK:
-            raise ModelError(f"the engine {self.engine!r} computes one sum at a time", hint="clipped_sum for each")
+            raise ModelError(f"the engine {self.engine!r} computes one sum at a time", hint="the engine 'numpy'")
         padded = np.full((sites, batches * each), EMPTY, np.int64)
         padded[:, :places] = seats
         table = (X, y, np.arange(len(X))[:, None], False)
