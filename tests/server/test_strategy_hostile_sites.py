@@ -272,13 +272,10 @@ class TestLedgersAtTheEnd:
     def test_a_ledger_that_tells_another_run_costs_nobody_the_report(self, run, monkeypatch, kind, change):
         """A member's own rows, well signed, that an auditor would refuse: its ledger is missing, as if it were down."""
         r = run()
-        for name in ("append", "add"):
-
-            def lie(journal, row, body, honest=getattr(Journal, name)):
-                other = change if (row, journal.owner) == (kind, "site-0002") else {}
-                return honest(journal, row, {**body, **other})
-
-            monkeypatch.setattr(Journal, name, lie)
+        append, add = Journal.append, Journal.add
+        said = lambda journal, row, body: {**body, **(change if (row, journal.owner) == (kind, "site-0002") else {})}  # noqa: E731
+        monkeypatch.setattr(Journal, "append", lambda j, row, body: append(j, row, said(j, row, body)))
+        monkeypatch.setattr(Journal, "add", lambda j, row, body: add(j, row, said(j, row, body)))
         assert r.go() == "COMPLETED"
         assert sorted(r.bodies("run.end")[0]["heads"]) == ["site-0001", "site-0003", "site-0004"]
         assert verified(r)["ledgers delivered"] == "not delivered: site-0002"
