@@ -123,7 +123,7 @@ class KeysumServer(ServerSum):
         header = {"kind": messages.MEMBERS, "session": self._spec.session, "round": round, "nonce": self._nonce}
         header["members"] = [self._headers[site] for site in self.members]
         self._announced = header
-        return {site: Packet(header) for site in joins.helpers}
+        return dict.fromkeys(joins.helpers, Packet(header))
 
     def add_agreement(self, site: SiteId, packet: Packet) -> None:
         """See :meth:`ServerSum.add_agreement`."""

@@ -45,7 +45,14 @@ def evaluate(coefficients: NDArray[np.float64], points: Sequence[int], prime: in
     powers = np.ones((len(points), len(coefficients)))
     for j in range(1, powers.shape[1]):
         powers[:, j] = powers[:, j - 1] * np.asarray(points, np.float64) % prime
-    return (powers @ coefficients).astype(np.int64) % prime  # the remainder of integers is ten times as fast
+    values = powers @ coefficients  # whole numbers below 2^40
+    # Their remainder, exact, in a fourth of the time of int64's: a quotient is a whole number, or at least 1/prime from
+    # one, which is far more than its rounding.
+    whole = values / prime
+    np.floor(whole, out=whole)
+    whole *= prime
+    values -= whole
+    return values.astype(np.int64)
 
 
 def interpolate(
