@@ -56,7 +56,7 @@ from fedveil.deploy.lab import simulate
 asked, seen = json.loads(sys.argv[1]), []
 with tempfile.TemporaryDirectory() as folder:
     note = lambda kind, _: seen.append((kind, time.process_time()))
-    done = simulate.run(simulate.Config(**asked), Path(folder) / "run", progress=note)
+    done = simulate.run(simulate.Config(**asked), Path(folder) / "run", progress=note, report=json.loads(sys.argv[2]))
 at = [t for kind, t in seen if kind in ("joined", "round")]
 print(json.dumps({"status": done.status, "rounds": [b - a for a, b in zip(at, at[1:])], "all": time.process_time(),
                   "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
@@ -108,10 +108,10 @@ def run(python: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ours(case: Case, steps: int = 0) -> dict[str, Any]:
-    """What one simulation of ours takes, its report included."""
+def ours(case: Case, *, report: bool = True) -> dict[str, Any]:
+    """What one simulation of ours takes."""
     asked = {"clients": case.clients, "dataset": case.dataset, "mode": case.mode, "sum": case.sum, "epsilon": 2.0}
-    found = run(sys.executable, "-c", _OURS, json.dumps({**asked, "steps": steps or case.steps}))
+    found = run(sys.executable, "-c", _OURS, json.dumps({**asked, "steps": case.steps}), json.dumps(report))
     if found["status"] != "COMPLETED":
         raise SystemExit(f"{case.name}: {found['status']}")
     return found
@@ -165,7 +165,7 @@ def keysum_rows() -> list[str]:
 def growth() -> str:
     """How much longer a round takes in the last tenth of a long run than in the first."""
     tenth = LONG // 10
-    found = ours(PLAIN[0]._replace(clients=200), LONG)["rounds"]
+    found = ours(PLAIN[0]._replace(clients=200, steps=LONG), report=False)["rounds"]
     first, last = (statistics.median(part) for part in (found[:tenth], found[-tenth:]))
     return f"{100 * (last / first - 1):+.1f} % (from {1e3 * first:.1f} to {1e3 * last:.1f} ms; at most +5 %)"
 

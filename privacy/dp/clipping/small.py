@@ -115,14 +115,14 @@ class SmallChain:
         """Inputs and output gradients of every layer, ``(S, B, width)``; weights of all S tables, or of each."""
         inputs: list[_Array] = [X]
         for at, (weight, bias) in enumerate(layers):
-            z = inputs[at] @ np.swapaxes(weight, -1, -2)
+            z = inputs[at] @ (weight.T if weight.ndim == 2 else weight.transpose(0, 2, 1))
             if bias is not None:
                 z += bias
             inputs.append(self._functions[at][0](z) if at < len(self._functions) else z)
         z = inputs.pop()
         delta = np.exp(np.maximum(z - z.max(2, keepdims=True), LEAST_EXPONENT))
         delta /= delta.sum(2, keepdims=True)
-        delta[(*np.ogrid[: len(y), : y.shape[1]], y)] -= 1
+        delta.reshape(-1, delta.shape[2])[np.arange(y.size), y.reshape(-1)] -= 1
         deltas: list[_Array] = [delta]
         for at in range(len(layers) - 1, 0, -1):
             deltas.append((deltas[-1] @ layers[at][0]) * self._functions[at - 1][1](inputs[at]))
