@@ -247,7 +247,7 @@ class KeysumSite(SiteSum):
             if sha256(box) != expected:
                 raise SecureSumError(f"the sealed share of {site!r} is not the one it signed")
             data = self._session.unseal(SiteId(site), messages.box_context(round, promise["nonce"], ciphertext), box)
-            share = np.frombuffer(data, "<u2").astype(np.int64)
+            share = np.frombuffer(data, "<u2")
             if int(share.max()) >= shamir.P:
                 raise SecureSumError(f"the share of {site!r} is outside the field")
             total += share

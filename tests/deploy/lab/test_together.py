@@ -16,8 +16,10 @@ import pytest
 
 from fedveil.client import round as line
 from fedveil.client import together, train
-from fedveil.common.errors import FedveilError, ProtocolError
-from fedveil.common.journal import parse
+from fedveil.common import identity
+from fedveil.common.errors import FedveilError, ProtocolError, UsageError
+from fedveil.common.identity import sign
+from fedveil.common.journal import Journal, parse
 from fedveil.common.units import SiteId
 from fedveil.deploy.lab import datasets, simulate
 from fedveil.deploy.lab import together as lab
@@ -161,3 +163,31 @@ def test_the_server_takes_a_pass_for_a_sum_in_the_clear_alone_and_each_site_once
         assert current.members == tuple(world.sites)
         with pytest.raises(FedveilError, match="before"):
             current.collect_together(given)
+
+
+def test_a_round_looks_at_no_earlier_row_and_signs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a round would take longer the more there were before; the ledgers' rows are signed in the end."""
+    within, looked = [0], []
+    honest, rows = together.contribute, vars(Journal)["rows"].fget
+
+    def contribute(*a: Any) -> Together:
+        within[0] += 1
+        found = honest(*a)
+        within[0] -= 1
+        return found
+
+    monkeypatch.setattr(together, "contribute", contribute)
+    monkeypatch.setattr(Journal, "rows", property(lambda j: (looked.append(within[0]), rows(j))[1]))
+    monkeypatch.setattr(identity, "sign", lambda *a: (looked.append(within[0]), sign(*a))[1])
+    config = replace(CONFIGS["local"], clients=4, steps=5)
+    assert simulate.run(config, tmp_path / "run", report=False).status == "COMPLETED"
+    assert looked
+    assert not any(looked)
+
+
+def test_ten_thousand_sites_are_the_most() -> None:
+    split = datasets.load("trivial", 10_000, 0)
+    plan = simulate.make_plan(Config(clients=10_000, dataset="trivial", sum="plain", mode="client", steps=3), split)
+    assert plan.sites == 10_000
+    with pytest.raises(UsageError, match="10001 clients"):
+        datasets.load("trivial", 10_001, 0)
