@@ -118,6 +118,16 @@ class OwnModel:
             )
         return Held(round_ - 1, name, state)
 
+    def follow_as(self, before: Held, other: OwnModel) -> bool:
+        """Take the state of another site's model of the same run, which had the same state ``before`` it followed.
+
+        Only for sites of one process. False, and nothing has changed, if this model was elsewhere.
+        """
+        if (self.held.round, self.held.name) != (before.round, before.name):
+            return False
+        self._keep(other.held)
+        return True
+
     def _number(self, packet: Packet) -> int:
         number = packet.header.get("round")
         if type(number) is not int or not 1 <= number <= self._plan.steps:

@@ -8,12 +8,14 @@ names the session and the round, and brings the sums that were opened since the 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.client import witness
 from fedveil.client.egress.ledger_rows import ENDINGS
+from fedveil.client.own_model import OwnModel
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import site_sum
@@ -54,11 +56,47 @@ def deal(site: Site, request: Packet) -> Packet:
     return Packet({"kind": "dealt"})
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A round that a site may contribute to: everything but its budget was looked at."""
+
+    session: Session
+    round: int
+    nonce: str
+    model: OwnModel
+
+
 def contribute(site: Site, request: Packet) -> Packet:
     """One round: the clipped sum of this site's sampled records, charged, noised, encrypted.
 
     A repeated request gets the identical bytes. If a round was charged and its answer was lost, the request is refused:
     fresh noise for the same step would be a second release.
+    """
+    turn = admitted(site, request)
+    if isinstance(turn, Packet):
+        return turn
+    session, plan, model = turn.session, turn.session.plan, turn.model
+    model.follow(request)
+
+    if isinstance(plan.model, StatsSpec):
+        clipped = statistics_sum(plan, plan.model, request, site.X, site.y, site.capacity, site.persons)
+    else:
+        clipped = site_sum(site.clipper(session), plan, model.weights, site.X, site.y, site.capacity, site.persons)
+    noisy = to_grid(clipped, plan.clamp, plan.grid)
+    del clipped
+    charge(site, turn)
+    noisy += discrete_gaussian(plan.share_std, plan.model.parameters)
+    head = site.head if plan.sum == "keysum" else None  # it is signed for the helpers: others show it to nobody
+    sealed = session.sum.contribute(turn.round, turn.nonce, _narrow(noisy), head, model.held.name)
+    site.ledger.commit(session.id, turn.round)
+    return sealed
+
+
+def admitted(site: Site, request: Packet) -> Turn | Packet:
+    """What a request for a contribution asks for, if this site may answer it; or the bytes that it was answered with.
+
+    Raises:
+        ProtocolError, WireError, PolicyRefusal, BudgetExhausted, IdentityError: it may not.
     """
     h = request.expect("contribute").header
     session = site.session(h.get("session"))
@@ -78,24 +116,17 @@ def contribute(site: Site, request: Packet) -> Packet:
     site.permit(session)
     # If every site holds the one key that reads the sums, a revoked site has it too. So nothing more is contributed.
     site.not_revoked([SERVER, *(m.site for m in site.roster.sites)] if plan.sum == "sharedkey" else [SERVER])
-    model = site.model(session)
-    model.follow(request)
+    return Turn(session, round_, nonce, site.model(session))
 
-    if isinstance(plan.model, StatsSpec):
-        clipped = statistics_sum(plan, plan.model, request, site.X, site.y, site.capacity, site.persons)
-    else:
-        clipped = site_sum(site.clipper(session), plan, model.weights, site.X, site.y, site.capacity, site.persons)
-    noisy = to_grid(clipped, plan.clamp, plan.grid)
-    del clipped
+
+def charge(site: Site, turn: Turn) -> None:
+    """Charge the ledger for a turn; only then may noise be drawn. :class:`BudgetExhausted` ends the session here."""
+    session = turn.session
     try:
-        site.ledger.reserve(session.id, round_, session.plan_hash, plan.event, model.held.name)
+        site.ledger.reserve(session.id, turn.round, session.plan_hash, session.plan.event, turn.model.held.name)
     except BudgetExhausted:
         session.exhausted = True
         raise
-    noisy += discrete_gaussian(plan.share_std, plan.model.parameters)
-    sealed = session.sum.contribute(round_, nonce, _narrow(noisy), site.head, model.held.name)
-    site.ledger.commit(session.id, round_)
-    return sealed
 
 
 def apply(site: Site, request: Packet) -> Packet:
@@ -179,7 +210,7 @@ def _require_open(site: Site, session: Session) -> None:
 
     A session's end is two rows. After a crash between them the ledger names the last model: nothing may follow it.
     """
-    if session.ended or any(r.body["session"] == session.id for r in site.ledger.journal.of_kind("model")):
+    if session.ended or session.id in site.ledger.tally.last_models:
         raise ProtocolError("that session has ended")
     if session.exhausted:
         raise BudgetExhausted(

@@ -198,7 +198,8 @@ class Site:
             PolicyRefusal, BudgetExhausted: nothing was written for it, except that this was refused.
             IdentityError: a member of the roster was revoked.
         """
-        self.not_revoked({m.site for m in (self.roster.server, *self.roster.sites)})
+        if self.revoked is not None:
+            self.not_revoked({m.site for m in (self.roster.server, *self.roster.sites)})
         spent, since = {s for s, _ in self.ledger.tally.by_round}, time.time() - _DAY_S
         accepted = (r for r in self.ledger.journal.of_kind("plan.accepted") if r.at >= since)
         if sum(r.body["session"] not in spent for r in accepted) >= self.limits.max_unused_sessions:

@@ -110,12 +110,14 @@ def _client_update(
     engine: clipping.Clipper, plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """DP-FedAvg (McMahan et al. 2018): ``local_steps`` of full-batch descent, the whole update clipped to C."""
+    if not len(X):
+        return np.zeros(plan.model.parameters)
+    if engine.stacks:
+        return client_updates(engine, plan, X[None], y[None])[0]
     model, parameters = engine.model, engine.parameters
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
     features = torch.from_numpy(X).to(engine.device, parameters[0].dtype)
     labels = torch.from_numpy(y).to(engine.device)
-    if not len(X):
-        return np.zeros(plan.model.parameters)
     for _ in range(plan.local_steps):
         loss = torch.nn.functional.cross_entropy(model(features), labels)
         grads = torch.autograd.grad(loss, parameters)
@@ -123,7 +125,27 @@ def _client_update(
             for p, g in zip(parameters, grads, strict=True):
                 p.sub_(plan.optimizer.learning_rate * g)
     update = start - torch.cat([p.detach().reshape(-1) for p in parameters]).double()
-    if not bool(torch.isfinite(update).all()):
-        return np.zeros(plan.model.parameters)
-    clip = plan.clip * (1 - margin(plan.model.parameters))
-    return (update * (clip / (update.norm() + 1e-30)).clamp(max=1.0)).cpu().numpy()
+    return _clipped(plan, update.cpu().numpy()[None])[0]
+
+
+def client_updates(
+    engine: clipping.Clipper, plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """``(S, D)``: the clipped updates of S clients of n records each, from the weights that ``engine`` holds.
+
+    Args:
+        engine: one that :attr:`~fedveil.privacy.dp.clipping.Clipper.stacks`.
+        X: ``(S, n, features)``. y: ``(S, n)``. A client with a class that the model does not have adds zeros.
+    """
+    known = ((y >= 0) & (y < plan.model.classes)).all(1)
+    moved = engine.descents(X, np.where(known[:, None], y, 0), plan.local_steps, plan.optimizer.learning_rate)
+    moved[~known] = 0.0
+    return _clipped(plan, moved)
+
+
+def _clipped(plan: PrivacyPlan, updates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each row of ``updates`` clipped to C; zeros for one that is not finite."""
+    updates[~np.isfinite(updates).all(1)] = 0.0
+    norms = np.sqrt(np.einsum("ij,ij->i", updates, updates))
+    factor = np.minimum(plan.clip * (1 - margin(plan.model.parameters)) / (norms + 1e-30), 1.0)
+    return updates * factor[:, None]

@@ -25,6 +25,15 @@ def write_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write(path: Path, data: bytes, *, durable: bool) -> None:
+    """As :func:`write_durably`; in a simulation (``durable`` False) nothing waits for the disk."""
+    if durable:
+        write_durably(path, data)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name of a hidden file beside ``path``, to be written. After the block it is ``path``, or gone if that failed.

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -53,10 +53,12 @@ R = TypeVar("R", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
 
 
 class _Canonical(threading.local):
-    """Two headers known to be canonical: the latest read and the latest made. In a simulation a thousand sites parse
-    the same request, and the header that one side has made is the next that the other side reads."""
+    """Two headers known to be canonical: the latest read, with what it says, and the latest made. In a simulation a
+    thousand sites read the same request, and the header that one side has made is the next that the other side reads.
+    """
 
     latest = b""
+    read: ClassVar[dict[str, Any]] = {}
     made = b""
 
 
@@ -112,7 +114,8 @@ def to_record(packet: Packet) -> RecordDict:
 
 
 def from_record(content: RecordDict, limits: Limits) -> Packet:
-    """The packet inside ``content``; buffers are shared with the record.
+    """The packet inside ``content``; buffers are shared with the record, and what is inside of a header that is read
+    again with the packet before: nobody writes into it.
 
     Raises:
         WireError: the record has another shape than :func:`to_record` gives, its header is not canonical JSON, or
@@ -134,15 +137,14 @@ def from_record(content: RecordDict, limits: Limits) -> Packet:
             raise WireError("a packet's buffer is not raw bytes")
         if tuple(array.shape) != (len(data),):
             raise WireError("a packet's buffer has another length than it declares")
-    header = canonical.loads(raw, limit=limits.header)
-    if not isinstance(header, dict) or (
-        raw not in (_canonical.latest, _canonical.made) and canonical.dumps(header) != raw
-    ):
+    known = bool(raw) and raw == _canonical.latest and len(raw) <= limits.header
+    header = _canonical.read if known else canonical.loads(raw, limit=limits.header)
+    if not isinstance(header, dict) or (not known and raw != _canonical.made and canonical.dumps(header) != raw):
         raise WireError("a packet's header is not a canonical JSON object")
     if raw != _canonical.made:
-        _canonical.latest = raw
+        _canonical.latest, _canonical.read = raw, header
     buffers = {name: array.data for name, array in arrays.items()}
-    return wire.check(Packet(header, buffers), limits, header_bytes=len(raw))
+    return wire.check(Packet(dict(header), buffers, raw), limits, header_bytes=len(raw))
 
 
 def request(packet: Packet | RecordDict, *, to: int, action: str, round: int, ttl: float | None = None) -> Message:

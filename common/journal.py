@@ -17,12 +17,10 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,83 +32,16 @@ from fedveil.common.errors import (
     FedveilError,
     IdentityError,
     JournalError,
-    ProtocolError,
     VerificationError,
 )
 from fedveil.common.files import sync_folder
+from fedveil.common.heads import MAX_ROWS, Copy, Head, hexadecimal
 from fedveil.common.identity import public_hex, sign, verify
 
 DOMAIN = "fedveil/journal/1"
-HEAD = "fedveil/head/1"
 GENESIS = "0" * 64
-MAX_ROW_BYTES = 1 << 20
-MAX_ROWS = 1 << 22
-_HEX = re.compile("[0-9a-f]*")
+MAX_ROW_BYTES = 1 << 21  # the end of a run names the head of every site
 _FIELDS = frozenset({"v", "n", "owner", "at", "kind", "body", "prev", "hash", "sig"})
-
-
-class Head(NamedTuple):
-    """Number of rows and the hash of the last one: what peers exchange and keep."""
-
-    rows: int
-    hash: str
-
-
-class Copy(NamedTuple):
-    """A journal's head in the form in which others keep it and pass it on, with its owner's word for it.
-
-    Attributes:
-        head: where the journal stood.
-        ledger: hash of its first row: which journal it is.
-        data_set: the data set whose budget it counts (see :func:`~fedveil.privacy.joining.data_set`).
-        signature: the owner's, over all of this and the owner's name. Empty in copies written by older versions: these
-            are hearsay, and nobody passes them on.
-    """
-
-    head: Head
-    ledger: str
-    data_set: str = ""
-    signature: str = ""
-
-    @classmethod
-    def from_json(cls, value: Any) -> Copy:
-        """What :meth:`to_json` gave; the signature is not checked. Anything else is a :class:`ProtocolError`."""
-        ok = isinstance(value, list) and len(value) in (3, 5) and type(value[0]) is int
-        if not ok or not 0 <= value[0] <= MAX_ROWS or not all(map(_hexadecimal, value[1:], (64, 64, 64, 128))):
-            raise ProtocolError("a journal head is malformed")
-        return cls(Head(value[0], value[1]), *value[2:])
-
-    def to_json(self) -> list[int | str]:
-        """``[rows, hash, ledger, data set, signature]``; hearsay has the first three only."""
-        own = [*self.head, self.ledger]
-        return [*own, self.data_set, self.signature] if self.signature else own
-
-    def by(self, owner: str, key: Ed25519PrivateKey) -> Copy:
-        """The same, signed by its owner."""
-        return self._replace(signature=sign(key, HEAD, _word(owner, self)).hex())
-
-    def signed_by(self, owner: str, public: str) -> bool:
-        """Whether this is a head of ``owner``'s journal by the word of the key ``public`` (hex)."""
-        return bool(self.signature) and _is_word_of(owner, public, self)
-
-
-def _hexadecimal(value: Any, length: int) -> bool:
-    return type(value) is str and len(value) == length and _HEX.fullmatch(value) is not None
-
-
-def _word(owner: str, copy: Copy) -> bytes:
-    rows, last = copy.head
-    named = {"site": owner, "rows": rows, "hash": last, "ledger": copy.ledger, "data_set": copy.data_set}
-    return canonical.dumps(named)
-
-
-@lru_cache(maxsize=1 << 14)  # many pass on one head
-def _is_word_of(owner: str, public: str, copy: Copy) -> bool:
-    try:
-        verify(public, HEAD, _word(owner, copy), bytes.fromhex(copy.signature), what="a journal head")
-    except (IdentityError, ValueError):
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -131,16 +62,43 @@ class Row:
         return canonical.dumps({"v": 1, **self.__dict__}) + b"\n"
 
 
+class Unsigned(NamedTuple):
+    """What a row says; ``start`` is how its canonical line begins. The journals of a simulation share one."""
+
+    at: int
+    kind: str
+    body: dict[str, Any]
+    start: bytes
+
+
+_SHARED = 4
+_shared: list[Unsigned] = []  # the latest ones
+
+
+def _unsigned(at: int, kind: str, body: dict[str, Any]) -> Unsigned:
+    for known in _shared:
+        if known.body is body and (known.at, known.kind) == (at, kind):
+            return known
+    row = Unsigned(at, kind, body, _start(at, body))
+    _shared[:] = [row, *_shared[: _SHARED - 1]]
+    return row
+
+
+def _start(at: int, body: dict[str, Any]) -> bytes:
+    return b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
+
+
 class Journal:
     """The writer's side. Use :meth:`open`; close it, or use it as a context manager."""
 
     def __init__(
         self, path: Path, owner: str, key: Ed25519PrivateKey, *, durable: bool, clock: Callable[[], float]
     ) -> None:
-        self.path, self.owner, self.rows = path, owner, list[Row]()
+        self.path, self.owner, self._rows = path, owner, list[Row]()
         self._key, self._durable, self._clock = key, durable, clock
         self._fd: int | None = None
         self._pid = os.getpid()
+        self._waiting: list[Unsigned] = []
         self._pending: list[bytes] = []
         self._head = Head(0, GENESIS)
         self._at: int | None = None
@@ -159,8 +117,8 @@ class Journal:
         """Open or create ``path``. Every row is verified. An unfinished last line is dropped, and that is recorded.
 
         Args:
-            durable: False keeps new rows in memory until :meth:`flush`, without fsync, lock or open file. That is for
-                the simulator, where nothing real is protected.
+            durable: False keeps new rows in memory until :meth:`flush`, without fsync, lock or open file, and lets
+                :meth:`add` sign them later. That is for the simulator, where nothing real is protected.
 
         Raises:
             JournalError: the file is in use, or not this owner's, or altered.
@@ -187,17 +145,39 @@ class Journal:
 
     def append(self, kind: str, body: dict[str, Any]) -> Row:
         """Sign and write one row; it is on disk when this returns (if durable)."""
-        head = self.head
+        self._sign_waiting()
+        return self._append(_unsigned(self._now(), kind, body))
+
+    def add(self, kind: str, body: dict[str, Any]) -> None:
+        """As :meth:`append`, for a row that nobody looks at yet. A journal that is not durable signs it when somebody
+        does. ``body`` is not written to any more: the journals of a simulation share it.
+        """
+        row = _unsigned(self._now(), kind, body)
+        if self._durable:
+            self._append(row)
+        else:
+            self._waiting.append(row)
+
+    def _now(self) -> int:
+        return int(self._clock()) if self._at is None else self._at
+
+    def _sign_waiting(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for row in waiting:
+                self._append(row)
+
+    def _append(self, row_: Unsigned) -> Row:
+        head, kind, at, start = self._head, row_.kind, row_.at, row_.start
         if head.rows >= MAX_ROWS:
             raise JournalError(f"{self.path} is full", hint=f"a journal holds at most {MAX_ROWS} rows")
-        at = int(self._clock()) if self._at is None else self._at
-        if self.rows:
-            at = max(at, self.rows[-1].at)
-        start = b'{"at":%d,"body":%s,' % (at, canonical.dumps(body))
+        if self._rows and self._rows[-1].at > at:
+            at = self._rows[-1].at
+            start = _start(at, row_.body)
         rest = canonical.dumps({"kind": kind, "n": head.rows, "owner": self.owner, "prev": head.hash, "v": 1})[1:]
         digest = hashlib.sha256(start + rest).hexdigest()
         signature = sign(self._key, DOMAIN, digest.encode()).hex()
-        row = Row(head.rows, self.owner, at, kind, body, head.hash, digest, signature)
+        row = Row(head.rows, self.owner, at, kind, row_.body, head.hash, digest, signature)
         # The canonical line, put together: its keys in order are those above with "hash" and "sig" between them.
         line = b'%s"hash":"%s",%s"sig":"%s","v":1}\n' % (start, digest.encode(), rest[:-6], signature.encode())
         if len(line) > MAX_ROW_BYTES:
@@ -220,13 +200,25 @@ class Journal:
                 raise self.failed from e
         else:
             self._pending.append(line)
-        self.rows.append(row)
+        self._rows.append(row)
         self._head = Head(row.n + 1, digest)
         return row
 
     @property
+    def rows(self) -> list[Row]:
+        """Every row, in order."""
+        self._sign_waiting()
+        return self._rows
+
+    @property
+    def length(self) -> int:
+        """How many rows there are."""
+        return self._head.rows + len(self._waiting)
+
+    @property
     def head(self) -> Head:
         """Row count and last hash."""
+        self._sign_waiting()
         return self._head
 
     def copy(self, data_set: str) -> Copy:
@@ -253,6 +245,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write what a non-durable journal holds back."""
+        self._sign_waiting()
         if self._pending:
             pending, self._pending = self._pending, []
             try:
@@ -289,11 +282,11 @@ class Journal:
         """Verify the complete lines into ``rows``; returns the length of a torn last line."""
         try:
             whole = without_torn_end(data)
-            self.rows = verify_rows(parse(whole), public_hex(self._key), owner=self.owner)
+            self._rows = verify_rows(parse(whole), public_hex(self._key), owner=self.owner)
         except FedveilError as e:
             raise JournalError(f"{self.path}: {e.message}", hint="keep the file as evidence; do not edit it") from e
-        if self.rows:
-            self._head = Head(len(self.rows), self.rows[-1].hash)
+        if self._rows:
+            self._head = Head(len(self._rows), self._rows[-1].hash)
         return len(data) - len(whole)
 
 
@@ -340,7 +333,7 @@ def _row(i: int, line: bytes) -> Row:
                 raise ValueError
         for name, length in (("prev", 64), ("hash", 64), ("sig", 128)):
             # lower case only: otherwise a signature could be written in many ways
-            if not _hexadecimal(d[name], length):
+            if not hexadecimal(d[name], length):
                 raise ValueError
     except (*MALFORMED, FedveilError) as e:
         raise VerificationError(f"row {i} is not a well-formed journal row") from e

@@ -11,7 +11,7 @@ Epsilon = NewType("Epsilon", float)
 Delta = NewType("Delta", float)
 SiteId = NewType("SiteId", str)
 
-MAX_SITES = 4096
+MAX_SITES = 10_000
 MAX_DAYS = 3650  # the longest time for which a certificate is valid
 _SITE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 

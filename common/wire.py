@@ -34,10 +34,12 @@ class Packet:
     Attributes:
         header: JSON object; ``header["kind"]`` names the message.
         buffers: raw bytes by name (1 to 64 characters out of a-z, 0-9, '_').
+        raw: the canonical bytes that the header was read from; empty where it was not read from bytes.
     """
 
     header: dict[str, Any]
     buffers: dict[str, bytes] = field(default_factory=dict)
+    raw: bytes = field(default=b"", compare=False, repr=False)
 
     @property
     def kind(self) -> str:

@@ -18,6 +18,8 @@ from fedveil.privacy.secagg.interface import SumSpec, is_hex
 JOIN = "fedveil/join/1"
 MAX_LEDGERS = 4  # of one site that are remembered
 MAX_IMPORTS = 8  # ledgers that a site's statement names as counted in its own
+_MAX_SPECS = 64
+_specs: dict[tuple[str, str, str], SumSpec] = {}  # by the hashes of plan and roster, and the session
 _STATEMENT_BYTES = 2176  # the most that a statement measures without its copies, with its place among the others
 
 
@@ -36,7 +38,17 @@ def names_of(members: Iterable[str]) -> str:
 
 
 def sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
-    """The plan as the secure sum sees it."""
+    """The plan as the secure sum sees it. One object for all virtual sites of a process."""
+    key = (plan.hash, session, roster.hash)
+    spec = _specs.get(key)
+    if spec is None:
+        if len(_specs) >= _MAX_SPECS:
+            _specs.clear()
+        spec = _specs[key] = _sum_spec(plan, session, roster)
+    return spec
+
+
+def _sum_spec(plan: PrivacyPlan, session: str, roster: Roster) -> SumSpec:
     sites = [m.site for m in roster.sites]
     helpers = elect(sites, plan.committee, bytes.fromhex(plan.committee_seed)) if plan.committee else ()
     return SumSpec(
@@ -213,13 +225,18 @@ def left_out(
         memory: gives what is known of a site's ledgers beside what the statements show.
     """
     out: dict[SiteId, FreshLedger] = {}
+    seen: dict[SiteId, list[Copy]] = {}
+    for witness, said in told.items():
+        for site, by in said.copies.items():
+            if site != witness:
+                seen.setdefault(site, []).extend(by.values())
     for site, said in told.items():
         if said.own.data_set != data_set:
             out[site] = FreshLedger(
                 f"{site!r} takes part with the ledger of another data set than the contract's",
                 hint="one ledger for each data set, which the contract names",
             )
-        elif known := said.ignores([*(copy for _, copy in seen_of(told, site)), *memory(site)]):
+        elif known := said.ignores([*seen.get(site, ()), *memory(site)]):
             out[site] = fresh(site, known)
     return out
 

@@ -32,6 +32,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,13 @@ class Ledger:
             self._append("ledger.cap", cap_epsilon=cap)
 
     def _append(self, kind: str, **body: Any) -> Row:
+        self._count(kind, body)
+        return self.journal.append(kind, body)
+
+    def _count(self, kind: str, body: dict[str, Any]) -> None:
         # Counted before it is written. A row that the rules refuse must never reach the disk, where it would make the
         # ledger unreadable. And a charge whose writing failed is better kept than forgotten.
-        self.tally.feed(Row(self.head.rows, self.journal.owner, 0, kind, body, self.head.hash, "", ""))
-        return self.journal.append(kind, body)
+        self.tally.feed(Row(self.journal.length, self.journal.owner, 0, kind, body, "", "", ""))
 
     def note(self, kind: str, **body: Any) -> Row:
         """Add a row that spends nothing (``plan.accepted``, ``data.released``, ``refused``, ``model``, ...)."""
@@ -293,14 +297,17 @@ class Ledger:
                 f"round {round_} does not fit into the privacy budget of {self.tally.lineage!r}",
                 hint="a normal ending: the last model is kept",
             )
-        named = {"state": state} if state else {}
-        self._append("spend", session=session, round=round_, plan_hash=plan_hash, event=event.to_json(), **named)
+        body = _spending(session, round_, plan_hash, event, state)
+        self._count("spend", body)
+        self.journal.add("spend", body)
 
     def commit(self, session: str, round_: int) -> None:
         """Record that the value reserved for was handed on; :class:`JournalError` for a round never reserved."""
         if (session, round_) not in self.tally.by_round:
             raise JournalError(f"round {round_} was never charged")
-        self._append("commit", session=session, round=round_)
+        body = _handing_on(session, round_)
+        self._count("commit", body)
+        self.journal.add("commit", body)
 
     @property
     def head(self) -> Head:
@@ -310,3 +317,15 @@ class Ledger:
     def close(self) -> None:
         """Release the lock."""
         self.journal.close()
+
+
+# The rows' contents, which all sites of a simulation share; nobody writes into them.
+@lru_cache(maxsize=8)
+def _spending(session: str, round_: int, plan_hash: str, event: SampledGaussian, state: str) -> dict[str, Any]:
+    named = {"state": state} if state else {}
+    return {"session": session, "round": round_, "plan_hash": plan_hash, "event": event.to_json(), **named}
+
+
+@lru_cache(maxsize=8)
+def _handing_on(session: str, round_: int) -> dict[str, Any]:
+    return {"session": session, "round": round_}

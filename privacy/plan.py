@@ -7,6 +7,7 @@ hash travels in every message. A site never takes a number from a message: it ta
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -42,12 +43,16 @@ def from_json(value: Any) -> PrivacyPlan:
     if isinstance(value, dict) and value.get("v") == 1:
         raise PlanError("this plan is of version 1", hint="fedveil 0.1 reads it, and verifies reports on it")
     try:
-        plan = PrivacyPlan.model_validate_json(canonical.dumps(value))
+        return _parsed(canonical.dumps(value))
     except WireError as e:
         raise PlanError(f"the plan is malformed: {e.message}") from None
     except ValidationError as e:
         raise PlanError(f"the plan is malformed in: {_where(e)}") from None
-    return plan.check()
+
+
+@lru_cache(maxsize=8)  # every virtual site of a process is shown the same plan
+def _parsed(data: bytes) -> PrivacyPlan:
+    return PrivacyPlan.model_validate_json(data).check()
 
 
 def _where(error: ValidationError) -> str:

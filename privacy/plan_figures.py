@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedveil.common import canonical
 from fedveil.common.errors import PlanError
 from fedveil.common.settings import MIN_DELTA
+from fedveil.common.units import MAX_SITES
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp import calibrate
@@ -56,7 +57,7 @@ class PlanFigures(BaseModel):
     unit: Unit
     sum: Sum
     adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
-    sites: int = Field(ge=1, le=4096)
+    sites: int = Field(ge=1, le=MAX_SITES)
     colluders: int = Field(ge=0)
     dropouts: int = Field(ge=0)
     records: int = Field(ge=1, le=1 << 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from fedveil.common.errors import MALFORMED, ProtocolError, VerificationError
@@ -29,6 +30,7 @@ class Tally:
         self.by_round: dict[tuple[str, int], SampledGaussian] = {}
         self.committed: set[tuple[str, int]] = set()
         self.agreed: dict[tuple[str, int], tuple[str, str]] = {}  # by round: the signed set's names and digest
+        self.last_models: set[str] = set()  # sessions whose final model was noted: nothing may follow it
         self.version, self.subject_salt, self.data_set = "", "", ""
         self.closed = ""  # the ledger that counts this one's spending from now on
         self.imported: dict[str, list[tuple[SampledGaussian, int]]] = {}
@@ -49,13 +51,21 @@ class Tally:
             elif row.kind == "ledger.capacity":
                 self._filter(row)
                 self.capacity = _capacity(row.body["capacity"])
-            elif row.kind == "commit":
-                key = _key(row.body)
-                if key not in self.by_round:
-                    raise VerificationError(f"row {row.n} commits a round that was never charged")
-                self.committed.add(key)
+            else:
+                self._round(row)
         except MALFORMED as e:
             raise VerificationError(f"row {row.n} ({row.kind}) is malformed") from e
+
+    def _round(self, row: Row) -> None:
+        """What becomes of a charged round, and of a session."""
+        b = row.body
+        if row.kind == "model":
+            self.last_models.add(str(b.get("session")))
+        elif row.kind == "commit":
+            key = _key(b)
+            if key not in self.by_round:
+                raise VerificationError(f"row {row.n} commits a round that was never charged")
+            self.committed.add(key)
 
     def _open(self, row: Row) -> None:
         if self.filter is not None:
@@ -105,7 +115,7 @@ class Tally:
         after, overflow = self.spent + rdp(event, f.order), self.overflow + event.overflow
         if room is None or not room.admits(after, overflow):
             raise VerificationError(f"row {row.n} spends past the cap of epsilon = {f.epsilon:g}")
-        self.spent, self.overflow, self.by_round[key] = after, overflow, event
+        self.spent, self.overflow, self.by_round[key] = after, overflow, _same(event)
 
     def _import(self, row: Row) -> None:
         """Add the spending of another ledger, whatever the cap says: it has happened. Once for each ledger."""
@@ -222,4 +232,14 @@ def _key(body: dict[str, Any]) -> tuple[str, int]:
     session, round_ = body["session"], body["round"]
     if type(session) is not str or type(round_) is not int:
         raise TypeError
+    return _one(session, round_)
+
+
+@lru_cache(maxsize=4096)  # the ledgers of a simulation hold the same keys and events: one object each
+def _one(session: str, round_: int) -> tuple[str, int]:
     return session, round_
+
+
+@lru_cache(maxsize=64)
+def _same(event: SampledGaussian) -> SampledGaussian:
+    return event

@@ -18,6 +18,7 @@ from fedveil.common import flwr_adapter
 from fedveil.common.errors import FedveilError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
+from fedveil.privacy.secagg.plain import Together
 from fedveil.server.job import Job
 
 _FIRST_POLL_S, _MAX_POLL_S = 0.02, 1.0
@@ -39,6 +40,11 @@ class Exchange:
         """The site behind a node, as the transport authenticated it. Empty if the transport authenticates nobody."""
         find = getattr(self.grid, "site_of", None)
         return str(find(node)) if find is not None else ""
+
+    @property
+    def together(self) -> Callable[[Mapping[SiteId, Packet]], Together] | None:
+        """How a simulation's sites contribute in one go; None where every site answers by itself."""
+        return getattr(self.grid, "together", None)
 
     def wait_for_sites(self, count: int, timeout: float) -> int:
         """Wait at most ``timeout`` seconds until ``count`` sites are connected; returns how many are.

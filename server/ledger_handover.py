@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fedveil.common import canonical
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import FedveilError, VerificationError, trace
-from fedveil.common.files import write_durably
+from fedveil.common.files import write
 from fedveil.common.journal import parse, verify_rows
 from fedveil.common.units import SiteId
 from fedveil.privacy.report import history, ledgers, prices, tables
@@ -40,7 +40,7 @@ def keep(job: Job, handed: Mapping[SiteId, bytes], end: End) -> dict[str, list[i
             said = e if isinstance(e, FedveilError) else trace(e)
             _LOG.error("the ledger of %s does not hold and counts as not delivered: %s", site, said)
             continue
-        write_durably(job.run / "journals" / f"{site}.jsonl", data)
+        write(job.run / "journals" / f"{site}.jsonl", data, durable=job.durable)
     return heads
 
 

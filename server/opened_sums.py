@@ -7,13 +7,14 @@ sites can read the sums, or fewer than t + d + 1 members were in the round.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedveil.common import canonical
 from fedveil.common.errors import JournalError, WireError
-from fedveil.common.files import write_durably
+from fedveil.common.files import write, write_durably
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.joining import chained
@@ -26,6 +27,7 @@ from fedveil.server.job import Job
 Ask = Callable[[dict[SiteId, Packet]], dict[SiteId, Packet]]
 NAMED_FILE = "named.json"  # of a run's folder: the signed headers of the last round whose members are enough
 _BYTES = 1 << 28  # of sums in one message; a single larger one goes alone
+_HEADER_BYTES = Limits.header * 3 // 4  # of their members' names
 
 
 class OpenedSums:
@@ -53,6 +55,7 @@ class OpenedSums:
         whole: Callable[[str], ModelState] | None = None,
     ) -> None:
         self._folder, self._session, self._states, self._durable = folder, session, states, durable
+        self._numbers = list(states)  # of the rounds that were opened, 0 for the start
         self._unknown = -1 if resumed else 0
         self._quorum, self._whole = quorum, whole
         self._named: dict[str, Any] | None = self._read_named()
@@ -73,11 +76,11 @@ class OpenedSums:
         Returns:
             The digest of the sum.
         """
-        write = write_durably if self._durable else _write
-        write(self._folder / f"{number}.json", canonical.dumps(packet.header))
-        write(self._folder / f"{number}.bin", packet.buffers[BUFFERS[packet.kind]])
+        write(self._folder / f"{number}.json", canonical.dumps(packet.header), durable=self._durable)
+        write(self._folder / f"{number}.bin", packet.buffers[BUFFERS[packet.kind]], durable=self._durable)
         before, self._latest = self.state, (number, packet)
         self._states[number] = state or chained(before, packet)
+        self._numbers.append(number)
         return chained("", packet)
 
     def close(self, number: int, nonce: str, headers: Sequence[dict[str, Any]]) -> None:
@@ -111,7 +114,8 @@ class OpenedSums:
 
         A site that does not answer is asked before the next round again.
         """
-        behind = {s for s in sites if self._far(s)}
+        fits = self._fits
+        behind = {s for s in sites if self._far(s, fits)}
         stuck = set[SiteId]()
         while behind:
             replies = ask({s: self._next(self._at.get(s, self._unknown)) for s in behind})
@@ -123,7 +127,7 @@ class OpenedSums:
                 self._at[site] = at = max(n for n in self._states if n <= at)  # rounds without a sum may follow it
                 if at <= before:  # its state was lost: once more, from where it stands
                     (behind.discard if site in stuck else stuck.add)(site)
-            behind = {s for s in behind & set(replies) if self._far(s)}
+            behind = {s for s in behind & set(replies) if self._far(s, fits)}
 
     def reached(self, sites: Iterable[SiteId]) -> None:
         """These sites named the present state."""
@@ -135,20 +139,23 @@ class OpenedSums:
 
     @property
     def _last(self) -> int:
-        return next(reversed(self._states))
+        return self._numbers[-1]
 
     @property
     def _fits(self) -> int:
         """How many sums go into one message: all of a run are of one size."""
-        size = sum(map(len, self._sum(self._last).buffers.values())) if self._last else 1
-        return max(1, min(MAX_SUMS, _BYTES // size))
+        if not self._last:
+            return MAX_SUMS
+        packet = self._sum(self._last)
+        size, named = sum(map(len, packet.buffers.values())), len(canonical.dumps(packet.header))
+        return max(1, min(MAX_SUMS, _BYTES // size, _HEADER_BYTES // named))
 
     def _missing(self, at: int) -> list[int]:
-        return [n for n in self._states if n > at]
+        return self._numbers[bisect_right(self._numbers, at) :]
 
-    def _far(self, site: SiteId) -> bool:
+    def _far(self, site: SiteId, fits: int) -> bool:
         at = self._at.get(site, self._unknown)
-        return at < 0 or len(self._missing(at)) > self._fits
+        return at < 0 or len(self._numbers) - bisect_right(self._numbers, at) > fits
 
     def _next(self, at: int) -> Packet:
         """A later state or the first sums after ``at``. If it is not known where the site stands: the question."""
@@ -209,8 +216,3 @@ def opened_sums(job: Job) -> OpenedSums:
         quorum=job.plan.quorum if job.plan.reveal_to == "server" else 0,
         whole=lambda name: checkpoints.load(job.run / checkpoints.FOLDER, name),
     )  # fmt: skip
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)

@@ -25,6 +25,7 @@ from fedveil.common.wire import Packet
 from fedveil.privacy import norm_cap
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secagg.interface import ServerSum
+from fedveil.privacy.secagg.plain import PlainServer, Together
 
 
 class Phase(IntEnum):
@@ -61,6 +62,18 @@ class Round:
         """Admit one contribution (signature, roster, session, round, sizes, no second one) and add it."""
         self._require(Phase.COLLECTING)
         self._try(site, lambda: self._sum.add(site, packet))
+
+    def collect_together(self, given: Together) -> None:
+        """Admit what the sites of one process contribute in one go: a simulation of a sum in the clear.
+
+        Raises:
+            ProtocolError: this sum takes one contribution after the other.
+        """
+        self._require(Phase.COLLECTING)
+        if not isinstance(self._sum, PlainServer):
+            raise ProtocolError(f"a {self.plan.sum} sum takes one contribution after the other")
+        self._sum.add_together(given)
+        self.refusals.update(given.refusals)
 
     def refuse(self, site: SiteId, error: FedveilError) -> None:
         """Record that ``site`` answered with an error, in any phase."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -22,6 +23,7 @@ from fedveil.common.wire import Packet
 from fedveil.privacy.dp.accounting import epsilon_pld
 from fedveil.privacy.joining import sum_spec
 from fedveil.privacy.report.history import End
+from fedveil.privacy.report.progress import priced
 from fedveil.privacy.secagg.interface import ServerSum
 from fedveil.privacy.secagg.kept import FOLDER as CIPHERTEXTS
 from fedveil.privacy.secagg.round_outcomes import Conduct
@@ -96,9 +98,14 @@ class SecureSumStrategy(Strategy):
             if self._over() or not self._enough_sites(number):
                 break
             started = time.monotonic()
-            messages = self.configure_train(number, self._arrays(), config, grid)
-            arrays, metrics = self.aggregate_train(number, exchange.replies(messages, self.job.round_timeout))
-            self._book(number, opened=arrays is not None)
+            if exchange.together is None:
+                messages = self.configure_train(number, self._arrays(), config, grid)
+                replies = exchange.replies(messages, self.job.round_timeout)
+                opened, metrics = self.aggregate_train(number, replies)
+            else:
+                given = exchange.together(self._ask_for(number))
+                opened, metrics = self._aggregated(number, partial(Round.collect_together, given=given))
+            self._book(number, opened=opened is not None)
             self._record(number, metrics, time.monotonic() - started)
         self._over()
         self._finish()
@@ -177,6 +184,10 @@ class SecureSumStrategy(Strategy):
 
         Sites that repeatedly did not vouch for a sum are not asked.
         """
+        return self._exchange.messages(self._ask_for(server_round), "train.contribute", server_round)
+
+    def _ask_for(self, server_round: int) -> dict[SiteId, Packet]:
+        """Open a round; what every joined site that is not left out is asked."""
         job = self.job
         self._catch_up()
         nonce, job.nonce = job.nonce, ""
@@ -202,8 +213,7 @@ class SecureSumStrategy(Strategy):
         }
         left_out = set(self._conduct.left_out)
         asked = [site for site in self._exchange.nodes if site not in left_out]
-        packets = self._opened.packets(asked, header, job.attached)
-        return self._exchange.messages(packets, "train.contribute", server_round)
+        return self._opened.packets(asked, header, job.attached)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -212,11 +222,16 @@ class SecureSumStrategy(Strategy):
 
         Each reply is checked and added when ``replies`` gives it, and freed before the next one is asked for.
         """
+        return self._aggregated(server_round, lambda r: self._exchange.each(replies, r.collect, r.refuse))
+
+    def _aggregated(
+        self, server_round: int, collect: Callable[[Round], None]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         job, current = self.job, self._round
         if current is None:
             raise ProtocolError("a round must be configured before it is aggregated")
         try:
-            self._exchange.each(replies, current.collect, current.refuse)
+            collect(current)
             agreements = current.close()
             members = current.members
             self._opened.reached(members)
@@ -323,7 +338,7 @@ class SecureSumStrategy(Strategy):
         facts = dict(metrics or {})
         line = {
             "round": number,
-            "epsilon_opened": epsilon_pld([(self.plan.event, number)], self.plan.delta),
+            "epsilon_opened": epsilon_pld([(self.plan.event, priced(number, self.plan.steps))], self.plan.delta),
             "members": facts.pop("members", 0),
             "metrics": facts,
             "bytes_sent": sent - self._counted[0],

@@ -27,14 +27,13 @@ from fedveil.privacy.secagg.params import choose
 from fedveil.privacy.secagg.sealed import Joins
 
 _SIGNATURE = hexadecimal(128)
-_MAX_SPECS = 64
+_MAX_JOINS = 64
 
 
 class Forms:
     """The table of replies, and what is kept from one reply to the next to save work."""
 
     def __init__(self) -> None:
-        self._specs: dict[tuple[str, str, str], SumSpec] = {}
         self._joins: dict[tuple[str, str], Joins] = {}
 
     def check(self, packet: Packet, action: str, request: Packet, site: Site) -> None:
@@ -166,8 +165,8 @@ class Forms:
 
     def _agree(self, packet: Packet, request: Packet, site: Site, session: Session) -> None:
         spec, round_ = self._spec(session, site), request.header.get("round")
-        members = {h["site"]: canonical.digest(h) for h in request.header["members"]}
-        digest = keysum.members_digest(spec, int(str(round_)), members)
+        _, members = keysum.check_members(spec, self._joined(session, site), request, keysum.MEMBERS)
+        digest = keysum.members_digest(spec, int(str(round_)), {m.site: m.digest for m in members})
         _exact(packet, keysum.agreement_header(spec, int(str(round_)), site.id, digest) | {"signature": _SIGNATURE})
         keysum.check_signature(spec, site.id, packet.header)
         if (session.id, round_) not in site.ledger.tally.agreed:
@@ -200,12 +199,7 @@ class Forms:
     # --- what the session's members know --------------------------------------------------------------------
 
     def _spec(self, session: Session, site: Site) -> SumSpec:
-        key = (session.id, session.plan_hash, site.roster.hash)
-        if key not in self._specs:
-            if len(self._specs) >= _MAX_SPECS:
-                self._specs.clear()
-            self._specs[key] = sum_spec(session.plan, session.id, site.roster)
-        return self._specs[key]
+        return sum_spec(session.plan, session.id, site.roster)
 
     def _joined(self, session: Session, site: Site) -> Joins:
         """Who joined, from the site's own store. It was written there after every statement had been checked."""
@@ -214,7 +208,7 @@ class Forms:
             raise PolicyRefusal("an answer for a session that has not begun")
         key = (session.id, sha256(held))
         if key not in self._joins:
-            if len(self._joins) >= _MAX_SPECS:
+            if len(self._joins) >= _MAX_JOINS:
                 self._joins.clear()
             self._joins[key] = Joins(self._spec(session, site), canonical.loads(held))
         return self._joins[key]

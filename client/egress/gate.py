@@ -46,6 +46,7 @@ _HOLD_RECORDS = (
     ("fedveil.privacy.anonymization.", ""),
     ("fedveil.client.train", "site_sum"),
     ("fedveil.client.train", "_client_update"),
+    ("fedveil.client.train", "client_updates"),
     ("fedveil.client.statistics", "predictions"),
     ("fedveil.privacy.dp.", "clipped_sum"),
 )

@@ -10,6 +10,7 @@ import typer
 
 from fedveil.common import canonical
 from fedveil.common.errors import ConfigError, FedveilError, UsageError
+from fedveil.common.units import MAX_SITES
 
 if TYPE_CHECKING:
     from fedveil.common.contract import DataContract
@@ -22,7 +23,7 @@ _ROSTER_LIMIT = 1 << 22
 def plan(
     federation: Annotated[Path, typer.Argument(help="The server's federation.toml.")],
     sites: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Number of sites, if there is no signed roster yet.")
+        int | None, typer.Option(min=1, max=MAX_SITES, help="Number of sites, if there is no signed roster yet.")
     ] = None,
     cap: Annotated[
         float | None, typer.Option(help="Cap (ε) of a fresh ledger. Shows how many steps of this plan it can pay for.")

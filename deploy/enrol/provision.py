@@ -43,7 +43,7 @@ def make_consortium(
     """Make every key, certificate and the signed roster of a new consortium below ``out``.
 
     Args:
-        sites: the members' names, 1 to 4096, each once; their order fixes the roster's.
+        sites: the members' names, 1 to 10,000, each once; their order fixes the roster's.
         consortium: a name, 1 to 64 printable characters.
         host: DNS name or IP address by which sites reach the server (``localhost``, 127.0.0.1 and ::1 always work).
         days: how long the certificates hold, 1 to 3650.

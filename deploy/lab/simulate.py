@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedveil.deploy.lab.choices import CHOICES
 from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
 
 if TYPE_CHECKING:
+    from fedveil.common.units import SiteId
     from fedveil.deploy.lab import virtual_sites
     from fedveil.deploy.lab.datasets import Split
     from fedveil.privacy.plan import PrivacyPlan
@@ -150,20 +152,25 @@ def run_split(
     server, _ = server_app(job)
     looked_at: dict[str, float] = {}
     if config.engine == "inprocess":
-        from fedveil.deploy.transport.inprocess import run_inprocess
+        from fedveil.deploy.lab import together
+        from fedveil.deploy.transport.inprocess import InprocessGrid, run_on
 
-        resolve, sites = virtual_sites.keep(
+        sites = virtual_sites.Kept(
             lambda i: virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *split.parts[i], out, cap=cap, engine=engine
             )
         )
+        app, lost = client_app(sites.resolve), _losses(config.drop_rate)
+        if together.fits(plan):
+            grid = together.TogetherGrid(app, world.sites, sites.find, lost=lost)
+        else:
+            grid = InprocessGrid(app, world.sites, lambda _: {}, drop=_drops(lost))
         with virtual_sites.rare_collections():
-            run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=_drops(config.drop_rate))
+            run_on(server, grid)
         if plan.reveal_to == "sites" and job.evaluate is not None:
             # Only the simulation can look into a site: its own model on the public table.
-            looked_at = job.evaluate(sites[0].model(sites[0].session(job.session)).held.state.weights)
-        for site in sites:
-            site.ledger.close()
+            looked_at = job.evaluate(sites.find(0).model(sites.find(0).session(job.session)).held.state.weights)
+        sites.close()
     else:
         from fedveil.deploy.lab.ray_sites import run_over_ray
 
@@ -220,15 +227,19 @@ def _make_folder(out: Path) -> None:
         raise UsageError(f"no folder can be made at {out}: {e.strerror}", hint="name another folder with --out") from e
 
 
-def _drops(rate: float):
+def _losses(rate: float) -> Callable[[], bool] | None:
     """Random drop-outs for experiments: each contribution is lost with probability ``rate``."""
-    if not rate:
+    return (lambda: secrets.randbelow(1 << 32) < rate * (1 << 32)) if rate else None
+
+
+def _drops(lost: Callable[[], bool] | None) -> Callable[[SiteId, Any], bool] | None:
+    """The same for messages."""
+    if lost is None:
         return None
 
-    def drop(site: object, message: Any) -> bool:
+    def drop(site: SiteId, message: Any) -> bool:
         meta = message.metadata
-        lost = meta.message_type == "train.contribute" and not meta.reply_to_message_id
-        return lost and secrets.randbelow(1 << 32) < rate * (1 << 32)
+        return meta.message_type == "train.contribute" and not meta.reply_to_message_id and lost()
 
     return drop
 

@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from fedveil.client.session import Site
 from fedveil.common import identity
@@ -39,9 +40,13 @@ _SMALL = 200_000
 
 
 def fit_threads(parameters: int) -> None:
-    """Use one torch thread for networks whose steps take less time than waking a second thread."""
+    """Use one thread for networks whose steps take less time than waking a second one, in torch and in NumPy.
+
+    NumPy's second thread waits in a loop: a processor's whole time, for nothing.
+    """
     if parameters < _SMALL:
         torch.set_num_threads(1)
+        threadpool_limits(1)
 
 
 @contextmanager
@@ -146,17 +151,33 @@ def make_site(
     )  # fmt: skip
 
 
-def keep(make: Callable[[int], Site]) -> tuple[Callable[[Context], AbstractContextManager[Site]], list[Site]]:
-    """For the in-process engine: a site is made at its first message, and kept. The list fills as sites are made."""
-    made: dict[int, Site] = {}
-    sites: list[Site] = []
+class Kept:
+    """For the in-process engine: a site is made when it is first asked, and kept.
+
+    Args:
+        make: makes the site at a position.
+
+    Attributes:
+        sites: those that were made, in the order in which they were.
+    """
+
+    def __init__(self, make: Callable[[int], Site]) -> None:
+        self._make, self._made = make, dict[int, Site]()
+        self.sites: list[Site] = []
+
+    def find(self, index: int) -> Site:
+        """The site at a position."""
+        if index not in self._made:
+            self._made[index] = self._make(index)
+            self.sites.append(self._made[index])
+        return self._made[index]
 
     @contextmanager
-    def resolve(context: Context) -> Iterator[Site]:
-        index = int(context.node_config["partition-id"])
-        if index not in made:
-            made[index] = make(index)
-            sites.append(made[index])
-        yield made[index]
+    def resolve(self, context: Context) -> Iterator[Site]:
+        """The site that a message is for."""
+        yield self.find(int(context.node_config["partition-id"]))
 
-    return resolve, sites
+    def close(self) -> None:
+        """Write every ledger."""
+        for site in self.sites:
+            site.ledger.close()

@@ -7,7 +7,7 @@ shared, so that no site can alter what another one sees and no array is duplicat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,6 +18,7 @@ from fedveil.common.errors import ConfigError, TransportError
 from fedveil.common.units import SiteId
 from fedveil.deploy.transport import Traffic
 
+Inprocess = TypeVar("Inprocess", bound="InprocessGrid")
 Drop = Callable[[SiteId, Message], bool]
 
 
@@ -125,7 +126,11 @@ def run_inprocess(
 
     Exceptions of the server app are the caller's.
     """
-    grid = InprocessGrid(client_app, sites, node_config, drop=drop)
+    return run_on(server_app, InprocessGrid(client_app, sites, node_config, drop=drop))
+
+
+def run_on(server_app: ServerApp, grid: Inprocess) -> Inprocess:
+    """The same on a grid that was made before."""
     context = Context(grid.run.run_id, flower.SERVER_NODE, {}, RecordDict(), {})
     server_app(grid, context)
     return grid

@@ -322,6 +322,7 @@ class Filter:
         return overflow <= RESERVE * self.delta * (1 + _TOLERANCE)
 
 
+@lru_cache(maxsize=64)
 def best_order(epsilon: float, delta: float) -> float:
     """The order that lets an unsampled Gaussian spend most under (ε, δ): argmax of budget(order) / order.
 

@@ -66,20 +66,28 @@ def seat(records: int, rate: float, places: int) -> NDArray[np.int64]:
     Every record is in the sample with probability ``rate``, by itself. The sampled ones sit in a uniformly random
     injection into the places. If there are more than places, all stay empty: the step then releases noise only.
     """
-    sampled = np.flatnonzero(poisson_sample(records, rate))
-    seats = np.full(places, EMPTY, np.int64)
-    order = _permutation(places)
-    if len(sampled) <= places:
-        seats[order[: len(sampled)]] = sampled
+    return seat_each(np.array([records]), rate, places)[0]
+
+
+def seat_each(records: NDArray[np.int64], rate: float, places: int) -> NDArray[np.int64]:
+    """``(S, places)``: the same for each of S sites with so many ``records``, each by itself, drawn in one go."""
+    sites, most = len(records), int(records.max(initial=0))
+    there = np.arange(most) < records[:, None]
+    sampled = there & poisson_sample(sites * most, rate).reshape(sites, most)
+    sampled &= sampled.sum(1, keepdims=True) <= places
+    order = _permutations(sites, places)
+    site, record = np.nonzero(sampled)
+    seats = np.full((sites, places), EMPTY, np.int64)
+    seats[site, order[site, np.cumsum(sampled, 1)[site, record] - 1]] = record
     return seats
 
 
-def _permutation(n: int) -> NDArray[np.int64]:
-    """A uniform permutation: the order of n random words. Equal words would favour one order, so they are redrawn."""
+def _permutations(sites: int, n: int) -> NDArray[np.int64]:
+    """Uniform permutations: the orders of n random words. Equal words would favour one order, so they are redrawn."""
     stream = KeyStream()
     while True:
-        words = stream.words(n)
-        order = np.argsort(words)
-        ordered = words[order]
-        if not (ordered[1:] == ordered[:-1]).any():
+        words = stream.words(sites * n).reshape(sites, n)
+        order = np.argsort(words, axis=1)
+        ordered = np.take_along_axis(words, order, 1)
+        if not (ordered[:, 1:] == ordered[:, :-1]).any():
             return order

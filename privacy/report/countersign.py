@@ -41,6 +41,11 @@ class Seen:
         return self.document["payload"]["session"]
 
     @cached_property
+    def owners(self) -> dict[str, str]:
+        """Whose each signing key (hex) is."""
+        return {m.signing_key: m.site for m in self.roster.sites}
+
+    @cached_property
     def digest(self) -> str:
         """What is signed of the report."""
         return canonical.digest(self.document)
@@ -68,7 +73,7 @@ def sign(seen: Seen, key: Ed25519PrivateKey, ledger: bytes | None = None) -> tup
         IdentityError: the key belongs to no site on the roster.
         VerificationError: the report was made without this site's ledger, from another one or from a part of it.
     """
-    site = next((m.site for m in seen.roster.sites if m.signing_key == identity.public_hex(key)), None)
+    site = seen.owners.get(identity.public_hex(key))
     if site is None:
         raise IdentityError("the key belongs to no site on the roster", hint="use the site's own signing.key")
     if ledger is not None:

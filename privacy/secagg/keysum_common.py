@@ -19,9 +19,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -145,6 +146,76 @@ def _head(spec: SumSpec, site: SiteId, value: Any) -> Head:
     if head.head.rows == 0 or not head.signed_by(site, spec.roster.member(site).signing_key):
         raise SecureSumError(f"the journal head in the contribution of {site!r} is not signed by it")
     return head
+
+
+def check_members(spec: SumSpec, joins: Joins, request: Packet, kind: str) -> tuple[int, list[Contribution]]:
+    """The round and the announced members of a request of the server, every header verified.
+
+    Raises:
+        SecureSumError, WireError: a header does not hold; the members are too few, twice there, out of order, or
+            computed from different model states.
+    """
+    return _once((spec, joins.digest, kind), request, lambda: _check_members(spec, joins, request, kind))
+
+
+def check_agreements(spec: SumSpec, joins: Joins, request: Packet, round: int, digest: str) -> None:
+    """Raise :class:`SecureSumError` or :class:`WireError` unless T distinct helpers signed ``digest`` in a request."""
+    asked = (spec, joins.digest, round, digest)
+    _once(asked, request, lambda: _check_agreements(spec, joins, request, round, digest))
+
+
+T = TypeVar("T")
+_REMEMBERED = 4
+_checked: list[tuple[tuple[Any, ...], bytes, Any]] = []
+
+
+def _once(asked: tuple[Any, ...], request: Packet, check: Callable[[], T]) -> T:
+    """What ``check`` says of the header of ``request``. In a simulation every site reads the same bytes: once for all.
+
+    Args:
+        asked: everything else that ``check`` depends on.
+    """
+    for known, raw, said in _checked:
+        if request.raw and raw == request.raw and known == asked:
+            return said
+    said = check()
+    _checked[:] = [(asked, request.raw, said), *_checked[: _REMEMBERED - 1]]
+    return said
+
+
+def _check_agreements(spec: SumSpec, joins: Joins, request: Packet, round: int, digest: str) -> None:
+    if request.header.get("digest") != digest:
+        raise SecureSumError(f"other members than those agreed for round {round}")
+    agreements = request.header.get("agreements")
+    if not isinstance(agreements, dict) or len(agreements) > len(spec.all_helpers):
+        raise WireError("the agreements are malformed")
+    if len(agreements) < spec.threshold:
+        raise SecureSumError(f"{len(agreements)} agreements are fewer than the threshold {spec.threshold}")
+    for site, signature in agreements.items():
+        if site not in joins.helpers:
+            raise SecureSumError("an agreement of a site that is no helper or did not join")
+        header = agreement_header(spec, round, site, digest)
+        check_signature(spec, site, {**header, "signature": signature})
+
+
+_Members = tuple[int, list[Contribution]]
+
+
+def _check_members(spec: SumSpec, joins: Joins, request: Packet, kind: str) -> _Members:
+    round = check_request(spec, request, kind)
+    headers, nonce = request.header.get("members"), request.header.get("nonce")
+    if not isinstance(headers, list) or not isinstance(nonce, str) or len(headers) > len(joins.sites):
+        raise WireError("the announced members are malformed")
+    spec.check_round(round, nonce)
+    if len(headers) < spec.min_members:
+        raise SecureSumError(f"{len(headers)} members are fewer than the {spec.min_members} a sum needs")
+    members = [check_contribution(spec, joins, round, nonce, h) for h in headers]
+    order = [spec.roster.index(m.site) for m in members]
+    if any(a >= b for a, b in pairwise(order)):
+        raise SecureSumError("a site is announced twice, or the members are out of order")
+    if (states := len({m.state for m in members})) > 1:
+        raise SecureSumError(f"the members of round {round} computed from {states} different model states")
+    return round, members
 
 
 def box_context(round: int, nonce: str, ciphertext: str) -> list[Any]:

@@ -138,7 +138,7 @@ class KeysumServer(ServerSum):
         self._digest = messages.members_digest(self._spec, round, self._digests)
         header = {"kind": messages.MEMBERS, "session": self._spec.session, "round": round, "nonce": self._nonce}
         header["members"] = [self._headers[site] for site in self.members]
-        return {site: Packet(header) for site in joins.helpers}
+        return dict.fromkeys(joins.helpers, Packet(header))
 
     def add_agreement(self, site: SiteId, packet: Packet) -> None:
         """See :meth:`ServerSum.add_agreement`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -232,21 +231,7 @@ class KeysumSite(SiteSum):
 
     def _check_members(self, request: Packet) -> tuple[int, list[messages.Contribution]]:
         """The round and the announced members, every header verified."""
-        spec, joins = self._spec, self._joined()
-        round = messages.check_request(spec, request, messages.MEMBERS)
-        headers, nonce = request.header.get("members"), request.header.get("nonce")
-        if not isinstance(headers, list) or not isinstance(nonce, str) or len(headers) > len(joins.sites):
-            raise WireError("the announced members are malformed")
-        spec.check_round(round, nonce)
-        if len(headers) < spec.min_members:
-            raise SecureSumError(f"{len(headers)} members are fewer than the {spec.min_members} a sum needs")
-        members = [messages.check_contribution(spec, joins, round, nonce, h) for h in headers]
-        order = [spec.roster.index(m.site) for m in members]
-        if any(a >= b for a, b in pairwise(order)):
-            raise SecureSumError("a site is announced twice, or the members are out of order")
-        if (states := len({m.state for m in members})) > 1:
-            raise SecureSumError(f"the members of round {round} computed from {states} different model states")
-        return round, members
+        return messages.check_members(self._spec, self._joined(), request, messages.MEMBERS)
 
     def _check_own(self, round: int, members: list[messages.Contribution]) -> None:
         said = self._contributions.said(round)
@@ -271,18 +256,7 @@ class KeysumSite(SiteSum):
 
     def _check_agreements(self, request: Packet, round: int, digest: str) -> None:
         """T signatures of distinct helpers on ``digest``."""
-        if request.header.get("digest") != digest:
-            raise SecureSumError(f"other members than those agreed for round {round}")
-        agreements = request.header.get("agreements")
-        if not isinstance(agreements, dict) or len(agreements) > len(self._spec.all_helpers):
-            raise WireError("the agreements are malformed")
-        if len(agreements) < self._spec.threshold:
-            raise SecureSumError(f"{len(agreements)} agreements are fewer than the threshold {self._spec.threshold}")
-        for site, signature in agreements.items():
-            if site not in self._joined().helpers:
-                raise SecureSumError("an agreement of a site that is no helper or did not join")
-            header = messages.agreement_header(self._spec, round, site, digest)
-            messages.check_signature(self._spec, site, {**header, "signature": signature})
+        messages.check_agreements(self._spec, self._joined(), request, round, digest)
 
     def _sum_of_shares(self, request: Packet, round: int, promise: dict[str, Any]) -> bytes:
         members = promise["members"]
@@ -293,7 +267,7 @@ class KeysumSite(SiteSum):
             if sha256(box) != expected:
                 raise SecureSumError(f"the sealed share of {site!r} is not the one it signed")
             data = self._session.unseal(SiteId(site), messages.box_context(round, promise["nonce"], ciphertext), box)
-            share = np.frombuffer(data, "<u2").astype(np.int64)
+            share = np.frombuffer(data, "<u2")
             if int(share.max()) >= shamir.P:
                 raise SecureSumError(f"the share of {site!r} is outside the field")
             total += share

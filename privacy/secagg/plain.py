@@ -8,12 +8,12 @@ policy decide who may choose these protocols.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.common.errors import HelperRefusal, SecureSumError
+from fedveil.common.errors import FedveilError, HelperRefusal, SecureSumError
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
 from fedveil.privacy.secagg import opened_sum
@@ -36,7 +36,6 @@ class PlainSite(SiteSum):
     def __init__(self, spec: SumSpec, site: SiteId, store: Store) -> None:
         self._spec, self._site, self._store = spec, site, store
         self._index = spec.roster.index(site)
-        self._kind = f"{spec.protocol}/contribution"
         # Nothing real is protected in the simulator, and thousands of sites share one process.
         self._durable = spec.protocol == "none"
         self._first_kept, self._latest = 0, ("", "", b"")
@@ -107,15 +106,41 @@ class PlainSite(SiteSum):
         return nonce.decode(), state.decode(), data
 
     def _packet(self, round: int, nonce: str, state: str, data: bytes) -> Packet:
-        header = {
-            "kind": self._kind,
-            "session": self._spec.session,
-            "round": round,
-            "nonce": nonce,
-            "site": self._site,
-            **({"state": state} if state else {}),
-        }
-        return Packet(header, {"values": data})
+        said = header(self._spec.protocol, self._spec.session, round, nonce, self._site, state)
+        return Packet(said, {"values": data})
+
+
+def header(protocol: str, session: str, round: int, nonce: str, site: SiteId, state: str) -> dict[str, Any]:
+    """What a contribution says beside its values."""
+    return {
+        "kind": f"{protocol}/contribution",
+        "session": session,
+        "round": round,
+        "nonce": nonce,
+        "site": site,
+        **({"state": state} if state else {}),
+    }
+
+
+class Together(NamedTuple):
+    """What the sites of one process, a simulation's, contribute to a round: added up already.
+
+    Attributes:
+        sites: whose vectors are in it, each once.
+        state: the model state that all of them were computed from.
+        values: ``(D,)`` int64, the sum.
+        refusals: why the other sites that were asked do not contribute.
+    """
+
+    sites: tuple[SiteId, ...]
+    state: str
+    values: NDArray[np.int64]
+    refusals: Mapping[SiteId, FedveilError]
+
+    @classmethod
+    def nothing(cls, refusals: Mapping[SiteId, FedveilError]) -> Together:
+        """No site contributes."""
+        return cls((), "", np.zeros(0, np.int64), refusals)
 
 
 class PlainServer(ServerSum):
@@ -161,6 +186,21 @@ class PlainServer(ServerSum):
         data = packet.buffer("values", 8 * self._spec.length)
         self._sum += np.frombuffer(data, "<i8")
         self._members.add(site)
+
+    def add_together(self, given: Together) -> None:
+        """As :meth:`add`, for all sites of ``given``; only sums that nothing protects can take vectors so."""
+        if self._round is None:
+            raise SecureSumError("no round is open")
+        if not given.sites:
+            return
+        for site in given.sites:
+            self._spec.roster.index(site)
+            if given.state != self._round[2]:
+                raise another_state(site)
+        if not self._members.isdisjoint(given.sites) or len(set(given.sites)) != len(given.sites):
+            raise SecureSumError(f"a site contributed to round {self._round[0]} before")
+        self._sum += self._spec.vector(given.values)  # which may refuse
+        self._members.update(given.sites)
 
     @property
     def members(self) -> tuple[SiteId, ...]:

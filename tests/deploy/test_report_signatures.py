@@ -70,13 +70,14 @@ def finished(folder: Path) -> Run:
         site.reports.mkdir(parents=True)
         return site
 
-    resolve, run.sites = virtual_sites.keep(make)
+    kept = virtual_sites.Kept(make)
+    run.sites = kept.sites
     job = jobs.create(
         run.folder, plan, world.roster, world.server, documents=world.documents(), durable=False, engine="inprocess",
         countersigned=True,
     )  # fmt: skip
     run.session = job.session
-    run_inprocess(server_app(job)[0], client_app(resolve), world.sites, lambda _: {})
+    run_inprocess(server_app(job)[0], client_app(kept.resolve), world.sites, lambda _: {})
     return run
 
 

@@ -58,17 +58,16 @@ class Consortium:
             engine="inprocess", evaluate=Evaluator(plan.network, SPLIT.X_test, SPLIT.y_test),
         )  # fmt: skip
         server, _ = server_app(job)
-        resolve, sites = virtual_sites.keep(
+        kept = virtual_sites.Kept(
             lambda i: virtual_sites.make_site(
                 self.world.roster, i, self.world.keys[i], plan, *SPLIT.parts[i], self.state,
                 cap=CAP if self.world.sites[i] == CAPPED else PLENTY, engine="closed",
             )
         )  # fmt: skip
         try:
-            run_inprocess(server, client_app(resolve), self.world.sites, lambda _: {})
+            run_inprocess(server, client_app(kept.resolve), self.world.sites, lambda _: {})
         finally:
-            for site in sites:
-                site.ledger.close()
+            kept.close()
             job.journal.close()
         build_report(out, self.world.server)
         return json.loads((out / "report.json").read_text())["payload"]

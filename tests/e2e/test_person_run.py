@@ -72,12 +72,11 @@ def run(plan: PrivacyPlan, home: Path, **options: Any) -> Path:
         site.contract, site.persons = CONTRACT, persons
         return site
 
-    resolve, sites = virtual_sites.keep(make)
+    kept = virtual_sites.Kept(make)
     try:
-        run_inprocess(server_app(job)[0], client_app(resolve), world.sites, lambda _: {})
+        run_inprocess(server_app(job)[0], client_app(kept.resolve), world.sites, lambda _: {})
     finally:
-        for s in sites:
-            s.ledger.close()
+        kept.close()
     build_report(home / "run", world.server)
     verify_report(home / "run" / "report.json").raise_for_failure()
     return home / "run"

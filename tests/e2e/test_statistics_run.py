@@ -101,12 +101,11 @@ class Consortium:
             engine="inprocess", **options,
         )  # fmt: skip
         server, _ = server_app(job)
-        resolve, sites = virtual_sites.keep(lambda i: self.site(i, plan, cap))
+        kept = virtual_sites.Kept(lambda i: self.site(i, plan, cap))
         try:
-            run_inprocess(server, client_app(resolve), self.world.sites, lambda _: {})
+            run_inprocess(server, client_app(kept.resolve), self.world.sites, lambda _: {})
         finally:
-            for s in sites:
-                s.ledger.close()
+            kept.close()
         build_report(out, self.world.server)
         return out
 

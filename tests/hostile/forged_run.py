@@ -143,12 +143,11 @@ class Base:
             self.home / name, plan, self.world.roster, self.world.server, documents=documents, durable=False,
             engine="grpc", countersigned=True, evaluate=Evaluator(plan.network, X, (X[:, 0] > 0).astype(np.int64)),
         )  # fmt: skip
-        resolve, sites = virtual_sites.keep(lambda i: self.site(i, plan))
+        sites = virtual_sites.Kept(lambda i: self.site(i, plan))
         try:
-            run_inprocess(server_app(job)[0], client_app(resolve), self.world.sites, lambda _: {})
+            run_inprocess(server_app(job)[0], client_app(sites.resolve), self.world.sites, lambda _: {})
         finally:
-            for site in sites:
-                site.ledger.close()
+            sites.close()
             job.journal.close()
 
     def audited(self) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedveil.common import canonical, identity
-from fedveil.common.errors import HelperRefusal, SecureSumError
+from fedveil.common import canonical, flwr_adapter, identity
+from fedveil.common.errors import HelperRefusal, SecureSumError, WireError
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
-from fedveil.common.wire import Packet
+from fedveil.common.wire import Limits, Packet
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.keysum_server import KeysumServer
@@ -60,6 +60,23 @@ class World:
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+@pytest.fixture(params=["made here", "read from bytes"], autouse=True)
+def read(request, monkeypatch):
+    """Requests as they come from the wire too: what was read from the same bytes is not verified a second time."""
+    if request.param == "made here":
+        return
+
+    def of(packet: Packet) -> Packet:
+        try:
+            return flwr_adapter.from_record(flwr_adapter.to_record(packet), Limits())
+        except WireError:  # nothing that the wire would carry
+            return packet
+
+    for name in ("agree", "open"):
+        honest = getattr(KeysumSite, name)
+        monkeypatch.setattr(KeysumSite, name, lambda site, packet, *a, honest=honest: honest(site, of(packet), *a))
 
 
 def changed(packet: Packet, **fields: Any) -> Packet:
@@ -341,3 +358,20 @@ def test_requests_never_make_a_site_contribute_a_second_plaintext(world):
         for nonce in ("m", "N", "n "):
             with pytest.raises(SecureSumError, match="another nonce"):
                 helper.contribute(1, nonce, np.arange(6) + 1)
+
+
+def test_what_one_site_verified_is_verified_once_and_only_for_the_same_bytes_session_and_members(world, monkeypatch):
+    world.contribute()
+    request = world.server.agree_requests()[NAMES[0]]
+    checked: list[str] = []
+    honest = messages.check_contribution
+    monkeypatch.setattr(messages, "check_contribution", lambda *a: checked.append("") or honest(*a))
+    read = lambda packet: flwr_adapter.from_record(flwr_adapter.to_record(packet), Limits())  # noqa: E731
+    for name in NAMES:
+        world.sites[name].agree(read(request))
+    assert len(checked) == len(NAMES)  # every header once, and not once a site
+    forged = [{**h, "signature": "0" * 128} if h["site"] == NAMES[3] else h for h in request.header["members"]]
+    with pytest.raises(HelperRefusal, match="signature"):
+        world.sites[NAMES[0]].agree(read(changed(request, members=forged)))
+    with pytest.raises(HelperRefusal):  # the same bytes in another session, which they were not signed for
+        World().sites[NAMES[0]].agree(read(request))

@@ -56,7 +56,8 @@ class Run:
         self.job = jobs.create(
             folder, self.plan, self.world.roster, self.world.server, documents=self.world.documents(), durable=False
         )
-        self.resolve, self.sites = virtual_sites.keep(self.site)
+        kept = virtual_sites.Kept(self.site)
+        self.resolve, self.sites = kept.resolve, kept.sites
 
     def site(self, index: int) -> Site:
         rng = np.random.default_rng(index)

@@ -10,10 +10,9 @@ from flwr.app import RecordDict
 
 from fedveil.common import canonical, identity
 from fedveil.common.errors import BudgetExhausted, IdentityError, ProtocolError, RunAborted, WireError
-from fedveil.common.journal import parse
+from fedveil.common.journal import Journal, parse
 from fedveil.common.wire import Packet
 from fedveil.privacy.joining import JOIN
-from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.verify import verify_report
@@ -273,13 +272,11 @@ class TestLedgersAtTheEnd:
     ])  # fmt: skip
     def test_a_ledger_that_tells_another_run_costs_nobody_the_report(self, run, monkeypatch, kind, change):
         """A member's own rows, well signed, that an auditor would refuse: its ledger is missing, as if it were down."""
-        r, honest = run(), Ledger._append
-
-        def lie(ledger, row, **body):
-            other = change if (row, ledger.journal.owner) == (kind, "site-0002") else {}
-            return honest(ledger, row, **{**body, **other})
-
-        monkeypatch.setattr(Ledger, "_append", lie)
+        r = run()
+        append, add = Journal.append, Journal.add
+        said = lambda journal, row, body: {**body, **(change if (row, journal.owner) == (kind, "site-0002") else {})}  # noqa: E731
+        monkeypatch.setattr(Journal, "append", lambda j, row, body: append(j, row, said(j, row, body)))
+        monkeypatch.setattr(Journal, "add", lambda j, row, body: add(j, row, said(j, row, body)))
         assert r.go() == "COMPLETED"
         assert sorted(r.bodies("run.end")[0]["heads"]) == ["site-0001", "site-0003", "site-0004"]
         assert verified(r)["ledgers delivered"] == "not delivered: site-0002"

@@ -57,7 +57,7 @@ def opened(tmp_path, monkeypatch):
         world = virtual_sites.World.make(SITES)
         job = jobs.create(tmp_path / "run", plan, world.roster, world.server, documents={}, durable=False)
         none = np.zeros((0, INPUTS), np.float32), np.zeros(0, np.int64)
-        resolve, _ = virtual_sites.keep(
+        virtual = virtual_sites.Kept(
             lambda i: virtual_sites.make_site(
                 world.roster, i, world.keys[i], plan, *none, tmp_path, cap=99.0, engine="closed"
             )
@@ -68,7 +68,7 @@ def opened(tmp_path, monkeypatch):
             return m.message_type == "train.contribute" and world.sites.index(site) in PATTERNS[int(m.group_id) - 1]
 
         server, strategy = server_app(job)
-        run_inprocess(server, client_app(resolve), world.sites, lambda _: {}, drop=drop)
+        run_inprocess(server, client_app(virtual.resolve), world.sites, lambda _: {}, drop=drop)
         assert strategy.status == "COMPLETED"
         assert set(sums) == set(PATTERNS)
         return plan, sums

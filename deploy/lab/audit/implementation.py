@@ -181,7 +181,8 @@ class InProcess:
             _listen(site, keep)
             return site
 
-        resolve, sites = virtual_sites.keep(make)
+        kept = virtual_sites.Kept(make)
+        sites = kept.sites
 
         def read(packet: Packet) -> Opened:
             return _member(job, sites).sum.opened(packet)
@@ -195,7 +196,7 @@ class InProcess:
             return 0 < number <= len(absent) and world.sites.index(site) in absent[number - 1]
 
         try:
-            run_inprocess(_server(strategy), client_app(resolve), world.sites, lambda _: {}, drop=drop)
+            run_inprocess(_server(strategy), client_app(kept.resolve), world.sites, lambda _: {}, drop=drop)
             position = {s: i for i, s in enumerate(world.sites)}
             return Run(
                 _releases(plan, strategy.seen.sums, moves, position, handed), strategy.status,
@@ -203,8 +204,7 @@ class InProcess:
             )  # fmt: skip
         finally:
             job.journal.close()
-            for site in sites:
-                site.ledger.close()
+            kept.close()
 
     def seats(self, records: int, rate: float, places: int) -> NDArray[np.int64]:
         """See :class:`~fedveil.privacy.audit.evidence.Implementation`."""

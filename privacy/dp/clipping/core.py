@@ -163,6 +163,53 @@ class Clipper:
             raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
         return ClippedSum(out, entered, int((seats >= 0).sum()) - entered)
 
+    @property
+    def stacks(self) -> bool:
+        """Whether :meth:`clipped_sums` works with this engine."""
+        return isinstance(self.backend, SmallChain)
+
+    def clipped_sums(
+        self, X: NDArray[np.float32], y: NDArray[np.int64], clip: float, seats: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """``(S, D)``: for every row of ``seats``, ``(S, P)``, what :meth:`clipped_sum` has for it, in one go.
+
+        Every row's microbatches have the shapes that they have there, so the bits are the same.
+
+        Raises:
+            ModelError: the engine is another one than ``numpy``; or as :meth:`clipped_sum`.
+        """
+        if not 0 < clip < float("inf"):
+            raise ModelError(f"a clip of {clip!r} is not positive and finite")
+        sites, places = seats.shape
+        batches, each = self.shape(places)
+        if not isinstance(self.backend, SmallChain) or batches > LONGEST_BLOCK:
+            raise ModelError(f"the engine {self.engine!r} computes one sum at a time", hint="the engine 'numpy'")
+        padded = np.full((sites, batches * each), EMPTY, np.int64)
+        padded[:, :places] = seats
+        table = (X, y, np.arange(len(X))[:, None], False)
+        total, entered = torch.zeros(sites, self.size, dtype=torch.float64), np.zeros(sites, np.int64)
+        for at in range(0, batches * each, each):
+            batch = self.batch(table, padded[:, at : at + each].reshape(-1))
+            added = self.backend.add_each(batch, clip * (1 - margin(self.size)), total)
+            entered += added.numpy().reshape(sites, each).sum(1)
+        out = total.numpy()
+        if not (np.sqrt(np.einsum("ij,ij->i", out, out)) <= entered * clip * (1 + _FAULT)).all():
+            raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
+        return out
+
+    def descents(self, X: NDArray[np.float32], y: NDArray[np.int64], steps: int, rate: float) -> NDArray[np.float64]:
+        """``(S, D)``: by how much full-batch descent moves the weights, for each of S tables by itself.
+
+        Args:
+            X: ``(S, n, inputs)``. y: ``(S, n)`` classes that the network has.
+
+        Raises:
+            ModelError: the engine is another one than ``numpy``.
+        """
+        if not isinstance(self.backend, SmallChain):
+            raise ModelError(f"the engine {self.engine!r} does not descend", hint="the engine 'numpy'")
+        return self.backend.descend(X.astype(self.precision, copy=False), y, steps, rate)
+
     def _blocks(self, table: _Table, seats: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, int]:
         """The sum over all microbatches and how many places entered; two levels, so that rounding adds up slowly."""
         total, entered = torch.zeros(self.size, dtype=torch.float64, device=self.device), []

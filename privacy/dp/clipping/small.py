@@ -41,12 +41,20 @@ class SmallChain:
 
     def operands(self, batch: Batch) -> list[torch.Tensor]:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
-        inputs, deltas = self._passes(batch)
+        inputs, deltas = self._passes(batch, 1)
         return [torch.from_numpy(t) for t in (*inputs, *deltas)]
 
     def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
-        inputs, deltas = self._passes(batch)
+        return self.add_each(batch, clip, out[None])
+
+    def add_each(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
+        """As :meth:`add` for microbatches of one size that stand one after the other in ``batch``.
+
+        Each is added to its own row of ``out``, ``(S, D)`` float64. Every product is one of a single microbatch: its
+        bits are those that :meth:`add` gives.
+        """
+        inputs, deltas = self._passes(batch, len(out))
         with np.errstate(all="ignore"):  # what overflows has no finite norm and is left out
             pairs = [(_squares(d), _squares(a)) for d, a in zip(deltas, inputs, strict=True)]
             total = np.zeros(len(deltas[0]))
@@ -60,39 +68,79 @@ class SmallChain:
         self._sum(inputs, deltas, keep[:, None], factor, out.numpy())
         return torch.from_numpy(keep)
 
-    def _passes(self, batch: Batch) -> tuple[list[_Doubles], list[_Doubles]]:
+    def descend(self, X: _Array, y: NDArray[np.int64], steps: int, rate: float) -> _Doubles:
+        """``(S, D)``: by how much ``steps`` of full-batch descent move the weights, for each of S tables of n records.
+
+        Args:
+            X: ``(S, n, inputs)``, in the network's precision. y: ``(S, n)`` classes that the network has.
+        """
+        many, n, _ = X.shape
+        start = [
+            (m.weight.detach().numpy(), None if m.bias is None else m.bias.detach().numpy()) for m in self._linears
+        ]
+        own = [
+            (np.repeat(w[None], many, 0), None if b is None else np.repeat(b[None, None], many, 0)) for w, b in start
+        ]
+        with np.errstate(all="ignore"):
+            for _ in range(steps):
+                inputs, deltas = self._gradients(X, y, own)
+                for (w, b), a, delta in zip(own, inputs, deltas, strict=True):
+                    mean = delta * w.dtype.type(1 / n)
+                    np.subtract(w, w.dtype.type(rate) * (mean.transpose(0, 2, 1) @ a), out=w)
+                    if b is not None:
+                        np.subtract(b, b.dtype.type(rate) * mean.sum(1, keepdims=True), out=b)
+            moved: list[_Doubles] = []
+            for (w, b), (w0, b0) in zip(own, start, strict=True):
+                moved.append((_wide(w0) - _wide(w)).reshape(many, -1))
+                if b is not None and b0 is not None:
+                    moved.append((_wide(b0) - _wide(b)).reshape(many, -1))
+        return np.concatenate(moved, 1)
+
+    def _passes(self, batch: Batch, many: int) -> tuple[list[_Doubles], list[_Doubles]]:
         """Each layer's input and the loss' gradient at its output, ``(B, width)`` both, widened to float64."""
         if batch.weights is not None:
             raise ModelError("the engine 'numpy' takes one row for each place", hint="the engine 'closed'")
-        weights = [m.weight.detach().numpy() for m in self._linears]
-        inputs: list[_Array] = [batch.X.numpy()]
+        layers = [
+            (m.weight.detach().numpy(), None if m.bias is None else m.bias.detach().numpy()) for m in self._linears
+        ]
+        X, y = batch.X.numpy(), batch.y.numpy()
         with np.errstate(all="ignore"):
-            for at, layer in enumerate(self._linears):
-                z = inputs[at] @ weights[at].T
-                if layer.bias is not None:
-                    z += layer.bias.detach().numpy()
-                inputs.append(self._functions[at][0](z) if at < len(self._functions) else z)
-            z = inputs.pop()
-            delta = np.exp(np.maximum(z - z.max(1, keepdims=True), LEAST_EXPONENT))
-            delta /= delta.sum(1, keepdims=True)
-            delta[np.arange(len(delta)), batch.y.numpy()] -= 1
-            deltas: list[_Array] = [delta]
-            for at in range(len(weights) - 1, 0, -1):
-                deltas.append((deltas[-1] @ weights[at]) * self._functions[at - 1][1](inputs[at]))
-        return [_wide(a) for a in inputs], [_wide(d) for d in reversed(deltas)]
+            inputs, deltas = self._gradients(X.reshape(many, -1, X.shape[1]), y.reshape(many, -1), layers)
+        flat = lambda t: _wide(t).reshape(len(X), -1)  # noqa: E731
+        return [flat(a) for a in inputs], [flat(d) for d in deltas]
+
+    def _gradients(
+        self, X: _Array, y: NDArray[np.int64], layers: list[tuple[_Array, _Array | None]]
+    ) -> tuple[list[_Array], list[_Array]]:
+        """Inputs and output gradients of every layer, ``(S, B, width)``; weights of all S tables, or of each."""
+        inputs: list[_Array] = [X]
+        for at, (weight, bias) in enumerate(layers):
+            z = inputs[at] @ (weight.T if weight.ndim == 2 else weight.transpose(0, 2, 1))
+            if bias is not None:
+                z += bias
+            inputs.append(self._functions[at][0](z) if at < len(self._functions) else z)
+        z = inputs.pop()
+        delta = np.exp(np.maximum(z - z.max(2, keepdims=True), LEAST_EXPONENT))
+        delta /= delta.sum(2, keepdims=True)
+        delta.reshape(-1, delta.shape[2])[np.arange(y.size), y.reshape(-1)] -= 1
+        deltas: list[_Array] = [delta]
+        for at in range(len(layers) - 1, 0, -1):
+            deltas.append((deltas[-1] @ layers[at][0]) * self._functions[at - 1][1](inputs[at]))
+        return inputs, deltas[::-1]
 
     def _sum(
         self, inputs: list[_Doubles], deltas: list[_Doubles], keep: NDArray[np.bool_], factor: _Doubles, out: _Doubles
     ) -> None:
-        at = 0
+        at, many = 0, len(out)
         for a, delta, layer in zip(inputs, deltas, self._linears, strict=True):
-            scaled = np.where(keep, delta, 0.0) * factor[:, None]
-            weight = scaled.T @ np.where(keep, a, 0.0)
-            out[at : at + weight.size] += weight.reshape(-1)
-            at += weight.size
+            scaled = (np.where(keep, delta, 0.0) * factor[:, None]).reshape(many, -1, delta.shape[1])
+            weight = scaled.transpose(0, 2, 1) @ np.where(keep, a, 0.0).reshape(many, -1, a.shape[1])
+            size = weight[0].size
+            out[:, at : at + size] += weight.reshape(many, -1)
+            at += size
             if layer.bias is not None:
-                out[at : at + scaled.shape[1]] += scaled.sum(0)
-                at += scaled.shape[1]
+                out[:, at : at + delta.shape[1]] += scaled.sum(1)
+                at += delta.shape[1]
 
 
 def _wide(a: _Array) -> _Doubles:

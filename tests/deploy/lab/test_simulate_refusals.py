@@ -14,7 +14,7 @@ from fedveil.common.errors import PlanError, UsageError
     [
         (("--clients", 0), "1 to 1437"),
         (("--clients", 5000), "1 to 1437"),
-        (("--clients", 0, "--dataset", "trivial"), "1 to 4096"),
+        (("--clients", 10001, "--dataset", "trivial"), "1 to 10000"),
         (("--drop-rate", 2), "from 0 to 1"),
         (("--cap", 0), "above 0"),
         (("--alpha", 0), "above 0"),

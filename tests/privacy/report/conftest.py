@@ -24,6 +24,7 @@ from fedveil.privacy.joining import data_set, names_of
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.build import build_report
+from fedveil.privacy.report.progress import priced
 
 SITES = ("alba", "berg", "cava", "dorn")
 SESSION = "5e" * 32
@@ -212,7 +213,7 @@ class World:
                 facts = {"members": members, "noise_multiplier": sigma, "model_hash": model(r), "checkpoint": "x"}
                 add("round.applied", round=r, **facts)
             results = {"accuracy": 0.9 - 0.4 / r} if now == r else results
-            spent = epsilon_pld([(self.plan.event, r)], self.plan.delta)
+            spent = epsilon_pld([(self.plan.event, priced(r, self.plan.steps))], self.plan.delta)
             lines.append(
                 {"round": r, "epsilon_opened": spent, "members": len(members), "metrics": results if now == r else {},
                  "bytes_sent": 100 * r, "bytes_received": 200 * r, "seconds": 0.25}

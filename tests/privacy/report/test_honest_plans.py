@@ -132,15 +132,27 @@ def test_the_bound_of_the_loss_is_one() -> None:
 def test_the_rounding_of_a_composition_is_no_lie() -> None:
     """Near the smallest δ that so many sampled steps may have, the spent ε is not quite even."""
     plan = plan_of(1e-3, 1000, delta=1e-11, noise_multiplier=1.0)
-    rounds = range(900, 1001, 4)
-    spent = [epsilon_pld([(plan.event, k)], plan.delta) for k in rounds]
+    exact = [epsilon_pld([(plan.event, k)], plan.delta) for k in range(900, 1001, 4)]
+    assert any(b < a - 1e-6 for a, b in itertools.pairwise(exact))
+    rounds = range(520, 1001, 20)
+    spent = [epsilon_pld([(plan.event, progress.priced(k, plan.steps))], plan.delta) for k in rounds]
     rows = [{"round": k, "epsilon_opened": e, "metrics": {}} for k, e in zip(rounds, spent, strict=True)]
     history = SimpleNamespace(rounds=range(1000), applied=[])
-    assert any(b < a - 1e-6 for a, b in itertools.pairwise(spent))
+    rows[7]["epsilon_opened"] *= 1 - 5e-3  # not computed again
     assert "recomputed" in progress.metrics(rows, prices.read(plan.to_json()), history)  # type: ignore[arg-type]
     rows[5]["epsilon_opened"] *= 0.9
     with pytest.raises(VerificationError):
         progress.metrics(rows, prices.read(plan.to_json()), history)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [1, 16, 17, 60, 1000, 1 << 20])
+def test_the_epsilon_of_a_round_is_stated_for_as_many_rounds_or_a_few_more(steps) -> None:
+    numbers = {*range(1, min(steps, 2000) + 1), steps, max(1, steps - 1)}
+    stated = {n: progress.priced(n, steps) for n in numbers}
+    assert all(n <= k <= min(steps, max(n, n * 9 / 8)) for n, k in stated.items())
+    assert all(n == k for n, k in stated.items() if n <= 16 or n == steps)
+    assert [stated[n] for n in sorted(stated)] == sorted(stated.values())
+    assert len(set(stated.values())) <= 16 + 8 * max(0, steps.bit_length() - 4)
 
 
 @pytest.mark.parametrize("epsilon", [300.0, 400.0, 900.0])

@@ -48,11 +48,11 @@ def go(folder: Path, reveal_to: Any, steps: int = 2) -> Path:
     )
     rng = np.random.default_rng(1)
     X, y = rng.standard_normal((10, 3)).astype(np.float32), np.arange(10) % 2
-    resolve, _ = virtual_sites.keep(
+    sites = virtual_sites.Kept(
         lambda i: virtual_sites.make_site(WORLD.roster, i, WORLD.keys[i], plan, X, y, folder, cap=90.0, engine="closed")
     )
     server, strategy = server_app(job)
-    run_inprocess(server, client_app(resolve), WORLD.sites, lambda _: {})
+    run_inprocess(server, client_app(sites.resolve), WORLD.sites, lambda _: {})
     job.journal.close()
     assert strategy.status == "COMPLETED"
     return folder

@@ -1,0 +1,73 @@
+"""Virtual sites that contribute in one pass, where a run's sum is in the clear: everything else goes by messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from flwr.clientapp import ClientApp
+
+from fedveil.client import together
+from fedveil.client.session import Site
+from fedveil.common import canonical
+from fedveil.common import flwr_adapter as flower
+from fedveil.common.errors import FedveilError
+from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+from fedveil.deploy.transport.inprocess import InprocessGrid
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secagg.plain import Together, header
+
+
+def fits(plan: PrivacyPlan) -> bool:
+    """Whether the sites of a simulation of ``plan`` can contribute in one pass."""
+    return plan.sum == "plain" and plan.task == "train"
+
+
+class TogetherGrid(InprocessGrid):
+    """An in-process grid whose sites contribute in one pass. They join, and end their session, by messages.
+
+    Args:
+        find: gives the site at a position.
+        lost: whether the next request for a contribution is lost; None: none is.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        sites: Sequence[SiteId],
+        find: Callable[[int], Site],
+        *,
+        lost: Callable[[], bool] | None = None,
+    ) -> None:
+        super().__init__(client_app, sites, lambda _: {})
+        self._find, self._lost = find, lost
+        self._index = {site: i for i, site in enumerate(sites)}
+
+    def together(self, packets: Mapping[SiteId, Packet]) -> Together:
+        """What the sites contribute that get ``packets``. The traffic is counted as if messages had been sent."""
+        asked: dict[int, list[SiteId]] = {}
+        for site, packet in packets.items():
+            if self._lost is None or not self._lost():
+                asked.setdefault(id(packet), []).append(site)
+        given: Together | None = None
+        refusals: dict[SiteId, FedveilError] = {}
+        for sites in asked.values():
+            request = packets[sites[0]]
+            some = together.contribute((self._find(self._index[s]) for s in sites), request)
+            self._count(request, sites, some)
+            refusals |= some.refusals
+            if some.sites:
+                before = () if given is None else given.sites
+                values = some.values if given is None else given.values + some.values
+                given = Together((*before, *some.sites), some.state, values, {})
+        return Together.nothing(refusals) if given is None else given._replace(refusals=refusals)
+
+    def _count(self, request: Packet, sites: Sequence[SiteId], given: Together) -> None:
+        sent = len(canonical.dumps(request.header)) + sum(map(len, request.buffers.values()))
+        h = request.header
+        answer = header("plain", h["session"], h["round"], h["nonce"], SiteId(""), given.state)
+        received = len(canonical.dumps(answer)) + given.values.nbytes
+        contributed = set(given.sites)
+        for site in sites:
+            said = len(flower.error_text(given.refusals[site])) if site not in contributed else received + len(site)
+            self._traffic.add(site, sent=sent, received=said)
