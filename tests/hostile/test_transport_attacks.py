@@ -184,7 +184,7 @@ def test_a_site_that_fails_all_the_time_is_not_heard_for_a_while(pki: Path, new_
             heard += 1
         assert code is Code.RESOURCE_EXHAUSTED
         assert heard > 10
-        assert ["west", "too many failed calls of this site"] in victim.reports()
+        victim.until(lambda: ["west", "too many failed calls of this site"] in victim.reports())
         victim.check()
     finally:
         west.close()

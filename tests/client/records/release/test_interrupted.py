@@ -20,6 +20,7 @@ from fedveil.common.contract import DataContract, sign_contract
 STOPPED = """
 import importlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup without this one
 module, name = sys.argv.pop(1).split(":")
 owner = importlib.import_module(module)
 *path, last = name.split(".")
