@@ -127,9 +127,13 @@ class Tally:
         before = sum(n for old in self.imported.values() for _, n in old)
         if any(type(n) is not int or n < 1 for _, n in events) or before + sum(n for _, n in events) > MAX_IMPORTED:
             raise VerificationError(f"row {row.n} imports fewer than one or more than {MAX_IMPORTED} steps")
-        if any(type(rows) is not int or name not in names for rows, name in covers):
-            raise VerificationError(f"row {row.n} covers rows of a ledger that it does not import")
         lost = {name: _cap(cap, delta) for name, cap, delta in b.get("lost", [])}
+        # All rows of a ledger are counted only where its whole cap is.
+        if any(
+            type(rows) is not int or name not in names or not 0 <= rows <= MAX_ROWS - (name not in lost)
+            for rows, name in covers
+        ):
+            raise VerificationError(f"row {row.n} covers rows of a ledger that it does not import")
         if not names >= lost.keys():
             raise VerificationError(f"row {row.n} brings the cap of a ledger that it does not import")
         self.spent += sum(n * rdp(e, f.order) for e, n in events)

@@ -118,14 +118,15 @@ class OpenedSums:
         behind = {s for s in sites if self._far(s, fits)}
         stuck = set[SiteId]()
         while behind:
-            replies = ask({s: self._next(self._at.get(s, self._unknown)) for s in behind})
+            sent = {s: self._next(self._at.get(s, self._unknown)) for s in behind}
+            replies = ask({s: packet for s, (packet, _) in sent.items()})
             for site, reply in replies.items():
-                before, at = self._at.get(site, self._unknown), reply.header.get("round")
+                at = reply.header.get("round")
                 if reply.header.get("kind") != "applied" or type(at) is not int or at < 0:
                     behind.discard(site)
                     continue
                 self._at[site] = at = max(n for n in self._states if n <= at)  # rounds without a sum may follow it
-                if at <= before:  # its state was lost: once more, from where it stands
+                if at < sent[site][1]:  # its state was lost: once more, from where it stands
                     (behind.discard if site in stuck else stuck.add)(site)
             behind = {s for s in behind & set(replies) if self._far(s, fits)}
 
@@ -157,16 +158,21 @@ class OpenedSums:
         at = self._at.get(site, self._unknown)
         return at < 0 or len(self._numbers) - bisect_right(self._numbers, at) > fits
 
-    def _next(self, at: int) -> Packet:
-        """A later state or the first sums after ``at``. If it is not known where the site stands: the question."""
+    def _next(self, at: int) -> tuple[Packet, int]:
+        """A later state or the first sums after ``at``, and the round that they lead to.
+
+        If it is not known where the site stands: the question.
+        """
         header = {"kind": "apply", "session": self._session}
         if at < 0:
-            return Packet(header)
+            return Packet(header), at
         if (brought := self._state_after(at)) is not None:
             named, state = brought
-            return Packet({**header, "state": state.digest, "sums": [], NAMED: named}, {WHOLE: state.data})
+            packet = Packet({**header, "state": state.digest, "sums": [], NAMED: named}, {WHOLE: state.data})
+            return packet, max(n for n in self._states if n < named["round"])
         numbers = self._missing(at)[: self._fits]
-        return with_sums({**header, "state": self._states[numbers[-1]]}, {}, [self._sum(n) for n in numbers])
+        sums = [self._sum(n) for n in numbers]
+        return with_sums({**header, "state": self._states[numbers[-1]]}, {}, sums), numbers[-1]
 
     def _state_after(self, at: int) -> tuple[dict[str, Any], ModelState] | None:
         """The newest state that enough members named, with what they signed; None if it is not later than ``at``."""

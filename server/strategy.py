@@ -137,6 +137,8 @@ class SecureSumStrategy(Strategy):
         """Whether no further round may be opened; ``status`` says why."""
         if self.plan.sites - len(self._exhausted) < self.plan.members:
             self.status = EXHAUSTED
+        elif self.plan.sites - len(self._exhausted | set(self._conduct.left_out)) < self.plan.members:
+            self.status = ABORTED  # too few are still asked to contribute
         elif self._consecutive >= MAX_CONSECUTIVE_ABORTS or not self._bearable:
             self.status = ABORTED
         return self.status != COMPLETED

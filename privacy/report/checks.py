@@ -286,7 +286,7 @@ class Audit:
         remark = ledgers.continues(rows, joined, seen, plan.colluders, public)
         c = compose(rows, h.session)
         named = data_set(self._agreed.name, c.unit) if self._agreed else ""
-        remark += ledgers.replaces_none(c, joined, ledgers.others(site, public, joined, seen, c.covers), named)
+        remark += ledgers.replaces_none(c, joined, ledgers.others(site, public, joined, seen, c.covers, c.lost), named)
         remark += ledgers.at_caps(rows, c) + witnesses.said(site, public, joined, seen, rows, plan, self.countersigned)
         ledgers.charged(c, plan, h, joined["head"][0])
         ledgers.ends(c, h, site)

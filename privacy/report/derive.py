@@ -236,8 +236,9 @@ def _other_ledgers(f: Facts) -> dict[str, list[dict[str, Any]]]:
     """By site, its other ledgers of which members of the run hold a signed head; sites without any are left out."""
     seen, out = ledgers.seen_by_peers(f.joins), dict[str, list[dict[str, Any]]]()
     for m in f.roster.sites:
-        covers = f.charges[m.site].covers if m.site in f.charges else {}
-        if found := ledgers.others(m.site, m.signing_key, f.joins.get(m.site, {}), seen.get(m.site, []), covers):
+        c = f.charges.get(m.site)
+        counted = (c.covers, c.lost) if c else ({}, {})
+        if found := ledgers.others(m.site, m.signing_key, f.joins.get(m.site, {}), seen.get(m.site, []), *counted):
             out[m.site] = [o._asdict() for o in found]
     return out
 

@@ -5,12 +5,12 @@ Every function raises :class:`VerificationError` and names what does not hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedveil.common import fields
 from fedveil.common.errors import FedveilError, VerificationError
-from fedveil.common.journal import GENESIS, MAX_ROWS, Copy, Row
+from fedveil.common.journal import GENESIS, Copy, Row
 from fedveil.privacy.joining import heads_of, names_of
 from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
@@ -106,7 +106,14 @@ def continues(
     return f"; {said} signed that it had other rows, or more: one word against another, up to {colluders} may collude"
 
 
-def others(site: str, public: str, joined: Mapping[str, Any], seen: Seen, covers: Mapping[str, int]) -> list[Other]:
+def others(
+    site: str,
+    public: str,
+    joined: Mapping[str, Any],
+    seen: Seen,
+    covers: Mapping[str, int],
+    lost: Container[str] = (),
+) -> list[Other]:
     """The other ledgers of a site that members of this run have seen, by heads that the site has signed.
 
     Args:
@@ -114,6 +121,7 @@ def others(site: str, public: str, joined: Mapping[str, Any], seen: Seen, covers
         joined: its own join statement.
         seen: see :func:`seen_by_peers`.
         covers: by imported ledger, up to how many of its rows.
+        lost: the ledgers whose whole caps are charged.
     """
     by: dict[str, list[tuple[str, Copy]]] = {}
     for witness, copy in seen:
@@ -123,7 +131,7 @@ def others(site: str, public: str, joined: Mapping[str, Any], seen: Seen, covers
         Other(
             name, max(c.head.rows for _, c in copies), len({w for w, _ in copies}),
             any(c.data_set == joined.get("data_set") for _, c in copies),
-            covers.get(name, -1) >= max(c.head.rows for _, c in copies), covers.get(name) == MAX_ROWS,
+            covers.get(name, -1) >= max(c.head.rows for _, c in copies), name in lost,
         )
         for name, copies in sorted(by.items())
     ]  # fmt: skip
@@ -317,12 +325,13 @@ def budget(site: str, c: Charges, stated: Mapping[str, Any]) -> None:
 def at_caps(rows: Iterable[Row], c: Charges) -> str:
     """Every lost ledger is charged a whole cap: not below the highest that this ledger had until then.
 
-    Prices are read out of the rows again, beside the tally that composed them.
+    What an import carries along was charged by the ledger that it counts; here it is that import's word. Prices are
+    read out of the rows again, beside the tally that composed them.
 
     Returns:
         A remark that lists the lost ledgers; empty if there are none.
     """
-    highest, found = 0.0, dict[str, float]()
+    highest, found, carried = 0.0, dict[str, float](), set[str]()
     for row in rows:
         if row.kind in ("ledger.open", "ledger.cap"):
             highest = max(highest, fields.number(row.body, "cap_epsilon", row.kind))
@@ -332,10 +341,12 @@ def at_caps(rows: Iterable[Row], c: Charges) -> str:
             if found[name] < highest:
                 raise VerificationError(f"row {row.n} charges a lost ledger {found[name]:g}, less than {highest:g}")
         elif row.kind == "ledger.import":
-            found |= {str(name): float(cap) for name, cap, _ in row.body.get("lost", [])}
+            found |= (along := {str(name): float(cap) for name, cap, _ in row.body.get("lost", [])})
+            carried |= along.keys()
     if {name: cap for name, (cap, _) in c.lost.items()} != found:
         raise VerificationError("the lost ledgers that it was charged for do not add up")
     if not found:
         return ""
-    listed = ", ".join(f"{name[:16]}... at {cap:g}" for name, cap in sorted(found.items()))
+    said = {name: " by an import's word" if name in carried else "" for name in found}
+    listed = ", ".join(f"{name[:16]}... at {cap:g}{said[name]}" for name, cap in sorted(found.items()))
     return f"; lost ledgers, charged at their caps: {listed}"

@@ -84,7 +84,7 @@ def readd(run: Path, consortium_key: str | None = None, rounds: Collection[int] 
 def _readded(run: Path, spec: SumSpec, joins: Joins, r: Round) -> Readded:
     try:
         opening = _opening(run / FOLDER, spec, r)
-        total = _total(lambda site: _contribution(run, spec, r, site), spec, joins, opening)
+        total = _total(lambda site: _contribution(run, spec, r, site), spec, joins, opening, r.state_in)
         if sha256(lattice.to_bytes(total)) != opening.total:
             raise UnverifiedOpening("the members' signed ciphertexts do not add up to the opened sum")
         if spec.reveal_to == "server":
@@ -120,8 +120,13 @@ def _contribution(run: Path, spec: SumSpec, r: Round, site: SiteId) -> Packet:
         raise VerificationError(f"the ciphertext of {site!r} ({kept.FOLDER}/{name}): {e.message}") from e
 
 
-def _total(read: Callable[[SiteId], Packet], spec: SumSpec, joins: Joins, opening: Opening) -> NDArray[np.uint64]:
-    """The sum of the members' ciphertexts, each of which is the one that its member signed. One is held at a time."""
+def _total(
+    read: Callable[[SiteId], Packet], spec: SumSpec, joins: Joins, opening: Opening, state: str
+) -> NDArray[np.uint64]:
+    """The sum of the members' ciphertexts, each of which is the one that its member signed, computed from ``state``.
+
+    One is held at a time.
+    """
     params = choose(spec)
     total, step = np.zeros((params.blocks, N), np.uint64), lattice.CHUNK * N * COEFFICIENT_BYTES
     for site, member in opening.members.items():
@@ -129,6 +134,8 @@ def _total(read: Callable[[SiteId], Packet], spec: SumSpec, joins: Joins, openin
         said = messages.check_contribution(spec, joins, opening.round, opening.nonce, packet.header)
         if (said.site, said.digest) != (site, member.digest):
             raise VerificationError(f"the kept contribution of {site!r} is not the one that the opened sum names")
+        if said.state != state:
+            raise VerificationError(f"{site!r} computed its contribution from another model state than the round's")
         data = packet.buffer("ciphertext", params.ciphertext_bytes)
         if sha256(data) != said.ciphertext:
             raise VerificationError(f"the kept ciphertext of {site!r} is not the one that it signed")

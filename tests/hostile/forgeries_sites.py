@@ -13,7 +13,7 @@ from forged_run import CAPPED, FIRST, LIAR, NAMES, OTHER, PLAN, Forger, Items, b
 from forgery import BOTH, LEFT_OUT, SITE, forged
 
 from fedveil.common import identity
-from fedveil.common.journal import Copy, Head
+from fedveil.common.journal import MAX_ROWS, Copy, Head
 from fedveil.privacy.dp.events import SampledGaussian
 from fedveil.privacy.joining import names_of
 from fedveil.privacy.report import signatures
@@ -111,6 +111,16 @@ def _import(f: Forger, items: Items, events: list[Any]) -> None:
 )
 def smaller_import(f: Forger) -> None:
     handed(f, lambda items: _import(f, items, [[CHEAP, 1]]), join=keep)
+
+
+@forged(SITE, "an import of nothing that claims its older ledger was charged at its cap", _LEDGER)
+def import_at_no_cap(f: Forger) -> None:
+    def change(items: Items) -> None:
+        _import(f, items, [])
+        old = body(items, "ledger.import")
+        old |= {"ledger": "c" * 64, "carries": [old["ledger"]], "covers": [[MAX_ROWS, old["ledger"]]]}
+
+    handed(f, change, join=keep)
 
 
 @forged(SITE, "an import of a part of its older ledger, up to an earlier row", _LEDGER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,14 @@ def test_an_import_carries_the_charge_along(tmp_path, known, new) -> None:
     assert row.body["lost"] == [[known.ledger, 3.0, DELTA]]
     assert (third.tally.epsilon, third.tally.covers[known.ledger]) == (3.0, MAX_ROWS)
     rows = list(third.journal.rows)
-    assert "at 3" in ledgers.at_caps(rows, compose(rows, "run"))
+    assert "at 3 by an import's word" in ledgers.at_caps(rows, compose(rows, "run"))
+    # An import of nothing that says it counts all rows of another ledger, whose cap it does not bring.
+    for covers in ([[MAX_ROWS, known.ledger]], [[-1, known.ledger]], [[MAX_ROWS + 1, known.ledger]]):
+        tally = Tally()
+        tally.feed(rows[0])
+        body = {**rows[1].body, "events": [], "lost": [], "covers": covers}
+        with pytest.raises(VerificationError, match="does not import"):
+            tally.feed(replace(rows[1], body=body))
     lied = Tally()
     lied.feed(rows[0])
     for wrong in ([["ab" * 32, 3.0, DELTA]], [[known.ledger, -1.0, DELTA]], [[known.ledger, 3.0]], [7], 7):

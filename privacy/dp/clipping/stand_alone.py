@@ -54,7 +54,7 @@ def _difference(clipper: Clipper, inputs: int, places: int, rows: int) -> str:
             expected = _bits(clipper, base, places, rows)
             if not turn and _differ(expected, _bits(clipper, base, places, rows), slice(None)):
                 return "the same rows give other bits when they are computed again"
-            for name, half, neighbour in _neighbours(clipper, base):
+            for name, half, neighbour in _neighbours(clipper, base, turn):
                 mixed = neighbour.copy().reshape(places, rows, inputs)
                 mixed[half::2] = base.reshape(places, rows, inputs)[half::2]
                 if _differ(expected, _bits(clipper, mixed.reshape(-1, inputs), places, rows), slice(half, None, 2)):
@@ -90,21 +90,26 @@ def _records(clipper: Clipper, inputs: int, n: int) -> NDArray[np.float32]:
     return (np.floor((wave + 1) / 2 * (vocabulary - 1e-6)) if vocabulary else wave).astype(np.float32)
 
 
-def _neighbours(clipper: Clipper, base: NDArray[np.float32]) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
-    """(name, which half of the places is compared, what is in the others).
+def _neighbours(
+    clipper: Clipper, base: NDArray[np.float32], turn: int
+) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
+    """(name, which half of the places is compared, what is in the others); the halves change sides with each turn.
 
-    Alike in all of them, as a whole tile of a product may be treated in its own way; then all kinds in turn.
+    Alike in all of them, as a whole tile of a product may be treated in its own way; then several kinds one after the
+    other: once all of them finite, once with infinities.
     """
-    yield "zeros", 0, np.zeros_like(base)
     others, copies = base[::-1], np.repeat(base[:1], len(base), 0)
     if vocabulary := int(getattr(clipper.model, "vocabulary", 0)):
-        kinds = [others, copies, np.full_like(base, vocabulary - 1)]
+        mixtures = [[others, copies, np.full_like(base, vocabulary - 1)], [np.full_like(base, vocabulary - 1)]]
     else:
-        yield "NaN", 1, np.full_like(base, np.nan)
-        kinds = [others, copies, *(np.full_like(base, v) for v in (np.inf, -np.inf, 1e30, 1e-42))]  # the last: denormal
-    turn = np.arange(len(base)) // 2 % len(kinds)
-    for half in (0, 1):
-        yield "others, copies, huge and tiny values", half, np.choose(turn[:, None], kinds).astype(np.float32)
+        yield "NaN", 1 ^ turn, np.full_like(base, np.nan)
+        huge, tiny, up, down = (np.full_like(base, v) for v in (1e30, 1e-42, np.inf, -np.inf))  # tiny: denormal
+        mixtures = [[others, copies, huge, tiny], [up, down, others]]
+    yield "zeros", turn, np.zeros_like(base)
+    for half, kinds in enumerate(mixtures):
+        which = np.arange(len(base)) // 2 % len(kinds)
+        mixed = np.choose(which[:, None], kinds).astype(np.float32)
+        yield "others, copies, huge, tiny and infinite values", half ^ turn, mixed
 
 
 def _weights(model: nn.Module) -> Iterator[list[torch.Tensor]]:

@@ -70,6 +70,27 @@ def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) ->
             choose(lambda: network(MLP), 6, 3, engines=("closed",))
 
 
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("spec", [MLP, CNN, TEXT], ids=lambda s: s.name)
+def test_an_engine_that_measures_the_records_of_one_class_too_short_is_rejected(spec, label, monkeypatch) -> None:
+    """Whichever record it is: its norm shows only where it is clipped."""
+    honest = direct.Book.pieces
+
+    def pieces(self, batch):
+        short = torch.where(batch.y == label, 0.25, 1.0).double()
+
+        def measured(piece):
+            squares = piece.squares
+            piece.squares = lambda: squares() * short
+            return piece
+
+        return [measured(p) for p in honest(self, batch)]
+
+    monkeypatch.setattr(direct.Book, "pieces", pieces)
+    with pytest.raises(ModelError, match="book: another sum"):
+        choose(lambda: network(spec), spec.inputs, spec.classes, engines=("book",))
+
+
 def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) -> None:
     """Fresh adapters multiply by zero: without moved weights the thin layers below them could be forgotten unseen."""
     honest = engines.clip_pieces

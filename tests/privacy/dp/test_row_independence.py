@@ -160,6 +160,35 @@ def test_a_coupling_of_the_last_bit_is_refused_by_the_engines_name(engine, preci
     assert strict.microbatch == 1
 
 
+class Provoked(nn.Module):
+    """The last bit of every row depends on the batch, if the batch is of a certain kind."""
+
+    def __init__(self, when) -> None:
+        super().__init__()
+        self.first, self.last, self.when = nn.Linear(6, 5), nn.Linear(5, 3), when
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h * (1 + torch.finfo(h.dtype).eps * self.when(x).to(h.dtype)))
+
+
+KINDS = {
+    "all finite, one huge": lambda x: x.isfinite().all() & (x.abs().max() > 1e20),
+    "one infinite": lambda x: x.isinf().any(),
+    "many infinite": lambda x: x.isinf().sum() > x.numel() // 8,
+    "NaN at an even place": lambda x: x[0::2].isnan().any(),
+    "NaN at an odd place": lambda x: x[1::2].isnan().any(),
+    "zeros at an odd place": lambda x: (x[1::2] == 0).all(),
+    "zeros at an even place": lambda x: (x[0::2] == 0).all(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_coupling_that_only_some_neighbours_provoke_is_seen(kind) -> None:
+    torch.manual_seed(5)
+    assert "neighbours" in problem(Clipper(Provoked(KINDS[kind]), "book"), 6, 32)
+
+
 def test_a_blind_test_refuses_the_machine(monkeypatch) -> None:
     monkeypatch.setattr(stand_alone, "_sees_planted", lambda *_: False)
     with pytest.raises(ModelError, match="does not see"):
