@@ -210,7 +210,7 @@ def test_a_server_that_was_restarted_still_has_what_the_members_signed(tmp_path,
     kept = again._named
     assert kept is not None
     assert (kept["round"], len(kept["members"])) == (4, 4)
-    message = again._next(0)
+    message, _ = again._next(0)
     assert message.header["named"] == kept
     assert ModelState.load(message.buffers["whole"]).digest == kept["members"][0]["state"]
     (tmp_path / "run" / opened_sums.NAMED_FILE).write_bytes(b"{")

@@ -319,6 +319,8 @@ class TestVouching:
         assert r.go() == "ABORTED"
         assert not r.bodies("round.applied")
         assert not r.job.state.weights.any()
+        assert [b["round"] for b in r.bodies("round.open")] == [1, 2], "a round that cannot open charges nobody"
+        assert r.spends(0) == [1, 2]
 
     def test_a_wrong_fingerprint_is_named_where_the_ciphertexts_are_kept(self, run):
         def lie(index, action, packet):
