@@ -8,7 +8,6 @@ there are more than T (Reed-Solomon), or as errors that no honest sum has. At la
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice
 from typing import Any
@@ -351,12 +350,12 @@ class KeysumServer(ServerSum):
         """
         p, clear = self._params, self._spec.reveal_to == "server"
         reader = residuals.Reader(p, len(self._headers), self._spec.length, self._spec.bound) if clear else None
-        public, out = lattice.PublicPolynomials(self._spec.session, round, self._nonce), io.BytesIO()
+        public, out = lattice.PublicPolynomials(self._spec.session, round, self._nonce), lattice.Packed(p.blocks)
         for phases in opening.phases(self._engine, p, sums, public, key):
-            out.write(lattice.to_bytes(phases))
+            out.add(phases)
             if reader is not None and not reader.take(phases):
                 return None
-        return out.getvalue(), None if reader is None else reader.values
+        return out.value(), None if reader is None else reader.values
 
     def _not_on_the_polynomial_of(self, trusted: tuple[SiteId, ...]) -> tuple[SiteId, ...]:
         others = [site for site in self._answered() if site not in trusted]

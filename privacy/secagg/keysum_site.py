@@ -8,7 +8,6 @@ another set of members.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,14 +194,13 @@ class KeysumSite(SiteSum):
     def _encrypt(self, round: int, nonce: str, values: Integers, secret: NDArray[np.int64]) -> bytes:
         """delta * m + e - a * s modulo q, and the blinding if there is one, chunk by chunk, packed.
 
-        Written into one growing buffer, so that there is one copy of the ciphertext; the vector is widened to int64
-        one chunk at a time.
+        There is one copy of the ciphertext, and the vector is widened to int64 one chunk at a time.
         """
         p = self._params
         public, errors = lattice.PublicPolynomials(self._spec.session, round, nonce), lattice.Stream.fresh()
         blind = None if self._group is None else self._group.stream(self._spec.session, round, nonce, self._site)
         per_block = p.per_coefficient * N
-        out = io.BytesIO()
+        out = lattice.Packed(p.blocks)
         for first in range(0, p.blocks, lattice.CHUNK):
             blocks = min(lattice.CHUNK, p.blocks - first)
             given = values[first * per_block : (first + blocks) * per_block]
@@ -213,8 +211,8 @@ class KeysumSite(SiteSum):
             x -= self._engine.multiply(public.take(blocks), secret).view(np.int64)
             if blind is not None:
                 x += blind.take(blocks).view(np.int64)
-            out.write(lattice.to_bytes(lattice.reduce(x)))
-        return out.getvalue()
+            out.add(lattice.reduce(x))
+        return out.value()
 
     def _seal_shares(self, joins: Joins, round: int, nonce: str, digest: str, secret: NDArray[np.int64]) -> list[bytes]:
         """One box per joined helper, in the helpers' order."""

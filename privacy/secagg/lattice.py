@@ -7,6 +7,7 @@ sum therefore reveals delta * (sum of m) + (sum of e), in which nothing depends 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from typing import Any
 
@@ -155,6 +156,30 @@ def unpack_values(messages: NDArray[np.uint64], params: KeysumParams) -> NDArray
 def to_bytes(coefficients: NDArray[np.uint64]) -> bytes:
     """Coefficients below 2^56 as 7 little-endian bytes each."""
     return coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES].tobytes()
+
+
+class Packed:
+    """The bytes of :func:`to_bytes` of many coefficients, filled in order; never held twice.
+
+    Args:
+        blocks: how many polynomials there will be.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._out = io.BytesIO(bytes(blocks * N * COEFFICIENT_BYTES))
+
+    def add(self, coefficients: NDArray[np.uint64]) -> None:
+        """The next ``(blocks, N)`` coefficients."""
+        with self._out.getbuffer() as room:
+            at, size = self._out.tell(), coefficients.size * COEFFICIENT_BYTES
+            target = np.frombuffer(room, np.uint8)[at : at + size].reshape(-1, COEFFICIENT_BYTES)
+            target[:] = coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES]
+            del target
+        self._out.seek(at + size)
+
+    def value(self) -> bytes:
+        """All of them."""
+        return self._out.getvalue()
 
 
 def from_bytes(data: bytes | memoryview) -> NDArray[np.uint64]:

@@ -4,7 +4,9 @@ Every engine, precision and network that go together, on the product's own path 
 Each draw has new weights: units in identical pairs, which the next layer adds with huge opposite factors, so that what
 is left is rounding. The same step is computed twice, with the same coins: with the record at its place, and with that
 place empty. Beside it the negative control: places switched off, so that taking the first record out moves all others
-by one. Then: whether the time of a step tells how many records were sampled.
+by one. Whether that shows depends on the processor and its libraries. So both are done again with a rounding that
+depends on a row's place planted into every linear and convolutional layer. Then: whether the time of a step tells how
+many records were sampled.
 
 ``DRAWS=200 python tests/bench/place_table.py [output file]``; 20 draws by default.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -21,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedveil.client import train
 from fedveil.common.errors import ModelError
@@ -32,6 +37,10 @@ from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-place.md"
 DRAWS = int(os.environ.get("DRAWS", "20"))
+HEAD = (
+    "network", "engine", "precision", "record", "person", "sensitivity", "holds", "rows alone", "places off", "planted",
+    "planted, places off",
+)  # fmt: skip
 CAPACITY, HELD, ROWS, STEPS = 48, 40, 20, 1000
 NETWORKS = {
     "mlp 101-37-19-3": ModelSpec(name="mlp", inputs=101, classes=3, hidden=(37, 19)),
@@ -113,6 +122,26 @@ def shifted(clipper: Clipper, spec: ModelSpec, rng: np.random.Generator) -> floa
     return float(np.linalg.norm(whole.values - less.values))
 
 
+@contextmanager
+def rounds_by_place() -> Iterator[None]:
+    """Layers whose last bits depend on a row's place, as some processors' do."""
+
+    def around(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            out = plain(self, x)
+            place = torch.arange(len(out)).view(-1, *[1] * (out.dim() - 1))
+            at = 1 if isinstance(self, nn.Conv2d) else out.dim() - 1
+            unit = torch.arange(out.shape[at]).view([-1 if i == at else 1 for i in range(out.dim())])
+            return out * (1 + 2.0**-22 * ((place + unit) % 3 == 0))
+
+        return forward
+
+    with ExitStack() as stack:
+        for layer in (nn.Linear, nn.Conv2d):
+            stack.enter_context(patch.object(layer, "forward", around(layer.forward)))
+        yield
+
+
 def rows() -> tuple[list[str], bool]:
     """One line for every network, engine and precision, and whether every bound held."""
     lines, held = [], True
@@ -131,14 +160,24 @@ def rows() -> tuple[list[str], bool]:
                 many = float("nan")
                 if engine != "numpy":  # it takes one row for each place
                     many = max(moved(clipper, person, spec, rng) for _ in range(DRAWS))
-                ok = one <= plan.sensitivity and not many > person.sensitivity
+                planted = planted_off = float("nan")
+                if engine not in ("numpy", "vmap"):  # they do not call the layers batch by batch
+                    with rounds_by_place():
+                        planted = max(moved(clipper, plan, spec, rng) for _ in range(DRAWS))
+                        planted_off = max(shifted(clipper, spec, rng) for _ in range(DRAWS))
+                ok = one <= plan.sensitivity and not many > person.sensitivity and not planted > plan.sensitivity
                 held &= ok and alone == "yes"
                 lines.append(
-                    f"| {name} | {engine} | {precision} | {one:.6f} | {'-' if many != many else f'{many:.6f}'} "
-                    f"| {plan.sensitivity:.4f} | {'yes' if ok else 'NO'} | {alone} | {off:.2f} |"
+                    f"| {name} | {engine} | {precision} | {one:.6f} | {_cell(many)} "
+                    f"| {plan.sensitivity:.4f} | {'yes' if ok else 'NO'} | {alone} | {off:.2f} "
+                    f"| {_cell(planted)} | {_cell(planted_off, 2)} |"
                 )
                 print(lines[-1], flush=True)
     return lines, held
+
+
+def _cell(value: float, digits: int = 6) -> str:
+    return "-" if value != value else f"{value:.{digits}f}"
 
 
 def times() -> str:
@@ -189,8 +228,12 @@ clip 1.
 not be above the plan's sensitivity. *Places off* is the negative control: the same weights, but a record that is taken
 out moves all others by one place. *Rows alone* is the test of assumption A1 ([sensitivity](sensitivity.md)).
 
-| network | engine | precision | record | person | sensitivity | holds | rows alone | places off |
-|---|---|---|---|---|---|---|---|---|
+Whether the control breaks the bound depends on the processor and its libraries: some round a row alike at every place
+of these small batches. *Planted*: records once more, with a rounding that depends on a row's place planted into every
+linear and convolutional layer. With places the bound holds all the same, without them it breaks.
+
+| {" | ".join(HEAD)} |
+|{"---|" * len(HEAD)}
 {chr(10).join(lines)}
 
 {said}
