@@ -231,15 +231,15 @@ class Clipper:
     def batch(self, table: _Table, seats: NDArray[np.int64]) -> Batch:
         """One microbatch. Empty places, and rows that cannot be used, hold the constant record: zeros of class 0."""
         X, y, groups, weighted = table
-        rows = np.full((len(seats), groups.shape[1]), EMPTY, np.int64)
-        taken = seats >= 0
-        rows[taken] = groups[seats[taken]]
+        # The same work for every place, whoever sits there: time must not tell how many do.
+        empty = not len(X)
+        rows = np.where(seats[:, None] < 0, EMPTY, groups[np.maximum(seats, 0)] if len(groups) else EMPTY)
         flat = rows.reshape(-1)
-        features, classes = np.zeros((len(flat), X.shape[1]), np.float32), np.zeros(len(flat), np.int64)
-        held = flat >= 0
-        features[held], classes[held] = X[flat[held]], y[flat[held]]
-        good = held & self.usable(features, classes)
-        features[~good], classes[~good] = 0, 0
+        at = np.maximum(flat, 0)
+        features = np.zeros((len(flat), X.shape[1]), np.float32) if empty else np.asarray(X[at], np.float32)
+        classes = np.zeros(len(flat), np.int64) if empty else y[at]
+        good = (flat >= 0) & self.usable(features, classes)
+        features, classes = np.where(good[:, None], features, np.float32(0)), np.where(good, classes, 0)
         counts = good.reshape(rows.shape).sum(1)
         weights = None
         if weighted:
