@@ -25,6 +25,7 @@ from fedveil.privacy import plan as plans
 from fedveil.privacy.joining import chained, sum_spec
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.privacy.report import bundle
+from fedveil.privacy.report import readd as report_readd
 from fedveil.privacy.report.readd import readd
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.contributions import from_bytes, to_parts
@@ -128,6 +129,20 @@ def test_what_differs_is_named_and_the_other_round_still_passes(run, what):
     found = errors(run)
     assert found[1] == ""
     assert said in found[2]
+
+
+def test_contributions_from_another_state_than_the_journals_are_found(run, monkeypatch):
+    honest = report_readd.replay
+
+    def renamed(rows):
+        history = honest(rows)
+        history.applied[1].state_in = "a" * 64
+        return history
+
+    monkeypatch.setattr(report_readd, "replay", renamed)
+    found = errors(run)
+    assert found[1] == ""
+    assert "another model state" in found[2]
 
 
 def test_a_difference_ends_the_command_with_its_name_and_code(run):
