@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,10 @@ class Consortium:
             text = text.replace(old, new)
         path.write_text(text)
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes] | Forked:
-        """``fedveil ARGUMENTS`` as a process; what it says goes to ``name.log``."""
+    def start(
+        self, name: str, *arguments: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes] | Forked:
+        """``fedveil ARGUMENTS`` as a process; its output goes to ``name.log``. ``env`` is for one that is not forked."""
         path = self.home / f"{name}.log"
         path.touch()
         if self.forks is not None:
@@ -119,8 +121,8 @@ class Consortium:
         else:
             with path.open("ab") as log:
                 self.processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "fedveil", *arguments], stdout=log, stderr=subprocess.STDOUT, env=_ENV,
-                    cwd=self.home,
+                    [sys.executable, "-m", "fedveil", *arguments], stdout=log, stderr=subprocess.STDOUT,
+                    env=_ENV | dict(env or {}), cwd=self.home,
                 )  # fmt: skip
         return self.processes[name]
 
@@ -137,9 +139,9 @@ class Consortium:
         run = ["--run", str(self.run)] if verb == "start" else [str(self.run)]
         return self.start("server", "server", verb, "federation.toml", *run)
 
-    def site(self, site: str, *more: str) -> subprocess.Popen[bytes] | Forked:
+    def site(self, site: str, *more: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes] | Forked:
         """``fedveil client run`` of one hospital."""
-        return self.start(site, "client", "run", f"{site}/site.toml", *more)
+        return self.start(site, "client", "run", f"{site}/site.toml", *more, env=env)
 
     def everybody(self) -> None:
         """The server and all hospitals."""
