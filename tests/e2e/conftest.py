@@ -112,7 +112,7 @@ class Consortium:
     def start(
         self, name: str, *arguments: str, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes] | Forked:
-        """``fedveil ARGUMENTS`` as a process; its output goes to ``name.log``. ``env`` is for one that is not forked."""
+        """``fedveil ARGUMENTS`` as a process; its output goes to ``name.log``. ``env`` is for one not forked."""
         path = self.home / f"{name}.log"
         path.touch()
         if self.forks is not None:

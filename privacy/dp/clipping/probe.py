@@ -205,7 +205,7 @@ def _by_speed(found: list[Clipper], make: Callable[[], nn.Module], records: Reco
     for c in list(found) if sizes else []:
         tried = {fitting(c.engine, size, _MOST), min(_LEAST, c.microbatch)} if c.engine in _BATCHED else set()
         for m in tried - {c.microbatch}:
-            if m < len(records[1]) or m < c.microbatch:
+            if m < c.microbatch or c.microbatch < len(records[1]):
                 found.append(Clipper(make(), c.engine, str(c.device), precision=c.precision, microbatch=m))
     best = {id(c): float("inf") for c in found}
     start = time.perf_counter()
