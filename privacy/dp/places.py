@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import PlanError
-from fedveil.privacy.dp.noise import KeyStream
-from fedveil.privacy.dp.sampling import poisson_sample
+from fedveil.privacy.dp.sampling import poisson_sample, random_words
 
 EMPTY = -1
 SPARE = 4
@@ -66,7 +65,11 @@ def seat(records: int, rate: float, places: int) -> NDArray[np.int64]:
     Every record is in the sample with probability ``rate``, by itself. The sampled ones sit in a uniformly random
     injection into the places. If there are more than places, all stay empty: the step then releases noise only.
     """
-    return seat_each(np.array([records]), rate, places)[0]
+    seats = np.full(places, EMPTY, np.int64)
+    sampled = np.flatnonzero(poisson_sample(records, rate))
+    if len(sampled) <= places:
+        seats[_permutations(1, places)[0, : len(sampled)]] = sampled
+    return seats
 
 
 def seat_each(records: NDArray[np.int64], rate: float, places: int) -> NDArray[np.int64]:
@@ -84,10 +87,8 @@ def seat_each(records: NDArray[np.int64], rate: float, places: int) -> NDArray[n
 
 def _permutations(sites: int, n: int) -> NDArray[np.int64]:
     """Uniform permutations: the orders of n random words. Equal words would favour one order, so they are redrawn."""
-    stream = KeyStream()
     while True:
-        words = stream.words(sites * n).reshape(sites, n)
-        order = np.argsort(words, axis=1)
-        ordered = np.take_along_axis(words, order, 1)
-        if not (ordered[:, 1:] == ordered[:, :-1]).any():
-            return order
+        words = random_words(sites * n).reshape(sites, n)
+        ordered = np.sort(words, axis=1)
+        if (ordered[:, 1:] != ordered[:, :-1]).all():
+            return np.argsort(words, axis=1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import PlanError
 from fedveil.privacy.dp.noise import KeyStream
+
+_FEW = 512  # up to here the operating system is faster than setting up a cipher
 
 
 def poisson_sample(records: int, rate: float) -> NDArray[np.bool_]:
@@ -18,4 +22,9 @@ def poisson_sample(records: int, rate: float) -> NDArray[np.bool_]:
         raise PlanError(f"sample rate {rate!r} is not in (0, 1]")
     if rate == 1:
         return np.ones(records, bool)
-    return KeyStream().words(records) < np.uint64(int(rate * 2.0**64))
+    return random_words(records) < np.uint64(int(rate * 2.0**64))
+
+
+def random_words(count: int) -> NDArray[np.uint64]:
+    """``(count,)`` independent uniform 64-bit words, straight from the operating system or by a key from there."""
+    return np.frombuffer(os.urandom(8 * count), "<u8") if count <= _FEW else KeyStream().words(count)

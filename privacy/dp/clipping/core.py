@@ -233,7 +233,10 @@ class Clipper:
         X, y, groups, weighted = table
         # The same work for every place, whoever sits there: time must not tell how many do.
         empty = not len(X)
-        rows = np.where(seats[:, None] < 0, EMPTY, groups[np.maximum(seats, 0)] if len(groups) else EMPTY)
+        if weighted:
+            rows = np.where(seats[:, None] < 0, EMPTY, groups[np.maximum(seats, 0)] if len(groups) else EMPTY)
+        else:
+            rows = seats[:, None]
         flat = rows.reshape(-1)
         at = np.maximum(flat, 0)
         features = np.zeros((len(flat), X.shape[1]), np.float32) if empty else np.asarray(X[at], np.float32)

@@ -29,12 +29,12 @@ from fedveil.privacy.dp.rounding import margin
 
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-3}
 _RECORDS = 3
-_MOST = 256
+_MOST = 512
 _LEAST = 32
 _TURNS = 4
 _HOPELESS = 3.0
 _PATIENCE = 1.5  # seconds; after that, one measurement of each has to be enough
-_FEW, _LONG = 8, 0.05  # so many records in so many seconds
+_FEW, _LONG = 8, 0.02  # so many records in so many seconds
 _BATCHED = ("closed", "numpy", "book")  # the others hold every gradient, and gain nothing from larger batches
 
 Records = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -199,7 +199,7 @@ def _by_speed(found: list[Clipper], make: Callable[[], nn.Module], records: Reco
     Where a few records already take long, the order stays as it is: time is then in large products, which are the same.
     """
     few = records[0][:_FEW], records[1][:_FEW]
-    if len(found) <= 1 or _seconds(found[0], few) > _LONG:
+    if not found or _seconds(found[0], few) > _LONG:
         return found
     size = sum(p.numel() for p in make().parameters() if p.requires_grad)
     for c in list(found) if sizes else []:

@@ -41,6 +41,14 @@ def test_choose_takes_an_engine_that_is_right_and_leaves_the_weights_alone(spec,
     assert precision == clipper.precision
 
 
+@pytest.mark.parametrize("name", ["lora-mlp", "mlp"])
+def test_where_calls_cost_most_all_places_are_one_microbatch(name, monkeypatch) -> None:
+    """Also where one engine alone can treat the network. Time is counted in microbatches here."""
+    spec = ModelSpec(name=name, inputs=20, classes=3, hidden=(2, 8) if name == "lora-mlp" else (8,))
+    monkeypatch.setattr(probe, "_seconds", lambda clipper, records: 1e-6 * clipper.shape(len(records[1]))[0])
+    assert choose(lambda: build(spec), 20, 3, places=281).shape(281) == (1, 281)
+
+
 @pytest.mark.parametrize("forgotten", range(6))
 def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) -> None:
     """Negative control: one parameter's gradient missing from the norm, then from the sum, however fast that is."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedveil.common.errors import PlanError
-from fedveil.privacy.dp.places import EMPTY, places_needed, seat
+from fedveil.privacy.dp.places import EMPTY, places_needed, seat, seat_each
 
 
 @settings(max_examples=200, deadline=None)
@@ -48,22 +48,29 @@ def test_what_makes_no_step_is_refused(capacity, rate, overflow) -> None:
         places_needed(capacity, rate, overflow)
 
 
-def test_the_injection_is_uniform() -> None:
+def _seat_of_the_second(records: int, rate: float, places: int) -> np.ndarray:
+    return seat_each(np.array([2, records]), rate, places)[1]
+
+
+@pytest.mark.parametrize("drawn", [seat, _seat_of_the_second])
+def test_the_injection_is_uniform(drawn) -> None:
     """Three records in five places: all 60 injections, each equally often (chi-squared at 1e-6)."""
-    seen = Counter(tuple(seat(3, 1.0, 5).tolist()) for _ in range(12_000))
+    seen = Counter(tuple(drawn(3, 1.0, 5).tolist()) for _ in range(12_000))
     assert len(seen) == 60
     assert stats.chisquare(list(seen.values())).pvalue > 1e-6
 
 
-def test_each_record_is_sampled_at_the_rate_by_itself() -> None:
-    drawn = np.array([[r in s for r in range(4)] for s in (set(seat(4, 0.3, 4).tolist()) for _ in range(8_000))])
-    assert abs(drawn.mean() - 0.3) < 5 * (0.21 / drawn.size) ** 0.5
-    assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 5 / 8_000**0.5
+@pytest.mark.parametrize("drawn", [seat, _seat_of_the_second])
+def test_each_record_is_sampled_at_the_rate_by_itself(drawn) -> None:
+    sampled = np.array([[r in s for r in range(4)] for s in (set(drawn(4, 0.3, 4).tolist()) for _ in range(8_000))])
+    assert abs(sampled.mean() - 0.3) < 5 * (0.21 / sampled.size) ** 0.5
+    assert np.abs(np.corrcoef(sampled.T) - np.eye(4)).max() < 5 / 8_000**0.5
 
 
-def test_a_sample_that_outgrows_its_places_seats_nobody() -> None:
-    assert seat(10, 1.0, 9).tolist() == [EMPTY] * 9
-    assert seat(0, 0.5, 3).tolist() == [EMPTY] * 3
+@pytest.mark.parametrize("drawn", [seat, _seat_of_the_second])
+def test_a_sample_that_outgrows_its_places_seats_nobody(drawn) -> None:
+    assert drawn(10, 1.0, 9).tolist() == [EMPTY] * 9
+    assert drawn(0, 0.5, 3).tolist() == [EMPTY] * 3
 
 
 @settings(max_examples=100, deadline=None)
