@@ -316,7 +316,7 @@ class EgressSection(_Section):
     """When answers leave."""
 
     slot: float = Field(
-        default=1.0,
+        default=0.1,
         ge=0,
         le=60,
         description="seconds; an answer computed from records leaves at a multiple of this; 0: at once",

@@ -26,6 +26,8 @@ import tenseal as ts
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
+from fedveil.privacy.dp.noise import discrete_gaussian
+from fedveil.privacy.dp.quantize import to_grid
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.params import choose
 from fedveil.privacy.secagg.server import server_sum
@@ -35,6 +37,7 @@ from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore, Store
 MILLION = 1 << 20
 OUTPUT = Path(__file__).parents[2] / "docs" / "bench-secagg.md"
 BOUNDS = {1: (1 << 45) - 1, 2: (1 << 22) - 1, 3: 20642, 4: 1447}
+NOISE = 1e5  # standard deviation of a site's share, in grid units
 TARGETS = {"cpu": 8.0, "bytes": 14.0, "per": 3.6, "rate": 15.0, "memory": 2.5}
 # Rows of ResNet-18's state (He et al. 2016, 1000 classes): 11.69 million parameters in 62 tensors.
 WIDTHS, KERNEL = (64, 128, 256, 512), 3
@@ -133,6 +136,9 @@ def whole_round(n: int, k: int, length: int, contributors: int, reveal_to: str =
             encrypt.append(seconds)
             add.append(added)
         size = sum(map(len, packet.buffers.values()))
+    update = np.random.default_rng(2).normal(0, 0.02, length)
+    noise, _ = cpu(lambda: discrete_gaussian(NOISE, length), 5)
+    grid, _ = cpu(lambda: to_grid(update, 1.0, 1e-6), 5)
     helpers = world.names[: world.spec.threshold]
     requests = world.server.agree_requests()
     agree = list[float]()
@@ -157,6 +163,8 @@ def whole_round(n: int, k: int, length: int, contributors: int, reveal_to: str =
         raise SystemExit("the opened sum is wrong: no figures are written")
     return {
         "k": choose(world.spec).per_coefficient,
+        "noise": noise,
+        "grid": grid,
         "bytes": size / length,
         "encrypt": statistics.median(encrypt),
         "rate": length / statistics.median(encrypt) / 1e6,
@@ -220,17 +228,24 @@ def memory(kind: str) -> float:
     return float(done.stdout)
 
 
-def resnet_row() -> dict[str, float]:
-    """Flattening a ResNet-18-shaped dict once, and the contribution of its 11.7M values."""
+def resnet_row(k: int) -> dict[str, float]:
+    """Flattening a ResNet-18-shaped dict once, and the contribution of its 11.7M values, k of them a coefficient."""
     state = resnet18()
     length = sum(v.size for v in state.values())
     flatten, grid = cpu(
         lambda: np.rint(np.concatenate([v.reshape(-1) for v in state.values()]) * np.float32(1e6)).astype(np.int64), 3
     )
-    world = World(10, length, BOUNDS[2])
+    world = World(10, length, BOUNDS[k])
     seconds, packet = cpu(lambda: world.sites[world.names[0]].contribute(1, "n", grid))
     size = sum(map(len, packet.buffers.values()))
-    return {"length": length, "tensors": len(state), "flatten": flatten, "encrypt": seconds, "bytes": size / length}
+    return {
+        "k": k,
+        "length": length,
+        "tensors": len(state),
+        "flatten": flatten,
+        "encrypt": seconds,
+        "bytes": size / length,
+    }
 
 
 def row(*cells: object) -> str:
@@ -286,13 +301,18 @@ def round_section(rows: list[tuple[int, dict[str, float]]], blinded: dict[str, f
     return [
         "## A whole round of 1M parameters",
         "",
-        "Per site: contribution, agreement, answer. At the server: adding one contribution, opening with T answers.",
+        "Per site: noise, grid, contribution, agreement, answer, fingerprint, and the check of the opened sum. At the",
+        "server: adding one contribution, opening with T answers.",
         "",
-        *head("n", "k", "B/param", "contribution s", "Mparam/s/core", "add s", "agreement s", "answer s", "open s"),
+        *head(
+            *("n", "k", "B/param", "noise s", "grid s", "contribution s", "Mparam/s/core", "agreement s", "answer s"),
+            *("fingerprint s", "check s", "add s", "open s"),
+        ),
         *(
             row(
-                *(n, f"{r['k']:.0f}", f"{r['bytes']:.2f}", f"{r['encrypt']:.3f}", f"{r['rate']:.1f}"),
-                *(f"{r[part]:.3f}" for part in ("add", "agree", "answer", "open")),
+                *(n, f"{r['k']:.0f}", f"{r['bytes']:.2f}", f"{r['noise']:.3f}", f"{r['grid']:.3f}"),
+                *(f"{r['encrypt']:.3f}", f"{r['rate']:.1f}"),
+                *(f"{r[part]:.3f}" for part in ("agree", "answer", "vouch", "read", "add", "open")),
             )
             for n, r in rows
         ),
@@ -306,20 +326,22 @@ def round_section(rows: list[tuple[int, dict[str, float]]], blinded: dict[str, f
     ]
 
 
-def model_section(net: dict[str, float], extra: dict[str, float]) -> list[str]:
+def model_section(nets: list[dict[str, float]], extra: dict[str, float]) -> list[str]:
     """The ResNet-18-shaped update and a client's memory."""
-    rate = net["length"] / net["encrypt"] / 1e6
     whole = {kind: added + np.dtype(kind).itemsize for kind, added in extra.items()}
     return [
-        "## A ResNet-18-shaped update, n = 10, k = 2",
+        "## A ResNet-18-shaped update, n = 10",
         "",
-        *head("values", "tensors", "flatten once, to the grid, s", "contribution s", "Mparam/s/core", "B/param"),
-        row(
-            *(f"{net['length']:,.0f}", f"{net['tensors']:.0f}", f"{net['flatten']:.3f}", f"{net['encrypt']:.3f}"),
-            *(f"{rate:.1f}", f"{net['bytes']:.2f}"),
+        *head("values", "tensors", "k", "flatten once, to the grid, s", "contribution s", "Mparam/s/core", "B/param"),
+        *(
+            row(
+                *(f"{net['length']:,.0f}", f"{net['tensors']:.0f}", f"{net['k']:.0f}", f"{net['flatten']:.3f}"),
+                *(f"{net['encrypt']:.3f}", f"{net['length'] / net['encrypt'] / 1e6:.1f}", f"{net['bytes']:.2f}"),
+            )
+            for net in nets
         ),
         "",
-        "This is the memory of the client while it makes that contribution, in bytes per parameter. The client is",
+        "This is the memory of the client while it makes that contribution at k = 2, in bytes per parameter. The client is",
         "a process of its own with its state on disk. The figure is its resident set at the peak, less its size",
         "before the call:",
         "",
@@ -360,7 +382,7 @@ def table() -> str:
         ],
         client_section(side),
         round_section(rows, whole_round(10, 2, MILLION, 3, "sites")),
-        model_section(resnet_row(), {kind: memory(kind) for kind in ("int32", "int64")}),
+        model_section([resnet_row(k) for k in (1, 2)], {kind: memory(kind) for kind in ("int32", "int64")}),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
