@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fedveil.common import canonical, identity
@@ -23,6 +24,7 @@ _specs: dict[tuple[str, str, str], SumSpec] = {}  # by the hashes of plan and ro
 _STATEMENT_BYTES = 2176  # the most that a statement measures without its copies, with its place among the others
 
 
+@lru_cache(maxsize=64)
 def data_set(name: str, unit: str) -> str:
     """What a ledger and the copies of its heads call a data set: SHA-256 (hex) of the contract's name and the unit.
 

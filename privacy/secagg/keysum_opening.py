@@ -93,7 +93,7 @@ class Opening:
         answers_at = head + _MEMBER * len(members)
         return cls(
             round, nonce, str(total),
-            {s: _member(data[head + i * _MEMBER :][:_MEMBER]) for i, s in enumerate(members)},
+            {s: _member(data[head + i * _MEMBER : head + (i + 1) * _MEMBER]) for i, s in enumerate(members)},
             {s: _answer(data[answers_at + i * _ANSWER :][:_ANSWER]) for i, s in enumerate(chosen)},
             memoryview(data)[:head],
         )  # fmt: skip
