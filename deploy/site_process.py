@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import signal
 import threading
@@ -75,9 +76,9 @@ def prepare(settings: SiteSettings) -> tuple[Site, Ingested]:
         subject_salt=hashlib.sha256(salt).hexdigest() if salt else "",
     )  # fmt: skip
     try:
-        data = ingested(settings, contract, key, salt, s.state / "data")
         device = pick_device(settings.training.device)
         cap_resources(settings.training, device)
+        data = ingested(settings, contract, key, salt, s.state / "data")
     except BaseException:
         ledger.close()
         raise
@@ -148,7 +149,16 @@ def subject_salt(state: Path, *, make: bool = True) -> bytes:
 
 
 def cap_resources(training: TrainingSection, device: str) -> None:
-    """Keep this process within the owner's share of the machine: CPU threads, and a fraction of the GPU's memory."""
+    """Keep this process within the owner's share of the machine: CPU threads, and a fraction of the GPU's memory.
+
+    Raises:
+        ConfigError: more threads than the process may use processors.
+    """
+    if training.threads > (most := len(os.sched_getaffinity(0))):
+        raise ConfigError(
+            f"[training] threads = {training.threads}, and this process may use {most} processors",
+            hint=f"a number up to {most}, or 0 for all",
+        )
     if training.threads:
         torch.set_num_threads(training.threads)
         threadpool_limits(training.threads)  # NumPy's own library, which the engine 'numpy' computes with

@@ -172,3 +172,10 @@ def test_threads_are_capped_in_every_library() -> None:
     finally:
         torch.set_num_threads(before[0])
         site_process.threadpool_limits(before[1])
+
+
+def test_more_threads_than_the_machine_has_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(site_process.os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(ConfigError, match=r"threads = 3, and this process may use 2") as e:
+        site_process.cap_resources(files.TrainingSection(threads=3), "cpu")
+    assert e.value.hint == "a number up to 2, or 0 for all"
