@@ -9,10 +9,12 @@ tests/bench/dp_table.py [output file]`, two minutes.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -49,6 +51,7 @@ MODELS = {
 TARGETS = {"CNN": 1.6, "Tra": 1.95, "wid": 3.6}
 BATCHES = (64, 256)
 SECONDS, LEAST, MOST = 12.0, 5, 25
+JAX = os.environ.get("JAX_PRIVACY_PYTHON", "")
 RATE, OVERFLOW = 0.1, 1e-13  # of the sampled step: a delta of 1e-5 over 100 steps
 COLUMNS = (
     "ours, every record, a tenth to spare",
@@ -129,6 +132,16 @@ def ratios(steps: dict[str, Step]) -> tuple[float, dict[str, float], int]:
     return 1e3 * statistics.median(base), others, len(base)
 
 
+def jax_privacy(spec: ModelSpec, batch: int) -> float:
+    """Milliseconds of jax_privacy's clipped sum of the CNN, compiled; 0 where JAX_PRIVACY_PYTHON names no interpreter."""
+    if not JAX or spec.name != "cnn":
+        return 0.0
+    shape = json.dumps([spec.side, *spec.hidden, spec.classes, batch])
+    command = [JAX, str(Path(__file__).parent / "jax_step.py"), shape]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 1e3 * json.loads(done.stdout.splitlines()[-1])["private"]
+
+
 def clipping_rows() -> list[str]:
     """One line for every model and batch size."""
     rows = []
@@ -155,6 +168,8 @@ def clipping_rows() -> list[str]:
             verdict.append(
                 f"≤ before: {'yes' if ours_ <= before_ else 'no'}, sampled {'yes' if padded_ <= before_ else 'no'}"
             )
+            if other := jax_privacy(spec, batch) / base:
+                verdict.append(f"≤ jax_privacy ({other:.2f}): {'yes' if ours_ <= other else 'no'}")
             cells = [f"{found[c]:.2f}" if c in found else "refuses" for c in COLUMNS]
             for i, used in enumerate((whole, sampled, double)):
                 cells[i] += f" ({used.engine})"
@@ -214,7 +229,8 @@ network and batch. They are medians of interleaved ratios.
 - *float64 without places*: what the default was before places: double precision, the drawn records only. A
   sampled step has {shares} times as many places as records, and all are computed: that is the price of a shape that no
   record decides. So it is slower than before where double precision costs less than that.
-- Opacus computes in float32 throughout, the drawn records only.
+- Opacus computes in float32 throughout, the drawn records only. jax_privacy does too, compiled, in an interpreter of its
+  own (JAX_PRIVACY_PYTHON); its time is divided by our plain step.
 
 | network | batch | plain | {" | ".join(COLUMNS)} | targets | repetitions |
 |---|---|---|---|---|---|---|---|---|---|
