@@ -133,7 +133,7 @@ def ratios(steps: dict[str, Step]) -> tuple[float, dict[str, float], int]:
 
 
 def jax_privacy(spec: ModelSpec, batch: int) -> float:
-    """Milliseconds of jax_privacy's clipped sum of the CNN, compiled; 0 where JAX_PRIVACY_PYTHON names no interpreter."""
+    """Milliseconds of jax_privacy's clipped sum of the CNN; 0 where JAX_PRIVACY_PYTHON names no interpreter."""
     if not JAX or spec.name != "cnn":
         return 0.0
     shape = json.dumps([spec.side, *spec.hidden, spec.classes, batch])
@@ -229,8 +229,8 @@ network and batch. They are medians of interleaved ratios.
 - *float64 without places*: what the default was before places: double precision, the drawn records only. A
   sampled step has {shares} times as many places as records, and all are computed: that is the price of a shape that no
   record decides. So it is slower than before where double precision costs less than that.
-- Opacus computes in float32 throughout, the drawn records only. jax_privacy does too, compiled, in an interpreter of its
-  own (JAX_PRIVACY_PYTHON); its time is divided by our plain step.
+- Opacus computes in float32 throughout, the drawn records only. jax_privacy does too, compiled, in an interpreter of
+  its own (JAX_PRIVACY_PYTHON); its time is divided by our plain step.
 
 | network | batch | plain | {" | ".join(COLUMNS)} | targets | repetitions |
 |---|---|---|---|---|---|---|---|---|---|

@@ -342,8 +342,8 @@ def model_section(nets: list[dict[str, float]], extra: dict[str, float]) -> list
         ),
         "",
         "This is the memory of the client while it makes that contribution at k = 2, in bytes per parameter. The",
-        "client is a process of its own with its state on disk. The figure is its resident set at the peak, less its size",
-        "before the call:",
+        "client is a process of its own with its state on disk. The figure is its resident set at the peak, less",
+        "its size before the call:",
         "",
         *head(
             "vector handed in",
