@@ -49,7 +49,7 @@ class InPieces(ABC):
 
     def operands(self, batch: Batch) -> list[torch.Tensor]:
         """See :class:`Backend`."""
-        return [t for piece in self.pieces(batch) for t in piece.operands()]
+        return [t.clone() for piece in self.pieces(batch) for t in piece.operands()]
 
     def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
         """See :class:`Backend`."""
