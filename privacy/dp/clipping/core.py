@@ -212,21 +212,21 @@ class Clipper:
 
     def _blocks(self, table: _Table, seats: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, int]:
         """The sum over all microbatches and how many places entered; two levels, so that rounding adds up slowly."""
-        total, entered = torch.zeros(self.size, dtype=torch.float64, device=self.device), []
-        out = total
-        for turn, at in enumerate(seats, 1):
-            entered.append(self.backend.add(self.batch(table, at), clip, out).sum())
-            if turn % LONGEST_BLOCK == 0:
-                out = self._next_block(total, out)
+        total = out = torch.empty(self.size, dtype=torch.float64, device=self.device)
+        entered = []
+        for turn, at in enumerate(seats):
+            if fresh := turn % LONGEST_BLOCK == 0:
+                out = self._next_block(total, out, turn)
+            entered.append(self.backend.add(self.batch(table, at), clip, out, fresh=fresh).sum())
         return (total if out is total else total.add_(out)), int(sum(map(int, entered)))
 
     @staticmethod
-    def _next_block(total: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A fresh vector to add to, once the finished block is in the total (the first block is the total)."""
+    def _next_block(total: torch.Tensor, out: torch.Tensor, turn: int) -> torch.Tensor:
+        """A vector to write to, once the finished block is in the total (the first block is the total)."""
         if out is total:
-            return torch.zeros_like(total)
+            return torch.empty_like(total) if turn else total
         total += out
-        return out.zero_()
+        return out
 
     def batch(self, table: _Table, seats: NDArray[np.int64]) -> Batch:
         """One microbatch. Empty places, and rows that cannot be used, hold the constant record: zeros of class 0."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedveil.common.errors import ModelError
+from fedveil.common.workload.torch.layers import Adapter
 from fedveil.privacy.dp.clipping.engines import InPieces
 from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, Rows, Workspace, outer, together
 
@@ -28,10 +29,29 @@ _DERIVATIVES: dict[type[nn.Module], Callable[[torch.Tensor, torch.Tensor], torch
 }
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What stands between two activations of a chain.
+
+    Attributes:
+        linears: the trainable layers, in the parameters' order: one; or the two thin ones of an adapter.
+        base: the frozen layer beside an adapter's.
+    """
+
+    linears: tuple[nn.Linear, ...]
+    base: nn.Linear | None = None
+
+    @property
+    def all(self) -> tuple[nn.Linear, ...]:
+        """Every layer."""
+        return self.linears if self.base is None else (self.base, *self.linears)
+
+
 class Chain(InPieces):
     """``Sequential(Linear, activation, Linear, ..., Linear)`` in closed form, of any depth.
 
-    Activations: Tanh, ReLU, Sigmoid, GELU (exact form). Linear layers may lack a bias.
+    Activations: Tanh, ReLU, Sigmoid, GELU (exact form). Linear layers may lack a bias. In the place of one, there may
+    be a frozen layer with an adapter (LoRA).
 
     Raises:
         ModelError: any other network.
@@ -39,34 +59,67 @@ class Chain(InPieces):
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model) if isinstance(model, nn.Sequential) else []
-        self.linears = [m for m in modules[::2] if type(m) is nn.Linear and m.weight.requires_grad]
+        self.stages = [stage for m in modules[::2] if (stage := _stage(m)) is not None]
+        self.linears = [layer for stage in self.stages for layer in stage.linears]
         super().__init__([p.numel() for m in self.linears for p in m.parameters()])
         self.activations = [m for m in modules[1::2] if type(m) in _DERIVATIVES and _exact(m)]
-        alone = len({id(p) for m in self.linears for p in m.parameters()}) == len(list(model.parameters()))
-        whole = len(self.linears) + len(self.activations) == len(modules) and len(modules) % 2 == 1
-        if not (whole and alone and sum(len(list(m.parameters())) for m in modules) == len(list(model.parameters()))):
+        owned = [p for stage in self.stages for layer in stage.all for p in layer.parameters()]
+        alone = len({id(p) for p in owned}) == len(owned) == len(list(model.parameters()))
+        if not (alone and len(self.stages) + len(self.activations) == len(modules) and len(modules) % 2 == 1):
             raise ModelError("the closed form needs a chain of Linear layers and activations", hint="the engine 'auto'")
 
     @torch.no_grad()
     def pieces(self, batch: Batch) -> list[Piece]:
         """See :class:`fedveil.privacy.dp.clipping.engines.InPieces`."""
-        inputs, slopes = [batch.X], []
-        for layer, activation in zip(self.linears, self.activations, strict=False):
-            before = layer(inputs[-1])
-            inputs.append(activation(before))
-            slopes.append(_DERIVATIVES[type(activation)](before, inputs[-1]))
-        scores = self.linears[-1](inputs[-1])
-        delta = (scores - scores.amax(1, keepdim=True)).clamp(min=LEAST_EXPONENT).exp()
+        inputs, slopes, x = list[tuple[torch.Tensor, ...]](), list[torch.Tensor](), batch.X
+        for at, stage in enumerate(self.stages):
+            seen, before = _forward(stage, x)
+            inputs.append(seen)
+            if at < len(self.activations):
+                x = self.activations[at](before)
+                slopes.append(_DERIVATIVES[type(self.activations[at])](before, x))
+            else:
+                x = before
+        delta = (x - x.amax(1, keepdim=True)).clamp(min=LEAST_EXPONENT).exp()
         delta /= delta.sum(1, keepdim=True)
         delta[torch.arange(len(delta), device=delta.device), batch.y] -= 1
         pieces: list[Piece] = []
-        for at in reversed(range(len(self.linears))):
-            layer = self.linears[at]
-            own: list[Piece] = [outer(delta, inputs[at], batch.weights)]
-            pieces = own + ([Dense(delta, batch.weights)] if layer.bias is not None else []) + pieces
-            if at:
-                delta = (delta @ layer.weight) * slopes[at - 1]
+        for at in reversed(range(len(self.stages))):
+            deltas, delta = _backward(self.stages[at], delta, slopes[at - 1] if at else None)
+            own: list[Piece] = []
+            for layer, d, a in zip(self.stages[at].linears, deltas, inputs[at], strict=True):
+                own += [outer(d, a, batch.weights)] + ([Dense(d, batch.weights)] if layer.bias is not None else [])
+            pieces = own + pieces
         return pieces
+
+
+def _stage(module: nn.Module) -> Stage | None:
+    if type(module) is Adapter and not any(p.requires_grad for p in module.base.parameters()):
+        stage = Stage((module.inward, module.outward), module.base)
+    else:
+        stage = Stage((module,)) if isinstance(module, nn.Linear) else None
+    if stage is None or any(type(layer) is not nn.Linear for layer in stage.all):
+        return None
+    return stage if all(p.requires_grad for layer in stage.linears for p in layer.parameters()) else None
+
+
+def _forward(stage: Stage, x: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The inputs of the trainable layers, and the output."""
+    if stage.base is None:
+        return (x,), stage.linears[0](x)
+    thin = stage.linears[0](x)
+    return (x, thin), stage.base(x) + stage.linears[1](thin)
+
+
+def _backward(
+    stage: Stage, delta: torch.Tensor, slope: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The gradients at the trainable layers' outputs, and at the stage's input, before its activation if any."""
+    deltas = (delta,) if stage.base is None else (delta @ stage.linears[1].weight, delta)
+    if slope is None:
+        return deltas, delta
+    back = deltas[0] @ stage.linears[0].weight
+    return deltas, (back if stage.base is None else back + delta @ stage.base.weight) * slope
 
 
 def _exact(module: nn.Module) -> bool:

@@ -24,8 +24,8 @@ class Backend(Protocol):
         """All numbers, each ``(B, ...)``, from which the norms and the sum follow place by place."""
         ...
 
-    def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
-        """Add the clipped sum of one microbatch to ``out`` (``(D,)`` float64).
+    def add(self, batch: Batch, clip: float, out: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
+        """Add the clipped sum of one microbatch to ``out`` (``(D,)`` float64); ``fresh``: write it there instead.
 
         Returns:
             ``(B,)`` bool: the places that were added: those to keep whose norm is finite.
@@ -51,9 +51,9 @@ class InPieces(ABC):
         """See :class:`Backend`."""
         return [t.clone() for piece in self.pieces(batch) for t in piece.operands()]
 
-    def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
+    def add(self, batch: Batch, clip: float, out: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
         """See :class:`Backend`."""
-        return clip_pieces(self.pieces(batch), self._sizes, batch.keep, clip, out)
+        return clip_pieces(self.pieces(batch), self._sizes, batch.keep, clip, out, fresh=fresh)
 
 
 class Mapped(InPieces):

@@ -187,10 +187,10 @@ class Outer:
         """See :class:`Piece`."""
         return (_bounded(_norms(self._out)) * _bounded(_norms(self._inward))).square()
 
-    def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
-        """See :class:`Piece`."""
+    def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor, *, fresh: bool = False) -> None:
+        """See :class:`Piece`; ``fresh``: what ``out`` holds is overwritten, which saves reading it."""
         scaled = _kept(self._out, keep) * factor[:, None]
-        out.view(self._out.shape[1], -1).addmm_(scaled.T, _kept(self._inward, keep))
+        out.view(self._out.shape[1], -1).addmm_(scaled.T, _kept(self._inward, keep), beta=0 if fresh else 1)
 
 
 def outer(out: torch.Tensor, inward: torch.Tensor, weights: torch.Tensor | None = None) -> Piece:
@@ -274,9 +274,11 @@ def norms_of(pieces: list[Piece]) -> torch.Tensor:
 
 
 def clip_pieces(
-    pieces: list[Piece], sizes: list[int], keep: torch.Tensor, clip: float, out: torch.Tensor
+    pieces: list[Piece], sizes: list[int], keep: torch.Tensor, clip: float, out: torch.Tensor, *, fresh: bool = False
 ) -> torch.Tensor:
     """Add the clipped sum of ``pieces``, in parameter order, to ``out`` (``(D,)`` float64).
+
+    With ``fresh`` it is written there instead.
 
     Args:
         sizes: number of values of each parameter.
@@ -290,5 +292,8 @@ def clip_pieces(
     keep = keep & torch.isfinite(norms)
     factor = torch.where(keep, (clip / (norms + TINY)).clamp(max=1.0), torch.zeros_like(norms))
     for piece, part in zip(pieces, out.split(sizes), strict=True):
-        piece.add(factor, keep, part)
+        if isinstance(piece, Outer):
+            piece.add(factor, keep, part, fresh=fresh)
+        else:
+            piece.add(factor, keep, part.zero_() if fresh else part)
     return keep
