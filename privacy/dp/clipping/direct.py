@@ -146,7 +146,7 @@ class Book(InPieces):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._workspace = model, Workspace()
+        self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
         owned = [p for m in self._layers for p in m.parameters(recurse=False) if p.requires_grad]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, clip_pieces
+from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, Workspace, clip_pieces
 
 
 class Backend(Protocol):
@@ -32,6 +32,10 @@ class Backend(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give back the memory that is kept from one microbatch to the next."""
+        ...
+
 
 class InPieces(ABC):
     """An engine that gives one :class:`Piece` for each parameter, in order.
@@ -42,6 +46,11 @@ class InPieces(ABC):
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
+        self._workspace = Workspace()
+
+    def release(self) -> None:
+        """See :class:`Backend`."""
+        self._workspace.release()
 
     @abstractmethod
     def pieces(self, batch: Batch) -> list[Piece]:

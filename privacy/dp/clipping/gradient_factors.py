@@ -21,6 +21,7 @@ import torch
 TINY = 1e-300
 LARGEST_FACTOR = 1e100
 _CACHED = 1 << 17
+_AT_ONCE = 1 << 26  # on a GPU: half a gigabyte
 _SMALL = 1 << 10
 
 
@@ -79,6 +80,10 @@ class Workspace:
             held = self._held[key] = like.new_empty(size)
         return held[:size].view(shape)
 
+    def release(self) -> None:
+        """Give all of it back."""
+        self._held.clear()
+
 
 class Dense:
     """Written out. Widened to float64 a few places at a time, so that copies stay in the cache.
@@ -95,7 +100,7 @@ class Dense:
             places, rows = weights.shape
             values = torch.bmm(weights[:, None], values.double().view(places, rows, -1))[:, 0]
         self.values = values
-        self._step = max(1, _CACHED // values.shape[1])
+        self._step = max(1, (_CACHED if values.device.type == "cpu" else _AT_ONCE) // values.shape[1])
 
     def operands(self) -> list[torch.Tensor]:
         """See :class:`Piece`."""

@@ -41,6 +41,9 @@ class SmallChain:
         self._biased = np.array([[float(m.bias is not None)] for m in self._linears])
         self._functions = [_FUNCTIONS[type(a)] for a in chain.activations]
 
+    def release(self) -> None:
+        """See :class:`fedveil.privacy.dp.clipping.engines.Backend`: nothing is kept."""
+
     def operands(self, batch: Batch) -> list[torch.Tensor]:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
         inputs, deltas = self._passes(batch, 1)
