@@ -16,6 +16,7 @@ from fedveil.privacy.dp.clipping.gradient_factors import Batch
 from fedveil.privacy.dp.places import EMPTY
 
 _SHARE = 4  # a table that would take more than a quarter of the free memory stays where it is
+_PART = 1 << 16
 _ASSERT = 710  # cudaErrorAssert
 
 
@@ -39,7 +40,7 @@ def free_bytes(device: torch.device) -> int:
     """How much memory of a GPU this process may still take: what is free, within its share (``gpu_memory``)."""
     free, total = torch.cuda.mem_get_info(device)
     held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    share = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
     return max(0, min(free + held - used, share - used))
 
 
@@ -92,8 +93,10 @@ class Resident:
         n, self._constant = len(X), rows  # one row more: the constant record, zeros of class 0
         self._features = torch.zeros((rows + 1, X.shape[1]), dtype=torch.float32, device=device)
         self._classes = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-        self._features[:n].copy_(torch.from_numpy(np.ascontiguousarray(X, np.float32)))
-        self._classes[:n].copy_(torch.from_numpy(y))
+        for at in range(0, n, _PART):  # copied by parts, as a table may be read-only and large
+            part = slice(at, min(n, at + _PART))
+            self._features[part].copy_(torch.from_numpy(np.array(X[part], np.float32)))
+            self._classes[part].copy_(torch.from_numpy(np.array(y[part], np.int64)))
         self._index = np.append(np.where(good, np.arange(n), rows), rows)  # the last entry is that of no row
 
     def batches(self, seats: NDArray[np.int64], groups: NDArray[np.int64], *, weighted: bool) -> Iterator[Batch]:

@@ -189,3 +189,38 @@ def test_only_what_no_record_can_cause_counts_as_a_failure_of_the_gpu(monkeypatc
     assert not failed(ValueError("of this program"), GPU)
     monkeypatch.setattr(torch, "ones", lambda *a, device: torch.full(a, 2.0))
     assert failed(ValueError("of this program"), GPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [MLP, TEXT], ids=lambda s: s.name)
+@pytest.mark.parametrize("capacity", [30, 0])
+def test_on_a_gpu_a_table_that_stays_gives_the_same_sum_and_nothing_waits(spec, capacity, monkeypatch) -> None:
+    device.fix_arithmetic()
+    X, y = table(spec, 23)
+    stays, sent = (Clipper(build(spec), "book", "cuda", microbatch=4) for _ in range(2))
+    found = stays.clipped_sum(X, y, 0.5, capacity=capacity)
+    assert stays._tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = stays.clipped_sum(X, y, 0.5, capacity=capacity)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(core, "fits", lambda rows, inputs, device: False)
+    expected = sent.clipped_sum(X, y, 0.5)
+    assert np.array_equal(found.values, again.values)
+    assert np.array_equal(found.values, expected.values)
+    assert (found.entered, found.excluded) == (expected.entered, expected.excluded)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_that_runs_out_is_met_by_a_smaller_microbatch(caplog) -> None:
+    device.fix_arithmetic()
+    wide = ModelSpec(name="transformer", inputs=64, classes=3, hidden=(100, 256, 4, 2))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + GIB // 2) / total))
+    try:
+        found = choose(lambda: build(wide), 64, 3, "cuda", engines=("book",), places=512)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= found.microbatch <= 512
