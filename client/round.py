@@ -193,6 +193,7 @@ def finish(site: Site, request: Packet) -> Packet:
         site.ledger.note("session.end", session=session.id, status=status)
         session.ended = True
     session.sum.end()
+    session.release()
     lines = b"".join(row.line() for row in site.ledger.journal.rows)
     return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})
 

@@ -54,6 +54,7 @@ class Session:
         model: this site's own model, once it was asked for.
         within: the limits that the plan was checked against, and keeps.
         barred: sites that joined with another ledger than they may: no sum that one of them is in is opened.
+        clipper: the engine that computed its last step.
     """
 
     id: str
@@ -66,9 +67,15 @@ class Session:
     model: OwnModel | None = None
     within: LimitsSection | None = None
     barred: frozenset[SiteId] = frozenset()
+    clipper: Clipper | None = None
 
     def __post_init__(self) -> None:
         self.plan_hash = self.plan.hash  # kept, because it is needed twice a round
+
+    def release(self) -> None:
+        """Give back the memory that steps keep from one to the next: at the end of the session, not of a round."""
+        if self.clipper is not None:
+            self.clipper.release()
 
 
 @dataclass
@@ -265,10 +272,11 @@ class Site:
     def clipper(self, session: Session) -> Clipper:
         """The engine that computes a session's clipped sums; :class:`ModelError` if there is none for its network."""
         plan = session.plan
-        return clipper(
+        session.clipper = clipper(
             plan.network, self.engine, self.device, session.precision, plan.places(self.capacity), plan.rows_per_person,
             self.microbatch,
         )  # fmt: skip
+        return session.clipper
 
     def _noted(self, kind: str, session: str) -> list[Row]:
         """This ledger's rows of one kind about one session."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import cast, get_args
 
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedveil.common.errors import ModelError
+from fedveil.common.errors import DeviceError, ModelError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build
 from fedveil.privacy.dp import clipping
+from fedveil.privacy.dp.clipping.device import failed, fix_arithmetic
 from fedveil.privacy.dp.places import seat
 from fedveil.privacy.dp.rounding import margin
 from fedveil.privacy.plan import PrivacyPlan
@@ -26,12 +28,7 @@ def pick_device(wanted: str) -> str:
     """``cuda`` if it is wanted or allowed and present, else ``cpu``."""
     if wanted not in ("auto", "cuda") or not torch.cuda.is_available():
         return "cpu"
-    # One algorithm for one shape, chosen without trying, and no shortened products: the claim counts on it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    fix_arithmetic()
     return "cuda"
 
 
@@ -87,23 +84,43 @@ def site_sum(
     (``docs/sensitivity.md``), whatever ``weights`` are. Records that cannot be used are left out one by one. If the
     whole step fails all the same, the site adds nothing and its noise still goes out, so no refusal shows. But the
     bound above does not cover such a failure. So nothing that one record can do may cause one.
+
+    Raises:
+        DeviceError: the GPU was lost, or another process has its memory: no record can cause that. Nothing was charged
+            or released. The site misses the round.
     """
-    engine.load(weights)
-    try:
-        if plan.mode == "client":
-            return _client_update(engine, plan, X, y)
-        units = len(X) if persons is None else len(persons)
-        seats = seat(units, plan.sample_rate, plan.places(capacity))
-        out = engine.clipped_sum(X, y, plan.clip, seats, persons)
-    except Exception as e:  # of every class: a failure that the data can cause must not show
-        _LOG.error("the step failed on this site's data (%s): releasing noise only", type(e).__name__)
-        return np.zeros(plan.model.parameters)
-    finally:
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()  # between rounds the GPU's memory is for others on the same machine
+    with _naming_lost_gpus(engine.device):
+        engine.load(weights)
+        try:
+            if plan.mode == "client":
+                return _client_update(engine, plan, X, y)
+            units = len(X) if persons is None else len(persons)
+            seats = seat(units, plan.sample_rate, plan.places(capacity))
+            out = engine.clipped_sum(X, y, plan.clip, seats, persons, capacity)
+        except Exception as e:  # of every class: a failure that the data can cause must not show
+            # The memory of a client's descent is that of its records.
+            counts = plan.mode == "client" and isinstance(e, torch.OutOfMemoryError)
+            if failed(e, engine.device) and not counts:
+                raise
+            _LOG.error("the step failed on this site's data (%s): releasing noise only", type(e).__name__)
+            return np.zeros(plan.model.parameters)
     if out.excluded:
         _LOG.warning("records without a finite gradient were left out of this step")
     return out.values
+
+
+@contextmanager
+def _naming_lost_gpus(device: torch.device) -> Iterator[None]:
+    """:class:`DeviceError` for whatever a GPU that has failed raises."""
+    try:
+        yield
+    except Exception as e:
+        if not failed(e, device):
+            raise
+        raise DeviceError(
+            f"the GPU failed in this step ({type(e).__name__}): nothing was charged, and this site misses the round",
+            hint="stop other jobs on the GPU; if it does not compute any more, restart this site: it goes on",
+        ) from e
 
 
 def _client_update(

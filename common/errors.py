@@ -24,6 +24,7 @@
     ├── BudgetExhausted         exit 3    the privacy budget is spent: a normal ending
     ├── VerificationError       exit 60   a report or journal does not say what it claims
     ├── ModelError              exit 70   a model that cannot be trained privately
+    ├── DeviceError             exit 71   a GPU was lost, or another process has its memory
     ├── TransportError          exit 80   a port, a connection, a time limit
     └── RunAborted              exit 90   a run ended before its plan was carried out
 
@@ -189,6 +190,12 @@ class ModelError(FedveilError):
     """A model that cannot be trained with per-record clipping."""
 
     exit_code = 70
+
+
+class DeviceError(FedveilError):
+    """A GPU was lost, or another process has its memory."""
+
+    exit_code = 71
 
 
 class TransportError(FedveilError):

@@ -30,7 +30,8 @@ def relative(places: int) -> float:
     """How far apart, beyond C, two neighbouring sums over at most P ``places`` may be by rounding, divided by C.
 
     Two sums, each off by at most d·u·P·C. d is what one term passes through: two products, its block one place after
-    the other, and the blocks. A last microbatch that is filled up adds fewer than 1024 places.
+    the other, and the blocks. A microbatch that is summed by itself first passes no more. A last microbatch that is
+    filled up adds fewer than 1024 places.
     """
     whole = places + MAX_MICROBATCH
     lost = (min(whole, MAX_BLOCK) + math.ceil(whole / LONGEST_BLOCK) + 4) * _UNIT

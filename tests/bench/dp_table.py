@@ -48,7 +48,7 @@ MODELS = {
     "LSTM (16 tokens, 32, 64)": ModelSpec(name="lstm", inputs=16, classes=10, hidden=(1000, 32, 64)),
     "LoRA MLP 100-256-10, rank 8": ModelSpec(name="lora-mlp", inputs=100, classes=10, hidden=(8, 256)),
 }
-TARGETS = {"CNN": 1.6, "Tra": 1.95, "wid": 3.6}
+TARGETS = {"CNN": 1.3, "Tra": 1.7, "wid": 1.7, "LST": 1.7, "LoR": 1.2, "Res": 2.4}
 BATCHES = (64, 256)
 SECONDS, LEAST, MOST = 12.0, 5, 25
 JAX = os.environ.get("JAX_PRIVACY_PYTHON", "")

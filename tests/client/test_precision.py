@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from fedveil.client import round as line
 from fedveil.client import train
 from fedveil.client.egress.ledger_rows import check_rows
-from fedveil.common.errors import PolicyRefusal
+from fedveil.common.errors import DeviceError, PolicyRefusal
 from fedveil.common.journal import Row
 from fedveil.common.settings import TrainingSection
 from fedveil.common.workload.model import ModelSpec
@@ -45,23 +45,55 @@ def test_what_the_owner_asks_for_is_obeyed_and_noted(world):
     assert site.clipper(site.session(w.session)).precision == "float64"
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_gpus_memory_is_given_back_after_every_step(world, monkeypatch, fails):
-    """Without a GPU: a clipper that says it is on one."""
+@pytest.fixture
+def on_a_gpu(world, monkeypatch):
+    """Without a GPU: a clipper that says it is on one. What its steps raise is the second value's only entry."""
     w = world(sum="plain")
-    steps, given = train.clipper(w.plan.network, "closed", "cpu"), []
-    monkeypatch.setattr(steps, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(len(given)))
+    steps, raises = train.clipper(w.plan.network, "closed", "cpu"), []
 
-    def computed(X, y, clip, seats, persons):
-        if fails:
-            raise RuntimeError("out of memory")
+    def computed(X, y, clip, seats, persons, capacity):
+        for error in raises:
+            raise error
         return ClippedSum(np.zeros(steps.size), len(X), 0)
 
+    monkeypatch.setattr(steps, "device", torch.device("cuda"))
     monkeypatch.setattr(steps, "clipped_sum", computed)
+    return w, steps, raises
+
+
+def step(w, steps):
     site = w.sites[0]
-    train.site_sum(steps, w.plan, np.zeros(steps.size, np.float32), site.X, site.y, 12)
+    return train.site_sum(steps, w.plan, np.zeros(steps.size, np.float32), site.X, site.y, 12)
+
+
+def test_a_gpus_memory_is_given_back_after_the_run_and_not_after_a_step(on_a_gpu, monkeypatch):
+    (w, steps, _), given = on_a_gpu, []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(len(given)))
+    line.join(w.sites[0], w.proposal())
+    session = w.sites[0].session(w.session)
+    session.clipper = steps
+    step(w, steps)
+    assert given == []
+    session.release()
     assert given == [0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("lost")])
+def test_a_lost_gpu_ends_the_step_by_its_name_before_any_charge(on_a_gpu, monkeypatch, error):
+    w, steps, raises = on_a_gpu
+    raises.append(error)
+    monkeypatch.setattr(train, "failed", lambda error, device: device.type == "cuda")
+    with pytest.raises(DeviceError, match="nothing was charged") as e:
+        step(w, steps)
+    assert "no memory" not in str(e.value)
+    assert not list(w.sites[0].ledger.journal.of_kind("spend"))
+
+
+def test_an_error_on_a_gpu_that_still_computes_does_not_show(on_a_gpu, monkeypatch):
+    w, steps, raises = on_a_gpu
+    monkeypatch.setattr(train, "failed", lambda error, device: False)
+    raises.append(RuntimeError("a record's fault"))
+    assert not step(w, steps).any()
 
 
 @pytest.mark.parametrize("said", ["float64", "float16", 4711, None])

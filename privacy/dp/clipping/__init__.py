@@ -4,8 +4,8 @@
 over single records, drops those that fail the test of row independence, and takes the fastest of the rest.
 
 ========== ==================================================================================================
-``closed`` chains of Linear and an activation: norms and sum in closed form, no autograd (Goodfellow 2015,
-           arXiv:1510.01799)
+``closed`` chains of Linear (with a frozen base and an adapter, too) and an activation: norms and sum in closed form,
+           no autograd (Goodfellow 2015, arXiv:1510.01799)
 ``numpy``  the same without torch, whose cost per call is most of a small network's time; on a CPU
 ``book``   book-keeping (Bu et al. 2023, arXiv:2210.00038): one backward pass for the layers' outputs only; norms and
            the clipped sum from inputs and output gradients; Linear, Conv2d, Embedding, LayerNorm, GroupNorm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +16,7 @@ from torch import nn
 
 from fedveil.common.errors import ModelError
 from fedveil.common.workload.torch.networks import fill, trainable
+from fedveil.privacy.dp.clipping.device import Resident, fits, free_bytes, rows_of, to_host
 from fedveil.privacy.dp.clipping.direct import Book, Chain
 from fedveil.privacy.dp.clipping.engines import Backend, Hooked, Mapped
 from fedveil.privacy.dp.clipping.gradient_factors import Batch
@@ -35,6 +36,7 @@ BACKENDS: dict[Engine, Callable[[nn.Module], Backend]] = {
 }
 _USUAL = 64
 _GRADIENT_BYTES = 1 << 28
+_PART = 1 << 16
 _FAULT = 2.0**-20  # more than rounding, less than any fault of the program
 
 
@@ -61,8 +63,8 @@ class Clipper:
         engine: which implementation (see the package's text).
         device: a torch device; CUDA is used by the callers when present.
         precision: of the forward and backward pass. Norms, and sums of what is added, are float64 in any case.
-        microbatch: the most places at a time; by default 64 (32 for vmap), or as many as 256 MiB of gradients of
-            single records allow.
+        microbatch: the most places at a time; by default 64 (32 for vmap), or as many as 256 MiB (on a GPU: half of
+            its free memory) of gradients of single records allow.
 
     Raises:
         ModelError: the network couples records, or the engine cannot treat it.
@@ -89,7 +91,9 @@ class Clipper:
         self.model = model.to(self.device, self.dtype)
         self.parameters = trainable(self.model)
         self.size = sum(p.numel() for p in self.parameters)
-        self.microbatch = microbatch or fitting(engine, self.size, 32 if engine == "vmap" else _USUAL)
+        self.microbatch = microbatch or fitting(engine, self.size, 32 if engine == "vmap" else _USUAL, self.device)
+        self.wanted = self.microbatch  # the probe may have to lower it
+        self._tables: dict[int, Resident] = {}
         self._classes = 0
         self._random = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())  # noqa: SLF001
         try:
@@ -126,6 +130,7 @@ class Clipper:
         clip: float,
         seats: NDArray[np.int64] | None = None,
         persons: NDArray[np.int64] | None = None,
+        capacity: int = 0,
     ) -> ClippedSum:
         """Sum over the taken places of ``g · min(1, clip / ‖g‖)``.
 
@@ -137,6 +142,8 @@ class Clipper:
                 none (:func:`~fedveil.privacy.dp.places.seat`). By default each record at its own place, in order.
             persons: ``(n', R)`` the rows of each person, ``EMPTY`` for none. Then seats name persons, and g is the
                 mean of a person's usable rows' gradients. By default each record is by itself.
+            capacity: K, the most records (persons) that the table may ever hold. A GPU keeps the table from one call to
+                the next and takes memory for so many. ``X`` and ``y`` must then not be changed in between.
 
         Guarantee: one record (person) more or less at a place that is empty otherwise changes ``values`` by at most
         ``clip`` times (1 + :func:`~fedveil.privacy.dp.rounding.relative`) in L2 norm, whatever it holds and whatever
@@ -155,13 +162,35 @@ class Clipper:
         batches, each = self.shape(len(seats), groups.shape[1])
         padded = np.full(batches * each, EMPTY, np.int64)
         padded[: len(seats)] = seats
-        table = (X, y, groups, persons is not None)
+        padded, table = padded.reshape(batches, each), (X, y, groups, persons is not None)
+        held = self._resident(X, y, max(len(X), capacity * groups.shape[1]))
         with _fresh_randomness(self.device) if self._random else nullcontext():
-            total, entered = self._blocks(table, padded.reshape(batches, each), clip * (1 - margin(self.size)))
-        out = total.cpu().numpy()
-        if not float(torch.linalg.vector_norm(total)) <= entered * clip * (1 + _FAULT):
-            raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
+            taken = (
+                (self.batch(table, at) for at in padded)
+                if held is None
+                else held.batches(padded, groups, weighted=table[3])
+            )
+            out, entered = self._blocks(taken, clip * (1 - margin(self.size)))
         return ClippedSum(out, entered, int((seats >= 0).sum()) - entered)
+
+    def release(self) -> None:
+        """Give back the memory that steps keep from one to the next. A later step takes it again."""
+        self._tables.clear()
+        self.backend.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _resident(self, X: NDArray[np.float32], y: NDArray[np.int64], rows: int) -> Resident | None:
+        """The table on the GPU, from the call before or uploaded now; None where it is to stay where it is."""
+        held = self._tables.get(id(X))
+        if held is not None and held.source[0] is X and held.source[1] is y:
+            return held
+        if not fits(rows, X.shape[1], self.device):
+            return None
+        parts = [slice(at, at + _PART) for at in range(0, len(X), _PART)]
+        good = np.concatenate([np.zeros(0, np.bool_), *(self.usable(X[part], y[part]) for part in parts)])
+        self._tables[id(X)] = Resident(X, y, good, rows, self.device, self.dtype)
+        return self._tables[id(X)]
 
     @property
     def stacks(self) -> bool:
@@ -210,33 +239,43 @@ class Clipper:
             raise ModelError(f"the engine {self.engine!r} does not descend", hint="the engine 'numpy'")
         return self.backend.descend(X.astype(self.precision, copy=False), y, steps, rate)
 
-    def _blocks(self, table: _Table, seats: NDArray[np.int64], clip: float) -> tuple[torch.Tensor, int]:
-        """The sum over all microbatches and how many places entered; two levels, so that rounding adds up slowly."""
-        total, entered = torch.zeros(self.size, dtype=torch.float64, device=self.device), []
-        out = total
-        for turn, at in enumerate(seats, 1):
-            entered.append(self.backend.add(self.batch(table, at), clip, out).sum())
-            if turn % LONGEST_BLOCK == 0:
-                out = self._next_block(total, out)
-        return (total if out is total else total.add_(out)), int(sum(map(int, entered)))
+    def _blocks(self, batches: Iterable[Batch], clip: float) -> tuple[NDArray[np.float64], int]:
+        """The sum over all microbatches and how many places entered; two levels, so that rounding adds up slowly.
+
+        On a GPU nothing waits before the last line but one.
+        """
+        total = out = torch.empty(self.size, dtype=torch.float64, device=self.device)
+        entered = torch.zeros((), dtype=torch.int64, device=self.device)
+        for turn, batch in enumerate(batches):
+            if fresh := turn % LONGEST_BLOCK == 0:
+                out = self._next_block(total, out, turn)
+            entered += self.backend.add(batch, clip, out, fresh=fresh).sum()
+        if out is not total:
+            total += out
+        norm = torch.linalg.vector_norm(total)
+        if total.is_cuda:
+            whole = to_host(torch.cat([total, torch.stack([norm, entered.double()])]))
+            values, length, count = whole[:-2], whole[-2], whole[-1]
+        else:
+            values, length, count = total.numpy(), norm, entered
+        if not float(length) <= int(count) * clip * (1 + _FAULT):
+            raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
+        return values, int(count)
 
     @staticmethod
-    def _next_block(total: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A fresh vector to add to, once the finished block is in the total (the first block is the total)."""
+    def _next_block(total: torch.Tensor, out: torch.Tensor, turn: int) -> torch.Tensor:
+        """A vector to write to, once the finished block is in the total (the first block is the total)."""
         if out is total:
-            return torch.zeros_like(total)
+            return torch.empty_like(total) if turn else total
         total += out
-        return out.zero_()
+        return out
 
     def batch(self, table: _Table, seats: NDArray[np.int64]) -> Batch:
         """One microbatch. Empty places, and rows that cannot be used, hold the constant record: zeros of class 0."""
         X, y, groups, weighted = table
         # The same work for every place, whoever sits there: time must not tell how many do.
         empty = not len(X)
-        if weighted:
-            rows = np.where(seats[:, None] < 0, EMPTY, groups[np.maximum(seats, 0)] if len(groups) else EMPTY)
-        else:
-            rows = seats[:, None]
+        rows = rows_of(seats, groups) if weighted else seats[:, None]
         flat = rows.reshape(-1)
         at = np.maximum(flat, 0)
         features = np.zeros((len(flat), X.shape[1]), np.float32) if empty else np.asarray(X[at], np.float32)
@@ -269,11 +308,12 @@ class Clipper:
 _Table = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], bool]
 
 
-def fitting(engine: Engine, size: int, wanted: int) -> int:
+def fitting(engine: Engine, size: int, wanted: int, device: torch.device) -> int:
     """``wanted`` places at a time, or fewer where their gradients (of ``size`` values) would not fit."""
     if engine in ("closed", "numpy"):  # hold activations, no gradient of a single record
         return wanted
-    return max(1, min(wanted, _GRADIENT_BYTES // (16 * size)))
+    room = free_bytes(device) // 2 if device.type == "cuda" else _GRADIENT_BYTES
+    return max(1, min(wanted, room // (16 * size)))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, clip_pieces
+from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, Workspace, clip_pieces
 
 
 class Backend(Protocol):
@@ -24,12 +24,16 @@ class Backend(Protocol):
         """All numbers, each ``(B, ...)``, from which the norms and the sum follow place by place."""
         ...
 
-    def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
-        """Add the clipped sum of one microbatch to ``out`` (``(D,)`` float64).
+    def add(self, batch: Batch, clip: float, out: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
+        """Add the clipped sum of one microbatch to ``out`` (``(D,)`` float64); ``fresh``: write it there instead.
 
         Returns:
             ``(B,)`` bool: the places that were added: those to keep whose norm is finite.
         """
+        ...
+
+    def release(self) -> None:
+        """Give back the memory that is kept from one microbatch to the next."""
         ...
 
 
@@ -42,6 +46,11 @@ class InPieces(ABC):
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
+        self._workspace = Workspace()
+
+    def release(self) -> None:
+        """See :class:`Backend`."""
+        self._workspace.release()
 
     @abstractmethod
     def pieces(self, batch: Batch) -> list[Piece]:
@@ -49,11 +58,11 @@ class InPieces(ABC):
 
     def operands(self, batch: Batch) -> list[torch.Tensor]:
         """See :class:`Backend`."""
-        return [t for piece in self.pieces(batch) for t in piece.operands()]
+        return [t.clone() for piece in self.pieces(batch) for t in piece.operands()]
 
-    def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
+    def add(self, batch: Batch, clip: float, out: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
         """See :class:`Backend`."""
-        return clip_pieces(self.pieces(batch), self._sizes, batch.keep, clip, out)
+        return clip_pieces(self.pieces(batch), self._sizes, batch.keep, clip, out, fresh=fresh)
 
 
 class Mapped(InPieces):

@@ -11,6 +11,8 @@ sum's product: 0 · NaN would be NaN.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +21,8 @@ import torch
 TINY = 1e-300
 LARGEST_FACTOR = 1e100
 _CACHED = 1 << 17
+_AT_ONCE = 1 << 26  # on a GPU: half a gigabyte
+_SMALL = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -54,30 +58,119 @@ class Piece(Protocol):
         ...
 
 
-class Dense:
-    """Written out: ``(B · R, *shape)``. Widened to float64 a few places at a time, so that copies stay in the cache."""
+class Workspace:
+    """Memory that every microbatch of a session uses again.
 
-    def __init__(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    Large blocks go back to the operating system when they are freed. Getting them anew, page by page, took up to a
+    third of a step. On a GPU torch keeps freed memory by itself.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[object, torch.Tensor] = {}
+
+    def take(self, key: object, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of ``shape``, of the type and on the device of ``like``.
+
+        It is valid until ``key`` is taken again.
+        """
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        size, held = math.prod(shape), self._held.get(key)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self._held[key] = like.new_empty(size)
+        return held[:size].view(shape)
+
+    def release(self) -> None:
+        """Give all of it back."""
+        self._held.clear()
+
+
+class Dense:
+    """Written out. Widened to float64 a few places at a time, so that copies stay in the cache.
+
+    Args:
+        values: ``(B · R, *shape)``.
+        turned: the last two axes stand the other way round than in the parameter.
+    """
+
+    def __init__(self, values: torch.Tensor, weights: torch.Tensor | None = None, *, turned: bool = False) -> None:
+        self.turned = values.shape[-2:] if turned else None
         values = values.detach().reshape(len(values), -1)
         if weights is not None:
             places, rows = weights.shape
             values = torch.bmm(weights[:, None], values.double().view(places, rows, -1))[:, 0]
-        self._values = values
-        self._step = max(1, _CACHED // self._values.shape[1])
+        self.values = values
+        self._step = max(1, (_CACHED if values.device.type == "cpu" else _AT_ONCE) // values.shape[1])
 
     def operands(self) -> list[torch.Tensor]:
         """See :class:`Piece`."""
-        return [self._values]
+        return [self.values]
 
     def squares(self) -> torch.Tensor:
         """See :class:`Piece`."""
-        return torch.cat([_norms(v.double()) for v in self._values.split(self._step)]).square()
+        if self.values.dtype == torch.float64:
+            return _norms(self.values).square()
+        return torch.cat([_norms(wide) for wide in self._widened()]).square()
 
     def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Piece`."""
-        parts = (t.split(self._step) for t in (self._values, factor, keep))
-        for values, f, k in zip(*parts, strict=True):
-            out.addmv_(_kept(values, k).double().T, f)
+        if self.turned is None:
+            return self._add(factor, keep, out)
+        self._add(factor, keep, turned := torch.zeros_like(out))
+        rows, columns = self.turned
+        out.view(-1, columns, rows).add_(turned.view(-1, rows, columns).transpose(1, 2))
+
+    def _add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
+        parts = zip(self._widened(), factor.split(self._step), _ones(keep).split(self._step), strict=True)
+        for wide, f, ones in parts:
+            wide.view(torch.int64).bitwise_and_(ones)
+            out.addmv_(wide.T, f)
+
+    def _widened(self) -> Iterator[torch.Tensor]:
+        """A copy of a few places after the other, in one block of memory that the next ones overwrite."""
+        shape = (min(self._step, len(self.values)), self.values.shape[1])
+        wide = self.values.new_empty(shape, dtype=torch.float64)
+        for values in self.values.split(self._step):
+            yield wide[: len(values)].copy_(values)
+
+
+class Part:
+    """One parameter's share of small gradients that are treated together: each call of torch costs more than they do.
+
+    The first part measures and sums for all, so parts are to be used in order.
+    """
+
+    def __init__(self, whole: Dense, sums: torch.Tensor, at: int, width: int) -> None:
+        self._whole, self._sums, self._at, self._width = whole, sums, at, width
+
+    def operands(self) -> list[torch.Tensor]:
+        """See :class:`Piece`."""
+        return [self._whole.values[:, self._at : self._at + self._width]]
+
+    def squares(self) -> torch.Tensor:
+        """See :class:`Piece`; the first part's are those of all, the others' are zeros."""
+        if self._at:
+            return self._sums.new_zeros(len(self._whole.values))
+        return self._whole.squares()
+
+    def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
+        """See :class:`Piece`."""
+        if not self._at:
+            self._whole.add(factor, keep, self._sums.zero_())
+        out += self._sums[self._at : self._at + self._width]
+
+
+def together(pieces: list[Piece]) -> list[Piece]:
+    """The same pieces, of which the small ones that are written out are parts of one."""
+    small = [p for p in pieces if isinstance(p, Dense) and p.turned is None and p.values.shape[1] <= _SMALL]
+    if len(small) < 2:
+        return pieces
+    whole = Dense(torch.cat([p.values for p in small], 1))
+    sums, at, parts = whole.values.new_zeros(whole.values.shape[1], dtype=torch.float64), 0, dict[int, Piece]()
+    for p in small:
+        parts[id(p)] = Part(whole, sums, at, width := p.values.shape[1])
+        at += width
+    return [parts.get(id(p), p) for p in pieces]
 
 
 class Outer:
@@ -99,10 +192,10 @@ class Outer:
         """See :class:`Piece`."""
         return (_bounded(_norms(self._out)) * _bounded(_norms(self._inward))).square()
 
-    def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
-        """See :class:`Piece`."""
+    def add(self, factor: torch.Tensor, keep: torch.Tensor, out: torch.Tensor, *, fresh: bool = False) -> None:
+        """See :class:`Piece`; ``fresh``: what ``out`` holds is overwritten, which saves reading it."""
         scaled = _kept(self._out, keep) * factor[:, None]
-        out.view(self._out.shape[1], -1).addmm_(scaled.T, _kept(self._inward, keep))
+        out.view(self._out.shape[1], -1).addmm_(scaled.T, _kept(self._inward, keep), beta=0 if fresh else 1)
 
 
 def outer(out: torch.Tensor, inward: torch.Tensor, weights: torch.Tensor | None = None) -> Piece:
@@ -137,9 +230,11 @@ class Rows:
         fresh = torch.ones_like(ordered, dtype=torch.bool)
         fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         slots = fresh.cumsum(1) - 1
-        wide = (-1, -1, values.shape[2])
-        moved = values.gather(1, order[:, :, None].expand(*wide))
-        self._values = torch.zeros_like(values).scatter_add_(1, slots[:, :, None].expand(*wide), moved)
+        # of each position, in the order of the text: its place's first slot and its id's rank
+        ranks = torch.empty_like(slots).scatter_(1, order, slots)
+        ranks += torch.arange(0, ranks.numel(), ranks.shape[1], device=ranks.device)[:, None]
+        summed = torch.zeros_like(values).flatten(0, 1).index_add_(0, ranks.reshape(-1), values.flatten(0, 1))
+        self._values = summed.view(values.shape)
         # A slot that no id uses reads row 0, and adds zeros to it.
         self._ids, self._rows = torch.zeros_like(ordered).scatter_(1, slots, ordered), rows
 
@@ -157,9 +252,15 @@ class Rows:
         out.view(self._rows, -1).index_add_(0, self._ids.reshape(-1), scaled.flatten(0, 1))
 
 
+def _ones(keep: torch.Tensor) -> torch.Tensor:
+    """``(B, 1)`` int64: all bits set for the places that are kept, none for the others."""
+    return keep.long().neg_()[:, None]
+
+
 def _kept(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """``values`` with zeros in the places that are not kept."""
-    return torch.where(keep.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros((), dtype=values.dtype))
+    """Float64 ``values`` with zeros in the places that are not kept: by their bits, as 0 times NaN is NaN."""
+    flat = values.view(len(values), -1).view(torch.int64)
+    return torch.bitwise_and(flat, _ones(keep)).view(torch.float64).view(values.shape)
 
 
 def _norms(values: torch.Tensor) -> torch.Tensor:
@@ -178,9 +279,11 @@ def norms_of(pieces: list[Piece]) -> torch.Tensor:
 
 
 def clip_pieces(
-    pieces: list[Piece], sizes: list[int], keep: torch.Tensor, clip: float, out: torch.Tensor
+    pieces: list[Piece], sizes: list[int], keep: torch.Tensor, clip: float, out: torch.Tensor, *, fresh: bool = False
 ) -> torch.Tensor:
     """Add the clipped sum of ``pieces``, in parameter order, to ``out`` (``(D,)`` float64).
+
+    With ``fresh`` it is written there instead.
 
     Args:
         sizes: number of values of each parameter.
@@ -194,5 +297,8 @@ def clip_pieces(
     keep = keep & torch.isfinite(norms)
     factor = torch.where(keep, (clip / (norms + TINY)).clamp(max=1.0), torch.zeros_like(norms))
     for piece, part in zip(pieces, out.split(sizes), strict=True):
-        piece.add(factor, keep, part)
+        if isinstance(piece, Outer):
+            piece.add(factor, keep, part, fresh=fresh)
+        else:
+            piece.add(factor, keep, part.zero_() if fresh else part)
     return keep

@@ -6,6 +6,7 @@ tried only where none of these can treat the network: a large network never has 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from fedveil.privacy.dp.clipping.stand_alone import problem
 from fedveil.privacy.dp.places import EMPTY
 from fedveil.privacy.dp.rounding import margin
 
+_LOG = logging.getLogger("fedveil.privacy")
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-3}
 _RECORDS = 3
 _MOST = 512
@@ -88,16 +90,45 @@ def choose(
     for kind in kinds:
         found = [c for e in kind if (c := _parity(e, precision, made, right, rows, reasons)) is not None]
         for clipper in _by_speed(found, make, timed, sizes=not microbatch):
-            if not _agrees(clipper, right, right.sums[:1], each := clipper.shape(places, rows)[1], rows):
-                reasons.append(f"{clipper.engine}: another sum in a microbatch of {each}")
-            elif why := problem(clipper, inputs, places, rows):
-                reasons.append(f"{clipper.engine}: {why}")
-            else:
-                return clipper
+            if not (why := _within_memory(clipper, lambda c: _faults(c, right, inputs, places, rows))):
+                return _settled(clipper)
+            reasons.append(f"{clipper.engine}: {why}")
     raise ModelError(
         f"no engine computes this network's clipped sum in {precision} ({'; '.join(reasons)})",
         hint="another precision, or microbatch = 1, in [training] of site.toml",
     )
+
+
+def _settled(clipper: Clipper) -> Clipper:
+    clipper.release()
+    if clipper.microbatch < clipper.wanted:
+        _LOG.warning(
+            "the GPU's memory holds %d rows at a time, not %d: steps take longer", clipper.microbatch, clipper.wanted
+        )
+    return clipper
+
+
+def _faults(clipper: Clipper, right: _Right, inputs: int, places: int, rows: int) -> str:
+    """Why an engine fails at the shape of the steps; empty if it does not."""
+    each = clipper.shape(places, rows)[1]
+    if not _agrees(clipper, right, right.sums[:1], each, rows):
+        return f"another sum in a microbatch of {each}"
+    return problem(clipper, inputs, places, rows)
+
+
+def _within_memory(clipper: Clipper, check: Callable[[Clipper], str]) -> str:
+    """What ``check`` says, with half the microbatch as often as a GPU's memory does not hold it.
+
+    That may depend on the device and on what else runs there. It is settled before round 1, without any record.
+    """
+    while True:
+        try:
+            return check(clipper)
+        except torch.OutOfMemoryError:
+            if clipper.microbatch == 1:
+                return "the GPU's memory does not hold one record's gradient"
+        clipper.microbatch //= 2  # behind the handler: until there, the error holds what was computed
+        clipper.release()
 
 
 class _Right(NamedTuple):
@@ -145,14 +176,18 @@ def _parity(
     """The engine, if it computes the right sum; otherwise why not is added to ``reasons``."""
     if engine == "numpy" and rows > 1:
         return None  # it takes one row for each place
-    clipper = None
+    clipper, places = None, len(right.records[1]) + 1
+
+    def compare(clipper: Clipper) -> str:
+        return "" if _agrees(clipper, right, right.sums, places, rows) else "another sum"
+
     try:
         # In float64 first: a small error in a norm would hide in the rounding of float32.
         each: Precision
         for each in ("float64", "float32")[: 1 if precision == "float64" else 2]:
             clipper = made(engine, each)
-            if not _agrees(clipper, right, right.sums, len(right.records[1]) + 1, rows):
-                reasons.append(f"{engine}: another sum")
+            if why := _within_memory(clipper, compare):
+                reasons.append(f"{engine}: {why}")
                 return None
     except (ModelError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as e:
         reasons.append(f"{engine}: {type(e).__name__}")  # Opacus has no error class of its own
@@ -203,7 +238,7 @@ def _by_speed(found: list[Clipper], make: Callable[[], nn.Module], records: Reco
         return found
     size = sum(p.numel() for p in make().parameters() if p.requires_grad)
     for c in list(found) if sizes else []:
-        tried = {fitting(c.engine, size, _MOST), min(_LEAST, c.microbatch)} if c.engine in _BATCHED else set()
+        tried = {fitting(c.engine, size, _MOST, c.device), min(_LEAST, c.microbatch)} if c.engine in _BATCHED else set()
         for m in tried - {c.microbatch}:
             if m < c.microbatch or c.microbatch < len(records[1]):
                 found.append(Clipper(make(), c.engine, str(c.device), precision=c.precision, microbatch=m))
@@ -220,7 +255,10 @@ def _by_speed(found: list[Clipper], make: Callable[[], nn.Module], records: Reco
 
 def _seconds(clipper: Clipper, records: Records) -> float:
     start = time.perf_counter()
-    clipper.clipped_sum(*records, 0.5)
+    try:
+        clipper.clipped_sum(*records, 0.5)
+    except torch.OutOfMemoryError:  # it may still do with a smaller microbatch, if there is no other
+        return math.inf
     return time.perf_counter() - start
 
 

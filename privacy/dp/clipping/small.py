@@ -16,6 +16,7 @@ from fedveil.privacy.dp.clipping.gradient_factors import LARGEST_FACTOR, TINY, B
 
 _Array = NDArray[Any]  # in the network's precision
 _Doubles = NDArray[np.float64]
+_Layer = tuple[_Array, _Array | None]  # weight and bias
 # activation -> the function, and its derivative from the function's own value
 _FUNCTIONS: dict[type[nn.Module], tuple[Callable[[_Array], _Array], Callable[[_Array], _Array]]] = {
     nn.Tanh: (np.tanh, lambda a: 1 - a * a),
@@ -27,7 +28,7 @@ class SmallChain:
     """The same sum as :class:`fedveil.privacy.dp.clipping.direct.Chain`, in NumPy; one row for each place.
 
     Raises:
-        ModelError: the network is no chain of Linear layers with Tanh or ReLU in between, on a CPU.
+        ModelError: the network is no chain of Linear layers (or adapters) with Tanh or ReLU in between, on a CPU.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,35 +37,41 @@ class SmallChain:
             raise ModelError("the engine 'numpy' works on a CPU", hint="the engine 'closed'")
         if any(type(a) not in _FUNCTIONS for a in chain.activations):
             raise ModelError("the engine 'numpy' knows Tanh and ReLU", hint="the engine 'closed'")
-        self._linears = chain.linears
+        self._linears, self._bases = chain.linears, [stage.base for stage in chain.stages]
+        self._biased = np.array([[float(m.bias is not None)] for m in self._linears])
         self._functions = [_FUNCTIONS[type(a)] for a in chain.activations]
+
+    def release(self) -> None:
+        """See :class:`fedveil.privacy.dp.clipping.engines.Backend`: nothing is kept."""
 
     def operands(self, batch: Batch) -> list[torch.Tensor]:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
         inputs, deltas = self._passes(batch, 1)
         return [torch.from_numpy(t) for t in (*inputs, *deltas)]
 
-    def add(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
+    def add(self, batch: Batch, clip: float, out: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
         """See :class:`fedveil.privacy.dp.clipping.engines.Backend`."""
-        return self.add_each(batch, clip, out[None])
+        return self.add_each(batch, clip, out[None], fresh=fresh)
 
-    def add_each(self, batch: Batch, clip: float, out: torch.Tensor) -> torch.Tensor:
+    def add_each(self, batch: Batch, clip: float, out: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
         """As :meth:`add` for microbatches of one size that stand one after the other in ``batch``.
 
         Each is added to its own row of ``out``, ``(S, D)`` float64. Every product is one of a single microbatch: its
         bits are those that :meth:`add` gives.
         """
         inputs, deltas = self._passes(batch, len(out))
+        squares = np.empty((2, len(inputs), len(batch.keep)))
         with np.errstate(all="ignore"):  # what overflows has no finite norm and is left out
-            pairs = [(_squares(d), _squares(a)) for d, a in zip(deltas, inputs, strict=True)]
-            total = np.zeros(len(deltas[0]))
-            for (d, a), layer in zip(pairs, self._linears, strict=True):
-                total += d * (a if layer.bias is None else a + 1)
+            for at, pair in enumerate(zip(deltas, inputs, strict=True)):
+                for one, values in zip(squares[:, at], pair, strict=True):
+                    np.vecdot(values, values, out=one)
             # Beyond that the square of the other factor may have underflowed to nothing.
-            small = np.max(pairs, axis=(0, 1)) <= LARGEST_FACTOR**2
-            norms = np.where(small, np.sqrt(total), np.inf)
+            small = squares.max((0, 1)) <= LARGEST_FACTOR**2
+            norms = np.where(small, np.sqrt((squares[0] * (squares[1] + self._biased)).sum(0)), np.inf)
             keep = batch.keep.numpy() & np.isfinite(norms)
             factor = np.where(keep, np.minimum(clip / (norms + TINY), 1.0), 0.0)
+        if fresh:
+            out.zero_()
         self._sum(inputs, deltas, keep[:, None], factor, out.numpy())
         return torch.from_numpy(keep)
 
@@ -75,9 +82,7 @@ class SmallChain:
             X: ``(S, n, inputs)``, in the network's precision. y: ``(S, n)`` classes that the network has.
         """
         many, n, _ = X.shape
-        start = [
-            (m.weight.detach().numpy(), None if m.bias is None else m.bias.detach().numpy()) for m in self._linears
-        ]
+        start = [_values(m) for m in self._linears]
         own = [
             (np.repeat(w[None], many, 0), None if b is None else np.repeat(b[None, None], many, 0)) for w, b in start
         ]
@@ -100,32 +105,40 @@ class SmallChain:
         """Each layer's input and the loss' gradient at its output, ``(B, width)`` both, widened to float64."""
         if batch.weights is not None:
             raise ModelError("the engine 'numpy' takes one row for each place", hint="the engine 'closed'")
-        layers = [
-            (m.weight.detach().numpy(), None if m.bias is None else m.bias.detach().numpy()) for m in self._linears
-        ]
+        layers = [_values(m) for m in self._linears]
         X, y = batch.X.numpy(), batch.y.numpy()
         with np.errstate(all="ignore"):
             inputs, deltas = self._gradients(X.reshape(many, -1, X.shape[1]), y.reshape(many, -1), layers)
         flat = lambda t: _wide(t).reshape(len(X), -1)  # noqa: E731
         return [flat(a) for a in inputs], [flat(d) for d in deltas]
 
-    def _gradients(
-        self, X: _Array, y: NDArray[np.int64], layers: list[tuple[_Array, _Array | None]]
-    ) -> tuple[list[_Array], list[_Array]]:
+    def _gradients(self, X: _Array, y: NDArray[np.int64], layers: list[_Layer]) -> tuple[list[_Array], list[_Array]]:
         """Inputs and output gradients of every layer, ``(S, B, width)``; weights of all S tables, or of each."""
-        inputs: list[_Array] = [X]
-        for at, (weight, bias) in enumerate(layers):
-            z = inputs[at] @ (weight.T if weight.ndim == 2 else weight.transpose(0, 2, 1))
-            if bias is not None:
-                z += bias
-            inputs.append(self._functions[at][0](z) if at < len(self._functions) else z)
-        z = inputs.pop()
-        delta = np.exp(np.maximum(z - z.max(2, keepdims=True), LEAST_EXPONENT))
+        bases = [None if m is None else _values(m) for m in self._bases]
+        inputs, entries, x, rest = list[_Array](), list[_Array](), X, iter(layers)
+        for at, base in enumerate(bases):
+            entries.append(x)
+            inputs.append(x)
+            z = _linear(x, next(rest))
+            if base is not None:
+                inputs.append(z)
+                z = _linear(z, next(rest))
+                z += _linear(x, base)
+            x = self._functions[at][0](z) if at < len(self._functions) else z
+        delta = np.exp(np.maximum(x - x.max(2, keepdims=True), LEAST_EXPONENT))
         delta /= delta.sum(2, keepdims=True)
         delta.reshape(-1, delta.shape[2])[np.arange(y.size), y.reshape(-1)] -= 1
-        deltas: list[_Array] = [delta]
-        for at in range(len(layers) - 1, 0, -1):
-            deltas.append((deltas[-1] @ layers[at][0]) * self._functions[at - 1][1](inputs[at]))
+        deltas, weights = list[_Array](), [w for w, _ in layers]
+        for at in range(len(bases) - 1, -1, -1):
+            base, outer = bases[at], delta
+            deltas.append(delta)
+            if base is not None:
+                deltas.append(delta := delta @ weights.pop())
+            if at:
+                delta = delta @ weights.pop()
+                if base is not None:
+                    delta += outer @ base[0]
+                delta *= self._functions[at - 1][1](entries[at])
         return inputs, deltas[::-1]
 
     def _sum(
@@ -143,10 +156,17 @@ class SmallChain:
                 at += delta.shape[1]
 
 
+def _values(layer: nn.Linear) -> _Layer:
+    return layer.weight.detach().numpy(), None if layer.bias is None else layer.bias.detach().numpy()
+
+
+def _linear(x: _Array, layer: _Layer) -> _Array:
+    weight, bias = layer
+    z = x @ (weight.T if weight.ndim == 2 else weight.transpose(0, 2, 1))
+    if bias is not None:
+        z += bias
+    return z
+
+
 def _wide(a: _Array) -> _Doubles:
     return a.astype(np.float64, copy=False)
-
-
-def _squares(a: _Doubles) -> _Doubles:
-    """``(B,)``: the squared norm of each row."""
-    return np.einsum("ij,ij->i", a, a)

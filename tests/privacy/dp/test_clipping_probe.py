@@ -68,9 +68,9 @@ def test_an_engine_that_forgets_one_layer_is_rejected(forgotten, monkeypatch) ->
 
     for fault in (Unmeasured, Unsummed):
 
-        def add(self, batch, clip, out, fault=fault):
+        def add(self, batch, clip, out, fault=fault, **fresh):
             pieces: list[Any] = [fault(p) if i == forgotten else p for i, p in enumerate(self.pieces(batch))]
-            return engines.clip_pieces(pieces, self._sizes, batch.keep, clip, out)
+            return engines.clip_pieces(pieces, self._sizes, batch.keep, clip, out, **fresh)
 
         monkeypatch.setattr(direct.Chain, "add", add)
         assert choose(lambda: network(MLP), 6, 3, engines=("closed", "vmap")).engine == "vmap"
@@ -105,9 +105,9 @@ def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) 
     names = [n for n, p in build(LORA).named_parameters() if p.requires_grad]
     at = next(i for i, n in enumerate(names) if n.endswith("inward.weight"))
 
-    def wrong(pieces, sizes, keep, clip, out):
+    def wrong(pieces, sizes, keep, clip, out, **fresh):
         zeroed = Dense(torch.zeros(len(keep), sizes[at]))
-        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], sizes, keep, clip, out)
+        return honest([zeroed if i == at else p for i, p in enumerate(pieces)], sizes, keep, clip, out, **fresh)
 
     monkeypatch.setattr(engines, "clip_pieces", wrong)
     with pytest.raises(ModelError, match="another sum"):
@@ -117,8 +117,8 @@ def test_a_layer_whose_gradient_is_zero_at_the_start_is_probed_too(monkeypatch) 
 def test_an_engine_that_is_off_by_little_is_rejected(monkeypatch) -> None:
     honest = engines.clip_pieces
 
-    def loose(pieces, sizes, keep, clip, out):
-        return honest(pieces, sizes, keep, clip * (1 + 1e-7), out)
+    def loose(pieces, sizes, keep, clip, out, **fresh):
+        return honest(pieces, sizes, keep, clip * (1 + 1e-7), out, **fresh)
 
     monkeypatch.setattr(engines, "clip_pieces", loose)
     with pytest.raises(ModelError, match="another sum"):
