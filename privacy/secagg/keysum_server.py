@@ -351,8 +351,8 @@ class KeysumServer(ServerSum):
         p, clear = self._params, self._spec.reveal_to == "server"
         reader = residuals.Reader(p, len(self._headers), self._spec.length, self._spec.bound) if clear else None
         public, out = lattice.PublicPolynomials(self._spec.session, round, self._nonce), lattice.Packed(p.blocks)
-        for phases in opening.phases(self._engine, p, sums, public, key):
-            out.add(phases)
+        for first, phases in opening.phases(self._engine, p, sums, public, key):
+            out.put(first, phases).release()
             if reader is not None and not reader.take(phases):
                 return None
         return out.value(), None if reader is None else reader.values

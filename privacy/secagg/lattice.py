@@ -23,6 +23,7 @@ _Q = np.uint64(Q)
 _MASK_56 = np.uint64((1 << 56) - 1)
 _MASK_HALF = np.uint64((1 << HALF_BITS) - 1)
 _ZEROS = bytes(1 << 20)
+_ITEM = np.dtype(f"V{COEFFICIENT_BYTES}")
 
 
 class Stream:
@@ -93,6 +94,17 @@ def small(stream: Stream, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return np.subtract(bits[:count], bits[count:], dtype=np.int64).reshape(shape)
 
 
+def rows(values: NDArray[np.int64 | np.int32], part: slice, params: KeysumParams) -> NDArray[np.int64]:
+    """``(blocks, k, N)``: the values of a vector, ``(D,)``, that lie in the blocks of ``part``; zeros after its end."""
+    k, size = params.per_coefficient, (part.stop - part.start) * params.per_coefficient * N
+    given = values[part.start * k * N : part.stop * k * N]
+    if given.size < size or given.dtype != np.int64:
+        piece = np.zeros(size, np.int64)
+        piece[: given.size] = given
+        given = piece
+    return given.reshape(-1, k, N)
+
+
 def encode(values: NDArray[np.int64], params: KeysumParams) -> NDArray[np.int64]:
     """Pack and encode.
 
@@ -155,11 +167,17 @@ def unpack_values(messages: NDArray[np.uint64], params: KeysumParams) -> NDArray
 
 def to_bytes(coefficients: NDArray[np.uint64]) -> bytes:
     """Coefficients below 2^56 as 7 little-endian bytes each."""
-    return coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES].tobytes()
+    return _low(coefficients).tobytes()
+
+
+def _low(coefficients: NDArray[np.uint64]) -> NDArray[np.void]:
+    """The low 7 bytes of each coefficient, one item each: numpy copies such items faster than single bytes."""
+    whole = np.ascontiguousarray(coefficients, "<u8")
+    return np.ndarray((whole.size,), _ITEM, whole, 0, (8,))
 
 
 class Packed:
-    """The bytes of :func:`to_bytes` of many coefficients, filled in order; never held twice.
+    """The bytes of :func:`to_bytes` of many coefficients, filled chunk by chunk in any order; never held twice.
 
     Args:
         blocks: how many polynomials there will be.
@@ -167,18 +185,18 @@ class Packed:
 
     def __init__(self, blocks: int) -> None:
         self._out = io.BytesIO(bytes(blocks * N * COEFFICIENT_BYTES))
+        self._room = self._out.getbuffer()
 
-    def add(self, coefficients: NDArray[np.uint64]) -> None:
-        """The next ``(blocks, N)`` coefficients."""
-        with self._out.getbuffer() as room:
-            at, size = self._out.tell(), coefficients.size * COEFFICIENT_BYTES
-            target = np.frombuffer(room, np.uint8)[at : at + size].reshape(-1, COEFFICIENT_BYTES)
-            target[:] = coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES]
-            del target
-        self._out.seek(at + size)
+    def put(self, first: int, coefficients: NDArray[np.uint64]) -> memoryview:
+        """``(blocks, N)`` coefficients from block ``first`` on; returns their bytes, to be let go of before the end."""
+        at = first * N * COEFFICIENT_BYTES
+        part = self._room[at : at + coefficients.size * COEFFICIENT_BYTES]
+        np.frombuffer(part, _ITEM)[:] = _low(coefficients)
+        return part
 
     def value(self) -> bytes:
-        """All of them."""
+        """All of them; nothing can be put any more."""
+        self._room.release()
         return self._out.getvalue()
 
 

@@ -15,8 +15,8 @@ from fedveil.privacy.secagg.params import KeysumParams
 
 def phases(
     engine: Engine, params: KeysumParams, sums: NDArray[np.uint64], public: lattice.Uniform, key: NDArray[np.int64]
-) -> Iterator[NDArray[np.uint64]]:
-    """c0 + a * key modulo q of each chunk of ``sums``: delta * message + errors, and a blinding if there is one.
+) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """Of each chunk of ``sums`` its first block, and c0 + a * key modulo q: delta * message + errors, and a blinding.
 
     The first block is decrypted by SEAL too; :class:`SecureSumError` if the two differ by more than one rounding.
     """
@@ -27,7 +27,7 @@ def phases(
         if first == 0:
             message = engine.decrypt(engine.decryptor(key), c0[:1], engine.inverse(a[:1]))
             _check(noisy[:1], message, params)
-        yield noisy
+        yield first, noisy
 
 
 def _check(noisy: NDArray[np.uint64], message: NDArray[np.uint64], params: KeysumParams) -> None:
