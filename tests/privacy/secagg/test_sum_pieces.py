@@ -10,8 +10,10 @@ import pytest
 
 from fedveil.common import threads
 from fedveil.common.wire import sha256
-from fedveil.privacy.secagg import lattice
-from fedveil.privacy.secagg.params import N, choose
+from fedveil.privacy.secagg import fingerprint as fingerprints
+from fedveil.privacy.secagg import lattice, verification
+from fedveil.privacy.secagg.keysum_opening import Opening
+from fedveil.privacy.secagg.params import N, Q, choose
 
 CHUNK = 2  # blocks, of two values a coefficient
 BOUND = (1 << 22) - 1
@@ -97,3 +99,49 @@ def test_a_failure_within_a_chunk_is_the_contributions_and_nothing_is_kept(sessi
     assert not [t for t in threading.enumerate() if t.name.startswith("fedveil-pieces")]
     assert site.replay(1) is None
     assert site.contribute(1, "n", np.ones(20 * N, np.int64)).buffers["ciphertext"]
+
+
+@pytest.mark.parametrize("reveal_to", ["server", "sites"])
+@pytest.mark.parametrize("length", BORDERS)
+def test_a_sum_opens_and_verifies_to_the_same_bytes_for_any_number_of_threads(session, monkeypatch, length, reveal_to):
+    monkeypatch.setattr(lattice, "CHUNK", CHUNK)
+    s = session("keysum", 3, length=length, bound=BOUND, reveal_to=reveal_to)
+    values = {name: np.arange(length, dtype=np.int64) * (i + 1) % 997 - 400 for i, name in enumerate(s.names)}
+    opened = s.sum(1, values)
+    packet = s.server.opened()
+    expected = sum(values.values())
+    if reveal_to == "server":
+        assert np.array_equal(opened[0], expected)
+    opening, group = Opening.parse(s.spec, packet), s.site(s.names[0])._group
+    ciphertexts = [s.site(name).replay(1).buffers["ciphertext"] for name in s.names]
+    for count in (1, 2, 3):
+        monkeypatch.setattr(threads, "_count", [count])
+        blinds = group.streams(s.spec.session, 1, opening.nonce, tuple(opening.members)) if group else ()
+        assert np.array_equal(verification.verify(s.spec, opening, blinds), expected)
+        for name, data in zip(s.names, ciphertexts, strict=True):
+            assert lattice.examined(data) == (sha256(data), True)
+            challenge = opening.challenge(s.spec)
+            assert fingerprints.of(challenge, data) == opening.members[name].fingerprint
+            assert fingerprints.of_blocks(challenge, lattice.from_bytes(data)) == opening.members[name].fingerprint
+
+
+@pytest.mark.parametrize("at", [0, N - 1, N, 5 * N - 1])
+def test_one_coefficient_outside_the_ring_is_found_wherever_it_is(monkeypatch, at) -> None:
+    monkeypatch.setattr(lattice, "CHUNK", CHUNK)
+    x = np.full(5 * N, Q - 1, np.uint64)
+    assert lattice.examined(lattice.to_bytes(x))[1]  # with the largest there are
+    for value in (Q, Q + 1, (1 << 56) - 1):
+        x[at] = value
+        data = lattice.to_bytes(x)
+        assert lattice.examined(data) == (sha256(data), False)
+    x[at] = 0
+    assert lattice.examined(lattice.to_bytes(x))[1]
+
+
+def test_chunks_are_packed_in_any_order(monkeypatch) -> None:
+    x = np.random.default_rng(3).integers(0, Q, (5, N), np.uint64)
+    out = lattice.Packed(5)
+    for part in (slice(3, 5), slice(0, 1), slice(1, 3)):
+        with out.put(part.start, x[part]) as packed:
+            assert bytes(packed) == lattice.to_bytes(x[part])
+    assert out.value() == lattice.to_bytes(x) == b"".join(int(c).to_bytes(7, "little") for c in x.reshape(-1))
