@@ -219,9 +219,10 @@ class KeysumServer(ServerSum):
 
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`ServerSum.result`. Beyond T answers, wrong ones are set aside and named in ``suspects``."""
-        if self._spec.reveal_to != "server":
+        if self._spec.reveal_to != "server" or (values := self._opened_sum()[1]) is None:
             raise SecureSumError("the sum is revealed to the sites only", hint="send them what opened() returns")
-        return np.array(self._opened_sum()[1], np.int64), self.members
+        values.flags.writeable = False  # it is kept, and shared with who steps on it
+        return values, self.members
 
     def opened(self) -> Packet:
         """See :meth:`ServerSum.opened`: every member has vouched for it, and their fingerprints add up."""

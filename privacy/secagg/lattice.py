@@ -7,7 +7,6 @@ sum therefore reveals delta * (sum of m) + (sum of e), in which nothing depends 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from fedveil.common.buffers import Filled
 from fedveil.common.errors import SecureSumError, WireError
 from fedveil.common.threads import mapped, spans
 from fedveil.privacy.secagg.params import BLOCK_BYTES, COEFFICIENT_BYTES, HALF_BITS, KeysumParams, N, Q
@@ -184,20 +184,18 @@ class Packed:
     """
 
     def __init__(self, blocks: int) -> None:
-        self._out = io.BytesIO(bytes(blocks * BLOCK_BYTES))
-        self._room = self._out.getbuffer()
+        self._out = Filled(blocks * BLOCK_BYTES)
 
     def put(self, first: int, coefficients: NDArray[np.uint64]) -> memoryview:
         """``(blocks, N)`` coefficients from block ``first`` on; returns their bytes, to be let go of before the end."""
         at = first * BLOCK_BYTES
-        part = self._room[at : at + coefficients.size * COEFFICIENT_BYTES]
+        part = self._out.room[at : at + coefficients.size * COEFFICIENT_BYTES]
         np.frombuffer(part, _ITEM)[:] = _low(coefficients)
         return part
 
     def value(self) -> bytes:
         """All of them; nothing can be put any more."""
-        self._room.release()
-        return self._out.getvalue()
+        return self._out.value()
 
 
 def from_bytes(data: bytes | memoryview) -> NDArray[np.uint64]:

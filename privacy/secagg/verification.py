@@ -34,7 +34,8 @@ from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
 from fedveil.privacy.secagg.params import BLOCK_BYTES, HALF_BITS, choose
 
-_last: list[tuple[tuple[str, ...], NDArray[np.int64]]] = []  # one: the virtual sites of a process verify the same sum
+# One opening: the virtual sites of a process verify the same sum.
+_last: list[tuple[tuple[str, ...], bytes, NDArray[np.int64]]] = []
 
 
 def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None = None) -> NDArray[np.int64]:
@@ -46,17 +47,17 @@ def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None
         opening: the parts of ``packet``.
         group: the site's group key, where sums are blinded.
     """
+    data = packet.buffers[BUFFERS[KEYSUM]]
     seen = (
-        spec.session, spec.roster.hash, spec.plan_hash, sha256(packet.buffers[BUFFERS[KEYSUM]]),
-        canonical.digest(packet.header), group.digest if group else "",
+        spec.session, spec.roster.hash, spec.plan_hash, canonical.digest(packet.header), group.digest if group else "",
     )  # fmt: skip
-    for before, values in _last:
-        if before == seen:
+    for before, buffer, values in _last:
+        if before == seen and buffer == data:
             return values
     blinds = group.streams(spec.session, opening.round, opening.nonce, tuple(opening.members)) if group else ()
     values = verify(spec, opening, blinds)
     values.flags.writeable = False
-    _last[:] = [(seen, values)]
+    _last[:] = [(seen, data, values)]
     return values
 
 
