@@ -75,6 +75,13 @@ def test_an_honest_sum_is_taken_by_every_site_and_verified_once(new_world, monke
         with pytest.raises(ValueError, match="read-only"):
             values[0] = 1
     assert len(calls) == 1
+    data = packet.buffers["opening"]
+    first = r.w.sites[r.w.names[0]]
+    first.opened(Packet(dict(packet.header), {"opening": bytes(bytearray(data))}))  # equal bytes, other objects
+    assert len(calls) == 1
+    with pytest.raises(UnverifiedOpening):
+        first.opened(Packet(packet.header, {"opening": data[:-1] + bytes([data[-1] ^ 1])}))
+    assert len(calls) == 2
 
 
 def x_alone(r: Round, o: Opening) -> Opening:
