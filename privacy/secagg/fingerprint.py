@@ -62,16 +62,12 @@ class Weights:
         self._u = _stream("u", challenge)
         self._sums = [0] * ROWS
 
-    def take(self, blocks: NDArray[np.uint64]) -> None:
-        """Add the next ``(blocks, N)`` coefficients, each below 2^56."""
-        self.add(self.part(blocks, self.draw(len(blocks))))
-
     def draw(self, blocks: int) -> Drawn:
         """The weights of the next blocks, by row."""
         return (self._u.words(blocks * ROWS) & _MASK_56).reshape(-1, ROWS).T.tolist()
 
     def part(self, blocks: NDArray[np.uint64], drawn: Drawn) -> Fingerprint:
-        """What ``(blocks, N)`` coefficients add under the weights that were drawn for them; safe to share by threads.
+        """What ``(blocks, N)`` coefficients below 2^56 add under the weights drawn for them; threads may share it.
 
         The rows are whole integers here, of any sign.
         """
@@ -90,7 +86,7 @@ class Weights:
 
     @property
     def sums(self) -> Fingerprint:
-        """The fingerprint of what was taken."""
+        """The fingerprint of what was counted."""
         return tuple(self._sums)
 
 

@@ -80,7 +80,8 @@ def test_fingerprints_add_up_as_ciphertexts_do_however_they_are_cut(pieces, chal
     found = [fingerprints.of(challenge, lattice.to_bytes(part)) for part in parts]
     weights, at = fingerprints.Weights(challenge), 0
     for piece in pieces:
-        weights.take(total[at : at + piece])
+        some = total[at : at + piece]
+        weights.add(weights.part(some, weights.draw(len(some))))
         at += piece
     assert fingerprints.added(found) == weights.sums
     assert fingerprints.from_bytes(fingerprints.to_bytes(weights.sums)) == weights.sums
