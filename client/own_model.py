@@ -175,8 +175,8 @@ def _key(number: int) -> str:
 class _Step(NamedTuple):
     plan: str
     before: str
-    opened: str
     members: int
+    opened: NDArray[np.int64]
     after: ModelState
 
 
@@ -184,12 +184,12 @@ _last: list[_Step] = []  # one step: the virtual sites of a process all take the
 
 
 def _stepped(plan: PrivacyPlan, state: ModelState, values: NDArray[np.int64], members: int) -> ModelState:
-    """The state after one sum that is not too long."""
-    taken = (plan.hash, state.digest, sha256(values.tobytes()), members)
+    """The state after one sum that is not too long; ``values`` cannot be written to."""
+    taken = (plan.hash, state.digest, members)
     for step in _last:
-        if step[:4] == taken:
+        if step[:3] == taken and (step.opened is values or np.array_equal(step.opened, values)):
             return step.after
     norm_cap.check(plan, values, members)
     after = state.after(plan, values)
-    _last[:] = [_Step(*taken, after)]
+    _last[:] = [_Step(*taken, values, after)]
     return after

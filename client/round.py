@@ -10,9 +10,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedveil.client import witness
 from fedveil.client.egress.ledger_rows import ENDINGS
 from fedveil.client.own_model import OwnModel
@@ -25,10 +22,9 @@ from fedveil.common.wire import Packet
 from fedveil.common.workload.statistics import StatsSpec
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.quantize import to_grid
-from fedveil.privacy.secagg.interface import MAX_NONCE, Integers, is_hex
+from fedveil.privacy.secagg.interface import MAX_NONCE, is_hex
 
 _LOG = logging.getLogger("fedveil.client")
-_MANY = 1 << 16  # from so many values on, less memory is worth the microseconds of a look at them
 
 
 def join(site: Site, request: Packet) -> Packet:
@@ -87,7 +83,7 @@ def contribute(site: Site, request: Packet) -> Packet:
     charge(site, turn)
     noisy += discrete_gaussian(plan.share_std, plan.model.parameters)
     head = site.head if plan.sum == "keysum" else None  # it is signed for the helpers: others show it to nobody
-    sealed = session.sum.contribute(turn.round, turn.nonce, _narrow(noisy), head, model.held.name)
+    sealed = session.sum.contribute(turn.round, turn.nonce, noisy, head, model.held.name)
     site.ledger.commit(session.id, turn.round)
     return sealed
 
@@ -196,14 +192,6 @@ def finish(site: Site, request: Packet) -> Packet:
     session.release()
     lines = b"".join(row.line() for row in site.ledger.journal.rows)
     return Packet({"kind": "finished", "head": list(site.ledger.head)}, {"journal": lines})
-
-
-def _narrow(values: NDArray[np.int64]) -> Integers:
-    """The same integers in half the memory, if they are many and small enough for that."""
-    limits = np.iinfo(np.int32)
-    if values.size < _MANY or values.min() < limits.min or values.max() > limits.max:
-        return values
-    return values.astype(np.int32)
 
 
 def _require_open(site: Site, session: Session) -> None:

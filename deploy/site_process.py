@@ -29,7 +29,7 @@ from fedveil.client.records.release.pipeline import Ingested, ingest
 from fedveil.client.session import Site
 from fedveil.client.train import pick_device
 from fedveil.common import contract as contracts
-from fedveil.common import identity
+from fedveil.common import identity, threads
 from fedveil.common.contract import DataContract
 from fedveil.common.errors import ConfigError, FedveilError, IdentityError
 from fedveil.common.settings import LimitsSection, SiteSettings, TrainingSection
@@ -162,6 +162,7 @@ def cap_resources(training: TrainingSection, device: str) -> None:
     if training.threads:
         torch.set_num_threads(training.threads)
         threadpool_limits(training.threads)  # NumPy's own library, which the engine 'numpy' computes with
+        threads.use(training.threads)  # noise, encryption, sums
     if device.startswith("cuda") and training.gpu_memory < 1:
         torch.cuda.set_per_process_memory_fraction(training.gpu_memory)
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import SumTooLong
+from fedveil.common.threads import mapped, spans
 from fedveil.privacy.dp.rounding import relative
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -51,11 +52,14 @@ def check(plan: PrivacyPlan, opened: NDArray[np.int64], members: int) -> None:
 
 def squared(values: NDArray[np.int64]) -> int:
     """The squared length of integers below 2^46 in size, exact."""
-    total = 0
-    for first in range(0, values.size, _CHUNK):
-        high, low = np.divmod(np.abs(values[first : first + _CHUNK]), _HALF)
-        total += (int(high @ high) << 46) + (int(high @ low) << 24) + int(low @ low)
-    return total
+    return sum(mapped(lambda part: _squared(values[part]), spans(values.size, _CHUNK)))
+
+
+def _squared(chunk: NDArray[np.int64]) -> int:
+    if max(int(chunk.max()), -int(chunk.min())) < _HALF:
+        return int(chunk @ chunk)
+    high, low = np.divmod(np.abs(chunk), _HALF)
+    return (int(high @ high) << 46) + (int(high @ low) << 24) + int(low @ low)
 
 
 def _in_sample(plan: PrivacyPlan, members: int) -> float:

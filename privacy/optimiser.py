@@ -13,12 +13,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fedveil.common.buffers import Filled
 from fedveil.common.errors import RunAborted, StoreError
+from fedveil.common.threads import mapped, spans
 from fedveil.common.wire import sha256
 from fedveil.privacy.plan import PrivacyPlan
 
 _DOMAIN = b"fedveil/state/1\n"
 _HEAD = struct.Struct("<QQ")
+_VALUES = len(_DOMAIN) + _HEAD.size  # where they begin
+_CHUNK = 1 << 16  # values at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ModelState:
     @property
     def length(self) -> int:
         """How many bytes :attr:`data` has: those of every state of this model."""
-        return len(_DOMAIN) + _HEAD.size + 16 * self.weights.size
+        return _VALUES + 16 * self.weights.size
 
     @property
     def finite(self) -> bool:
@@ -52,20 +56,21 @@ class ModelState:
     @cached_property
     def data(self) -> bytes:
         """The whole state: a domain, the steps and D (8 bytes each), weights and velocity, all little-endian."""
-        head = _DOMAIN + _HEAD.pack(self.steps, self.weights.size)
-        return b"".join((head, self.weights.astype("<f8").tobytes(), self.velocity.astype("<f8").tobytes()))
+        values = (self.weights.astype("<f8").data, self.velocity.astype("<f8").data)
+        return b"".join((_head(self.steps, self.weights.size), *values))
 
     @classmethod
     def load(cls, data: bytes) -> ModelState:
-        """The state of :attr:`data`; :class:`StoreError` for bytes that are none."""
-        at = len(_DOMAIN) + _HEAD.size
-        if len(data) < at or not data.startswith(_DOMAIN):
+        """The state of :attr:`data`, which it looks into; :class:`StoreError` for bytes that are none."""
+        if len(data) < _VALUES or not data.startswith(_DOMAIN):
             raise StoreError("a stored model state is damaged", hint="restore the file, or begin a new run")
         steps, size = _HEAD.unpack_from(data, len(_DOMAIN))
-        if len(data) != at + 16 * size:
+        if len(data) != _VALUES + 16 * size:
             raise StoreError("a stored model state is damaged", hint="restore the file, or begin a new run")
-        values = np.frombuffer(data, "<f8", offset=at).astype(np.float64)
-        return cls(values[:size], values[size:], steps)
+        values = np.frombuffer(data, "<f8", offset=_VALUES)
+        state = cls(values[:size], values[size:], steps)
+        state.__dict__["data"] = data  # what the cached property would join again
+        return state
 
     @cached_property
     def digest(self) -> str:
@@ -86,11 +91,22 @@ class ModelState:
         return sha256(self.sent())
 
     def after(self, plan: PrivacyPlan, opened: NDArray[np.int64]) -> ModelState:
-        """:meth:`step` on an opened sum in grid units, as it comes out of the secure sum."""
-        return self.step(plan, opened.astype(np.float64) * plan.grid)
+        """:meth:`step` on an opened sum in grid units, as it comes out of the secure sum.
 
-    def step(self, plan: PrivacyPlan, opened: NDArray[np.float64]) -> ModelState:
-        """SGD with momentum on ``opened / (q·N)``.
+        What was last computed from a sum that cannot be written to is remembered: the server and the sites of one
+        process take the same step, and share the state.
+        """
+        asked = (plan.hash, self.digest)
+        for before, values, known in _last:
+            if before == asked and (values is opened or np.array_equal(values, opened)):
+                return known
+        state = self.step(plan, opened, plan.grid)
+        if not opened.flags.writeable:
+            _last[:] = [(asked, opened, state)]
+        return state
+
+    def step(self, plan: PrivacyPlan, opened: NDArray[np.float64 | np.int64], unit: float = 1.0) -> ModelState:
+        """SGD with momentum on ``opened · unit / (q·N)``, chunk by chunk over threads.
 
         In mode ``client`` the sum holds model updates, not gradients: they are averaged and applied as they are.
         Statistics are their own result: the opened sum is added to zeros.
@@ -98,12 +114,34 @@ class ModelState:
         Raises:
             RunAborted: the weights would not be finite.
         """
-        if plan.task == "stats":
-            return ModelState(self.weights + opened, self.velocity, self.steps + 1)
-        gradient = opened / plan.divisor
+        out, size = Filled(self.length), self.weights.size
+        out.room[:_VALUES] = _head(self.steps + 1, size)
+        stats, momentum = plan.task == "stats", plan.optimizer.momentum
         rate = 1.0 if plan.mode == "client" else plan.optimizer.learning_rate
-        velocity = plan.optimizer.momentum * self.velocity + gradient
-        weights = self.weights - rate * velocity
-        if not np.isfinite(weights).all():
+
+        def moved(part: slice) -> bool:
+            count = part.stop - part.start
+            weights = np.frombuffer(out.room, "<f8", count, _VALUES + 8 * part.start)
+            velocity = np.frombuffer(out.room, "<f8", count, _VALUES + 8 * (size + part.start))
+            gradient = opened[part] * unit
+            if stats:
+                np.add(self.weights[part], gradient, out=weights)
+                velocity[:] = self.velocity[part]
+                return True
+            gradient /= plan.divisor
+            np.multiply(self.velocity[part], momentum, out=velocity)
+            np.add(velocity, gradient, out=velocity)
+            np.multiply(velocity, rate, out=gradient)
+            np.subtract(self.weights[part], gradient, out=weights)
+            return bool(np.isfinite(weights).all())
+
+        if not all([*mapped(moved, spans(size, _CHUNK))]):
             raise RunAborted("the model diverged", hint="choose a lower learning rate or a smaller clip")
-        return ModelState(weights, velocity, self.steps + 1)
+        return ModelState.load(out.value())
+
+
+_last: list[tuple[tuple[str, str], NDArray[np.int64], ModelState]] = []  # one step
+
+
+def _head(steps: int, size: int) -> bytes:
+    return _DOMAIN + _HEAD.pack(steps, size)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from fedveil.client.session import Site
-from fedveil.common import identity
+from fedveil.common import identity, threads
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Roster
 from fedveil.common.settings import LimitsSection
@@ -40,13 +40,14 @@ _SMALL = 200_000
 
 
 def fit_threads(parameters: int) -> None:
-    """Use one thread for networks whose steps take less time than waking a second one, in torch and in NumPy.
+    """Use one thread for networks whose steps take less time than waking a second one: torch, NumPy and our own.
 
     NumPy's second thread waits in a loop: a processor's whole time, for nothing.
     """
     if parameters < _SMALL:
         torch.set_num_threads(1)
         threadpool_limits(1)
+        threads.use(1)
 
 
 @contextmanager

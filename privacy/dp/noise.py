@@ -2,7 +2,7 @@
 
 A discrete Gaussian on Z (Canonne, Kamath & Steinke, "The Discrete Gaussian for Differential Privacy", 2020). It skips
 or favours no integer. It is drawn from AES-256-CTR key streams whose keys are fresh from ``os.urandom`` for every
-release: nothing can be forked or reused.
+chunk of every release: nothing can be forked or reused.
 
 How it is drawn is told in :mod:`fedveil.privacy.dp.gaussian_table`: the law is met to within 2^-180 a draw, tails
 included.
@@ -18,10 +18,13 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from fedveil.common.errors import PlanError
+from fedveil.common.threads import each, spans
 from fedveil.privacy.dp.gaussian_table import ACCEPT_BITS, CELLS, KEEP_BITS, MORE_BITS, Table, acceptance, below, table
 
 MAX_STD = float(1 << 48)
 _PROPOSALS = 1 << 14  # at a time: they stay in the cache
+_CHUNK = 1 << 18  # draws under one key
+_NARROW = 22  # k < 2^8, so that 2·k·s + u stays below 2^31
 _ZEROS = bytes(1 << 20)
 _NEAR = 1.5  # of 2^32: double precision knows the threshold to far less than this
 
@@ -60,35 +63,45 @@ class KeyStream:
 def discrete_gaussian(std: float, size: int, stream: KeyStream | None = None) -> NDArray[np.int64]:
     """``(size,)`` independent draws from the discrete Gaussian N_Z(0, std²).
 
+    They are drawn in chunks of 2^18 over the threads of :mod:`fedveil.common.threads`, each under a key of its own.
+
     Args:
         std: the parameter σ in grid units, in [0.5, 2^48]. From 2 upwards the variance is σ² to within 1e-30.
         size: how many.
-        stream: for tests; by default a fresh :class:`KeyStream`.
+        stream: for tests, all draws from this one; by default a fresh :class:`KeyStream` for each chunk.
     """
     if not (0.5 <= std <= MAX_STD):
         raise PlanError(f"noise of {std!r} grid units is outside [0.5, 2^48]", hint="another noise multiplier")
-    stream = stream or KeyStream()
     proposals = table(std)
     out = np.empty(size, np.int64)
-    done = 0
-    while done < size:
-        got = _accepted(std, proposals, min(_PROPOSALS, int(1.1 * (size - done)) + 64), stream)[: size - done]
-        out[done : done + got.size] = got
-        done += got.size
+    if stream is not None or size <= _CHUNK:
+        _fill(out, std, proposals, stream or KeyStream())
+    else:
+        each(lambda part: _fill(out[part], std, proposals, KeyStream()), spans(size, _CHUNK))
     return out
 
 
-def _accepted(std: float, t: Table, count: int, stream: KeyStream) -> NDArray[np.int64]:
-    """The accepted ones among ``count`` proposals."""
+def _fill(out: NDArray[np.int64], std: float, proposals: Table, stream: KeyStream) -> None:
+    """Fill ``out`` with draws from one stream."""
+    done = 0
+    while done < out.size:
+        got = _accepted(std, proposals, min(_PROPOSALS, int(1.1 * (out.size - done)) + 64), stream)[: out.size - done]
+        out[done : done + got.size] = got
+        done += got.size
+
+
+def _accepted(std: float, t: Table, count: int, stream: KeyStream) -> NDArray[np.signedinteger]:
+    """The accepted ones among ``count`` proposals; of 4 bytes each where twice the largest size fits."""
+    kind = np.int32 if t.shift <= _NARROW else np.int64
     bits = stream.words(count).view("<u4")
     cells, accept = bits[:count], bits[count:]
-    base = _cells(t, cells, stream) << t.shift
+    base = (_cells(t, cells, stream) << t.shift).astype(kind, copy=False)
     words = stream.words(count if t.shift > 31 else -(-count // 2))
     rest = words if t.shift > 31 else words.view("<u4")[:count]
-    negative = (rest >> np.array(8 * rest.itemsize - 1, rest.dtype)).astype(np.int64)
-    rest = (rest & np.array((1 << t.shift) - 1, rest.dtype)).astype(np.int64)
-    x = base + rest
-    keep = (negative == 0) | (x != 0)
+    sign = (rest.view(f"<i{rest.itemsize}") >> (8 * rest.itemsize - 1)).astype(kind, copy=False)  # 0, or -1: negative
+    rest &= np.array((1 << t.shift) - 1, rest.dtype)
+    x = base + rest.astype(kind, copy=False)
+    keep = (sign == 0) | (x != 0)
     if t.shift:
         # exp(-(u² + 2·u·k·s)/(2σ²)) against the random number, both times 2^32.
         chance = (base + x).astype(np.float64)
@@ -100,9 +113,9 @@ def _accepted(std: float, t: Table, count: int, stream: KeyStream) -> NDArray[np
         keep &= chance > 0
         for i in np.flatnonzero(np.abs(chance, out=chance) < _NEAR):
             real = below(int(accept[i]), acceptance(std, int(base[i]), int(rest[i])), lambda: _more(stream))
-            keep[i] = real and not (negative[i] and x[i] == 0)
-    x ^= -negative
-    x += negative
+            keep[i] = real and not (sign[i] and x[i] == 0)
+    x ^= sign
+    x -= sign
     return x[keep]
 
 

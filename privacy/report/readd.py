@@ -28,7 +28,7 @@ from fedveil.privacy.secagg.contributions import from_bytes
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.keysum_opening import Opening, max_bytes
 from fedveil.privacy.secagg.opened_sum import BUFFERS, FOLDER, KEYSUM
-from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, choose
+from fedveil.privacy.secagg.params import N, choose
 from fedveil.privacy.secagg.sealed import Joins
 
 _HEADER = 1 << 22
@@ -90,8 +90,7 @@ def _readded(run: Path, spec: SumSpec, joins: Joins, r: Round) -> Readded:
         if spec.reveal_to == "server":
             verification.verify(spec, opening)
         else:  # only the sites can judge the errors
-            for _ in verification.checked(spec, opening):
-                pass
+            verification.check(spec, opening)
     except FedveilError as e:
         return Readded(r.number, len(r.members or ()), e.message)
     return Readded(r.number, len(opening.members), "")
@@ -128,7 +127,7 @@ def _total(
     One is held at a time.
     """
     params = choose(spec)
-    total, step = np.zeros((params.blocks, N), np.uint64), lattice.CHUNK * N * COEFFICIENT_BYTES
+    total = np.zeros((params.blocks, N), np.uint64)
     for site, member in opening.members.items():
         packet = read(site)
         said = messages.check_contribution(spec, joins, opening.round, opening.nonce, packet.header)
@@ -139,8 +138,9 @@ def _total(
         data = packet.buffer("ciphertext", params.ciphertext_bytes)
         if sha256(data) != said.ciphertext:
             raise VerificationError(f"the kept ciphertext of {site!r} is not the one that it signed")
-        for j, at in enumerate(range(0, len(data), step)):
-            rows = total[j * lattice.CHUNK : (j + 1) * lattice.CHUNK]
-            rows += lattice.from_bytes(memoryview(data)[at : at + step])
+        for first, chunk in lattice.chunks(data):
+            blocks = lattice.from_bytes(chunk)
+            rows = total[first : first + len(blocks)]
+            rows += blocks
             lattice.reduce(rows.view(np.int64))
     return total

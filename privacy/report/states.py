@@ -105,6 +105,6 @@ def _values(folder: Path, plan: PrivacyPlan, r: Round, spec: SumSpec) -> NDArray
 def _read(spec: SumSpec, packet: Packet) -> NDArray[np.int64]:
     opening = Opening.parse(spec, packet)
     reader = Reader(choose(spec), len(opening.members), spec.length, spec.bound)
-    if not all(reader.take(phases) for phases in opening.chunks()):
+    if not reader.take_all(opening.phases):
         raise VerificationError("its errors are not those of honest sites")
     return reader.values

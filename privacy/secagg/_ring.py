@@ -67,17 +67,35 @@ class Ring:
         Returns:
             (blocks, N) coefficients in [0, q).
         """
-        a = _rows(a)
-        secret = _rows(np.where(s < 0, s + Q, s).astype(np.uint64)[None])
-        out = np.empty_like(a)
-        source, target, at = a.ctypes.data, out.ctypes.data, secret.ctypes.data
-        modulus, tables = self._modulus.ctypes.data, self._tables.ctypes.data
-        self._forward(at, tables)
-        for row in range(0, len(a) * _ROW, _ROW):
-            self._product(source + row, at, N, modulus, target + row)
-            self._inverse(target + row, tables)
-        secret.fill(0)
+        transformed = self.transformed(s)
+        try:
+            return self.product(_rows(a).copy(), transformed)
+        finally:
+            transformed.fill(0)
+
+    def transformed(self, s: NDArray[np.int64]) -> Blocks:
+        """(1, N): the small signed coefficients ``s``, (N,), in SEAL's transform domain."""
+        out = _rows(np.where(s < 0, s + Q, s).astype(np.uint64)[None])
+        self._forward(out.ctypes.data, self._tables.ctypes.data)
         return out
+
+    def product(self, a: Blocks, s: Blocks) -> Blocks:
+        """a_j * s for each row, in place of ``a``.
+
+        Args:
+            a: (blocks, N), contiguous, in SEAL's transform domain, each below q.
+            s: of :meth:`transformed`.
+
+        Returns:
+            ``a``, which now holds coefficients in [0, q).
+        """
+        if _rows(a) is not a or s.shape != (1, N):
+            raise SecureSumError("polynomials that SEAL cannot multiply in place")
+        first, at, modulus, tables = a.ctypes.data, s.ctypes.data, self._modulus.ctypes.data, self._tables.ctypes.data
+        for row in range(first, first + len(a) * _ROW, _ROW):
+            self._product(row, at, N, modulus, row)
+            self._inverse(row, tables)
+        return a
 
     def inverse(self, a: Blocks) -> Blocks:
         """The rows of ``a``, out of SEAL's transform domain: (blocks, N) coefficients in [0, q)."""

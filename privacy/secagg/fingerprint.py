@@ -14,6 +14,7 @@ Whoever makes the challenge can try again: each try is a new chance of 2^-129.
 from __future__ import annotations
 
 import hashlib
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 
 from fedveil.common import canonical
 from fedveil.common.errors import WireError
+from fedveil.common.threads import mapped, spans
 from fedveil.privacy.secagg import lattice
 from fedveil.privacy.secagg.interface import SumSpec
-from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, Q
+from fedveil.privacy.secagg.params import BLOCK_BYTES, COEFFICIENT_BYTES, N, Q
 
 ROWS = 5
 BYTES = ROWS * COEFFICIENT_BYTES
@@ -31,7 +33,10 @@ BYTES = ROWS * COEFFICIENT_BYTES
 # double precision is exact, in whatever order a library adds.
 _V_BITS, _LIMB_BITS, _LIMBS = 26, 16, 4
 _MASK_56 = np.uint64((1 << 56) - 1)
+# Blocks in one product of matrices: so few that the library of NumPy starts no threads of its own for it.
+_AT_ONCE = 8
 Fingerprint = tuple[int, ...]
+Drawn = list[list[int]]
 
 
 def challenge(spec: SumSpec, round: int, nonce: str, members: str, total: str, answers: str) -> str:
@@ -48,35 +53,58 @@ def challenge(spec: SumSpec, round: int, nonce: str, members: str, total: str, a
 
 
 class Weights:
-    """The weights of one challenge, and what they have summed so far; blocks are taken in order, a few at a time."""
+    """The weights of one challenge, and what they have summed so far; those of the blocks are drawn in order."""
 
     def __init__(self, challenge: str) -> None:
         words = _stream("v", challenge).words(N * ROWS) & np.uint64((1 << _V_BITS) - 1)
-        self._v = (words.astype(np.float64) - (1 << (_V_BITS - 1))).reshape(N, ROWS)
+        by_coefficient = (words.astype(np.float64) - (1 << (_V_BITS - 1))).reshape(N, ROWS)
+        self._v = np.ascontiguousarray(by_coefficient.T)
         self._u = _stream("u", challenge)
         self._sums = [0] * ROWS
 
-    def take(self, blocks: NDArray[np.uint64]) -> None:
-        """Add the next ``(blocks, N)`` coefficients, each below 2^56."""
+    def draw(self, blocks: int) -> Drawn:
+        """The weights of the next blocks, by row."""
+        return (self._u.words(blocks * ROWS) & _MASK_56).reshape(-1, ROWS).T.tolist()
+
+    def part(self, blocks: NDArray[np.uint64], drawn: Drawn) -> Fingerprint:
+        """What ``(blocks, N)`` coefficients below 2^56 add under the weights drawn for them; threads may share it.
+
+        The rows are whole integers here, of any sign.
+        """
         limbs = np.ascontiguousarray(blocks, "<u8").view("<u2").reshape(len(blocks), N, _LIMBS)
-        parts = [(limbs[:, :, i].astype(np.float64) @ self._v).tolist() for i in range(_LIMBS)]
-        u = (self._u.words(len(blocks) * ROWS) & _MASK_56).reshape(-1, ROWS).tolist()
-        for j, weights in enumerate(u):
-            for k, weight in enumerate(weights):
-                inner = sum(int(part[j][k]) << (_LIMB_BITS * i) for i, part in enumerate(parts))
-                self._sums[k] = (self._sums[k] + weight * inner) % Q
+        sums = [0] * ROWS
+        for some in spans(len(blocks), _AT_ONCE):
+            for i in range(_LIMBS):
+                inner = (self._v @ limbs[some, :, i].astype(np.float64).T).astype(np.int64).tolist()
+                for k, row in enumerate(inner):
+                    sums[k] += sum(map(mul, row, drawn[k][some])) << (_LIMB_BITS * i)
+        return tuple(sums)
+
+    def add(self, part: Fingerprint) -> None:
+        """Count one :meth:`part`; in any order."""
+        self._sums = [(x + y) % Q for x, y in zip(self._sums, part, strict=True)]
 
     @property
     def sums(self) -> Fingerprint:
-        """The fingerprint of what was taken."""
+        """The fingerprint of what was counted."""
         return tuple(self._sums)
 
 
 def of(challenge: str, ciphertext: bytes) -> Fingerprint:
     """The fingerprint of a packed ciphertext; :class:`WireError` if a coefficient is not below q."""
-    weights, view, step = Weights(challenge), memoryview(ciphertext), lattice.CHUNK * N * COEFFICIENT_BYTES
-    for at in range(0, len(view), step):
-        weights.take(lattice.from_bytes(view[at : at + step]))
+    weights = Weights(challenge)
+    pieces = ((data, weights.draw(len(data) // BLOCK_BYTES)) for _, data in lattice.chunks(ciphertext))
+    for part in mapped(lambda p: weights.part(lattice.from_bytes(p[0]), p[1]), pieces):
+        weights.add(part)
+    return weights.sums
+
+
+def of_blocks(challenge: str, blocks: NDArray[np.uint64]) -> Fingerprint:
+    """The fingerprint of ``(blocks, N)`` coefficients."""
+    weights = Weights(challenge)
+    pieces = ((blocks[some], weights.draw(some.stop - some.start)) for some in spans(len(blocks), lattice.CHUNK))
+    for part in mapped(lambda p: weights.part(*p), pieces):
+        weights.add(part)
     return weights.sums
 
 

@@ -10,11 +10,7 @@ the SHA-256 of the packed sum of ciphertexts. The buffer ``opening`` holds, with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedveil.common import canonical
 from fedveil.common.errors import SecureSumError, WireError
@@ -22,11 +18,10 @@ from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import fingerprint as fingerprints
 from fedveil.privacy.secagg import keysum_common as messages
-from fedveil.privacy.secagg import lattice
 from fedveil.privacy.secagg.fingerprint import Fingerprint
 from fedveil.privacy.secagg.interface import SumSpec, is_hex
 from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
-from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, N, choose
+from fedveil.privacy.secagg.params import choose
 
 _DIGEST, _SIGNATURE = 32, 64
 _MEMBER = _DIGEST + fingerprints.BYTES + _SIGNATURE
@@ -120,12 +115,6 @@ class Opening:
         return fingerprints.challenge(
             spec, self.round, self.nonce, self.digest(spec), self.total, answers_digest(self.answers)
         )
-
-    def chunks(self) -> Iterator[NDArray[np.uint64]]:
-        """The phases, a few blocks at a time; :class:`WireError` if one is not below q."""
-        data, step = memoryview(self.phases), lattice.CHUNK * N * COEFFICIENT_BYTES
-        for at in range(0, len(data), step):
-            yield lattice.from_bytes(data[at : at + step])
 
 
 def max_bytes(spec: SumSpec) -> int:

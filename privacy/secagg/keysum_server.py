@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import SecureSumError, UnverifiedOpening, WireError
+from fedveil.common.threads import each, mapped, spans
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal, lattice, opening, reed_solomon, residuals, shamir
@@ -26,7 +27,7 @@ from fedveil.privacy.secagg.fingerprint import Fingerprint
 from fedveil.privacy.secagg.interface import READY, ServerSum, SumSpec, another_state, is_hex
 from fedveil.privacy.secagg.kept import KeptCiphertexts
 from fedveil.privacy.secagg.keysum_opening import Answer, Opening, Vouched, answers_digest
-from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, HALF_BITS, N, choose
+from fedveil.privacy.secagg.params import HALF_BITS, N, choose
 from fedveil.privacy.secagg.sealed import Joins
 
 MAX_TRIES = 256
@@ -95,8 +96,11 @@ class KeysumServer(ServerSum):
             raise another_state(site)
         data = packet.buffer("ciphertext", self._params.ciphertext_bytes)
         boxes = packet.buffer("shares", messages.BOX_BYTES * len(joins.helpers))
-        if sha256(data) != said.ciphertext:
+        digest, inside = lattice.examined(data)
+        if digest != said.ciphertext:
             raise SecureSumError(f"the ciphertext of {site!r} is not the one it signed")
+        if not inside:
+            raise WireError(f"the ciphertext of {site!r} holds a coefficient outside the ring")
         for i, expected in enumerate(said.shares):
             if sha256(boxes[i * messages.BOX_BYTES : (i + 1) * messages.BOX_BYTES]) != expected:
                 raise SecureSumError(f"a sealed share of {site!r} is not the one it signed")
@@ -106,15 +110,16 @@ class KeysumServer(ServerSum):
         self._headers[site], self._digests[site], self._boxes[site] = packet.header, said.digest, boxes
 
     def _add(self, data: bytes) -> None:
-        """Add a ciphertext, chunk by chunk; one that is not in the ring throughout is refused before any is added."""
-        view, step = memoryview(data), lattice.CHUNK * N * COEFFICIENT_BYTES
-        for at in range(0, len(view), step):
-            lattice.from_bytes(view[at : at + step])
+        """Add a ciphertext, which is in the ring throughout: nothing is refused any more."""
         if self._held is None:
             self._held = np.zeros((self._params.blocks, N), np.uint64)
-        for j, at in enumerate(range(0, len(view), step)):
-            into = self._held[j * lattice.CHUNK : (j + 1) * lattice.CHUNK]
-            self._engine.add_into(into, lattice.from_bytes(view[at : at + step]))
+        held = self._held
+
+        def add(chunk: tuple[int, memoryview]) -> None:
+            blocks = lattice.from_bytes(chunk[1])
+            self._engine.add_into(held[chunk[0] : chunk[0] + len(blocks)], blocks)
+
+        each(add, lattice.chunks(data))
 
     @property
     def members(self) -> tuple[SiteId, ...]:
@@ -185,17 +190,13 @@ class KeysumServer(ServerSum):
         phases, _ = self._opened_sum()
         if self._held is None:
             raise SecureSumError(f"the members of round {round} were asked before")
-        rows = range(0, len(self._held), lattice.CHUNK)
-        total = hashlib.sha256()
-        for at in rows:
-            total.update(lattice.to_bytes(self._held[at : at + lattice.CHUNK]))
+        held, total = self._held, hashlib.sha256()
+        for packed in mapped(lambda some: lattice.to_bytes(held[some]), spans(len(held), lattice.CHUNK)):
+            total.update(packed)
         members = {s: Vouched(self._digests[s], (), "") for s in self.members}
         self._vouched = Opening(round, self._nonce, total.hexdigest(), members, self._trusted, phases)
         self._challenge = self._vouched.challenge(self._spec)
-        weights = fingerprints.Weights(self._challenge)
-        for at in rows:
-            weights.take(self._held[at : at + lattice.CHUNK])
-        self._expected, self._held = weights.sums, None
+        self._expected, self._held = fingerprints.of_blocks(self._challenge, held), None
         header = {"kind": messages.CHALLENGE, "session": self._spec.session, "round": round, "nonce": self._nonce}
         header["members"] = [[site, member.digest] for site, member in members.items()]
         header |= {"sum": self._vouched.total, "answers": answers_digest(self._trusted)}
@@ -218,9 +219,10 @@ class KeysumServer(ServerSum):
 
     def result(self) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`ServerSum.result`. Beyond T answers, wrong ones are set aside and named in ``suspects``."""
-        if self._spec.reveal_to != "server":
+        if self._spec.reveal_to != "server" or (values := self._opened_sum()[1]) is None:
             raise SecureSumError("the sum is revealed to the sites only", hint="send them what opened() returns")
-        return np.array(self._opened_sum()[1], np.int64), self.members
+        values.flags.writeable = False  # it is kept, and shared with who steps on it
+        return values, self.members
 
     def opened(self) -> Packet:
         """See :meth:`ServerSum.opened`: every member has vouched for it, and their fingerprints add up."""
@@ -348,14 +350,12 @@ class KeysumServer(ServerSum):
 
         Of a blinded sum there are no values, and only the sites can see whether its errors are honest.
         """
-        p, clear = self._params, self._spec.reveal_to == "server"
-        reader = residuals.Reader(p, len(self._headers), self._spec.length, self._spec.bound) if clear else None
-        public, out = lattice.PublicPolynomials(self._spec.session, round, self._nonce), lattice.Packed(p.blocks)
-        for phases in opening.phases(self._engine, p, sums, public, key):
-            out.add(phases)
-            if reader is not None and not reader.take(phases):
-                return None
-        return out.value(), None if reader is None else reader.values
+        p, reader = self._params, None
+        if self._spec.reveal_to == "server":
+            reader = residuals.Reader(p, len(self._headers), self._spec.length, self._spec.bound)
+        public = lattice.PublicPolynomials(self._spec.session, round, self._nonce)
+        phases = opening.read(self._engine, p, sums, public, key, reader)
+        return None if phases is None else (phases, None if reader is None else reader.values)
 
     def _not_on_the_polynomial_of(self, trusted: tuple[SiteId, ...]) -> tuple[SiteId, ...]:
         others = [site for site in self._answered() if site not in trusted]

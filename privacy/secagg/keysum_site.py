@@ -8,8 +8,9 @@ another set of members.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedveil.common import canonical
 from fedveil.common.errors import HelperRefusal, IdentityError, SecureSumError, UnverifiedOpening, WireError
+from fedveil.common.threads import mapped, spans
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal, lattice, named_state, shamir, verification
@@ -30,6 +32,15 @@ from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.params import N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
 from fedveil.privacy.secagg.store import Store
+
+
+class _Chunk(NamedTuple):
+    """What a chunk of blocks is encrypted with beside the secret; all but the errors are taken from one sequence."""
+
+    part: slice
+    public: NDArray[np.uint64]
+    errors: lattice.Stream
+    blinding: NDArray[np.uint64] | None
 
 
 class KeysumSite(SiteSum):
@@ -73,8 +84,7 @@ class KeysumSite(SiteSum):
         values = self._spec.vector(values)
         secret = lattice.small(lattice.Stream.fresh(), (N,))
         try:
-            ciphertext = self._encrypt(round, nonce, values, secret)
-            digest = sha256(ciphertext)
+            ciphertext, digest = self._encrypt(round, nonce, values, secret)
             boxes = self._seal_shares(joins, round, nonce, digest, secret)
         finally:
             secret.fill(0)
@@ -191,28 +201,35 @@ class KeysumSite(SiteSum):
             raise SecureSumError("this site is not in the session", hint="join first; an ended session stays ended")
         return self._session.joins
 
-    def _encrypt(self, round: int, nonce: str, values: Integers, secret: NDArray[np.int64]) -> bytes:
-        """delta * m + e - a * s modulo q, and the blinding if there is one, chunk by chunk, packed.
+    def _encrypt(self, round: int, nonce: str, values: Integers, secret: NDArray[np.int64]) -> tuple[bytes, str]:
+        """delta * m + e - a * s modulo q, and the blinding if there is one, packed; and its SHA-256.
 
-        There is one copy of the ciphertext, and the vector is widened to int64 one chunk at a time.
+        Chunk by chunk over threads, each with errors from a key of its own. Only the ciphertext is held as a whole.
         """
-        p = self._params
-        public, errors = lattice.PublicPolynomials(self._spec.session, round, nonce), lattice.Stream.fresh()
+        p, public = self._params, lattice.PublicPolynomials(self._spec.session, round, nonce)
         blind = None if self._group is None else self._group.stream(self._spec.session, round, nonce, self._site)
-        per_block = p.per_coefficient * N
-        out = lattice.Packed(p.blocks)
-        for first in range(0, p.blocks, lattice.CHUNK):
-            blocks = min(lattice.CHUNK, p.blocks - first)
-            given = values[first * per_block : (first + blocks) * per_block]
-            piece = np.zeros(blocks * per_block, np.int64)
-            piece[: given.size] = given
-            x = lattice.encode(piece.reshape(blocks, p.per_coefficient, N), p)
-            x += lattice.small(errors, (blocks, N))
-            x -= self._engine.multiply(public.take(blocks), secret).view(np.int64)
-            if blind is not None:
-                x += blind.take(blocks).view(np.int64)
-            out.add(lattice.reduce(x))
-        return out.value()
+        out, digest, transformed = lattice.Packed(p.blocks), hashlib.sha256(), self._engine.transformed(secret)
+
+        def chunks() -> Iterator[_Chunk]:
+            for part in spans(p.blocks, lattice.CHUNK):
+                size = part.stop - part.start
+                yield _Chunk(part, public.take(size), lattice.Stream.fresh(), blind.take(size) if blind else None)
+
+        def encrypted(chunk: _Chunk) -> memoryview:
+            x = lattice.encode(lattice.rows(values, chunk.part, p), p)
+            x += lattice.small(chunk.errors, x.shape)
+            x -= self._engine.product(chunk.public, transformed).view(np.int64)
+            if chunk.blinding is not None:
+                x += chunk.blinding.view(np.int64)
+            return out.put(chunk.part.start, lattice.reduce(x))
+
+        try:
+            for packed in mapped(encrypted, chunks()):
+                with packed:
+                    digest.update(packed)
+        finally:
+            transformed.fill(0)
+        return out.value(), digest.hexdigest()
 
     def _seal_shares(self, joins: Joins, round: int, nonce: str, digest: str, secret: NDArray[np.int64]) -> list[bytes]:
         """One box per joined helper, in the helpers' order."""

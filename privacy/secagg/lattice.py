@@ -7,22 +7,25 @@ sum therefore reveals delta * (sum of m) + (sum of e), in which nothing depends 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from fedveil.common.buffers import Filled
 from fedveil.common.errors import SecureSumError, WireError
-from fedveil.privacy.secagg.params import COEFFICIENT_BYTES, HALF_BITS, KeysumParams, N, Q
+from fedveil.common.threads import mapped, spans
+from fedveil.privacy.secagg.params import BLOCK_BYTES, COEFFICIENT_BYTES, HALF_BITS, KeysumParams, N, Q
 
 CHUNK = 16  # blocks worked on at a time: 64 Ki coefficients stay in the cache
 _Q = np.uint64(Q)
 _MASK_56 = np.uint64((1 << 56) - 1)
 _MASK_HALF = np.uint64((1 << HALF_BITS) - 1)
 _ZEROS = bytes(1 << 20)
+_ITEM = np.dtype(f"V{COEFFICIENT_BYTES}")
 
 
 class Stream:
@@ -93,6 +96,17 @@ def small(stream: Stream, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return np.subtract(bits[:count], bits[count:], dtype=np.int64).reshape(shape)
 
 
+def rows(values: NDArray[np.int64 | np.int32], part: slice, params: KeysumParams) -> NDArray[np.int64]:
+    """``(blocks, k, N)``: the values of a vector, ``(D,)``, that lie in the blocks of ``part``; zeros after its end."""
+    k, size = params.per_coefficient, (part.stop - part.start) * params.per_coefficient * N
+    given = values[part.start * k * N : part.stop * k * N]
+    if given.size == size:
+        return given.astype(np.int64, copy=False).reshape(-1, k, N)
+    piece = np.zeros(size, np.int64)
+    piece[: given.size] = given
+    return piece.reshape(-1, k, N)
+
+
 def encode(values: NDArray[np.int64], params: KeysumParams) -> NDArray[np.int64]:
     """Pack and encode.
 
@@ -133,8 +147,8 @@ def message_offset(params: KeysumParams) -> int:
     return sum(bound * params.base**c for c in range(params.per_coefficient))
 
 
-def unpack_values(messages: NDArray[np.uint64], params: KeysumParams) -> NDArray[np.int64]:
-    """(blocks, k, N) values in [-bound, bound] of shifted messages (blocks, N).
+def unpack_values(messages: NDArray[np.uint64], params: KeysumParams, out: NDArray[np.int64]) -> None:
+    """Fill ``out``, (blocks, k, N), with the values in [-bound, bound] of shifted messages, (blocks, N).
 
     Raises:
         SecureSumError: a message holds no k digits: a sum left the bound of the plan.
@@ -142,7 +156,6 @@ def unpack_values(messages: NDArray[np.uint64], params: KeysumParams) -> NDArray
     k, base = params.per_coefficient, np.uint64(params.base)
     if messages.size and int(messages.max()) >= params.base**k:
         raise SecureSumError("the sum left the bound declared in the plan", hint="the plan's range is too small")
-    out = np.empty((len(messages), k, N), np.int64)
     rest = messages
     for c in range(k - 1):
         above = rest // base
@@ -150,46 +163,76 @@ def unpack_values(messages: NDArray[np.uint64], params: KeysumParams) -> NDArray
         rest = above
     out[:, k - 1] = rest
     out -= params.base // 2
-    return out
 
 
 def to_bytes(coefficients: NDArray[np.uint64]) -> bytes:
     """Coefficients below 2^56 as 7 little-endian bytes each."""
-    return coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES].tobytes()
+    return _low(coefficients).tobytes()
+
+
+def _low(coefficients: NDArray[np.uint64]) -> NDArray[np.void]:
+    """The low 7 bytes of each coefficient, one item each: numpy copies such items faster than single bytes."""
+    whole = np.ascontiguousarray(coefficients, "<u8")
+    return np.ndarray((whole.size,), _ITEM, whole, 0, (8,))
 
 
 class Packed:
-    """The bytes of :func:`to_bytes` of many coefficients, filled in order; never held twice.
+    """The bytes of :func:`to_bytes` of many coefficients, filled chunk by chunk in any order; never held twice.
 
     Args:
         blocks: how many polynomials there will be.
     """
 
     def __init__(self, blocks: int) -> None:
-        self._out = io.BytesIO(bytes(blocks * N * COEFFICIENT_BYTES))
+        self._out = Filled(blocks * BLOCK_BYTES)
 
-    def add(self, coefficients: NDArray[np.uint64]) -> None:
-        """The next ``(blocks, N)`` coefficients."""
-        with self._out.getbuffer() as room:
-            at, size = self._out.tell(), coefficients.size * COEFFICIENT_BYTES
-            target = np.frombuffer(room, np.uint8)[at : at + size].reshape(-1, COEFFICIENT_BYTES)
-            target[:] = coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :COEFFICIENT_BYTES]
-            del target
-        self._out.seek(at + size)
+    def put(self, first: int, coefficients: NDArray[np.uint64]) -> memoryview:
+        """``(blocks, N)`` coefficients from block ``first`` on; returns their bytes, to be let go of before the end."""
+        at = first * BLOCK_BYTES
+        part = self._out.room[at : at + coefficients.size * COEFFICIENT_BYTES]
+        np.frombuffer(part, _ITEM)[:] = _low(coefficients)
+        return part
 
     def value(self) -> bytes:
-        """All of them."""
-        return self._out.getvalue()
+        """All of them; nothing can be put any more."""
+        return self._out.value()
 
 
 def from_bytes(data: bytes | memoryview) -> NDArray[np.uint64]:
     """The (blocks, N) coefficients of :func:`to_bytes`; :class:`WireError` if one is not below q."""
-    count = len(data) // COEFFICIENT_BYTES
-    coefficients = np.empty(count, np.uint64)
-    # Words of 8 bytes at every seventh one: each holds a coefficient and, on top, the lowest byte of the next.
-    words = np.ndarray((count - 1,), "<u8", data, 0, (COEFFICIENT_BYTES,))
-    np.bitwise_and(words, _MASK_56, out=coefficients[:-1])
-    coefficients[-1] = int.from_bytes(data[-COEFFICIENT_BYTES:], "little")
+    coefficients = np.empty(len(data) // COEFFICIENT_BYTES, np.uint64)
+    np.bitwise_and(_words(data), _MASK_56, out=coefficients[:-1])
+    coefficients[-1] = _last(data)
     if int(coefficients.max()) >= Q:
         raise WireError("a ciphertext holds a coefficient outside the ring")
     return coefficients.reshape(-1, N)
+
+
+def examined(data: bytes) -> tuple[str, bool]:
+    """The SHA-256 (hex) of packed coefficients, and whether each is below q: in one pass, over threads."""
+    digest, inside = hashlib.sha256(), True
+    for chunk, within in mapped(lambda p: (p[1], _in_ring(p[1])), chunks(data)):
+        digest.update(chunk)
+        inside &= within
+    return digest.hexdigest(), inside
+
+
+def _in_ring(data: memoryview) -> bool:
+    # The byte of the next coefficient is moved out: what is left, times 256, keeps its order.
+    return int((_words(data) << np.uint64(8)).max()) < Q << 8 and _last(data) < Q
+
+
+def _words(data: bytes | memoryview) -> NDArray[np.uint64]:
+    """Words of 8 bytes at every seventh one: each holds a coefficient and, on top, the lowest byte of the next."""
+    return np.ndarray((len(data) // COEFFICIENT_BYTES - 1,), "<u8", data, 0, (COEFFICIENT_BYTES,))
+
+
+def _last(data: bytes | memoryview) -> int:
+    return int.from_bytes(data[-COEFFICIENT_BYTES:], "little")
+
+
+def chunks(data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of packed polynomials a few at a time, each time with the number of the first, from 0."""
+    view = memoryview(data)
+    for part in spans(len(view) // BLOCK_BYTES, CHUNK):
+        yield part.start, view[part.start * BLOCK_BYTES : part.stop * BLOCK_BYTES]

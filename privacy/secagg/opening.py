@@ -1,33 +1,55 @@
-"""Opening a sum of ciphertexts under the sum of their keys, chunk by chunk."""
+"""Opening a sum of ciphertexts under the sum of their keys, chunk by chunk over threads."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import SecureSumError
+from fedveil.common.threads import mapped, spans
 from fedveil.privacy.secagg import lattice, residuals
 from fedveil.privacy.secagg._seal import Engine
 from fedveil.privacy.secagg.params import KeysumParams
 
 
-def phases(
-    engine: Engine, params: KeysumParams, sums: NDArray[np.uint64], public: lattice.Uniform, key: NDArray[np.int64]
-) -> Iterator[NDArray[np.uint64]]:
-    """c0 + a * key modulo q of each chunk of ``sums``: delta * message + errors, and a blinding if there is one.
+def read(
+    engine: Engine,
+    params: KeysumParams,
+    sums: NDArray[np.uint64],
+    public: lattice.Uniform,
+    key: NDArray[np.int64],
+    reader: residuals.Reader | None,
+) -> bytes | None:
+    """The packed phases, c0 + a * key modulo q: delta * message + errors, and a blinding if there is one.
 
-    The first block is decrypted by SEAL too; :class:`SecureSumError` if the two differ by more than one rounding.
+    Args:
+        sums: (blocks, N), the sum of ciphertexts.
+        reader: is given the phases, where the values are to be read.
+
+    Returns:
+        None as soon as a block's errors are not those that ``reader`` takes.
+
+    Raises:
+        SecureSumError: SEAL decrypts the first block too, and the two differ by more than one rounding; or a value
+            left the bound of the plan.
     """
-    for first in range(0, len(sums), lattice.CHUNK):
-        c0 = sums[first : first + lattice.CHUNK]
-        a = public.take(len(c0))
-        noisy = lattice.reduce((c0 + engine.multiply(a, key)).view(np.int64))
-        if first == 0:
-            message = engine.decrypt(engine.decryptor(key), c0[:1], engine.inverse(a[:1]))
-            _check(noisy[:1], message, params)
-        yield noisy
+    out, transformed = lattice.Packed(len(sums)), engine.transformed(key)
+
+    def opened(chunk: tuple[slice, NDArray[np.uint64]]) -> bool:
+        part, a = chunk
+        c0, first = sums[part], engine.inverse(a[:1]) if part.start == 0 else None
+        product = engine.product(a, transformed)
+        phases = lattice.reduce(np.add(c0, product, out=product).view(np.int64))
+        if first is not None:
+            _check(phases[:1], engine.decrypt(engine.decryptor(key), c0[:1], first), params)
+        out.put(part.start, phases).release()
+        return reader is None or reader.take(part.start, phases)
+
+    try:
+        chunks = ((part, public.take(part.stop - part.start)) for part in spans(len(sums), lattice.CHUNK))
+        return out.value() if all(mapped(opened, chunks)) else None
+    finally:
+        transformed.fill(0)
 
 
 def _check(noisy: NDArray[np.uint64], message: NDArray[np.uint64], params: KeysumParams) -> None:

@@ -22,6 +22,7 @@ N = 4096
 LOG_DELTA_T = 46
 Q = 1012 * (1 << LOG_DELTA_T) + 1
 COEFFICIENT_BYTES = 7  # q has 56 bits
+BLOCK_BYTES = COEFFICIENT_BYTES * N
 HALF_BITS = 42  # an error is the difference of two sums of so many bits: variance 21, at most 42
 VARIANCE = HALF_BITS / 2
 MAX_SITES = 1000  # the announcement of the members, 700 + 67 m bytes each, must fit into a header of 4 MiB
@@ -59,7 +60,7 @@ class KeysumParams:
     @property
     def ciphertext_bytes(self) -> int:
         """Length of one packed ciphertext."""
-        return self.blocks * N * COEFFICIENT_BYTES
+        return self.blocks * BLOCK_BYTES
 
 
 def choose(spec: SumSpec) -> KeysumParams:

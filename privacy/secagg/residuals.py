@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common.errors import SecureSumError
+from fedveil.common.threads import mapped
 from fedveil.privacy.secagg import lattice
 from fedveil.privacy.secagg.params import VARIANCE, KeysumParams, N
 
@@ -19,7 +20,7 @@ EXCESS = 1.5
 
 
 class Reader:
-    """Reads the values of a sum from its phases, which are given in order, a few blocks at a time.
+    """Reads the values of a sum from its phases, a few blocks at a time; threads may read different blocks.
 
     Args:
         members: how many contributions were added.
@@ -28,37 +29,38 @@ class Reader:
 
     def __init__(self, params: KeysumParams, members: int, length: int, bound: int) -> None:
         self._params, self._members, self._length, self._bound = params, members, length, bound
-        self._per_block = params.per_coefficient * N
-        self._out = np.empty(params.blocks * self._per_block, np.int64)
-        self._done = 0
+        self._out = np.empty((params.blocks, params.per_coefficient, N), np.int64)
 
-    def take(self, phases: NDArray[np.uint64]) -> bool:
-        """Read the next ``(blocks, N)`` phases, which are changed; False if a block's errors are not honest ones.
+    def take(self, first: int, phases: NDArray[np.uint64]) -> bool:
+        """Read ``(blocks, N)`` phases from block ``first`` on, which are changed; False if errors are not honest ones.
 
         Raises:
             SecureSumError: a packed value left its place: the sum left the bound of the plan.
         """
-        found = values(phases, self._params, self._members)
-        if found is None:
-            return False
-        self._out[self._done * self._per_block : (self._done + len(found)) * self._per_block] = found.reshape(-1)
-        self._done += len(found)
-        return True
+        return values(phases, self._params, self._members, self._out[first : first + len(phases)])
+
+    def take_all(self, packed: bytes | memoryview) -> bool:
+        """Read all phases, 7 bytes each, over threads; :class:`WireError` if one is not below q."""
+        read = mapped(lambda p: self.take(p[0], lattice.from_bytes(p[1])), lattice.chunks(packed))
+        return all(read)
 
     @property
     def values(self) -> NDArray[np.int64]:
         """``(length,)``; :class:`SecureSumError` if a value is beyond the bound."""
-        opened = self._out[: self._length]
+        opened = self._out.reshape(-1)[: self._length]
         if max(int(opened.max()), -int(opened.min())) > self._bound:
             raise SecureSumError("the sum left the bound declared in the plan", hint="the plan's range is too small")
         return opened
 
 
-def values(phases: NDArray[np.uint64], params: KeysumParams, members: int) -> NDArray[np.int64] | None:
-    """The packed values of ``(blocks, N)`` phases without blinding, which are changed in place.
+def values(phases: NDArray[np.uint64], params: KeysumParams, members: int, out: NDArray[np.int64]) -> bool:
+    """Read the packed values of ``(blocks, N)`` phases without blinding, which are changed in place.
+
+    Args:
+        out: (blocks, k, N), filled with them.
 
     Returns:
-        (blocks, k, N) integers, or None if a block's errors are not those of a sum of ``members`` honest sites.
+        Whether a block's errors are those of a sum of ``members`` honest sites; otherwise ``out`` means nothing.
 
     Raises:
         SecureSumError: a packed value left its place: the sum left the bound of the plan.
@@ -67,8 +69,9 @@ def values(phases: NDArray[np.uint64], params: KeysumParams, members: int) -> ND
     phases = lattice.reduce(phases.view(np.int64))
     message, error = rounded(phases, params)
     if float(np.einsum("ij,ij->i", error, error).max()) > EXCESS * VARIANCE * members * N:
-        return None
-    return lattice.unpack_values(message, params)
+        return False
+    lattice.unpack_values(message, params, out)
+    return True
 
 
 def rounded(phases: NDArray[np.uint64], params: KeysumParams) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:

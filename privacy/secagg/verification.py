@@ -14,25 +14,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.common import canonical
 from fedveil.common.errors import SecureSumError, UnverifiedOpening
+from fedveil.common.threads import mapped
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet, sha256
 from fedveil.privacy.secagg import _seal, lattice, residuals, shamir
 from fedveil.privacy.secagg import fingerprint as fingerprints
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.blinding import GroupKey
+from fedveil.privacy.secagg.fingerprint import Fingerprint
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
-from fedveil.privacy.secagg.params import HALF_BITS, choose
+from fedveil.privacy.secagg.params import BLOCK_BYTES, HALF_BITS, choose
 
-_last: list[tuple[tuple[str, ...], NDArray[np.int64]]] = []  # one: the virtual sites of a process verify the same sum
+# One opening: the virtual sites of a process verify the same sum.
+_last: list[tuple[tuple[str, ...], bytes, NDArray[np.int64]]] = []
 
 
 def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None = None) -> NDArray[np.int64]:
@@ -44,17 +47,17 @@ def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None
         opening: the parts of ``packet``.
         group: the site's group key, where sums are blinded.
     """
+    data = packet.buffers[BUFFERS[KEYSUM]]
     seen = (
-        spec.session, spec.roster.hash, spec.plan_hash, sha256(packet.buffers[BUFFERS[KEYSUM]]),
-        canonical.digest(packet.header), group.digest if group else "",
+        spec.session, spec.roster.hash, spec.plan_hash, canonical.digest(packet.header), group.digest if group else "",
     )  # fmt: skip
-    for before, values in _last:
-        if before == seen:
+    for before, buffer, values in _last:
+        if before == seen and buffer == data:
             return values
     blinds = group.streams(spec.session, opening.round, opening.nonce, tuple(opening.members)) if group else ()
     values = verify(spec, opening, blinds)
     values.flags.writeable = False
-    _last[:] = [(seen, values)]
+    _last[:] = [(seen, data, values)]
     return values
 
 
@@ -71,15 +74,7 @@ def verify(spec: SumSpec, opening: Opening, blinds: Sequence[lattice.Uniform] = 
     """
     reader = residuals.Reader(choose(spec), len(opening.members), spec.length, spec.bound)
     try:
-        for phases in checked(spec, opening):
-            clear = phases
-            for blind in blinds:
-                clear = lattice.reduce((clear - blind.take(len(clear))).view(np.int64))
-            if not reader.take(clear):
-                raise UnverifiedOpening(
-                    f"the sum of round {opening.round} does not open to a sum of honest sites: too large errors",
-                    hint="a helper's answer, or a member's ciphertext or share, was wrong",
-                )
+        check(spec, opening, blinds, reader)
         return reader.values
     except UnverifiedOpening:
         raise
@@ -87,26 +82,60 @@ def verify(spec: SumSpec, opening: Opening, blinds: Sequence[lattice.Uniform] = 
         raise UnverifiedOpening(e.message, hint=e.hint) from e
 
 
-def checked(spec: SumSpec, opening: Opening) -> Iterator[NDArray[np.uint64]]:
-    """The phases of an opened sum, a few blocks at a time. They are verified only when the last was taken.
+class _Chunk(NamedTuple):
+    """Packed phases from block ``first`` on, and what is taken from a sequence of its own for them."""
+
+    first: int
+    phases: memoryview
+    public: NDArray[np.uint64]
+    weights: fingerprints.Drawn
+    blinds: list[NDArray[np.uint64]]
+
+
+class _Checked(NamedTuple):
+    fingerprint: Fingerprint
+    ciphertexts: bytes
+    honest: bool
+
+
+def check(
+    spec: SumSpec,
+    opening: Opening,
+    blinds: Sequence[lattice.Uniform] = (),
+    reader: residuals.Reader | None = None,
+) -> None:
+    """Verify an opened sum, chunk by chunk over threads, and read its values where there is a ``reader``.
 
     Raises:
-        UnverifiedOpening: see :func:`verify`; here the errors are not judged.
+        UnverifiedOpening: see :func:`verify`; without a reader the errors are not judged.
         WireError: a phase is not below q.
     """
     key = _key(spec, opening)
     challenge = _vouched(spec, opening)
-    engine, public = (
-        _seal.engine(choose(spec).plain_bits),
-        lattice.PublicPolynomials(spec.session, opening.round, opening.nonce),
-    )
-    weights, total = fingerprints.Weights(challenge), hashlib.sha256()
-    for phases in opening.chunks():
-        product = engine.multiply(public.take(len(phases)), key)
-        ciphertexts = lattice.reduce((phases - product).view(np.int64))
-        weights.take(ciphertexts)
-        total.update(lattice.to_bytes(ciphertexts))
-        yield phases
+    engine, weights, total = _seal.engine(choose(spec).plain_bits), fingerprints.Weights(challenge), hashlib.sha256()
+    public, transformed = lattice.PublicPolynomials(spec.session, opening.round, opening.nonce), engine.transformed(key)
+
+    def chunks() -> Iterator[_Chunk]:
+        for first, data in lattice.chunks(opening.phases):
+            size = len(data) // BLOCK_BYTES
+            yield _Chunk(first, data, public.take(size), weights.draw(size), [b.take(size) for b in blinds])
+
+    def checked(chunk: _Chunk) -> _Checked:
+        phases, product = lattice.from_bytes(chunk.phases), engine.product(chunk.public, transformed)
+        ciphertexts = lattice.reduce(np.subtract(phases, product, out=product).view(np.int64))
+        part, packed = weights.part(ciphertexts, chunk.weights), lattice.to_bytes(ciphertexts)
+        for blind in chunk.blinds:
+            phases = lattice.reduce(np.subtract(phases, blind, out=phases).view(np.int64))
+        return _Checked(part, packed, reader is None or reader.take(chunk.first, phases))
+
+    for found in mapped(checked, chunks()):
+        if not found.honest:
+            raise UnverifiedOpening(
+                f"the sum of round {opening.round} does not open to a sum of honest sites: too large errors",
+                hint="a helper's answer, or a member's ciphertext or share, was wrong",
+            )
+        weights.add(found.fingerprint)
+        total.update(found.ciphertexts)
     if total.hexdigest() != opening.total:
         raise UnverifiedOpening(
             f"the sum of round {opening.round} is not the one whose hash its members were asked about"

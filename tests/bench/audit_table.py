@@ -201,7 +201,7 @@ def dropped_when_encrypted():
 def divisor_from_answers():
     """The server divides by what it guesses from the sum's members, not by the plan's constant."""
     step = ModelState.step
-    return patch.object(ModelState, "step", lambda self, plan, opened: step(self, plan, opened * plan.sites / 4))
+    return patch.object(ModelState, "step", lambda self, plan, s, unit: step(self, plan, s * plan.sites / 4, unit))
 
 
 def in_order():

@@ -17,6 +17,7 @@ from flwr.app import Context, RecordDict
 from threadpoolctl import threadpool_info
 
 from fedveil.common import settings as files
+from fedveil.common import threads
 from fedveil.common.errors import ConfigError, JournalError
 from fedveil.common.settings import SiteSettings
 from fedveil.deploy import preflight, site_process
@@ -162,16 +163,17 @@ def test_threads_are_capped_in_every_library() -> None:
         _ = np.ones((2, 2)) @ np.ones((2, 2))
         return max(x["num_threads"] for x in threadpool_info())
 
-    before = torch.get_num_threads(), most()
+    before, own = (torch.get_num_threads(), most()), threads.in_use()
     torch.set_num_threads(2)
     site_process.threadpool_limits(2)
     try:
         assert (torch.get_num_threads(), most()) == (2, 2)
         site_process.cap_resources(files.TrainingSection(threads=1), "cpu")
-        assert (torch.get_num_threads(), most()) == (1, 1)
+        assert (torch.get_num_threads(), most(), threads.in_use()) == (1, 1, 1)
     finally:
         torch.set_num_threads(before[0])
         site_process.threadpool_limits(before[1])
+        threads.use(own)
 
 
 def test_more_threads_than_the_machine_has_are_refused(monkeypatch) -> None:

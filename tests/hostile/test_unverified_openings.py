@@ -18,7 +18,7 @@ from fedveil.privacy.secagg import _seal, lattice, residuals, shamir, verificati
 from fedveil.privacy.secagg import fingerprint as fingerprints
 from fedveil.privacy.secagg import keysum_common as messages
 from fedveil.privacy.secagg.keysum_opening import Answer, Opening, Vouched, answers_digest
-from fedveil.privacy.secagg.params import N, Q, choose
+from fedveil.privacy.secagg.params import Q, choose
 from fedveil.privacy.secagg.server import server_sum
 
 VALUES = np.arange(6)
@@ -54,12 +54,12 @@ class Round:
         """The sum of ciphertexts that an opening claims."""
         p, key = choose(self.w.spec), verification._key(self.w.spec, o)
         a = lattice.PublicPolynomials(self.w.spec.session, o.round, o.nonce).take(p.blocks)
-        x = np.concatenate(list(o.chunks()))
+        x = lattice.from_bytes(o.phases)
         return lattice.reduce((x - _seal.engine(p.plain_bits).multiply(a, key)).view(np.int64))
 
     def shifted(self, o: Opening) -> Opening:
         """The phases of a sum that is one larger in its first value."""
-        x = np.concatenate(list(o.chunks()))
+        x = lattice.from_bytes(o.phases)
         x[0, 0] = (int(x[0, 0]) + choose(self.w.spec).delta) % Q
         return replace(o, phases=lattice.to_bytes(x))
 
@@ -75,6 +75,13 @@ def test_an_honest_sum_is_taken_by_every_site_and_verified_once(new_world, monke
         with pytest.raises(ValueError, match="read-only"):
             values[0] = 1
     assert len(calls) == 1
+    data = packet.buffers["opening"]
+    first = r.w.sites[r.w.names[0]]
+    first.opened(Packet(dict(packet.header), {"opening": bytes(bytearray(data))}))  # equal bytes, other objects
+    assert len(calls) == 1
+    with pytest.raises(UnverifiedOpening):
+        first.opened(Packet(packet.header, {"opening": data[:-1] + bytes([data[-1] ^ 1])}))
+    assert len(calls) == 2
 
 
 def x_alone(r: Round, o: Opening) -> Opening:
@@ -89,7 +96,7 @@ def x_and_hash(r: Round, o: Opening) -> Opening:
 
 def x_that_any_error_would_hide(r: Round, o: Opening) -> Opening:
     """The server moves x within what rounding hides: the values stay."""
-    x = np.concatenate(list(o.chunks()))
+    x = lattice.from_bytes(o.phases)
     x[0, 0] = (int(x[0, 0]) + 1) % Q
     return replace(o, phases=lattice.to_bytes(x))
 
@@ -244,7 +251,7 @@ def test_a_sum_of_keys_that_a_helper_moved_with_an_x_that_fits_is_refused_for_it
             w.sites[w.names[0]].opened(o.packet(w.spec))
         return
     monkeypatch.setattr(residuals, "EXCESS", np.inf)
-    monkeypatch.setattr(residuals.lattice, "unpack_values", lambda m, p: np.zeros((len(m), p.per_coefficient, N), int))
+    monkeypatch.setattr(residuals.lattice, "unpack_values", lambda m, p, out: out.fill(0))
     w.sites[w.names[0]].opened(o.packet(w.spec))
 
 

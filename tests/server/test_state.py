@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedveil.common import canonical, identity
+from fedveil.common import canonical, identity, threads
 from fedveil.common.errors import DataError, FedveilError, JournalError, RunAborted, StoreError
 from fedveil.common.files import write_durably
 from fedveil.common.journal import Journal
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy import server_process
 from fedveil.deploy.lab import virtual_sites
+from fedveil.privacy import optimiser
 from fedveil.privacy.optimiser import ModelState
 from fedveil.server import checkpoints
 from fedveil.server import job as jobs
@@ -46,6 +47,36 @@ class TestStep:
         start = ModelState(np.zeros(8), np.full(8, 1.7e308))
         with pytest.raises(RunAborted, match="diverged"), np.errstate(over="ignore", invalid="ignore"):
             start.step(plans(), np.full(8, bad * 40))
+
+    @pytest.mark.parametrize("size", [1, 9, 10, 11, 95])
+    @pytest.mark.parametrize("more", [{"momentum": 0.9}, {"mode": "client", "few_clients": True, "local_steps": 5}])
+    def test_chunks_and_threads_take_the_step_of_the_whole(self, plans, monkeypatch, size, more):
+        plan, rng = plans(**more), np.random.default_rng(size)
+        state = ModelState(rng.normal(size=size), rng.normal(size=size), 4)
+        opened = rng.integers(-(1 << 40), 1 << 40, size)
+        gradient = opened.astype(np.float64) * plan.grid / plan.divisor
+        velocity = plan.optimizer.momentum * state.velocity + gradient
+        rate = 1.0 if plan.mode == "client" else plan.optimizer.learning_rate
+        expected = ModelState(state.weights - rate * velocity, velocity, 5)
+        monkeypatch.setattr(optimiser, "_CHUNK", 10)
+        for count in (1, 2, 3):
+            monkeypatch.setattr(threads, "_count", [count])
+            after = state.after(plan, opened)
+            assert (after.data, after.digest, after.hash) == (expected.data, expected.digest, expected.hash)
+
+    def test_what_was_last_computed_is_shared_for_equal_sums_that_cannot_change_and_for_no_other(self, plans):
+        plan, state = plans(), ModelState.start(np.zeros(8, np.float32))
+        opened, same = np.arange(8), np.arange(8)
+        first = state.after(plan, opened)
+        assert state.after(plan, opened) is not first, "it could have been written to"
+        opened.flags.writeable = False
+        first = state.after(plan, opened)
+        assert state.after(plan, opened) is state.after(plan, same) is first
+        assert first.data == ModelState.load(state.data).after(plan, same).data
+        for other in (same + 1, -same):
+            assert state.after(plan, other).data != first.data
+        assert first.after(plan, opened).data != first.data
+        assert state.after(plans(momentum=0.25), opened) is not first
 
     def test_what_is_sent_is_what_the_hash_names(self):
         state = ModelState(np.array([1.0, 1e-50]), np.zeros(2))

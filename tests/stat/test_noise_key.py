@@ -1,4 +1,4 @@
-"""Where the noise comes from: 32 bytes of the operating system's randomness, drawn anew for every release."""
+"""Where the noise comes from: 32 bytes of the operating system's randomness, anew for every chunk of every release."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedveil.client import round as line
+from fedveil.common import threads
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.lab.audit.implementation import InProcess
 from fedveil.privacy.audit.share_checks import fresh_keys
@@ -63,6 +64,29 @@ def test_one_draw_of_noise_takes_one_key_of_256_bits(watched: Watched, size: int
     assert [len(k) for k in watched.drawn] == [32] * 3
     assert watched.keys == [(k, bytes(16)) for k in watched.drawn]  # the key is what was drawn, and nothing else
     assert len(set(watched.drawn)) == 3
+
+
+@pytest.mark.parametrize(("size", "chunks"), [(999, 1), (1000, 1), (1001, 2), (2500, 3)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_chunk_of_a_draw_has_a_key_of_its_own(watched: Watched, monkeypatch, size, chunks, count) -> None:
+    monkeypatch.setattr(noise, "_CHUNK", 1000)
+    monkeypatch.setattr(threads, "_count", [count])
+    assert discrete_gaussian(1e9, size).shape == (size,)
+    assert [len(k) for k in watched.drawn] == [32] * chunks
+    assert len({k for k, _ in watched.keys}) == len(watched.keys) == chunks
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_chunks_share_no_values_and_would_under_one_key(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(noise, "_CHUNK", 1000)
+    monkeypatch.setattr(threads, "_count", [count])
+    assert np.unique(discrete_gaussian(2.0**45, 5000)).size > 4990
+
+    def same(self: KeyStream) -> None:
+        self._encryptor = Cipher(algorithms.AES(bytes(32)), modes.CTR(bytes(16))).encryptor()
+
+    monkeypatch.setattr(KeyStream, "__init__", same)  # negative control
+    assert np.unique(discrete_gaussian(2.0**45, 5000)).size <= 1000
 
 
 def test_every_release_of_every_site_has_a_key_of_its_own(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

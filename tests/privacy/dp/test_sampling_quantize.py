@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+from fedveil.common import threads
 from fedveil.common.errors import DataError, PlanError
+from fedveil.privacy.dp import quantize
 from fedveil.privacy.dp.quantize import to_grid
 from fedveil.privacy.dp.sampling import poisson_sample
 
@@ -91,3 +93,22 @@ def test_order_of_clamp_and_grid_known_answer() -> None:
 def test_what_is_no_number_never_reaches_the_grid(bad) -> None:
     with pytest.raises(DataError, match="NaN or an infinity"):
         to_grid(np.array([0.0, bad, 1.0]), 1.0, 0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 9, 10, 11, 39, 40, 41, 123])
+def test_chunks_and_threads_give_the_grid_of_the_whole(count, size, monkeypatch) -> None:
+    values = np.random.default_rng(size).normal(0, 3, size)
+    whole = np.rint(np.clip(values, -4, 4) / 0.1).astype(np.int64)
+    monkeypatch.setattr(threads, "_count", [count])
+    monkeypatch.setattr(quantize, "_CHUNK", 10)
+    monkeypatch.setattr(quantize, "_PIECE", 40)
+    before = values.copy()
+    assert np.array_equal(to_grid(values, 4.0, 0.1), whole)
+    assert np.array_equal(to_grid(values.reshape(1, -1), 4.0, 0.1), whole[None])
+    assert np.array_equal(values, before)
+    for at in (0, size // 2, size - 1):
+        values[at] = math.nan
+        with pytest.raises(DataError):
+            to_grid(values, 4.0, 0.1)
+        values[at] = 0.0

@@ -9,7 +9,7 @@ import pytest
 
 from fedveil.common.errors import ProtocolError, SecureSumError, UnverifiedOpening, WireError
 from fedveil.common.wire import Packet, sha256
-from fedveil.privacy.secagg import shamir
+from fedveil.privacy.secagg import lattice, shamir
 from fedveil.privacy.secagg.keysum_common import sign_header
 from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.params import N, Q
@@ -37,7 +37,7 @@ def test_every_site_reads_the_blinded_sum_and_the_server_does_not(blind):
 def test_what_the_server_holds_is_uniform_also_for_a_sum_of_zeros(blind):
     s = blind(length=16 * 4 * N, bound=1447)
     s.sum(1, dict.fromkeys(s.names, np.zeros(s.spec.length, np.int64)))
-    held = np.concatenate(list(Opening.parse(s.spec, s.server.opened()).chunks())).reshape(-1)
+    held = lattice.from_bytes(Opening.parse(s.spec, s.server.opened()).phases).reshape(-1)
     counts = np.bincount((held.astype(np.float64) * 64 / Q).astype(int), minlength=64)
     expected = held.size / 64
     assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 8 * math.sqrt(2 * 63)

@@ -24,7 +24,7 @@ def uniform(blocks: int) -> np.ndarray:
 def by_integers(challenge: str, x: np.ndarray) -> tuple[int, ...]:
     """The definition, in Python's integers."""
     weights = fingerprints.Weights(challenge)
-    v = weights._v.astype(np.int64).astype(object)
+    v = weights._v.T.astype(np.int64).astype(object)
     u = (weights._u.words(len(x) * fingerprints.ROWS) & fingerprints._MASK_56).reshape(-1, fingerprints.ROWS)
     return tuple(int(k) % Q for k in (u.astype(object) * x.astype(object).dot(v)).sum(0))
 
@@ -60,7 +60,7 @@ def test_doubles_are_exact_where_all_products_are_largest(value, monkeypatch):
         class Extreme(fingerprints.Weights):
             def __init__(self, challenge: str, sign: int = sign) -> None:
                 super().__init__(challenge)
-                self._v = np.full((N, fingerprints.ROWS), sign * 2.0**25)
+                self._v = np.full((fingerprints.ROWS, N), sign * 2.0**25)
 
         monkeypatch.setattr(fingerprints, "Weights", Extreme)
         assert fingerprints.of(CHALLENGES[1], lattice.to_bytes(x)) == by_integers(CHALLENGES[1], x)
@@ -80,7 +80,8 @@ def test_fingerprints_add_up_as_ciphertexts_do_however_they_are_cut(pieces, chal
     found = [fingerprints.of(challenge, lattice.to_bytes(part)) for part in parts]
     weights, at = fingerprints.Weights(challenge), 0
     for piece in pieces:
-        weights.take(total[at : at + piece])
+        some = total[at : at + piece]
+        weights.add(weights.part(some, weights.draw(len(some))))
         at += piece
     assert fingerprints.added(found) == weights.sums
     assert fingerprints.from_bytes(fingerprints.to_bytes(weights.sums)) == weights.sums
