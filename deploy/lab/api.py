@@ -21,7 +21,7 @@ from fedveil.deploy.lab.simulate import Config, check, make_plan, recipe, run_sp
 from fedveil.deploy.lab.sites import Sites
 
 _SWEEP = "sweep.json"
-_OWN = {"clients", "dataset", "target", "test", "alpha"}  # these are the records' matter
+_OWN = {"clients", "dataset", "target", "test", "by"}  # these are the records' matter
 
 
 def simulate(
@@ -102,7 +102,7 @@ def sweep(
     What is in ``out`` from before is not run again, so that a sweep that was stopped goes on.
 
     Args:
-        network, sites: as for :func:`simulate`. A seed decides the first weights; the records stay where they are.
+        network, sites: as for :func:`simulate`. A seed decides the first weights, and how the records are dealt out.
         seeds: how many, or which.
         out: the folder of all runs; by default ``runs/<time>``.
         workers: processes; by default one for each core.
@@ -123,20 +123,21 @@ def sweep(
     ]
     _claim(folder, varied, [asdict(config) for config, _ in todo])
     names = [_name(config) for config, _ in todo]
-    for config, _ in todo:
-        make_plan(config, sites)  # refused before the first run begins
-    left = [(c, folder / n) for (c, _), n in zip(todo, names, strict=True) if not _ended(folder / n)]
-    _run_all(left, sites, min(workers or os.cpu_count() or 1, max(1, len(left))))
+    dealt = {seed: replace(sites.again(seed) if sites.again else sites, again=None) for seed in chosen}
+    for config, seed in todo:
+        make_plan(config, dealt[seed])  # refused before the first run begins
+    left = [(c, folder / n, dealt[s]) for (c, s), n in zip(todo, names, strict=True) if not _ended(folder / n)]
+    _run_all(left, min(workers or os.cpu_count() or 1, max(1, len(left))))
     return Runs([Run(folder / name) for name in names], varied)
 
 
-def _run_all(left: list[tuple[Config, Path]], sites: Sites, workers: int) -> None:
+def _run_all(left: list[tuple[Config, Path, Sites]], workers: int) -> None:
     if workers == 1 or len(left) <= 1:
-        for config, folder in left:
-            _one(config, folder, sites)
+        for job in left:
+            _one(*job)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_one, config, folder, sites) for config, folder in left]
+        jobs = [pool.submit(_one, *job) for job in left]
         for job in as_completed(jobs):
             job.result()
 

@@ -99,6 +99,30 @@ class ByGroup:
         return [np.flatnonzero(self.groups == g) for g in range(clients)]
 
 
+_NAMED = {"dirichlet": (Dirichlet, float, 0.5), "shards": (Shards, int, 2), "quantity": (Quantity, float, 0.5)}
+FORMS = "iid, dirichlet:0.3, shards:2, quantity:0.5, or column:NAME"
+
+
+def parse(text: str) -> str | Partition:
+    """The rule that a command line names, for example ``dirichlet:0.3``; for ``column:NAME`` the name.
+
+    Raises:
+        UsageError: none of :data:`FORMS`.
+    """
+    name, _, value = text.partition(":")
+    if name == "column" and value:
+        return value
+    if name == "iid" and not value:
+        return Iid()
+    if name in _NAMED:
+        make, kind, usual = _NAMED[name]
+        try:
+            return make(kind(value) if value else usual)
+        except ValueError:
+            pass
+    raise UsageError(f"records cannot be dealt out by {text[:64]!r}", hint=FORMS)
+
+
 def _positive(what: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise UsageError(f"{what} is {value!r}", hint="a number above 0; 0.1 is very uneven, 100 nearly even")

@@ -38,11 +38,7 @@ class Report:
         if not self.path.exists():
             raise VerificationError(f"{self.path.parent} holds no report", hint="simulate(..., report=True)")
         found = verify_report(self.path)
-        if not found.ok:
-            raise VerificationError(
-                f"{len(found.failed)} checks of {self.path} failed: {', '.join(c.name for c in found.failed)}",
-                hint="'fedveil audit verify' says what differs",
-            )
+        found.raise_for_failure()
         return found
 
     @property

@@ -50,7 +50,7 @@ class Runs(Sequence[Run]):
         return [m for m in self._runs[0].metrics if all(m in run.metrics for run in self._runs)]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row for each combination: the settings, the number of seeds, and mean and standard error of each metric."""
+        """One row for each combination: settings, number of seeds, mean and standard error of each metric."""
         rows: list[dict[str, Any]] = []
         for values, runs in self.groups().items():
             row: dict[str, Any] = {**dict(zip(self.varied, values, strict=True)), "seeds": len(runs)}

@@ -38,7 +38,7 @@ class Config:
     mode: str = "distributed"
     sum: str = "keysum"
     engine: str = "inprocess"
-    alpha: float | None = None
+    by: str = "iid"
     colluders: int | None = None
     dropouts: int | None = None
     steps: int | None = None
@@ -56,6 +56,20 @@ class Config:
     sample_rate: float | None = None
     local_steps: int | None = None
     noise_multiplier: float | None = None
+
+
+def sizes(text: str | None) -> tuple[int, ...] | None:
+    """The sizes in ``64,32``; None for None.
+
+    Raises:
+        UsageError: other text.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
+        raise UsageError(f"--hidden {text[:64]!r} holds no sizes", hint="whole numbers with commas, for example 64,32")
+    return tuple(map(int, parts))
 
 
 def recipe(config: Config, sites: Sites) -> Recipe:
@@ -112,11 +126,12 @@ def make_plan(config: Config, sites: Sites) -> PrivacyPlan:
 
 def sites_of(config: Config) -> Sites:
     """The records that ``config`` names, dealt out."""
-    from fedveil.deploy.lab.partition import Dirichlet
+    from fedveil.deploy.lab.partition import parse
     from fedveil.deploy.lab.split import split
 
-    by = None if config.alpha is None else Dirichlet(config.alpha)
-    return split(config.dataset, config.target, clients=config.clients, test=config.test, by=by, seed=config.seed)
+    by = parse(config.by)
+    clients = None if isinstance(by, str) else config.clients
+    return split(config.dataset, config.target, clients=clients, test=config.test, by=by, seed=config.seed)
 
 
 def run(config: Config, out: Path, *, progress: Progress | None = None, report: bool = True) -> Outcome:
@@ -160,7 +175,7 @@ def run_split(
         progress("plan", {"warnings": warnings(plan)})
     virtual_sites.fit_threads(plan.model.parameters)
     started = time.perf_counter()
-    world = virtual_sites.World.make(config.clients)
+    world = virtual_sites.World.make(len(records))
     cap = config.cap or plan.filter_epsilon()
     options: dict[str, Any] = {"progress": progress} if progress else {}
     job = jobs.create(
@@ -225,11 +240,6 @@ def check(config: Config) -> None:
             config.cap is not None and not 0 < config.cap < inf,
             f"cap = {config.cap!r} must be positive",
             "--cap takes an epsilon above 0",
-        ),
-        (
-            config.alpha is not None and not 0 < config.alpha < inf,
-            f"alpha = {config.alpha!r} must be positive",
-            "--alpha takes a number above 0",
         ),
         (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is out of range", "--seed takes 0 to 4294967295"),
     ):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ class Sites:
         labels: what each class is; empty where nothing is known.
         names: what each site is called in the source; empty where they were dealt out by chance.
         source: the data in a word, for a run's folder.
+        again: deals out the same records under another seed; None where nobody can.
     """
 
     parts: list[Records]
@@ -33,6 +35,7 @@ class Sites:
     labels: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     source: str = "records"
+    again: Callable[[int], Sites] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,19 @@ def split(
 
         if isinstance(by, str):
             raise UsageError(f"the data set {data!r} has no column {by!r}", hint="Dirichlet, Shards or Quantity")
-        return datasets.load(data, 20 if clients is None else clients, seed, by=by)
+        count, rule = 20 if clients is None else clients, by
+        return _repeatable(lambda s: datasets.load(data, count, s, by=rule), seed)
     found, source = _encoded(data, target, by if isinstance(by, str) else None)
+    return _repeatable(lambda s: _dealt(found, source, clients, test, by, s), seed)
+
+
+def _repeatable(deal: Callable[[int], Sites], seed: int) -> Sites:
+    return replace(deal(seed), again=lambda s: _repeatable(deal, s))
+
+
+def _dealt(
+    found: tables.Encoded, source: str, clients: int | None, test: float, by: str | Partition | None, seed: int
+) -> Sites:
     rng = np.random.default_rng(seed)  # noqa: TID251 - public data
     held, kept = _held_out(found, test, rng)
     names: tuple[str, ...] = ()

@@ -66,6 +66,8 @@ def encode(columns: dict[str, Column], target: str | None, group: str | None = N
             raise UsageError(f"the table has no column {name[:64]!r}", hint=f"it has {', '.join(list(columns)[:20])}")
     if target is None:
         raise UsageError("which column holds the class?", hint=f"target=... one of {', '.join(list(columns)[:20])}")
+    if len({len(column) for column in columns.values()}) > 1:
+        raise DataError("columns of different lengths", hint="one value of each column for each record")
     y, labels = classes_of(columns[target], f"the column {target!r}")
     inputs: list[NDArray[np.float32]] = []
     features: list[str] = []
