@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedveil.deploy.lab.choices import NETWORKS, listed
 
+if TYPE_CHECKING:
+    from fedveil.deploy.lab.simulate import Config
+    from fedveil.deploy.lab.sites import Sites
+    from fedveil.privacy.plan import PrivacyPlan
+
 _DATA, _TRAINING = "Records", "Training (by default the data set's recipe, or what is proposed and printed)"
 _PRIVACY, _RUN = "Privacy and trust", "The run"
+_CLIENTS = 20
 
 
 def _option(panel: str, help: str, **more: Any) -> Any:
@@ -18,7 +24,7 @@ def _option(panel: str, help: str, **more: Any) -> Any:
 
 
 def simulate(
-    clients: Annotated[int, _option(_DATA, "Number of virtual clients.")] = 20,
+    clients: Annotated[int, _option(_DATA, "Number of virtual clients.")] = _CLIENTS,
     dataset: Annotated[str, _option(_DATA, listed("dataset") + ", or a .csv or .parquet file.")] = "digits",
     target: Annotated[str | None, _option(_DATA, "Column of a file that holds the class.")] = None,
     by: Annotated[
@@ -26,6 +32,14 @@ def simulate(
         _option(_DATA, "How records are dealt out: iid, dirichlet:0.3, shards:2, quantity:0.5, or column:NAME."),
     ] = "iid",
     test: Annotated[float, _option(_DATA, "Share of a file's records held out as the public test table.")] = 0.2,
+    federation: Annotated[
+        Path | None,
+        _option(
+            _DATA,
+            "Rehearse this federation.toml: plan, network and optimiser are its own, the table (--dataset FILE, or its "
+            "public_test) is encoded by its contract.",
+        ),
+    ] = None,
     network: Annotated[str | None, _option(_TRAINING, ", ".join(NETWORKS) + ".")] = None,
     hidden: Annotated[str | None, _option(_TRAINING, "Sizes of the network, for example 64,32.")] = None,
     steps: Annotated[int | None, _option(_TRAINING, "Number of secure sums.")] = None,
@@ -65,4 +79,29 @@ def simulate(
         engine=engine, colluders=colluders, dropouts=dropouts, seed=seed, force=force, cap=cap,
         drop_rate=drop_rate, reveal_to=reveal_to, committee=committee,
     )  # fmt: skip
-    lab.command(config, seeds, out)
+    if federation is None:
+        lab.command(config, seeds, out)
+    else:
+        _rehearse(federation, config, clients if clients != _CLIENTS else None, seeds, out)
+
+
+def _rehearse(path: Path, config: Config, clients: int | None, seeds: int, out: Path | None) -> None:
+    """The settings of a real run over virtual sites: as many as the roster has, or as ``--clients`` says."""
+    from fedveil.common import settings as tomls
+    from fedveil.deploy.cli.plan import contract_of, roster_size
+    from fedveil.deploy.lab import rehearsal
+    from fedveil.deploy.lab import simulate as lab
+    from fedveil.privacy.planning import plan_from_settings
+
+    settings = tomls.load(path, tomls.Federation)
+    contract, _ = contract_of(settings)
+    table = Path(config.dataset) if "." in config.dataset else None
+    count = clients or roster_size(settings)
+
+    def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
+        sites = rehearsal.sites_for(
+            settings, contract, table, clients=count, by=config.by, seed=config.seed, test=config.test
+        )
+        return rehearsal.config_for(settings, config, sites), sites, plan_from_settings(settings, contract, count)
+
+    lab.command(config, seeds, out, prepared)

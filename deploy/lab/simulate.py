@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fedveil.server.job import Progress
 
 
+Prepare = Callable[["Config"], "tuple[Config, Sites, PrivacyPlan]"]
+
+
 @dataclass(frozen=True)
 class Config:
     """One simulation, as its run folder records it."""
@@ -140,9 +143,7 @@ def run(config: Config, out: Path, *, progress: Progress | None = None, report: 
     Raises:
         FedveilError: the plan is refused, or the run could not begin.
     """
-    check(config)
-    sites = sites_of(config)
-    return run_split(config, sites, make_plan(config, sites), out, progress=progress, report=report)
+    return run_split(*prepared(config), out, progress=progress, report=report)
 
 
 def run_split(
@@ -293,10 +294,18 @@ def _write_report(out: Path, world: virtual_sites.World) -> None:
     write_curve(out)
 
 
-def command(config: Config, seeds: int, out: Path | None) -> None:
+def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
+    """What a simulation needs before it begins; :class:`FedveilError` for what cannot be simulated."""
+    check(config)
+    sites = sites_of(config)
+    return config, sites, make_plan(config, sites)
+
+
+def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = prepared) -> None:
     """Run ``config`` once for each of ``seeds`` seeds, its own and those after it, and show the outcomes.
 
     Args:
+        prepare: gives the records and the plan of one seed.
         out: the run's folder, or the folder of all seeds' runs; None: ``runs/<time>``.
 
     Raises:
@@ -312,9 +321,7 @@ def command(config: Config, seeds: int, out: Path | None) -> None:
     for seed in range(config.seed, config.seed + seeds):
         own = folder if seeds == 1 else folder / f"seed-{seed}"
         title = f"simulate {config.dataset}" + (f", seed {seed}" if seeds > 1 else "")
-        check(one := replace(config, seed=seed))
-        records = sites_of(one)
-        plan = make_plan(one, records)
+        one, records, plan = prepare(replace(config, seed=seed))
         with Display(title, plan.steps) as display:
             outcomes.append(run_split(one, records, plan, own, progress=display.progress))
         if seeds > 1:  # after each seed: these outcomes stay if the next run fails

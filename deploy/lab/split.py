@@ -12,7 +12,7 @@ import numpy as np
 from fedveil.common.errors import DataError, UsageError
 from fedveil.common.units import MAX_SITES
 from fedveil.deploy.lab import tables
-from fedveil.deploy.lab.partition import ByGroup, Iid, Partition, Random
+from fedveil.deploy.lab.partition import ByGroup, Iid, Index, Partition, Random
 from fedveil.deploy.lab.sites import Sites
 
 
@@ -63,7 +63,7 @@ def _dealt(
     found: tables.Encoded, source: str, clients: int | None, test: float, by: str | Partition | None, seed: int
 ) -> Sites:
     rng = np.random.default_rng(seed)  # noqa: TID251 - public data
-    held, kept = _held_out(found, test, rng)
+    held, kept = held_out(found.y, len(found.labels), test, rng)
     names: tuple[str, ...] = ()
     if found.groups is not None:
         if clients not in (None, len(found.group_names)):
@@ -104,11 +104,11 @@ def _encoded(data: Any, target: str | None, group: str | None) -> tuple[tables.E
     return found, source
 
 
-def _held_out(found: tables.Encoded, test: float, rng: Random) -> tuple[np.ndarray, np.ndarray]:
+def held_out(y: Index, classes: int, test: float, rng: Random) -> tuple[Index, Index]:
     """Positions that are held out and the others, so that every class of two records or more is in both."""
-    held: list[np.ndarray] = []
-    for c in range(len(found.labels)):
-        rows = rng.permutation(np.flatnonzero(found.y == c))
-        held.append(rows[: min(len(rows) - 1, max(1, round(test * len(rows))))])
+    held: list[Index] = []
+    for c in range(classes):
+        rows = rng.permutation(np.flatnonzero(y == c))
+        held.append(rows[: max(0, min(len(rows) - 1, max(1, round(test * len(rows)))))])
     out = np.sort(np.concatenate(held))
-    return out, np.setdiff1d(np.arange(len(found.y)), out, assume_unique=True)
+    return out, np.setdiff1d(np.arange(len(y)), out, assume_unique=True)
