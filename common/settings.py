@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from fedveil.common.errors import ConfigError
+from fedveil.common.workload.model import Name as Network
 
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", max_length=64)]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
@@ -154,8 +155,8 @@ class PrivacySection(_Section):
 class ModelSection(_Section):
     """Which network; inputs and classes come from the contract."""
 
-    name: Literal["logistic", "mlp", "cnn"] = "logistic"
-    hidden: tuple[int, ...] = ()
+    name: Network = Field(default="logistic", description="the network; what hidden holds for it: the guide")
+    hidden: tuple[int, ...] = Field(default=(), max_length=16, description="sizes of the network")
     seed: int = Field(default=0, ge=0)
 
 

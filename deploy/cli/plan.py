@@ -44,8 +44,8 @@ def plan(
     if cap is not None and not 0 < cap <= 1000:
         raise UsageError(f"--cap {cap!r} is not a cap", hint="give an epsilon above 0 and up to 1000")
     settings = tomls.load(federation, tomls.Federation)
-    contract, signed = _contract(settings)
-    made = plan_from_settings(settings, contract, sites or _roster_size(settings), noise_multiplier=noise_multiplier)
+    contract, signed = contract_of(settings)
+    made = plan_from_settings(settings, contract, sites or roster_size(settings), noise_multiplier=noise_multiplier)
     result = forecast(made, cap=cap, ledger=tally_of(read_rows(ledger, None)) if ledger else None)
     if as_json:
         sys.stdout.write(canonical.dumps(result.to_json()).decode() + "\n")
@@ -64,7 +64,7 @@ def _pin(settings: Federation) -> str:
         ) from e
 
 
-def _contract(settings: Federation) -> tuple[DataContract, bool]:
+def contract_of(settings: Federation) -> tuple[DataContract, bool]:
     """The contract, and whether it is signed. A ``.toml`` is a draft: enough to plan with, not to run with."""
     from fedveil.common.contract import DataContract, load_signed
 
@@ -74,7 +74,8 @@ def _contract(settings: Federation) -> tuple[DataContract, bool]:
     return load_signed(path, _pin(settings)), True
 
 
-def _roster_size(settings: Federation) -> int:
+def roster_size(settings: Federation) -> int:
+    """How many sites the signed roster has; :class:`ConfigError` if there is none."""
     from fedveil.common import identity
 
     path = settings.federation.identity / "roster.json"

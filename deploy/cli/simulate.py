@@ -3,48 +3,105 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedveil.deploy.lab.choices import listed
+from fedveil.deploy.lab.choices import NETWORKS, listed
+
+if TYPE_CHECKING:
+    from fedveil.deploy.lab.simulate import Config
+    from fedveil.deploy.lab.sites import Sites
+    from fedveil.privacy.plan import PrivacyPlan
+
+_DATA, _TRAINING = "Records", "Training (by default the data set's recipe, or what is proposed and printed)"
+_PRIVACY, _RUN = "Privacy and trust", "The run"
+_CLIENTS = 20
+
+
+def _option(panel: str, help: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, **more)
 
 
 def simulate(
-    clients: Annotated[int, typer.Option(help="Number of virtual clients.")] = 20,
-    dataset: Annotated[str, typer.Option(help=listed("dataset"))] = "digits",
-    epsilon: Annotated[float, typer.Option(help="ε of the run.")] = 1.0,
-    delta: Annotated[float, typer.Option(help="δ of the run.")] = 1e-5,
-    mode: Annotated[str, typer.Option(help=listed("mode"))] = "distributed",
-    sum: Annotated[str, typer.Option(help=listed("sum", plain="SIMULATED", none="mode local"))] = "keysum",
-    engine: Annotated[str, typer.Option(help=listed("engine"))] = "inprocess",
-    alpha: Annotated[
-        float | None, typer.Option(help="Deal out classes unevenly: Dirichlet concentration. By default evenly (IID).")
+    clients: Annotated[int, _option(_DATA, "Number of virtual clients.")] = _CLIENTS,
+    dataset: Annotated[str, _option(_DATA, listed("dataset") + ", or a .csv or .parquet file.")] = "digits",
+    target: Annotated[str | None, _option(_DATA, "Column of a file that holds the class.")] = None,
+    by: Annotated[
+        str,
+        _option(_DATA, "How records are dealt out: iid, dirichlet:0.3, shards:2, quantity:0.5, or column:NAME."),
+    ] = "iid",
+    test: Annotated[float, _option(_DATA, "Share of a file's records held out as the public test table.")] = 0.2,
+    federation: Annotated[
+        Path | None,
+        _option(
+            _DATA,
+            "Rehearse this federation.toml: plan, network and optimiser are its own, the table (--dataset FILE, or its "
+            "public_test) is encoded by its contract.",
+        ),
     ] = None,
-    colluders: Annotated[int | None, typer.Option(help="t: sites that may work together.")] = None,
-    dropouts: Annotated[int | None, typer.Option(help="d: sites that may be missing from a round.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of secure sums. The dataset has a default.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the first model. Noise is never seeded.")] = 0,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Number of runs, with seeds from --seed up. Their mean is shown.")
-    ] = 1,
-    cap: Annotated[
-        float | None, typer.Option(help="Cap (ε) of every client's ledger. By default what the plan needs.")
-    ] = None,
-    drop_rate: Annotated[float, typer.Option(help="Chance, 0 to 1, that a client misses a round.")] = 0.0,
+    network: Annotated[str | None, _option(_TRAINING, ", ".join(NETWORKS) + ".")] = None,
+    hidden: Annotated[str | None, _option(_TRAINING, "Sizes of the network, for example 64,32.")] = None,
+    steps: Annotated[int | None, _option(_TRAINING, "Number of secure sums.")] = None,
+    learning_rate: Annotated[float | None, _option(_TRAINING, "Of the server's step.")] = None,
+    momentum: Annotated[float | None, _option(_TRAINING, "Of the server's step.")] = None,
+    clip: Annotated[float | None, _option(_TRAINING, "L2 bound of a record's gradient, or a client's update.")] = None,
+    sample_rate: Annotated[float | None, _option(_TRAINING, "Chance of a record to enter a step.")] = None,
+    local_steps: Annotated[int | None, _option(_TRAINING, "Local steps per round, in mode client.")] = None,
+    epsilon: Annotated[float, _option(_PRIVACY, "ε of the run.")] = 1.0,
+    noise_multiplier: Annotated[float | None, _option(_PRIVACY, "σ instead of ε; ε then follows from it.")] = None,
+    delta: Annotated[float, _option(_PRIVACY, "δ of the run.")] = 1e-5,
+    mode: Annotated[str, _option(_PRIVACY, listed("mode"))] = "distributed",
+    sum: Annotated[str, _option(_PRIVACY, listed("sum", plain="SIMULATED", none="mode local"))] = "keysum",
+    colluders: Annotated[int | None, _option(_PRIVACY, "t: sites that may work together.")] = None,
+    dropouts: Annotated[int | None, _option(_PRIVACY, "d: sites that may be missing from a round.")] = None,
     reveal_to: Annotated[
-        str, typer.Option(help="Who reads the sums: " + listed("reveal_to", sites="keysum"))
+        str, _option(_PRIVACY, "Who reads the sums: " + listed("reveal_to", sites="keysum"))
     ] = "server",
-    committee: Annotated[int, typer.Option(help="Number of helpers that open the sums; 0: all sites (up to 200).")] = 0,
-    force: Annotated[bool, typer.Option(help="Allow mode client below 1000 clients.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The new folder of the run or runs. By default runs/<time>.")] = None,
+    committee: Annotated[int, _option(_PRIVACY, "Number of helpers that open the sums; 0: all sites (up to 200).")] = 0,
+    cap: Annotated[
+        float | None, _option(_PRIVACY, "Cap (ε) of every client's ledger. By default what the plan needs.")
+    ] = None,
+    force: Annotated[bool, _option(_PRIVACY, "Allow mode client below 1000 clients.")] = False,
+    engine: Annotated[str, _option(_RUN, listed("engine"))] = "inprocess",
+    drop_rate: Annotated[float, _option(_RUN, "Chance, 0 to 1, that a client misses a round.")] = 0.0,
+    seed: Annotated[int, _option(_RUN, "Seed of the split and of the first model. Noise is never seeded.")] = 0,
+    seeds: Annotated[int, _option(_RUN, "Number of runs, with seeds from --seed up. Their mean is shown.", min=1)] = 1,
+    out: Annotated[Path | None, _option(_RUN, "The new folder of the run or runs. By default runs/<time>.")] = None,
 ) -> None:
     """Train over many virtual clients in one process. The run's folder then holds a report to check."""
     from fedveil.deploy.lab import simulate as lab
 
     config = lab.Config(
-        clients=clients, dataset=dataset, epsilon=epsilon, delta=delta, mode=mode, sum=sum, engine=engine,
-        alpha=alpha, colluders=colluders, dropouts=dropouts, steps=steps, seed=seed, force=force, cap=cap,
+        clients=clients, dataset=dataset, target=target, by=by, test=test, network=network, hidden=lab.sizes(hidden),
+        steps=steps, learning_rate=learning_rate, momentum=momentum, clip=clip, sample_rate=sample_rate,
+        local_steps=local_steps, epsilon=epsilon, noise_multiplier=noise_multiplier, delta=delta, mode=mode, sum=sum,
+        engine=engine, colluders=colluders, dropouts=dropouts, seed=seed, force=force, cap=cap,
         drop_rate=drop_rate, reveal_to=reveal_to, committee=committee,
     )  # fmt: skip
-    lab.command(config, seeds, out)
+    if federation is None:
+        lab.command(config, seeds, out)
+    else:
+        _rehearse(federation, config, clients if clients != _CLIENTS else None, seeds, out)
+
+
+def _rehearse(path: Path, config: Config, clients: int | None, seeds: int, out: Path | None) -> None:
+    """The settings of a real run over virtual sites: as many as the roster has, or as ``--clients`` says."""
+    from fedveil.common import settings as tomls
+    from fedveil.deploy.cli.plan import contract_of, roster_size
+    from fedveil.deploy.lab import rehearsal
+    from fedveil.deploy.lab import simulate as lab
+    from fedveil.privacy.planning import plan_from_settings
+
+    settings = tomls.load(path, tomls.Federation)
+    contract, _ = contract_of(settings)
+    table = Path(config.dataset) if "." in config.dataset else None
+    count = clients or roster_size(settings)
+
+    def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
+        sites = rehearsal.sites_for(
+            settings, contract, table, clients=count, by=config.by, seed=config.seed, test=config.test
+        )
+        return rehearsal.config_for(settings, config, sites), sites, plan_from_settings(settings, contract, count)
+
+    lab.command(config, seeds, out, prepared)

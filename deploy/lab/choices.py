@@ -8,6 +8,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reveal_to": ("server", "sites"),
 }
 
+NETWORKS = ("logistic", "mlp", "cnn", "resnet", "transformer", "lstm", "lora-mlp", "lora-transformer")
+
 
 def listed(name: str, **remarks: str) -> str:
     """The choices of the option ``name`` in one line, each with its remark."""

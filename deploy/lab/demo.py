@@ -215,9 +215,10 @@ def _plan(recipe) -> PrivacyPlan:
 
 def _federated(plan: PrivacyPlan, parts, test) -> Metrics:
     """The same server and client apps, in process; the sum in the clear, the noise shares as in the live run."""
-    from fedveil.deploy.lab import datasets, simulate
+    from fedveil.deploy.lab import simulate
+    from fedveil.deploy.lab.sites import Sites
 
-    split = datasets.Split([(p.X, p.y) for p in parts], test.X, test.y, 2)
+    split = Sites([(p.X, p.y) for p in parts], test.X, test.y, 2)
     config = simulate.Config(clients=len(parts), dataset="diabetes", sum="plain")
     with tempfile.TemporaryDirectory() as scratch:
         return simulate.run_split(config, split, plan, Path(scratch) / "run", report=False, engine="closed").metrics

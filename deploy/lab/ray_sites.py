@@ -17,7 +17,7 @@ from flwr.serverapp import ServerApp
 from fedveil.client.app import make_app
 from fedveil.client.session import Site
 from fedveil.common import canonical, identity
-from fedveil.deploy.lab.datasets import Split
+from fedveil.deploy.lab.sites import Sites
 from fedveil.deploy.lab.virtual_sites import World, make_site
 from fedveil.deploy.transport.ray import run_ray
 from fedveil.privacy import plan as plans
@@ -48,7 +48,7 @@ app = make_app(_resolve)
 
 
 def run_over_ray(
-    server: ServerApp, world: World, plan: PrivacyPlan, split: Split, folder: Path, *, cap: float, engine: str
+    server: ServerApp, world: World, plan: PrivacyPlan, split: Sites, folder: Path, *, cap: float, engine: str
 ) -> None:
     """Lay every site's key and data into ``folder`` (simulated keys and public data) and run on Flower's Ray engine."""
     (folder / "roster-payload.json").write_bytes(canonical.dumps(world.roster.payload))

@@ -12,36 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from fedveil.common import canonical
 from fedveil.common.errors import UsageError
-from fedveil.deploy.lab.choices import CHOICES
+from fedveil.deploy.lab import recipes
+from fedveil.deploy.lab.choices import CHOICES, NETWORKS
 from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
+from fedveil.deploy.lab.recipes import Recipe
 
 if TYPE_CHECKING:
     from fedveil.common.units import SiteId
     from fedveil.deploy.lab import virtual_sites
-    from fedveil.deploy.lab.datasets import Split
+    from fedveil.deploy.lab.sites import Sites
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters that were chosen on other splits of the same public data (seeds from 100 up)."""
-
-    hidden: tuple[int, ...]
-    learning_rate: float
-    clip: float
-    sample_rate: float
-    steps: int
-
-
-# Central DP-SGD's best values on digits; a large sample rate and few steps matter most at small epsilon.
-_DIGITS = {
-    1.5: Recipe((32,), 0.4, 0.5, 1.0, 60),
-    3.0: Recipe((32,), 0.4, 0.5, 1.0, 60),
-    inf: Recipe((32,), 0.2, 1.0, 1.0, 150),
-}
-_TRIVIAL = Recipe((), 0.1, 1.0, 1.0, 3)
-_DIABETES = Recipe((), 1.0, 0.5, 1.0, 20)  # the demo's
+Prepare = Callable[["Config"], "tuple[Config, Sites, PrivacyPlan]"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +34,14 @@ class Config:
 
     clients: int = 20
     dataset: str = "digits"
+    target: str | None = None
+    test: float = 0.2
     epsilon: float = 1.0
     delta: float = 1e-5
     mode: str = "distributed"
     sum: str = "keysum"
     engine: str = "inprocess"
-    alpha: float | None = None
+    by: str = "iid"
     colluders: int | None = None
     dropouts: int | None = None
     steps: int | None = None
@@ -65,37 +51,90 @@ class Config:
     drop_rate: float = 0.0
     reveal_to: str = "server"
     committee: int = 0
+    network: str | None = None
+    hidden: tuple[int, ...] | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    clip: float | None = None
+    sample_rate: float | None = None
+    local_steps: int | None = None
+    noise_multiplier: float | None = None
 
 
-def recipe(config: Config) -> Recipe:
-    """The hyper-parameters for ``config``, with ``steps`` overridden if asked for."""
-    found = _DIABETES if config.dataset == "diabetes" else _TRIVIAL
-    if config.dataset == "digits":
-        fitting = (r for limit, r in _DIGITS.items() if config.epsilon <= limit)
-        found = next(fitting, _TRIVIAL)  # none for NaN, which no plan takes
-    return found if config.steps is None else Recipe(**{**asdict(found), "steps": config.steps})
+def sizes(text: str | None) -> tuple[int, ...] | None:
+    """The sizes in ``64,32``; None for None.
+
+    Raises:
+        UsageError: other text.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
+        raise UsageError(f"--hidden {text[:64]!r} holds no sizes", hint="whole numbers with commas, for example 64,32")
+    return tuple(map(int, parts))
 
 
-def make_plan(config: Config, split: Split) -> PrivacyPlan:
+def recipe(config: Config, sites: Sites) -> Recipe:
+    """The hyper-parameters for ``config``: those that it names, else the data set's, else what is proposed for it."""
+    found = recipes.bundled(config.dataset, config.epsilon)
+    if found is None:
+        found = recipes.propose(
+            records=sites.records, inputs=sites.inputs, classes=sites.classes, epsilon=config.epsilon,
+            delta=config.delta, parameters=_size(config, sites),
+        )  # fmt: skip
+    if config.network is not None and config.hidden is None:
+        found = found.changed(hidden=recipes.usual_hidden(config.network, sites.inputs))
+    if config.mode == "client":
+        found = found.changed(local_steps=5)
+    return found.changed(
+        network=config.network, hidden=config.hidden, learning_rate=config.learning_rate, momentum=config.momentum,
+        clip=config.clip, sample_rate=config.sample_rate, steps=config.steps, local_steps=config.local_steps,
+    )  # fmt: skip
+
+
+def _size(config: Config, sites: Sites) -> int:
+    """D of the network that ``config`` names; 0 if it names none."""
+    from fedveil.common.workload.model import ModelSpec
+
+    if config.network is None:
+        return 0
+    hidden = recipes.usual_hidden(config.network, sites.inputs) if config.hidden is None else config.hidden
+    spec = ModelSpec(name=config.network, inputs=sites.inputs, classes=sites.classes, hidden=hidden)  # type: ignore[arg-type]
+    return 0 if spec.problem() else spec.parameters
+
+
+def make_plan(config: Config, sites: Sites) -> PrivacyPlan:
     """The privacy plan of a simulation; the contract's hash stands for the simulated data's description."""
     from fedveil.common.workload.model import ModelSpec
     from fedveil.privacy import plan as plans
 
     if config.sum == "none" and config.mode != "local":
         raise UsageError("--sum none is for --mode local only", hint="use keysum, sharedkey or plain")
-    r = recipe(config)
-    contract = canonical.digest({"dataset": config.dataset, "inputs": split.inputs, "classes": split.classes})
+    r = recipe(config, sites)
+    contract = canonical.digest({"dataset": config.dataset, "inputs": sites.inputs, "classes": sites.classes})
     return plans.make_plan(
-        mode=config.mode, sum=config.sum, sites=config.clients, records=split.records, epsilon=config.epsilon,  # type: ignore[arg-type]
-        capacity=max(1, *(len(y) for _, y in split.parts)),
-        delta=config.delta, steps=r.steps, clip=r.clip, sample_rate=r.sample_rate,
-        model=ModelSpec(name="mlp" if r.hidden else "logistic", inputs=split.inputs, classes=split.classes,
-                        hidden=r.hidden, seed=config.seed + 7 if r.hidden else 0),
-        optimizer=plans.Optimizer(learning_rate=r.learning_rate), contract_hash=contract,
+        mode=config.mode, sum=config.sum, sites=len(sites), records=sites.records,  # type: ignore[arg-type]
+        epsilon=config.epsilon if config.noise_multiplier is None else None, noise_multiplier=config.noise_multiplier,
+        capacity=sites.largest,
+        delta=config.delta, steps=r.steps, clip=r.clip, sample_rate=1.0 if config.mode == "client" else r.sample_rate,
+        model=ModelSpec(name=r.network, inputs=sites.inputs, classes=sites.classes,  # type: ignore[arg-type]
+                        hidden=r.hidden, seed=0 if r.network == "logistic" else config.seed + 7),
+        optimizer=plans.Optimizer(learning_rate=r.learning_rate, momentum=r.momentum), contract_hash=contract,
         colluders=config.colluders, dropouts=config.dropouts, few_clients=config.force,
-        local_steps=5 if config.mode == "client" else 1, reveal_to=config.reveal_to,  # type: ignore[arg-type]
+        local_steps=r.local_steps, reveal_to=config.reveal_to,  # type: ignore[arg-type]
         committee=config.committee, committee_seed=secrets.token_hex(32) if config.committee else "",
     )  # fmt: skip
+
+
+def sites_of(config: Config) -> Sites:
+    """The records that ``config`` names, dealt out."""
+    from fedveil.deploy.lab.partition import parse
+    from fedveil.deploy.lab.split import split
+
+    by = parse(config.by)
+    clients = None if isinstance(by, str) else config.clients
+    return split(config.dataset, config.target, clients=clients, test=config.test, by=by, seed=config.seed)
 
 
 def run(config: Config, out: Path, *, progress: Progress | None = None, report: bool = True) -> Outcome:
@@ -104,16 +143,12 @@ def run(config: Config, out: Path, *, progress: Progress | None = None, report: 
     Raises:
         FedveilError: the plan is refused, or the run could not begin.
     """
-    from fedveil.deploy.lab import datasets
-
-    _check(config)
-    split = datasets.load(config.dataset, config.clients, config.seed, alpha=config.alpha)
-    return run_split(config, split, make_plan(config, split), out, progress=progress, report=report)
+    return run_split(*prepared(config), out, progress=progress, report=report)
 
 
 def run_split(
     config: Config,
-    split: Split,
+    records: Sites,
     plan: PrivacyPlan,
     out: Path,
     *,
@@ -121,7 +156,7 @@ def run_split(
     report: bool = True,
     engine: str = "auto",
 ) -> Outcome:
-    """Run ``plan`` over ``split``: the server app and the client app on the engine that ``config`` names.
+    """Run ``plan`` over ``records``: the server app and the client app on the engine that ``config`` names.
 
     Raises:
         FedveilError: ``config`` is inconsistent, or the run could not begin.
@@ -134,20 +169,20 @@ def run_split(
     from fedveil.server.app import make_app as server_app
     from fedveil.server.evaluate import Evaluator
 
-    _check(config)
+    check(config)
     _make_folder(out)
     flwr_adapter.quiet_flower()
     if progress:
         progress("plan", {"warnings": warnings(plan)})
     virtual_sites.fit_threads(plan.model.parameters)
     started = time.perf_counter()
-    world = virtual_sites.World.make(config.clients)
+    world = virtual_sites.World.make(len(records))
     cap = config.cap or plan.filter_epsilon()
     options: dict[str, Any] = {"progress": progress} if progress else {}
     job = jobs.create(
         out, plan, world.roster, world.server, documents={**world.documents(), "config.json": asdict(config)},
         durable=False, engine=config.engine,
-        evaluate=Evaluator(plan.network, split.X_test, split.y_test), **options,
+        evaluate=Evaluator(plan.network, records.X_test, records.y_test), **options,
     )  # fmt: skip
     server, _ = server_app(job)
     looked_at: dict[str, float] = {}
@@ -157,7 +192,7 @@ def run_split(
 
         sites = virtual_sites.Kept(
             lambda i: virtual_sites.make_site(
-                world.roster, i, world.keys[i], plan, *split.parts[i], out, cap=cap, engine=engine
+                world.roster, i, world.keys[i], plan, *records.parts[i], out, cap=cap, engine=engine
             )
         )
         app, lost = client_app(sites.resolve), _losses(config.drop_rate)
@@ -174,7 +209,7 @@ def run_split(
     else:
         from fedveil.deploy.lab.ray_sites import run_over_ray
 
-        run_over_ray(server, world, plan, split, out, cap=cap, engine=engine)
+        run_over_ray(server, world, plan, records, out, cap=cap, engine=engine)
     end = next(job.journal.of_kind("run.end"))
     if report:
         _write_report(out, world)
@@ -184,11 +219,13 @@ def run_split(
     )
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """Raise :class:`UsageError` for what would otherwise show only after a run's folder was made, or never."""
     for name, known in CHOICES.items():
-        if (chosen := getattr(config, name)) not in known:
+        if name != "dataset" and (chosen := getattr(config, name)) not in known:
             raise UsageError(f"unknown {name} {chosen!r}", hint=f"one of {', '.join(known)}")
+    if config.network is not None and config.network not in NETWORKS:
+        raise UsageError(f"unknown network {config.network!r}", hint=f"one of {', '.join(NETWORKS)}")
     for wrong, text, hint in (
         (
             not 0 <= config.drop_rate <= 1,
@@ -204,11 +241,6 @@ def _check(config: Config) -> None:
             config.cap is not None and not 0 < config.cap < inf,
             f"cap = {config.cap!r} must be positive",
             "--cap takes an epsilon above 0",
-        ),
-        (
-            config.alpha is not None and not 0 < config.alpha < inf,
-            f"alpha = {config.alpha!r} must be positive",
-            "--alpha takes a number above 0",
         ),
         (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is out of range", "--seed takes 0 to 4294967295"),
     ):
@@ -262,10 +294,18 @@ def _write_report(out: Path, world: virtual_sites.World) -> None:
     write_curve(out)
 
 
-def command(config: Config, seeds: int, out: Path | None) -> None:
+def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
+    """What a simulation needs before it begins; :class:`FedveilError` for what cannot be simulated."""
+    check(config)
+    sites = sites_of(config)
+    return config, sites, make_plan(config, sites)
+
+
+def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = prepared) -> None:
     """Run ``config`` once for each of ``seeds`` seeds, its own and those after it, and show the outcomes.
 
     Args:
+        prepare: gives the records and the plan of one seed.
         out: the run's folder, or the folder of all seeds' runs; None: ``runs/<time>``.
 
     Raises:
@@ -281,8 +321,9 @@ def command(config: Config, seeds: int, out: Path | None) -> None:
     for seed in range(config.seed, config.seed + seeds):
         own = folder if seeds == 1 else folder / f"seed-{seed}"
         title = f"simulate {config.dataset}" + (f", seed {seed}" if seeds > 1 else "")
-        with Display(title, recipe(config).steps) as display:
-            outcomes.append(run(replace(config, seed=seed), own, progress=display.progress))
+        one, records, plan = prepare(replace(config, seed=seed))
+        with Display(title, plan.steps) as display:
+            outcomes.append(run_split(one, records, plan, own, progress=display.progress))
         if seeds > 1:  # after each seed: these outcomes stay if the next run fails
             write_summary(folder, range(config.seed, seed + 1), outcomes)
     show(outcomes, folder)

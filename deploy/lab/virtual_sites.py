@@ -28,6 +28,7 @@ from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Roster
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
+from fedveil.privacy.dp.places import EMPTY
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.plan import MOST_BY_DEFAULT, PrivacyPlan
 from fedveil.privacy.report import countersign, signatures
@@ -137,6 +138,10 @@ def make_site(
     # Nobody's records are here: a fallback may be of any size. And "plain" is no sum that a site.toml can allow.
     limits = limits.model_copy(update={"sums": (plan.sum,), "max_fallback_epsilon": math.inf})
     stores: dict[str, Store] = {}
+    persons = None
+    if plan.unit == "person":  # nobody said whose the rows are: each is a person's only one
+        persons = np.full((len(X), plan.rows_per_person), EMPTY, np.int64)
+        persons[:, 0] = np.arange(len(X))
 
     def store_for(session: str) -> Store:
         if durable:
@@ -148,7 +153,7 @@ def make_site(
         width=X.shape[1], classes=plan.model.classes, limits=limits, X=X, y=y,
         evidence={"contract_hash": plan.contract_hash, "criteria": {}, "stability_factor": 1,
                   "unit": f"one {plan.unit} of the simulated data", "commitments": {}},
-        ledger=ledger, store_for=store_for, capacity=capacity, engine=engine,
+        ledger=ledger, store_for=store_for, capacity=capacity, engine=engine, persons=persons,
     )  # fmt: skip
 
 

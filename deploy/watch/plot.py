@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 
-def write_curve(run: Path) -> Path:
-    """Draw ``metrics.jsonl`` of ``run`` into ``curve.png``."""
+def write_curve(run: Path, *, metric: str | None = None, path: Path | None = None) -> Path:
+    """Draw ``metrics.jsonl`` of ``run``.
+
+    Args:
+        metric: which public metric; by default all.
+        path: where to; by default ``curve.png`` in ``run``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -16,7 +21,8 @@ def write_curve(run: Path) -> Path:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rounds = [x["round"] for x in lines]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in sorted({k for x in lines for k in x["metrics"]}):
+    names = sorted({k for x in lines for k in x["metrics"] if metric in (None, k)})
+    for name in names:
         axis.plot(rounds, [x["metrics"].get(name, float("nan")) for x in lines], label=f"test {name}")
     axis.set_xlabel("round")
     axis.set_ylim(0, 1)
@@ -28,7 +34,8 @@ def write_curve(run: Path) -> Path:
     other.set_ylim(bottom=0)
     handles = [h for a in (axis, other) for h in a.get_legend_handles_labels()[0]]
     axis.legend(handles=handles, loc="lower right")
-    path = run / "curve.png"
+    path = path or run / "curve.png"
+    axis.set_title(f"{', '.join(names) or 'ε'} over {len(lines)} rounds, {run.name}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from fedveil.common.workload.model import ModelSpec
 from fedveil.deploy.lab import baselines, datasets, simulate
 from fedveil.deploy.lab.baselines import Table
+from fedveil.deploy.lab.sites import Sites
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report.bundle import MODEL
 from fedveil.server.evaluate import Evaluator
@@ -55,7 +56,7 @@ Weights = NDArray[np.float64]
 Row = dict[str, float]
 
 
-def federated(config: simulate.Config, split: datasets.Split, plan: PrivacyPlan) -> tuple[Metrics, Weights]:
+def federated(config: simulate.Config, split: Sites, plan: PrivacyPlan) -> tuple[Metrics, Weights]:
     """The platform: public test metrics and the final weights of one run."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
@@ -116,7 +117,7 @@ def hospitals(seed: int) -> Row:
         weights = (baselines.central if epsilon else baselines.pooled)(plan, train)
         note(f"{epsilon} pooled", score(weights))
         if epsilon:
-            split = datasets.Split([(t.X, t.y) for t in train], everywhere.X, everywhere.y, 2)
+            split = Sites([(t.X, t.y) for t in train], everywhere.X, everywhere.y, 2)
             config = simulate.Config(clients=len(train), dataset="heart", epsilon=epsilon, sum="plain")
             metrics, weights = federated(config, split, plan)
             note(f"{epsilon} federated", metrics)

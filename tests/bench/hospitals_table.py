@@ -33,8 +33,9 @@ from fedveil.client.records.release.anonymize import anonymise, as_table
 from fedveil.client.records.release.pipeline import ingest
 from fedveil.common.contract import DataContract
 from fedveil.common.workload.model import ModelSpec
-from fedveil.deploy.lab import baselines, datasets, simulate
+from fedveil.deploy.lab import baselines, simulate
 from fedveil.deploy.lab.baselines import Table
+from fedveil.deploy.lab.sites import Sites
 from fedveil.privacy.anonymization.verify import verify
 from fedveil.privacy.plan import Optimizer, make_plan
 from fedveil.server.evaluate import Evaluator
@@ -146,7 +147,7 @@ def scores(treatment: Treatment, train: list[Path], test: list[Path], scratch: P
     free: NDArray[np.float64] = baselines.pooled(plan(1.0, 100, 50.0, 0.1), parts)
     out = {"no noise": Evaluator(model, everywhere.X, everywhere.y)(free)}
     for epsilon in EPSILONS:
-        split = datasets.Split([(p.X, p.y) for p in parts], everywhere.X, everywhere.y, 2)
+        split = Sites([(p.X, p.y) for p in parts], everywhere.X, everywhere.y, 2)
         config = simulate.Config(clients=len(parts), dataset="heart", epsilon=epsilon, sum="plain")
         step = plan(epsilon, 40, 0.5, 1.0 if epsilon > 1 else 0.3)
         folder = scratch / f"{treatment}-{epsilon:g}"

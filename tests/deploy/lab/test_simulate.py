@@ -16,6 +16,7 @@ from fedveil.common.errors import BudgetExhausted, PlanError, RunAborted, UsageE
 from fedveil.common.journal import parse
 from fedveil.deploy.lab import baselines, datasets, simulate, virtual_sites
 from fedveil.deploy.lab.choices import CHOICES
+from fedveil.deploy.lab.partition import Dirichlet
 from fedveil.deploy.lab.simulate import Config
 from fedveil.privacy.report.bundle import SIMULATED_KEY
 from fedveil.privacy.report.verify import verify_report
@@ -79,8 +80,9 @@ def test_every_mode_leaves_a_whole_run(tmp_path, mode, sum, clients):
         ({"clients": 0}, UsageError, "0 clients"),
         ({"clients": 5000}, UsageError, "cannot share"),
         ({"dataset": "mnist"}, UsageError, "unknown dataset"),
-        ({"alpha": 0.0}, UsageError, "alpha"),
-        ({"alpha": -1.0}, UsageError, "alpha"),
+        ({"by": "dirichlet:0"}, UsageError, "alpha"),
+        ({"by": "dirichlet:-1"}, UsageError, "alpha"),
+        ({"by": "evenly"}, UsageError, "dealt out"),
         ({"colluders": 3}, PlanError, "honest shares"),
         ({"engine": "dask"}, UsageError, "unknown engine"),
         ({"drop_rate": 1.5}, UsageError, "drop rate"),
@@ -202,15 +204,15 @@ class TestSplits:
     def test_dirichlet_skews_the_classes_and_loses_nobody(self):
         spread = {}
         for alpha in (0.1, 100.0):
-            split = datasets.load("digits", 10, seed=0, alpha=alpha)
+            split = datasets.load("digits", 10, seed=0, by=Dirichlet(alpha))
             assert split.records == 1437
             shares = np.stack([np.bincount(y, minlength=10) for _, y in split.parts]) / split.records
             spread[alpha] = float(shares.std())
         assert spread[0.1] > 3 * spread[100.0]
 
     def test_a_client_without_a_record_takes_part(self, tmp_path):
-        config = Config(clients=12, dataset="digits", sum="plain", steps=2, alpha=0.02)
-        split = datasets.load("digits", 12, 0, alpha=0.02)
+        config = Config(clients=12, dataset="digits", sum="plain", steps=2, by="dirichlet:0.02")
+        split = datasets.load("digits", 12, 0, by=Dirichlet(0.02))
         assert min(len(y) for _, y in split.parts) == 0
         done = simulate.run(config, tmp_path / "run")
         assert done.status == "COMPLETED"
@@ -319,7 +321,7 @@ class TestCommand:
             (("--epsilon", "nan"), PlanError, "epsilon = nan"),
             (("--epsilon", "nan", "--dataset", "digits"), PlanError, "nan"),
             (("--seed", "-1"), UsageError, "seed -1"), (("--seed", str(1 << 32)), UsageError, "seed"),
-            (("--alpha", "nan"), UsageError, "alpha"), (("--alpha", "inf"), UsageError, "alpha"),
+            (("--by", "dirichlet:nan"), UsageError, "alpha"), (("--by", "quantity:inf"), UsageError, "alpha"),
             (("--cap", "nan"), UsageError, "cap"), (("--delta", "1e-17"), PlanError, "delta"),
             (("--delta", "nan"), PlanError, "delta"), (("--out", "/dev/null/run"), UsageError, "no folder can be made"),
         ],

@@ -38,7 +38,9 @@ CONFIGS = {
     "records": Config(clients=CLIENTS, dataset="digits", sum="plain", steps=3, force=True),
     "clients": Config(clients=CLIENTS, dataset="digits", sum="plain", mode="client", steps=3, force=True),
     "local": Config(clients=CLIENTS, dataset="trivial", sum="plain", mode="local", steps=3),
-    "uneven": Config(clients=CLIENTS, dataset="digits", sum="plain", mode="client", steps=2, force=True, alpha=0.3),
+    "uneven": Config(
+        clients=CLIENTS, dataset="digits", sum="plain", mode="client", steps=2, force=True, by="dirichlet:0.3"
+    ),
 }
 
 
@@ -64,7 +66,7 @@ def runs(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
         monkeypatch.setattr(module, "discrete_gaussian", noise)
     monkeypatch.setattr(places, "seat_each", seats)
     monkeypatch.setattr(train, "seat", lambda n, rate, room: seats(np.array([n]), rate, room)[0])
-    split = datasets.load(config.dataset, config.clients, 0, alpha=config.alpha)
+    split = simulate.sites_of(config)
     plan = simulate.make_plan(config, split)
     out = tmp_path / "together", tmp_path / "messages"
     passes: list[int] = []

@@ -1,0 +1,76 @@
+"""Public or made-up records, dealt out to virtual sites: what a simulation runs on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Records = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, repr=False)
+class Sites:
+    """Records of virtual sites, and a public test table that belongs to none of them.
+
+    Attributes:
+        parts: per site ``(X, y)``: ``(n_i, inputs)`` float32 and ``(n_i,)`` int64. A site may have no record.
+        X_test, y_test: held out.
+        classes: number of classes.
+        features: what each input is; empty where nothing is known.
+        labels: what each class is; empty where nothing is known.
+        names: what each site is called in the source; empty where they were dealt out by chance.
+        source: the data in a word, for a run's folder.
+        again: deals out the same records under another seed; None where nobody can.
+    """
+
+    parts: list[Records]
+    X_test: NDArray[np.float32]
+    y_test: NDArray[np.int64]
+    classes: int
+    features: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    source: str = "records"
+    again: Callable[[int], Sites] | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __repr__(self) -> str:
+        sizes = [len(y) for _, y in self.parts]
+        seen = Counter(np.concatenate([y for _, y in self.parts]).tolist()) if self.records else Counter[int]()
+        named = [f"{self.labels[c] if self.labels else c}: {seen[c]}" for c in range(min(self.classes, 8))]
+        empty = f", {self.empty} of them empty" if self.empty else ""
+        return (
+            f"Sites({self.source}: {len(self)} sites of {min(sizes)} to {max(sizes)} records{empty}, "
+            f"{self.records} records of {self.inputs} inputs, {len(self.y_test)} held out; "
+            f"classes {', '.join(named)}{', ...' if self.classes > 8 else ''})"
+        )
+
+    @property
+    def records(self) -> int:
+        """Number of training records in all."""
+        return sum(len(y) for _, y in self.parts)
+
+    @property
+    def inputs(self) -> int:
+        """Values of one record."""
+        return self.X_test.shape[1]
+
+    @property
+    def empty(self) -> int:
+        """How many sites have no record."""
+        return sum(not len(y) for _, y in self.parts)
+
+    @property
+    def largest(self) -> int:
+        """Records of the largest site, at least 1: what its capacity has to be."""
+        return max(1, *(len(y) for _, y in self.parts))
+
+    def pooled(self) -> Records:
+        """All training records, site after site."""
+        return np.concatenate([X for X, _ in self.parts]), np.concatenate([y for _, y in self.parts])

@@ -1,0 +1,169 @@
+"""The Python API as a researcher uses it: ten lines from records to a verified report, sweeps that go on, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fedveil as fv
+from fedveil.common.errors import PlanError, UsageError, VerificationError
+from fedveil.deploy.lab import recipes
+from fedveil.deploy.lab.choices import NETWORKS
+from fedveil.deploy.lab.simulate import Config, make_plan, recipe
+
+QUICK = {"sum": "plain", "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def sites() -> fv.Sites:
+    rng = np.random.default_rng(0)  # noqa: TID251 - made-up records
+    X = rng.normal(size=(300, 4)).astype(np.float32)
+    return fv.split((X, (X[:, 0] > 0).astype(int)), clients=4)
+
+
+@pytest.fixture(scope="module")
+def run(sites, tmp_path_factory) -> fv.Run:
+    folder = tmp_path_factory.mktemp("api") / "run"
+    return fv.simulate(None, sites, epsilon=8, sum="plain", out=folder)
+
+
+def test_a_run_learns_and_its_report_verifies(run, sites):
+    assert (run.status, run.unit, run.delta) == ("COMPLETED", "record", 1e-5)
+    assert run.epsilon <= 8
+    assert run.metrics["accuracy"] > 0.8
+    assert run.report.verify().ok
+    assert [row["round"] for row in run.history] == list(range(1, run.plan.steps + 1))
+    assert run.history[-1]["accuracy"] == run.metrics["accuracy"]
+    assert run.baselines["pooled, no privacy"]["accuracy"] > 0.8
+    with torch.no_grad():
+        guessed = run.model()(torch.from_numpy(sites.X_test)).argmax(1).numpy()
+    assert (guessed == sites.y_test).mean() == pytest.approx(run.metrics["accuracy"])
+
+
+def test_a_run_is_the_same_when_it_is_loaded(run):
+    again = fv.load(run.folder)
+    assert isinstance(again, fv.Run)
+    assert (repr(again), again.table(), again.config) == (repr(run), run.table(), run.config)
+    assert "each hospital alone, DP" in again._repr_html_()  # noqa: SLF001 - what a notebook calls
+    assert "ε = " in repr(again)
+
+
+def test_a_plot_shows_one_metric_or_all(run, tmp_path):
+    assert run.plot("accuracy", path=tmp_path / "a.png").stat().st_size > 5000
+    assert run.plot().name == "curve.png"
+    with pytest.raises(UsageError, match="no metric 'f1'"):
+        run.plot("f1")
+
+
+def test_a_changed_report_is_told(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "report.json"
+    path.write_text(path.read_text().replace('"COMPLETED"', '"EXHAUSTED"'))
+    with pytest.raises(VerificationError):
+        fv.load(tmp_path / "copy").report.verify()  # type: ignore[union-attr]
+
+
+def test_a_sweep_compares_and_goes_on_where_it_stopped(sites, tmp_path):
+    asked = {"epsilon": [1.0, 4.0], "seeds": 2, "workers": 1, **QUICK}
+    runs = fv.sweep("logistic", sites, out=tmp_path / "s", **asked)
+    assert [(r["epsilon"], r["seeds"]) for r in runs.table()] == [(1.0, 2), (4.0, 2)]
+    found = [run.metrics["accuracy"] for run in runs]
+    assert runs.table()[0]["accuracy"] == pytest.approx(np.mean(found[:2]))
+    assert runs.table()[0]["accuracy s.e."] == pytest.approx(np.std(found[:2], ddof=1) / 2**0.5)
+    kept = {run.folder: (run.folder / "journal.jsonl").read_bytes() for run in runs}
+    broken = runs[3].folder
+    lines = (broken / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (broken / "journal.jsonl").write_bytes(b"".join(lines[:3]))  # as after a crash
+    again = fv.sweep("logistic", sites, out=tmp_path / "s", **asked)
+    assert [run.status for run in again] == ["COMPLETED"] * 4
+    assert [run.folder for run in again] == list(kept)
+    same = [(run.folder / "journal.jsonl").read_bytes() == kept[run.folder] for run in again]
+    assert same == [True, True, True, False]
+    with pytest.raises(UsageError, match="another sweep"):
+        fv.sweep("logistic", sites, out=tmp_path / "s", **asked | {"epsilon": [2.0]})
+    loaded = fv.load(tmp_path / "s")
+    assert sorted(map(str, loaded.table())) == sorted(map(str, again.table()))  # type: ignore[union-attr]
+
+
+def test_a_sweeps_table_in_every_form(sites, tmp_path):
+    runs = fv.sweep("logistic", sites, epsilon=[1.0, 4.0], clip=[0.5, 1.0], out=tmp_path / "s", workers=1, **QUICK)
+    assert runs.to_csv(tmp_path / "t.csv").splitlines()[0] == "epsilon,clip,seeds,accuracy,accuracy s.e.,auc,auc s.e."
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 5
+    assert json.loads(runs.to_json())[3]["clip"] == 1.0
+    assert runs.to_latex().count(r"\\") == 5
+    assert runs.plot(path=tmp_path / "s.png").stat().st_size > 5000
+    assert "<th>epsilon</th>" in runs._repr_html_()  # noqa: SLF001
+    assert repr(runs).splitlines()[0].split()[:3] == ["epsilon", "clip", "seeds"]
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_on_several_processes(sites, tmp_path):
+    runs = fv.sweep("logistic", sites, epsilon=[1.0, 4.0], out=tmp_path / "s", workers=2, **QUICK)
+    assert [run.status for run in runs] == ["COMPLETED"] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"epsilom": 1}, UsageError, "unknown settings: epsilom"),
+        ({"clients": 3}, UsageError, "unknown settings: clients"),
+        ({"epsilon": -1.0}, PlanError, "epsilon"),
+        ({"mode": "central"}, UsageError, "unknown mode"),
+    ],
+)
+def test_settings_that_do_not_work_are_named_before_a_folder_is_made(sites, tmp_path, settings, error, said):
+    with pytest.raises(error, match=said):
+        fv.simulate("logistic", sites, out=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_networks_and_folders_are_named(sites, tmp_path):
+    with pytest.raises(UsageError, match="unknown network 'vgg'"):
+        fv.simulate("vgg", sites)
+    with pytest.raises(UsageError, match="holds no run"):
+        fv.load(tmp_path)
+    with pytest.raises(UsageError, match="nothing to run"):
+        fv.sweep("logistic", sites, seeds=0)
+    fv.simulate("logistic", sites, out=tmp_path / "run", report=False, compare=False, quiet=True, **QUICK)
+    with pytest.raises(UsageError, match="holds a run already"):
+        fv.simulate("logistic", sites, out=tmp_path / "run", **QUICK)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_makes_a_plan_or_says_which_sizes_it_needs(network):
+    image = fv.split((np.random.default_rng(0).random((40, 64)), np.arange(40) % 2), clients=4)  # noqa: TID251
+    config = Config(clients=4, dataset="arrays", network=network)
+    if network in ("transformer", "lstm", "lora-transformer"):
+        with pytest.raises(UsageError, match="needs its sizes"):
+            make_plan(config, image)
+    else:
+        assert make_plan(config, image).network.name == network
+
+
+def test_a_proposal_uses_public_numbers_alone_and_follows_epsilon():
+    asked = {"records": 5000, "inputs": 30, "classes": 2, "delta": 1e-5}
+    little, much = (recipes.propose(epsilon=e, **asked) for e in (0.5, 8.0))
+    assert little.learning_rate < much.learning_rate
+    assert little.network == "mlp"
+    assert recipes.propose(epsilon=1.0, **asked | {"records": 100}).network == "logistic"
+    assert recipes.propose(epsilon=1.0, **asked | {"records": 10**6}).sample_rate < 0.01
+    changed = recipe(Config(dataset="t.csv", learning_rate=0.5, steps=7), fv.split("trivial", clients=4))
+    assert (changed.learning_rate, changed.steps) == (0.5, 7)
+
+
+def test_importing_fedveil_loads_nothing_heavy():
+    code = (
+        "import sys, fedveil; print(sorted(m for m in sys.modules if m in ('torch', 'flwr', 'numpy')), fedveil.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ")
+    assert "'simulate'" in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fv.nothing  # type: ignore[attr-defined]
