@@ -24,7 +24,6 @@ _LAZY = {
     "Shards": "fedveil.deploy.lab.partition",
     "Quantity": "fedveil.deploy.lab.partition",
 }
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
@@ -37,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*globals(), *_LAZY])
