@@ -142,8 +142,8 @@ class Clipper:
                 none (:func:`~fedveil.privacy.dp.places.seat`). By default each record at its own place, in order.
             persons: ``(n', R)`` the rows of each person, ``EMPTY`` for none. Then seats name persons, and g is the
                 mean of a person's usable rows' gradients. By default each record is by itself.
-            capacity: K, the most records (persons) that the table may ever hold. A GPU keeps the table from one call to
-                the next and takes memory for so many. ``X`` and ``y`` must then not be changed in between.
+            capacity: K, the most records (persons) that the table may ever hold. If it is given, a GPU keeps the table
+                until :meth:`release` and takes memory for so many. ``X`` and ``y`` must not be changed in between.
 
         Guarantee: one record (person) more or less at a place that is empty otherwise changes ``values`` by at most
         ``clip`` times (1 + :func:`~fedveil.privacy.dp.rounding.relative`) in L2 norm, whatever it holds and whatever
@@ -163,7 +163,7 @@ class Clipper:
         padded = np.full(batches * each, EMPTY, np.int64)
         padded[: len(seats)] = seats
         padded, table = padded.reshape(batches, each), (X, y, groups, persons is not None)
-        held = self._resident(X, y, max(len(X), capacity * groups.shape[1]))
+        held = self._resident(X, y, max(len(X), capacity * groups.shape[1])) if capacity else None
         with _fresh_randomness(self.device) if self._random else nullcontext():
             taken = (
                 (self.batch(table, at) for at in padded)
