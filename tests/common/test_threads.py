@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import threading
@@ -116,3 +117,28 @@ def test_spans_cover_everything_once(stop: int, length: int, start: int) -> None
     parts = list(threads.spans(stop, length, start))
     assert [i for p in parts for i in range(p.start, p.stop)] == list(range(start, stop))
     assert all(p.stop - p.start == length for p in parts[:-1])
+
+
+FAULTS = """
+import resource
+from fedveil.privacy.secagg import lattice
+
+stream = lattice.Uniform(lattice.Stream(bytes(32)))
+for _ in range(5):
+    stream.take(16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    stream.take(16)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own way")
+def test_the_memory_of_a_chunk_serves_the_next_one() -> None:
+    def faults(**env: str) -> int:
+        out = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True)
+        return int(out.stdout)
+
+    assert faults() < 2000  # a chunk's temporaries have about 500 pages
+    fixed = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    assert faults(**fixed) > 10_000  # negative control: what glibc does by itself
