@@ -256,6 +256,7 @@ def test_descents_are_those_of_plain_autograd_for_each_table(spec) -> None:
             nn.functional.cross_entropy(model(torch.from_numpy(X[rows]).double()), torch.from_numpy(y[rows])).backward()
             with torch.no_grad():
                 for p in trainable(model):
+                    assert p.grad is not None
                     p -= 0.1 * p.grad
         moved = start - torch.cat([p.detach().reshape(-1) for p in trainable(model)])
         np.testing.assert_allclose(found[table], moved.numpy(), rtol=1e-9, atol=1e-12)
