@@ -34,9 +34,8 @@ def to_grid(values: NDArray[np.float64], clamp: float, width: float) -> NDArray[
                 raise DataError(
                     "the clipped sum holds a NaN or an infinity", hint="this is a fault of the program: report it"
                 )
-            if low < -clamp or high > clamp:
-                chunk = np.clip(chunk, -clamp, clamp)
-            made[part] = np.rint(chunk / width)
+            # Always, also where nothing is cut off: time must not tell.
+            made[part] = np.rint(np.clip(chunk, -clamp, clamp) / width)
 
     each(rounded, spans(given.size, _PIECE))
     return out

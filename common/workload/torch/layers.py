@@ -146,8 +146,8 @@ class Lstm(Tokens):
         gates = self.inward(self.tokens(ids))
         h = c = torch.zeros_like(gates[:, 0, : gates.shape[2] // 4])
         states = []
-        for t in range(ids.shape[1]):
-            i, f, g, o = (gates[:, t] + self.recurrent(h)).chunk(4, -1)
+        for inward in gates.unbind(1):  # by index, each step's gradient would be a tensor of zeros for all steps
+            i, f, g, o = (inward + self.recurrent(h)).chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
             states.append(h)
