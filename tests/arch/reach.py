@@ -3,7 +3,8 @@
 ``python tests/arch/reach.py`` prints them and ends with 1 if one has no reason in reach.toml, or a reason is stale.
 
 Roots are what a user starts: the entry points of pyproject.toml, the table of sub-commands in common/cli.py,
-``python -m fedveil``, and modules that scripts and unit files of ``deploy/`` name. Reach goes on through what reached
+``python -m fedveil``, what ``import fedveil`` offers (the table ``_LAZY`` of its __init__, and the public methods of its
+classes), and modules that scripts and unit files of ``deploy/`` name. Reach goes on through what reached
 code names. A name that only its own definition, or only unreached code, speaks of is not reached. In doubt a name is
 reached: a method is reached with its class if reached code anywhere says its name as an attribute or a string, if a
 template says it, if a base class from elsewhere may call it, or if a decorator may have registered it. Tests and
@@ -223,6 +224,7 @@ class Source:
         item = self.items.setdefault(name, Item(where, kind, owner=owner))
         if isinstance(node, (*Function, ast.ClassDef)):
             item.registered |= any(_word(d) not in INERT for d in node.decorator_list)
+            item.registered |= node.name in ("__getattr__", "__dir__")  # of a module: Python calls them
         if not isinstance(node, ast.ClassDef):
             Names(item, scope, name).visit(node)
             return
@@ -235,6 +237,7 @@ class Source:
                 at = f"{where.rsplit(':', 1)[0]}:{inner.lineno}"
                 method = self.items.setdefault(f"{name}.{inner.name}", Item(at, "method", owner=name))
                 method.registered |= inner.name.startswith("__") and inner.name.endswith("__")
+                method.registered |= inner.name == "_repr_html_"  # notebooks call it
                 method.registered |= any(_word(d) not in INERT for d in inner.decorator_list)
                 Names(method, scope, name).visit(inner)
             elif isinstance(inner, ast.AnnAssign):
@@ -276,7 +279,15 @@ class Source:
                 found |= set(DOTTED.findall(path.read_text(encoding="utf-8")))
         for name in self.commands():
             found |= {f"{PACKAGE}.deploy.cli.{name}.{held}" for held in ("app", name)}
-        return {PACKAGE, f"{PACKAGE}.__main__", *found}
+        return {PACKAGE, f"{PACKAGE}.__main__", *found, *self.offered()}
+
+    def offered(self) -> set[str]:
+        """The dotted names behind the package's lazy ones."""
+        path = self.root / "src" / PACKAGE / "__init__.py"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else ():
+            if isinstance(node, ast.Assign) and "_LAZY" in {getattr(t, "id", "") for t in node.targets}:
+                return {f"{module}.{name}" for name, module in ast.literal_eval(node.value).items()}
+        return set()
 
     def commands(self) -> list[str]:
         """The names in the table of sub-commands, whose modules are imported by name."""
@@ -297,6 +308,7 @@ class Source:
         live: set[str] = set()
         said = self.said()
         methods = [(n, i, self.foreign(i.owner)) for n, i in self.items.items() if i.kind == "method"]
+        offered = self.offered()
         others = [(n, i) for n, i in self.items.items() if i.registered and i.kind != "method"]
         todo = [name for dotted in (*self.roots(), *extra) for name, _ in self.resolve(dotted)]
         while todo:
@@ -314,7 +326,8 @@ class Source:
                             todo.append(target)
                             said.update(rest.split())
             todo += [n for n, i, foreign in methods if n not in live and i.owner in live
-                     and (i.registered or foreign or n.rsplit(".", 1)[1] in said)]  # fmt: skip
+                     and (i.registered or foreign or (word := n.rsplit(".", 1)[1]) in said
+                          or (i.owner in offered and word[0] != "_"))]  # fmt: skip
             todo += [n for n, i in others if n not in live and i.owner in live]
         return live
 

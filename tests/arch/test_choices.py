@@ -64,9 +64,12 @@ def test_every_reader_of_the_sums_makes_a_plan():
 
 @pytest.mark.parametrize("name", listed(settings.ModelSection, "name"))
 def test_every_network_of_the_settings_is_built(name):
-    hidden = {"logistic": (), "mlp": (8,), "cnn": (2, 4)}[name]
+    hidden = {
+        "logistic": (), "mlp": (8,), "cnn": (2, 4), "resnet": (1, 2), "transformer": (9, 4, 2, 1), "lstm": (9, 4, 3),
+        "lora-mlp": (2, 8), "lora-transformer": (2, 9, 4, 2, 1),
+    }[name]  # fmt: skip
     spec = ModelSpec(name=name, inputs=64, classes=3, hidden=hidden)
-    assert sum(p.numel() for p in build(spec).parameters()) == spec.parameters
+    assert sum(p.numel() for p in build(spec).parameters() if p.requires_grad) == spec.parameters
 
 
 @pytest.mark.parametrize("engine", listed(settings.TrainingSection, "engine"))

@@ -22,7 +22,7 @@ ABSENT = ("torch", "flwr", "tenseal", "opacus", "grpc", "sklearn", "matplotlib",
 
 def sources() -> set[str]:
     """Every module and template of the rooms, as it must lie in the wheel."""
-    found = {f"fedveil/{p.name}" for p in (ROOT / "src" / "fedveil").glob("*.py")}
+    found = {f"fedveil/{p.name}" for p in (ROOT / "src" / "fedveil").glob("*.py*")}
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):

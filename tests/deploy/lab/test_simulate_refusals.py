@@ -17,7 +17,7 @@ from fedveil.common.errors import PlanError, UsageError
         (("--clients", 10001, "--dataset", "trivial"), "1 to 10000"),
         (("--drop-rate", 2), "from 0 to 1"),
         (("--cap", 0), "above 0"),
-        (("--alpha", 0), "above 0"),
+        (("--by", "dirichlet:0"), "above 0"),
         (("--seed", -1), "0 to 4294967295"),
         (("--epsilon", -1), ""),
     ],
