@@ -85,15 +85,34 @@ _NEEDED = {
     "lora-transformer": "rank, vocabulary, width, heads, blocks",
 }
 
-_STEPS = ((3.0, 60), (inf, 150))
-_WHOLE = 20_000  # up to so many records a step takes all of them
-_BATCH = 8192  # expected records of a step beyond that
-_FEW = 2000
-_WANDER = 1.2  # how far the noise of all steps may carry the weights, in L2 norm
-_FASTEST = 0.25  # the longest step, in L2 norm of the mean gradient's bound
+
+@dataclass(frozen=True)
+class Rule:
+    """The constants of :func:`propose`; where they come from: docs/bench-proposal.md.
+
+    Attributes:
+        steps: (largest ε, number of steps), in order.
+        whole: up to so many records a step takes all of them.
+        batch: expected records of a step beyond that.
+        few: below so many records the network is linear.
+        wander: how far the noise of all steps together may carry the weights, in L2 norm.
+        fastest: the longest step: learning rate times clip.
+    """
+
+    steps: tuple[tuple[float, int], ...] = ((3.0, 60), (inf, 150))
+    whole: int = 20_000
+    batch: int = 8192
+    few: int = 2000
+    wander: float = 1.2
+    fastest: float = 0.25
 
 
-def propose(*, records: int, inputs: int, classes: int, epsilon: float, delta: float, parameters: int = 0) -> Recipe:
+RULE = Rule()
+
+
+def propose(
+    *, records: int, inputs: int, classes: int, epsilon: float, delta: float, parameters: int = 0, rule: Rule = RULE
+) -> Recipe:
     """Hyper-parameters for ``records`` records in all, from public numbers alone.
 
     Few steps over many records: that is where DP-SGD gets most for its ε. The learning rate keeps the sum of all noise
@@ -104,16 +123,16 @@ def propose(*, records: int, inputs: int, classes: int, epsilon: float, delta: f
     """
     from fedveil.privacy.dp.calibrate import noise_multiplier
 
-    network, hidden = ("logistic", ()) if records < _FEW else ("mlp", (32,))
+    network, hidden = ("logistic", ()) if records < rule.few else ("mlp", (32,))
     widths = (inputs, *hidden, classes)
     size = parameters or sum(a * b + b for a, b in pairwise(widths))
-    steps = next(n for limit, n in _STEPS if epsilon <= limit)
-    rate = 1.0 if records <= _WHOLE else round(_BATCH / records, 4)
+    steps = next(n for limit, n in rule.steps if epsilon <= limit)
+    rate = 1.0 if records <= rule.whole else round(rule.batch / records, 4)
     sigma = noise_multiplier(epsilon, delta, rate, steps)
     momentum, clip = 0.9, 0.5
     # Momentum makes each step's part 1 / (1 - momentum) times as long.
     walk = sigma * math.sqrt(steps * size) / (rate * records) / (1 - momentum)
-    length = min(_FASTEST, _WANDER / walk)
+    length = min(rule.fastest, rule.wander / walk)
     rate_of_learning = float(f"{length / clip:.2g}")
     return Recipe(
         network, hidden, rate_of_learning, clip, rate, steps, momentum,
