@@ -21,6 +21,7 @@ from fedveil.common.errors import FedveilError, PlanError, StoreError, trace
 COMMANDS = {
     "audit": "Check a privacy report from its journals alone, or write it again.",
     "client": "Run a site: its own data, its own limits, outbound connections only.",
+    "compare": "Compare finished runs: settings, ε, metrics and baselines, as a table and a page.",
     "data": "The data contract and a site's own table.",
     "demo": "Train one model over four hospitals at ε = 1: real processes, mTLS, a secure sum, a report to check.",
     "ledger": "A site's privacy ledger: what was spent, what is left.",
@@ -38,6 +39,7 @@ EXTRAS = {
     "audit conformance": "client",
     "audit one-run": "client",
     "client": "client",
+    "compare": "sim",
     "data": "anon",
     "demo": "sim",
     "ledger": "audit",

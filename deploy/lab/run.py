@@ -90,6 +90,16 @@ class Run:
         path = self.folder / _CONFIG
         return json.loads(path.read_text()) if path.exists() else {}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the plan, by name: for runs that were not simulated."""
+        p = self.plan
+        return {
+            "sites": p.sites, "mode": p.mode, "sum": p.sum, "epsilon": p.claim, "delta": p.delta, "clip": p.clip,
+            "sample_rate": p.sample_rate, "steps": p.steps, "network": p.model.name, "hidden": list(p.network.hidden),
+            "learning_rate": p.optimizer.learning_rate, "momentum": p.optimizer.momentum,
+        }  # fmt: skip
+
     @cached_property
     def status(self) -> str:
         """How it ended: COMPLETED, EXHAUSTED, ABORTED; RUNNING where it has not."""
@@ -184,9 +194,16 @@ def as_html(rows: list[dict[str, Any]]) -> str:
     """Rows as an HTML table; a column for each key, in the order of their first rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f"<th>{html.escape(str(n))}</th>" for n in names)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(_cell(row.get(n)))}</td>' for n in names)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(shown(row.get(n)))}</td>' for n in names)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+def shown(value: Any) -> str:
+    """A cell of a table."""
+    if value is None:
+        return ""
+    return (
+        (f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:g}")
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -41,7 +41,9 @@ class Runs(Sequence[Run]):
         """The runs of each combination of the varied settings, in the order of their first run."""
         out: dict[tuple[Any, ...], list[Run]] = {}
         for run in self._runs:
-            out.setdefault(tuple(_hashable(run.config.get(name)) for name in self.varied), []).append(run)
+            out.setdefault(tuple(_hashable((run.config or run.settings).get(name)) for name in self.varied), []).append(
+                run
+            )
         return out
 
     @property

@@ -16,6 +16,7 @@ _LAZY = {
     "sweep": "fedveil.deploy.lab.api",
     "load": "fedveil.deploy.lab.api",
     "baselines": "fedveil.deploy.lab.api",
+    "compare": "fedveil.deploy.lab.comparison",
     "Run": "fedveil.deploy.lab.run",
     "Runs": "fedveil.deploy.lab.runs",
     "Sites": "fedveil.deploy.lab.sites",

@@ -2,6 +2,7 @@ from fedveil.deploy.lab.api import baselines as baselines
 from fedveil.deploy.lab.api import load as load
 from fedveil.deploy.lab.api import simulate as simulate
 from fedveil.deploy.lab.api import sweep as sweep
+from fedveil.deploy.lab.comparison import compare as compare
 from fedveil.deploy.lab.partition import Dirichlet as Dirichlet
 from fedveil.deploy.lab.partition import Iid as Iid
 from fedveil.deploy.lab.partition import Quantity as Quantity

@@ -1,0 +1,41 @@
+"""``fedveil compare``: several finished runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of a sweep.")],
+    metric: Annotated[str | None, typer.Option(help="What the picture shows. By default the first metric.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a page with table and picture to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+) -> None:
+    """Compare runs: their settings, ε, metrics and baselines; mean and standard error over seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedveil.deploy.lab import comparison
+    from fedveil.deploy.lab.api import load
+    from fedveil.deploy.lab.run import Run
+
+    found: list[Run] = []
+    for folder in runs:
+        one = load(folder)
+        found += [one] if isinstance(one, Run) else list(one)
+    together = comparison.compare(found)
+    console = Console(highlight=False)
+    for title, lines in (("Means over seeds", together.table()), ("Each run", comparison.rows(together))):
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        table = Table(*names, title=title, title_justify="left", box=None)
+        for line in lines:
+            table.add_row(*(comparison.shown(line.get(name)) for name in names))
+        console.print(table)
+    if csv is not None:
+        together.to_csv(csv)
+    if out is not None:
+        out.write_text(comparison.page(together, metric or together.metrics[0]), encoding="utf-8")
+        console.print(f"written: {out}")
