@@ -3,8 +3,8 @@
 ``python tests/arch/reach.py`` prints them and ends with 1 if one has no reason in reach.toml, or a reason is stale.
 
 Roots are what a user starts: the entry points of pyproject.toml, the table of sub-commands in common/cli.py,
-``python -m fedveil``, what ``import fedveil`` offers (the table ``_LAZY`` of its __init__, and the public methods of its
-classes), and modules that scripts and unit files of ``deploy/`` name. Reach goes on through what reached
+``python -m fedveil``, what ``import fedveil`` offers (the table ``_LAZY`` of its __init__; its classes' public methods
+too), and modules that scripts and unit files of ``deploy/`` name. Reach goes on through what reached
 code names. A name that only its own definition, or only unreached code, speaks of is not reached. In doubt a name is
 reached: a method is reached with its class if reached code anywhere says its name as an attribute or a string, if a
 template says it, if a base class from elsewhere may call it, or if a decorator may have registered it. Tests and
