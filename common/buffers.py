@@ -13,6 +13,6 @@ class Filled:
         self.room = self._out.getbuffer()
 
     def value(self) -> bytes:
-        """What was written, without a copy. Nothing may look into :attr:`room` any more, or it raises BufferError."""
+        """What was written, without a copy; whoever looks into :attr:`room` has to have let go of it."""
         self.room.release()
         return self._out.getvalue()

@@ -83,7 +83,9 @@ class ModelState:
 
     @cached_property
     def _sent(self) -> bytes:
-        return self.weights.astype("<f4").tobytes()
+        out = Filled(4 * self.weights.size)
+        np.copyto(np.frombuffer(out.room, "<f4"), self.weights, casting="same_kind")
+        return out.value()
 
     @cached_property
     def hash(self) -> str:

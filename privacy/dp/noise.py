@@ -22,7 +22,7 @@ from fedveil.common.threads import each, spans
 from fedveil.privacy.dp.gaussian_table import ACCEPT_BITS, CELLS, KEEP_BITS, MORE_BITS, Table, acceptance, below, table
 
 MAX_STD = float(1 << 48)
-_PROPOSALS = 1 << 14  # at a time: they stay in the cache
+_PROPOSALS = 1 << 16  # at a time: few enough for the cache, and enough for threads that meet between them
 _CHUNK = 1 << 18  # draws under one key
 _NARROW = 22  # k < 2^8, so that 2·k·s + u stays below 2^31
 _ZEROS = bytes(1 << 20)

@@ -65,7 +65,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("encrypt, share, sign, keep", KeysumSite, "contribute"),
     ("fingerprint", KeysumSite, "fingerprint"),
     ("add at the server", KeysumServer, "add"),
-    ("open at the server", KeysumServer, "result"),
+    ("open at the server", KeysumServer, "fingerprint_requests"),
     ("verify the opened sum", KeysumSite, "opened"),
     ("step the model", own_model, "_stepped"),
 )
