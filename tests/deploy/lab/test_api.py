@@ -149,7 +149,7 @@ def test_every_network_makes_a_plan_or_says_which_sizes_it_needs(network):
 
 
 def test_a_proposal_uses_public_numbers_alone_and_follows_epsilon():
-    asked = {"records": 5000, "inputs": 30, "classes": 2, "delta": 1e-5}
+    asked: dict[str, Any] = {"records": 5000, "inputs": 30, "classes": 2, "delta": 1e-5}
     little, much = (recipes.propose(epsilon=e, **asked) for e in (0.5, 8.0))
     assert little.learning_rate < much.learning_rate
     assert little.network == "mlp"
