@@ -22,8 +22,8 @@ from fedveil.common.threads import each, spans
 from fedveil.privacy.dp.gaussian_table import ACCEPT_BITS, CELLS, KEEP_BITS, MORE_BITS, Table, acceptance, below, table
 
 MAX_STD = float(1 << 48)
-_PROPOSALS = 1 << 16  # at a time: few enough for the cache, and enough for threads that meet between them
-_CHUNK = 1 << 18  # draws under one key
+_PROPOSALS = 1 << 17  # at a time: few enough for the cache, and enough for threads that meet between them
+_CHUNK = 1 << 19  # draws under one key
 _NARROW = 22  # k < 2^8, so that 2·k·s + u stays below 2^31
 _ZEROS = bytes(1 << 20)
 _NEAR = 1.5  # of 2^32: double precision knows the threshold to far less than this
@@ -63,7 +63,7 @@ class KeyStream:
 def discrete_gaussian(std: float, size: int, stream: KeyStream | None = None) -> NDArray[np.int64]:
     """``(size,)`` independent draws from the discrete Gaussian N_Z(0, std²).
 
-    They are drawn in chunks of 2^18 over the threads of :mod:`fedveil.common.threads`, each under a key of its own.
+    They are drawn in chunks of 2^19 over the threads of :mod:`fedveil.common.threads`, each under a key of its own.
 
     Args:
         std: the parameter σ in grid units, in [0.5, 2^48]. From 2 upwards the variance is σ² to within 1e-30.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedveil.common.errors import DataError
 from fedveil.common.threads import each, spans
 
-_CHUNK = 1 << 16  # values at a time: they stay in the cache
+_CHUNK = 1 << 17  # values at a time: they stay in the cache
 _PIECE = 1 << 18  # of one thread
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedveil.common import canonical
 from fedveil.common.errors import WireError
-from fedveil.common.threads import mapped, spans
+from fedveil.common.threads import spans
 from fedveil.privacy.secagg import lattice
 from fedveil.privacy.secagg.interface import SumSpec
 from fedveil.privacy.secagg.params import BLOCK_BYTES, COEFFICIENT_BYTES, N, Q
@@ -94,8 +94,9 @@ def of(challenge: str, ciphertext: bytes) -> Fingerprint:
     """The fingerprint of a packed ciphertext; :class:`WireError` if a coefficient is not below q."""
     weights = Weights(challenge)
     pieces = ((data, weights.draw(len(data) // BLOCK_BYTES)) for _, data in lattice.chunks(ciphertext))
-    for part in mapped(lambda p: weights.part(lattice.from_bytes(p[0]), p[1]), pieces):
-        weights.add(part)
+    # Not over threads: the work on a piece is short, and threads that wait for each other make it longer.
+    for data, drawn in pieces:
+        weights.add(weights.part(lattice.from_bytes(data), drawn))
     return weights.sums
 
 
@@ -103,8 +104,8 @@ def of_blocks(challenge: str, blocks: NDArray[np.uint64]) -> Fingerprint:
     """The fingerprint of ``(blocks, N)`` coefficients."""
     weights = Weights(challenge)
     pieces = ((blocks[some], weights.draw(some.stop - some.start)) for some in spans(len(blocks), lattice.CHUNK))
-    for part in mapped(lambda p: weights.part(*p), pieces):
-        weights.add(part)
+    for some, drawn in pieces:
+        weights.add(weights.part(some, drawn))
     return weights.sums
 
 

@@ -125,7 +125,7 @@ def private(plan: PrivacyPlan, data: Tables) -> tuple[list[float], dict[str, flo
         server, _ = server_app(job)
         sites = virtual_sites.Kept(
             lambda i: virtual_sites.make_site(
-                world.roster, i, world.keys[i], plan, *data[i], home, cap=plan.filter_epsilon(), engine="closed"
+                world.roster, i, world.keys[i], plan, *data[i], home, cap=plan.filter_epsilon()
             )
         )
         run_inprocess(server, client_app(sites.resolve), world.sites, lambda _: {})

@@ -149,12 +149,15 @@ def test_every_network_makes_a_plan_or_says_which_sizes_it_needs(network):
 
 
 def test_a_proposal_uses_public_numbers_alone_and_follows_epsilon():
-    asked: dict[str, Any] = {"records": 5000, "inputs": 30, "classes": 2, "delta": 1e-5}
-    little, much = (recipes.propose(epsilon=e, **asked) for e in (0.5, 8.0))
-    assert little.learning_rate < much.learning_rate
-    assert little.network == "mlp"
-    assert recipes.propose(epsilon=1.0, **asked | {"records": 100}).network == "logistic"
-    assert recipes.propose(epsilon=1.0, **asked | {"records": 10**6}).sample_rate < 0.01
+    def proposed(**given: Any) -> recipes.Recipe:
+        asked: dict[str, Any] = {"records": 5000, "inputs": 30, "classes": 2, "delta": 1e-5, "epsilon": 1.0}
+        asked.update(given)
+        return recipes.propose(**asked)
+
+    assert proposed(epsilon=0.5).learning_rate < proposed(epsilon=8.0).learning_rate
+    assert proposed().network == "mlp"
+    assert proposed(records=100).network == "logistic"
+    assert proposed(records=10**6).sample_rate < 0.01
     changed = recipe(Config(dataset="t.csv", learning_rate=0.5, steps=7), fv.split("trivial", clients=4))
     assert (changed.learning_rate, changed.steps) == (0.5, 7)
 
