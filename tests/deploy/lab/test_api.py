@@ -72,7 +72,7 @@ def test_a_changed_report_is_told(run, tmp_path):
 
 
 def test_a_sweep_compares_and_goes_on_where_it_stopped(sites, tmp_path):
-    asked: dict[str, Any] = {"epsilon": [1.0, 4.0], "seeds": 2, "workers": 1, **QUICK}
+    asked: Any = {"epsilon": [1.0, 4.0], "seeds": 2, "workers": 1, **QUICK}
     runs = fv.sweep("logistic", sites, out=tmp_path / "s", **asked)
     assert [(r["epsilon"], r["seeds"]) for r in runs.table()] == [(1.0, 2), (4.0, 2)]
     found = [run.metrics["accuracy"] for run in runs]
