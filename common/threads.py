@@ -34,10 +34,10 @@ def _keep_small_blocks() -> None:
     """Have glibc keep the memory of a chunk's temporaries for the next chunk.
 
     By itself it gives freed blocks back to the kernel at once. Then every chunk's memory is mapped and cleared anew,
-    which costs more than most of the work on it. After it has freed one block of nearly 32 MiB, as any program with
-    large arrays does, it keeps up to 64 MiB of smaller ones (mallopt(3), M_MMAP_THRESHOLD). Other libraries ignore it.
+    which costs more than most of the work on it. After it has freed one block of nearly 4 MiB, as any program with
+    large arrays does, it keeps up to 8 MiB of smaller ones (mallopt(3), M_MMAP_THRESHOLD). Other libraries ignore it.
     """
-    bytes((32 << 20) - (1 << 14))  # freed at once
+    bytes((4 << 20) - (1 << 14))  # freed at once
 
 
 _keep_small_blocks()

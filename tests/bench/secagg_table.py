@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import tenseal as ts
 
+from fedveil.common import threads
 from fedveil.common.identity import SERVER, Member, Roster, new_signing_key, public_hex
 from fedveil.common.units import SiteId
 from fedveil.common.wire import Packet
@@ -368,6 +369,7 @@ def model_section(nets: list[dict[str, float]], extra: dict[str, float]) -> list
 
 def table() -> str:
     """The page. Takes about twenty seconds on a quiet machine."""
+    threads.use(1)  # figures are of one core
     side = side_by_side()
     rows = [(10, whole_round(10, k, MILLION, 3)) for k in (1, 2, 3, 4)]
     rows.append((100, whole_round(100, 2, MILLION, 5)))
@@ -375,7 +377,7 @@ def table() -> str:
         [
             "# Bench of the secure sum",
             "",
-            "Written by `make bench-secagg` (`tests/bench/secagg_table.py`). Times are CPU seconds of one process, as",
+            "Written by `make bench-secagg` (`tests/bench/secagg_table.py`). Times are CPU seconds of one thread, as",
             "medians. Both sides are measured in one run, interleaved. Compare ratios between machines, not seconds.",
             "",
             machine(),

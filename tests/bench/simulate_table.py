@@ -140,7 +140,7 @@ def plain_rows() -> list[str]:
         own, bare = (statistics.median(x["rounds"][1:]) for x in (found, maths))
         rest = (found["all"] - sum(found["rounds"])) / case.clients
         pfl = theirs(PFL, "pfl_rounds.py", case)
-        flower = 0.0 if case.clients > MANY else theirs(FLOWER, "flower_rounds.py", case)
+        flower = 0.0 if case.clients > MANY else theirs(FLOWER, "flower_rounds.py", case._replace(steps=3))
         most = case.most or pfl / 6
         verdict = f"; ≤ {most:.2g}: {'yes' if own <= most else 'no'}" if most else ""
         rows.append(
