@@ -263,6 +263,10 @@ def check_challenge(spec: SumSpec, request: Packet) -> Challenge:
     Raises:
         WireError, SecureSumError: another form or session, members that no sum can have.
     """
+    return _once((spec, CHALLENGE), request, lambda: _check_challenge(spec, request))
+
+
+def _check_challenge(spec: SumSpec, request: Packet) -> Challenge:
     round, header = check_request(spec, request, CHALLENGE), request.header
     nonce, rows, total, answers = (header.get(k) for k in ("nonce", "members", "sum", "answers"))
     if not (isinstance(nonce, str) and isinstance(rows, list) and is_hex(total, 64) and is_hex(answers, 64)):

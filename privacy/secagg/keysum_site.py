@@ -28,7 +28,6 @@ from fedveil.privacy.secagg.blinding import BOX_BYTES as GROUP_BOX_BYTES
 from fedveil.privacy.secagg.blinding import GroupKey
 from fedveil.privacy.secagg.contributions import Contributions, from_bytes, to_parts
 from fedveil.privacy.secagg.interface import READY, Head, Integers, SiteSum, SumSpec, Witness
-from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.params import N, choose
 from fedveil.privacy.secagg.sealed import Joins, SessionKey
 from fedveil.privacy.secagg.store import Store
@@ -174,10 +173,9 @@ class KeysumSite(SiteSum):
 
     def opened(self, packet: Packet) -> tuple[NDArray[np.int64], tuple[SiteId, ...]]:
         """See :meth:`SiteSum.opened`; the values are shared by the sites of a process, and cannot be written to."""
-        opening = Opening.parse(self._spec, packet)
-        self._check_agreed(opening.round, opening.digest(self._spec))
-        values = verification.once(self._spec, packet, opening, self._group)
-        return values, tuple(opening.members)
+        opening, digest = verification.parsed(self._spec, packet)
+        self._check_agreed(opening.round, digest)
+        return verification.once(self._spec, opening, self._group), tuple(opening.members)
 
     def named(self, value: Any) -> tuple[int, str]:
         """See :meth:`SiteSum.named`."""

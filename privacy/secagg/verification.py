@@ -34,30 +34,49 @@ from fedveil.privacy.secagg.keysum_opening import Opening
 from fedveil.privacy.secagg.opened_sum import BUFFERS, KEYSUM
 from fedveil.privacy.secagg.params import BLOCK_BYTES, HALF_BITS, choose
 
-# One opening: the virtual sites of a process verify the same sum.
-_last: list[tuple[tuple[str, ...], bytes, NDArray[np.int64]]] = []
+
+class Known(NamedTuple):
+    """A parsed opening, and the digest of its members that helpers signed."""
+
+    opening: Opening
+    digest: str
 
 
-def once(spec: SumSpec, packet: Packet, opening: Opening, group: GroupKey | None = None) -> NDArray[np.int64]:
+# One of each: the virtual sites of a process read and verify the same sum.
+_read: list[tuple[tuple[str, ...], bytes, Known]] = []
+_last: list[tuple[Opening, str, NDArray[np.int64]]] = []
+
+
+def parsed(spec: SumSpec, packet: Packet) -> Known:
+    """:meth:`Opening.parse` for one of many sites in a process: what was read last is not read again."""
+    data = packet.buffers.get(BUFFERS[KEYSUM], b"")
+    seen = spec.session, spec.roster.hash, spec.plan_hash, canonical.digest(packet.header)
+    for before, buffer, known in _read:
+        if before == seen and buffer == data:
+            return known
+    opening = Opening.parse(spec, packet)
+    known = Known(opening, opening.digest(spec))
+    _read[:] = [(seen, data, known)]
+    return known
+
+
+def once(spec: SumSpec, opening: Opening, group: GroupKey | None = None) -> NDArray[np.int64]:
     """:func:`verify` for one of many sites in a process: what was verified last is not verified again.
 
     The values are shared and cannot be written to.
 
     Args:
-        opening: the parts of ``packet``.
+        opening: what :func:`parsed` gave.
         group: the site's group key, where sums are blinded.
     """
-    data = packet.buffers[BUFFERS[KEYSUM]]
-    seen = (
-        spec.session, spec.roster.hash, spec.plan_hash, canonical.digest(packet.header), group.digest if group else "",
-    )  # fmt: skip
-    for before, buffer, values in _last:
-        if before == seen and buffer == data:
+    key = group.digest if group else ""
+    for before, named, values in _last:
+        if before is opening and named == key:
             return values
     blinds = group.streams(spec.session, opening.round, opening.nonce, tuple(opening.members)) if group else ()
     values = verify(spec, opening, blinds)
     values.flags.writeable = False
-    _last[:] = [(seen, data, values)]
+    _last[:] = [(opening, key, values)]
     return values
 
 
