@@ -14,7 +14,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Write a page with table and picture to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
 ) -> None:
-    """Compare runs: their settings, ε, metrics and baselines; mean and standard error over seeds."""
+    """Compare finished runs: settings, ε, metrics and baselines, as a table and a page."""
     from rich.console import Console
     from rich.table import Table
 

@@ -90,8 +90,10 @@ def centred(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def uniform(count: int) -> NDArray[np.int64]:
     """``count`` independent uniform integers in [0, P) from the operating system, by rejection."""
-    found = np.empty(0, np.int64)
-    while found.size < count:
-        words = np.frombuffer(os.urandom(2 * (count - found.size) + 64), np.uint16)
-        found = np.concatenate([found, words[words < P].astype(np.int64)])
-    return found[:count]
+    out, done = np.empty(count, np.int64), 0
+    while done < count:
+        words = np.frombuffer(os.urandom(2 * (count - done) + 64), np.uint16)
+        good = words[words < P][: count - done]
+        out[done : done + good.size] = good
+        done += good.size
+    return out

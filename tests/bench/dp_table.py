@@ -229,6 +229,8 @@ network and batch. They are medians of interleaved ratios.
 - *float64 without places*: what the default was before places: double precision, the drawn records only. A
   sampled step has {shares} times as many places as records, and all are computed: that is the price of a shape that no
   record decides. So it is slower than before where double precision costs less than that.
+- A network whose plain step takes less than a millisecond is the exception: drawing places, selecting empty ones away
+  and checking the sum take about a tenth of a millisecond by themselves, and a tenth more places are computed.
 - Opacus computes in float32 throughout, the drawn records only. jax_privacy does too, compiled, in an interpreter of
   its own (JAX_PRIVACY_PYTHON); its time is divided by our plain step.
 
