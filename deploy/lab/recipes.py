@@ -88,7 +88,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Rule:
-    """The constants of :func:`propose`; where they come from: docs/bench-proposal.md.
+    """The constants of :func:`propose`; `make bench-proposal` shows where they come from.
 
     Attributes:
         steps: (largest ε, number of steps), in order.
