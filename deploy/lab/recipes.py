@@ -88,7 +88,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Rule:
-    """The constants of :func:`propose`; `make bench-proposal` shows where they come from.
+    """The constants of :func:`propose`; docs/bench-proposal.md shows where they come from.
 
     Attributes:
         steps: (largest ε, number of steps), in order.
@@ -99,11 +99,11 @@ class Rule:
         fastest: the longest step: learning rate times clip.
     """
 
-    steps: tuple[tuple[float, int], ...] = ((3.0, 60), (inf, 150))
+    steps: tuple[tuple[float, int], ...] = ((inf, 60),)
     whole: int = 20_000
     batch: int = 8192
     few: int = 2000
-    wander: float = 1.2
+    wander: float = 2.4
     fastest: float = 0.25
 
 
