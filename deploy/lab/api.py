@@ -59,7 +59,7 @@ def simulate(
         print(f"{sites!r}\n{found}\n{found.why}".rstrip())  # noqa: T201 - what the caller asked to see
     run_split(config, sites, plan, folder, report=report)
     if compare:
-        _keep_baselines(folder, config, sites)
+        (folder / BASELINES).write_text(json.dumps(_compared(config, sites), indent=1) + "\n")
     return Run(folder)
 
 
@@ -68,11 +68,7 @@ def baselines(sites: Sites, network: str | None = None, **settings: Any) -> dict
 
     Arguments as for :func:`simulate`.
     """
-    from fedveil.deploy.lab import baselines as lab
-
-    config = _config(network, sites, settings)
-    parts = [lab.Table(X, y) for X, y in sites.parts if len(y)]
-    return lab.compare(make_plan(config, sites), parts, lab.Table(sites.X_test, sites.y_test))
+    return _compared(_config(network, sites, settings), sites)
 
 
 def load(folder: str | Path) -> Run | Runs:
@@ -184,12 +180,11 @@ def _config(network: str | None, sites: Sites, settings: dict[str, Any]) -> Conf
     return config
 
 
-def _keep_baselines(folder: Path, config: Config, sites: Sites) -> None:
+def _compared(config: Config, sites: Sites) -> dict[str, dict[str, float]]:
     from fedveil.deploy.lab import baselines as lab
 
     parts = [lab.Table(X, y) for X, y in sites.parts if len(y)]
-    found = lab.compare(make_plan(config, sites), parts, lab.Table(sites.X_test, sites.y_test))
-    (folder / BASELINES).write_text(json.dumps(found, indent=1) + "\n")
+    return lab.compare(make_plan(config, sites), parts, lab.Table(sites.X_test, sites.y_test))
 
 
 def _new_folder() -> Path:

@@ -280,3 +280,16 @@ def test_no_number_of_records_is_refused() -> None:
     out = exact(network(LOGISTIC), "closed", microbatch=1024).clipped_sum(X, y, 1e-3)
     assert (out.entered, out.excluded) == (n, 0)
     np.testing.assert_allclose(out.values, n * brute(LOGISTIC, X[:1], y[:1], 1e-3), rtol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_of_nan_is_selected_away_by_its_bits(engine) -> None:
+    """Finite records, NaN in every gradient in single precision: a factor of 0 alone would leave NaN in the sum."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1e20)
+    X = np.array([[1e-25] * 3, [1e30] * 3, [1e-25] * 3], np.float32)
+    out = Clipper(model, engine).clipped_sum(X, np.array([0, 1, 0]), 1.0)
+    assert (out.entered, out.excluded) == (0, 3)
+    assert not out.values.any()
