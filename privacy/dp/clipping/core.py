@@ -21,7 +21,7 @@ from fedveil.privacy.dp.clipping.direct import Book, Chain
 from fedveil.privacy.dp.clipping.engines import Backend, Hooked, Mapped
 from fedveil.privacy.dp.clipping.gradient_factors import Batch
 from fedveil.privacy.dp.clipping.guard import refuse_coupled
-from fedveil.privacy.dp.clipping.small import SmallChain
+from fedveil.privacy.dp.clipping.small import SmallChain, select
 from fedveil.privacy.dp.places import EMPTY
 from fedveil.privacy.dp.rounding import LONGEST_BLOCK, MAX_MICROBATCH, margin
 
@@ -111,7 +111,8 @@ class Clipper:
 
     def usable(self, X: NDArray[np.float32], y: NDArray[np.int64]) -> NDArray[np.bool_]:
         """``(B,)`` mask of the records that the network can take: finite, a known class, known token ids."""
-        mask = np.isfinite(X).all(1) & (y >= 0)
+        with np.errstate(invalid="ignore"):  # zero times what is not finite is not a number
+            mask = (np.vecdot(X, np.zeros(X.shape[1], X.dtype)) == 0) & (y >= 0)
         known = getattr(self.model, "usable", None)
         if known is not None:
             mask &= known(X)
@@ -216,10 +217,10 @@ class Clipper:
         padded = np.full((sites, batches * each), EMPTY, np.int64)
         padded[:, :places] = seats
         table = (X, y, np.arange(len(X))[:, None], False)
-        total, entered = torch.zeros(sites, self.size, dtype=torch.float64), np.zeros(sites, np.int64)
+        total, entered = torch.empty(sites, self.size, dtype=torch.float64), np.zeros(sites, np.int64)
         for at in range(0, batches * each, each):
             batch = self.batch(table, padded[:, at : at + each].reshape(-1))
-            added = self.backend.add_each(batch, clip * (1 - margin(self.size)), total)
+            added = self.backend.add_each(batch, clip * (1 - margin(self.size)), total, fresh=at == 0)
             entered += added.numpy().reshape(sites, each).sum(1)
         out = total.numpy()
         if not (np.sqrt(np.einsum("ij,ij->i", out, out)) <= entered * clip * (1 + _FAULT)).all():
@@ -278,17 +279,23 @@ class Clipper:
         rows = rows_of(seats, groups) if weighted else seats[:, None]
         flat = rows.reshape(-1)
         at = np.maximum(flat, 0)
-        features = np.zeros((len(flat), X.shape[1]), np.float32) if empty else np.asarray(X[at], np.float32)
+        held = torch.empty((len(flat), X.shape[1]), dtype=torch.float32)
+        features = held.numpy()
+        if empty:
+            features[:] = 0
+        else:
+            np.take(X, at, 0, out=features, mode="clip")
         classes = np.zeros(len(flat), np.int64) if empty else y[at]
         good = (flat >= 0) & self.usable(features, classes)
-        features, classes = np.where(good[:, None], features, np.float32(0)), np.where(good, classes, 0)
+        select(features, -good.astype(np.int32)[:, None])
+        classes = np.where(good, classes, 0)
         counts = good.reshape(rows.shape).sum(1)
         weights = None
         if weighted:
             shares = good.reshape(rows.shape) / np.maximum(counts, 1)[:, None]
             weights = torch.from_numpy(shares).to(self.device)
         return Batch(
-            self._aligned(features, self.dtype), self._aligned(classes, torch.int64),
+            held.to(self.device, self.dtype), self._aligned(classes, torch.int64),
             self._aligned(counts > 0, torch.bool), weights,
         )  # fmt: skip
 

@@ -70,9 +70,7 @@ class SmallChain:
             norms = np.where(small, np.sqrt((squares[0] * (squares[1] + self._biased)).sum(0)), np.inf)
             keep = batch.keep.numpy() & np.isfinite(norms)
             factor = np.where(keep, np.minimum(clip / (norms + TINY), 1.0), 0.0)
-        if fresh:
-            out.zero_()
-        self._sum(inputs, deltas, keep[:, None], factor, out.numpy())
+        self._sum(inputs, deltas, keep, factor, out.numpy(), fresh=fresh)
         return torch.from_numpy(keep)
 
     def descend(self, X: _Array, y: NDArray[np.int64], steps: int, rate: float) -> _Doubles:
@@ -109,7 +107,7 @@ class SmallChain:
         X, y = batch.X.numpy(), batch.y.numpy()
         with np.errstate(all="ignore"):
             inputs, deltas = self._gradients(X.reshape(many, -1, X.shape[1]), y.reshape(many, -1), layers)
-        flat = lambda t: _wide(t).reshape(len(X), -1)  # noqa: E731
+        flat = lambda t: t.astype(np.float64).reshape(len(X), -1)  # noqa: E731
         return [flat(a) for a in inputs], [flat(d) for d in deltas]
 
     def _gradients(self, X: _Array, y: NDArray[np.int64], layers: list[_Layer]) -> tuple[list[_Array], list[_Array]]:
@@ -125,7 +123,8 @@ class SmallChain:
                 z = _linear(z, next(rest))
                 z += _linear(x, base)
             x = self._functions[at][0](z) if at < len(self._functions) else z
-        delta = np.exp(np.maximum(x - x.max(2, keepdims=True), LEAST_EXPONENT))
+        largest = np.ascontiguousarray(x.reshape(-1, x.shape[2]).T).max(0)  # NumPy is slow along a short last axis
+        delta = np.exp(np.maximum(x - largest.reshape(*x.shape[:2], 1), LEAST_EXPONENT))
         delta /= delta.sum(2, keepdims=True)
         delta.reshape(-1, delta.shape[2])[np.arange(y.size), y.reshape(-1)] -= 1
         deltas, weights = list[_Array](), [w for w, _ in layers]
@@ -142,18 +141,45 @@ class SmallChain:
         return inputs, deltas[::-1]
 
     def _sum(
-        self, inputs: list[_Doubles], deltas: list[_Doubles], keep: NDArray[np.bool_], factor: _Doubles, out: _Doubles
+        self,
+        inputs: list[_Doubles],
+        deltas: list[_Doubles],
+        keep: NDArray[np.bool_],
+        factor: _Doubles,
+        out: _Doubles,
+        *,
+        fresh: bool,
     ) -> None:
-        at, many = 0, len(out)
+        """Inputs and deltas are this microbatch's own and are overwritten."""
+        at, many, bits = 0, len(out), -keep.astype(np.int64)[:, None]
         for a, delta, layer in zip(inputs, deltas, self._linears, strict=True):
-            scaled = (np.where(keep, delta, 0.0) * factor[:, None]).reshape(many, -1, delta.shape[1])
-            weight = scaled.transpose(0, 2, 1) @ np.where(keep, a, 0.0).reshape(many, -1, a.shape[1])
-            size = weight[0].size
-            out[:, at : at + size] += weight.reshape(many, -1)
-            at += size
+            select(a, bits)
+            select(delta, bits)
+            np.multiply(delta, factor[:, None], out=delta)
+            scaled, a = (t.reshape(many, -1, t.shape[1]) for t in (delta, a))
+            height, width = scaled.shape[2], a.shape[2]
+            weight = out[:, at : at + height * width].reshape(many, height, width)  # a view
+            if fresh:
+                np.matmul(scaled.transpose(0, 2, 1), a, out=weight)
+            else:
+                weight += scaled.transpose(0, 2, 1) @ a
+            at += height * width
             if layer.bias is not None:
-                out[:, at : at + delta.shape[1]] += scaled.sum(1)
-                at += delta.shape[1]
+                bias = out[:, at : at + height]
+                bias[...] = scaled.sum(1) if fresh else bias + scaled.sum(1)
+                at += height
+
+
+def select(values: _Array, bits: NDArray[np.signedinteger[Any]]) -> None:
+    """Keep rows where ``bits``, ``(B, 1)``, is -1 and make those zeros where it is 0, in place.
+
+    Whatever the rows hold, NaN too, and in the same time: every word is combined with its row's bits.
+
+    Args:
+        values: ``(B, ...)``, of a type as wide as that of ``bits``.
+    """
+    words = values.view(bits.dtype)
+    np.bitwise_and(words, bits, out=words)
 
 
 def _values(layer: nn.Linear) -> _Layer:
