@@ -156,13 +156,13 @@ class SmallChain:
             select(a, bits)
             select(delta, bits)
             np.multiply(delta, factor[:, None], out=delta)
-            scaled, a = (t.reshape(many, -1, t.shape[1]) for t in (delta, a))
-            height, width = scaled.shape[2], a.shape[2]
+            scaled, seen = (t.reshape(many, -1, t.shape[1]) for t in (delta, a))
+            height, width = scaled.shape[2], seen.shape[2]
             weight = out[:, at : at + height * width].reshape(many, height, width)  # a view
             if fresh:
-                np.matmul(scaled.transpose(0, 2, 1), a, out=weight)
+                np.matmul(scaled.transpose(0, 2, 1), seen, out=weight)
             else:
-                weight += scaled.transpose(0, 2, 1) @ a
+                weight += scaled.transpose(0, 2, 1) @ seen
             at += height * width
             if layer.bias is not None:
                 bias = out[:, at : at + height]
