@@ -108,8 +108,8 @@ class OwnModel:
             state = ModelState.load(data)
         except StoreError as e:
             raise WireError("a model state that is malformed") from e
-        if not state.finite:
-            raise WireError("a model state with values that are not finite numbers")
+        if not state.finite or not state.fits(self.held.state):
+            raise WireError("a model state of another shape, or with values that are not finite numbers")
         if not self.held.state.steps < state.steps < round_ or round_ - 1 <= self.held.round:
             raise ProtocolError(
                 f"the server brings the model state before round {round_}, which is not later than this site's after "

@@ -10,6 +10,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedveil.client import witness
 from fedveil.client.egress.ledger_rows import ENDINGS
 from fedveil.client.own_model import OwnModel
@@ -25,6 +28,7 @@ from fedveil.privacy.dp.quantize import to_grid
 from fedveil.privacy.secagg.interface import MAX_NONCE, is_hex
 
 _LOG = logging.getLogger("fedveil.client")
+FARTHEST = 1e30  # of a weight between a round's steps: it stays a finite single-precision number
 
 
 def join(site: Site, request: Packet) -> Packet:
@@ -81,11 +85,26 @@ def contribute(site: Site, request: Packet) -> Packet:
     noisy = to_grid(clipped, plan.clamp, plan.grid)
     del clipped
     charge(site, turn)
-    noisy += discrete_gaussian(plan.share_std, plan.model.parameters)
+    noisy += discrete_gaussian(plan.step_std, plan.model.parameters)
+    for _ in range(1, plan.noisy_steps):
+        noisy += another_step(site, turn, noisy)
     head = site.head if plan.sum == "keysum" else None  # it is signed for the helpers: others show it to nobody
     sealed = session.sum.contribute(turn.round, turn.nonce, noisy, head, model.held.name)
     site.ledger.commit(session.id, turn.round)
     return sealed
+
+
+def another_step(site: Site, turn: Turn, so_far: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``(D,)`` on the grid: one more noisy step of a round, charged already, where those before it have led.
+
+    The weights follow from noisy sums alone, and move by the site's even share of the common step.
+    """
+    plan, state = turn.session.plan, turn.model.held.state
+    rate = plan.optimizer.learning_rate * plan.optimizer.factor(state.steps + 1)
+    weights = state.weights - so_far * (rate * plan.grid * plan.sites / plan.divisor)
+    bounded = np.clip(weights, -FARTHEST, FARTHEST).astype(np.float32)
+    clipped = site_sum(site.clipper(turn.session), plan, bounded, site.X, site.y, site.capacity, site.persons)
+    return to_grid(clipped, plan.clamp, plan.grid) + discrete_gaussian(plan.step_std, plan.model.parameters)
 
 
 def admitted(site: Site, request: Packet) -> Turn | Packet:
@@ -181,7 +200,7 @@ def finish(site: Site, request: Packet) -> Packet:
     if model_hash != model.model_hash:
         raise StateMismatch("the server ends the session with another model than this site's")
     if session.plan.reveal_to == "sites":
-        site.keep(session.id, model.held.state.sent())
+        site.keep(session.id, model.held.state.model())
     if not session.ended:
         site.ledger.note(
             "model", session=session.id, round=_round(h.get("round"), session.plan.steps, 0), model_hash=model_hash

@@ -129,9 +129,12 @@ def _sums(turns: _Turns) -> NDArray[np.float64]:
     engine.load(turn.model.weights)
     if plan.mode != "client":
         return _clipped_sums(engine, turn, [s for s, _ in turns])
-    if not len(site.X):
-        return np.zeros((len(turns), plan.model.parameters))
-    return train.client_updates(engine, plan, np.stack([s.X for s, _ in turns]), np.stack([s.y for s, _ in turns]))
+    out, sampled = np.zeros((len(turns), plan.model.parameters)), train.in_sample(plan, len(turns))
+    if len(site.X) and sampled.any():
+        some = [s for (s, _), taken in zip(turns, sampled, strict=True) if taken]
+        X, y = np.stack([s.X for s in some]), np.stack([s.y for s in some])
+        out[sampled] = train.client_updates(engine, plan, X, y)
+    return out
 
 
 def _alone(engine: Clipper, site: Site, turn: Turn) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ from fedveil.privacy.dp import clipping
 from fedveil.privacy.dp.clipping.device import failed, fix_arithmetic
 from fedveil.privacy.dp.places import seat
 from fedveil.privacy.dp.rounding import margin
+from fedveil.privacy.dp.sampling import poisson_sample
 from fedveil.privacy.plan import PrivacyPlan
 
 _LOG = logging.getLogger("fedveil.client")
@@ -93,7 +94,9 @@ def site_sum(
         engine.load(weights)
         try:
             if plan.mode == "client":
-                return _client_update(engine, plan, X, y)
+                # Whether or not it is in the sample, the update is computed: time must not tell.
+                update = _client_update(engine, plan, X, y)
+                return update if in_sample(plan, 1)[0] else np.zeros_like(update)
             units = len(X) if persons is None else len(persons)
             seats = seat(units, plan.sample_rate, plan.places(capacity))
             out = engine.clipped_sum(X, y, plan.clip, seats, persons, capacity)
@@ -126,23 +129,24 @@ def _naming_lost_gpus(device: torch.device) -> Iterator[None]:
 def _client_update(
     engine: clipping.Clipper, plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """DP-FedAvg (McMahan et al. 2018): ``local_steps`` of full-batch descent, the whole update clipped to C."""
+    """DP-FedAvg (McMahan et al. 2018): ``local_steps`` passes over the records, the whole update clipped to C."""
     if not len(X):
         return np.zeros(plan.model.parameters)
     if engine.stacks:
         return client_updates(engine, plan, X[None], y[None])[0]
     model, parameters = engine.model, engine.parameters
-    start = torch.cat([p.detach().reshape(-1) for p in parameters]).double()
+    begun = [p.detach().clone() for p in parameters]
     features = torch.from_numpy(X).to(engine.device, parameters[0].dtype)
     labels = torch.from_numpy(y).to(engine.device)
-    for _ in range(plan.local_steps):
-        loss = torch.nn.functional.cross_entropy(model(features), labels)
+    rate, pull = plan.optimizer.learning_rate, plan.optimizer.proximal
+    for part in clipping.passes(len(X), plan.local_steps, plan.local_batch):
+        loss = torch.nn.functional.cross_entropy(model(features[part]), labels[part])
         grads = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
-            for p, g in zip(parameters, grads, strict=True):
-                p.sub_(plan.optimizer.learning_rate * g)
-    update = start - torch.cat([p.detach().reshape(-1) for p in parameters]).double()
-    return _clipped(plan, update.cpu().numpy()[None])[0]
+            for p, g, p0 in zip(parameters, grads, begun, strict=True):
+                p.sub_(rate * (g + pull * (p - p0)))
+    moved = [(p0.double() - p.detach().double()).reshape(-1) for p, p0 in zip(parameters, begun, strict=True)]
+    return _clipped(plan, torch.cat(moved).cpu().numpy()[None])[0]
 
 
 def client_updates(
@@ -155,9 +159,22 @@ def client_updates(
         X: ``(S, n, features)``. y: ``(S, n)``. A client with a class that the model does not have adds zeros.
     """
     known = ((y >= 0) & (y < plan.model.classes)).all(1)
-    moved = engine.descents(X, np.where(known[:, None], y, 0), plan.local_steps, plan.optimizer.learning_rate)
+    parts = clipping.passes(X.shape[1], plan.local_steps, plan.local_batch)
+    o = plan.optimizer
+    moved = engine.descents(X, np.where(known[:, None], y, 0), parts, o.learning_rate, o.proximal)
     moved[~known] = 0.0
     return _clipped(plan, moved)
+
+
+def in_sample(plan: PrivacyPlan, clients: int) -> NDArray[np.bool_]:
+    """``(clients,)``: which are in the round's sample, each by its own coin that nobody else sees (mode ``client``).
+
+    The others send zeros, with their share of the noise like everybody: who was sampled does not show, and the plan's
+    sample rate counts.
+    """
+    if plan.sample_rate == 1:
+        return np.ones(clients, np.bool_)
+    return poisson_sample(clients, plan.sample_rate)
 
 
 def _clipped(plan: PrivacyPlan, updates: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -123,7 +123,9 @@ class PrivacySection(_Section):
         description="largest capacity of a site; default: all declared records, at most 10^7",
     )
     steps: int = Field(ge=1, le=1 << 20, description="secure sums in the run")
-    sample_rate: float = Field(default=1.0, gt=0, le=1, description="chance of a record to enter a step")
+    sample_rate: float = Field(
+        default=1.0, gt=0, le=1, description="chance of a record (mode client: a client) to enter a step"
+    )
     clip: float = Field(ge=1e-6, le=1e9, description="L2 bound of one record's gradient")
     colluders: int | None = Field(
         default=None, ge=0, description="t, sites that may work together; default n // 6, at least 1"
@@ -143,7 +145,12 @@ class PrivacySection(_Section):
     committee_seed: str = Field(
         default="", description="64 hexadecimal digits from a public beacon, which nobody could choose"
     )
-    local_steps: int = Field(default=1, ge=1, le=1 << 16, description="local steps per round (mode client only)")
+    local_steps: int = Field(
+        default=1, ge=1, le=1 << 16, description="passes over a client's records per round (mode client only)"
+    )
+    local_batch: int = Field(
+        default=0, ge=0, le=1 << 16, description="records of a local step; 0: all of a client's (mode client only)"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySection:
@@ -160,11 +167,36 @@ class ModelSection(_Section):
     seed: int = Field(default=0, ge=0)
 
 
-class OptimizerSection(_Section):
-    """The server's step."""
+OptimizerName = Literal["sgd", "adam", "yogi", "adagrad"]
+MAX_SCHEDULE = 64
+Schedule = tuple[tuple[int, float], ...]
+ScheduleName = Literal["constant", "linear", "cosine"]
 
-    learning_rate: float = Field(gt=0, le=1e6)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+
+class OptimizerSection(_Section):
+    """How the model moves on the opened sums."""
+
+    name: OptimizerName = Field(default="sgd", description="the step's rule; what each keeps and needs: the guide")
+    learning_rate: float = Field(
+        gt=0, le=1e6, description="of the step on the averaged sum; in mode client of the descent at each client"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of the first moment")
+    second_moment: float = Field(default=0.99, gt=0, lt=1, description="beta_2 of adam and yogi")
+    stabiliser: float = Field(default=1e-8, gt=0, le=1, description="added to the root of the second moment")
+    server_rate: float = Field(
+        default=1.0, gt=0, le=1e6, description="of the server's step on averaged updates (mode client only)"
+    )
+    schedule: ScheduleName | tuple[tuple[float, ...], ...] = Field(
+        default="constant",
+        description="constant, linear, cosine, or a table [[step, factor], ...]: from this step on, factor times the "
+        "rate",
+    )
+    averaging: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of an average of the weights, which is then the model; 0: none"
+    )
+    proximal: float = Field(
+        default=0.0, ge=0, le=1e6, description="FedProx: pull towards the round's start (mode client only)"
+    )
 
 
 class RunSection(_Section):
@@ -176,6 +208,12 @@ class RunSection(_Section):
     keep_ciphertexts: bool = Field(
         default=False, description="keep what sites send under keysum, for 'fedveil audit readd'; delete it afterwards"
     )
+    patience: int = Field(
+        default=0, ge=0, le=1 << 20, description="end after so many rounds without a better stop_metric; 0: never"
+    )
+    stop_metric: Literal["accuracy", "auc"] = Field(
+        default="accuracy", description="on public_test, for patience; auc for two classes"
+    )
 
 
 class Federation(_Section):
@@ -186,6 +224,12 @@ class Federation(_Section):
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Federation:
+        if self.run.patience and (self.federation.public_test is None or self.privacy.reveal_to == "sites"):
+            raise ValueError("run.patience needs federation.public_test, and sums that the server reads")
+        return self
 
 
 class SiteSection(_Section):

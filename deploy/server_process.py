@@ -151,6 +151,8 @@ def _options(
         "round_timeout": federation.run.round_timeout,
         "countersigned": True,
         "keep_ciphertexts": federation.run.keep_ciphertexts,
+        "patience": federation.run.patience,
+        "stop_metric": federation.run.stop_metric,
     }
     if federation.federation.public_test is not None and plan.task == "train":
         X, y = public_table(federation.federation.public_test, contract)

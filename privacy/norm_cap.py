@@ -3,10 +3,10 @@
 The bound follows from the plan alone, and is public like the sum. It fails for a run of honest sites with a probability
 of at most 2^-39 a step. It bounds a sum's length, and says nothing about its direction.
 
-    records(S)·C + sqrt(D)·γ·n/2 + γ·s·sqrt(m)·sqrt(D + 2·sqrt(D·L) + 2·L),     L = 40·ln 2
+    K·records(S)·C + K·sqrt(D)·γ·n/2 + γ·s·sqrt(m)·sqrt(D + 2·sqrt(D·L) + 2·L),     L = 40·ln 2
 
 * records(S): so many records are in one step's sample at most (Bernstein's inequality for a binomial), each of them
-  clipped to C. In mode ``client``: the clients.
+  clipped to C. In mode ``client``: the clients. K: the plan's noisy steps of a round.
 * Each of the n sites rounds D coordinates to the grid γ, by half a width at most.
 * m members add discrete Gaussians of s grid units. These are sub-Gaussian with variance s² (Canonne, Kamath, Steinke,
   NeurIPS 2020), and so is the length of their sum (Hsu, Kakade, Zhang, Electron. Commun. Probab. 2012, Theorem 2.1).
@@ -34,7 +34,8 @@ def cap(plan: PrivacyPlan, members: int) -> int:
     """The largest length of an opened sum of ``members`` sites, in grid units, rounded up."""
     D, noise = plan.model.parameters, plan.share_std * math.sqrt(members)
     length = _in_sample(plan, members) * plan.clip * (1 + relative(plan.places(plan.capacity))) / plan.grid
-    length += math.sqrt(D) * plan.sites / 2 + noise * math.sqrt(D + 2 * math.sqrt(D * _L) + 2 * _L)
+    length += math.sqrt(D) * plan.sites / 2
+    length = plan.noisy_steps * length + noise * math.sqrt(D + 2 * math.sqrt(D * _L) + 2 * _L)
     return math.ceil(min(length, 2.0**1000))  # a hostile plan may make it infinite
 
 
@@ -64,8 +65,10 @@ def _squared(chunk: NDArray[np.int64]) -> int:
 
 def _in_sample(plan: PrivacyPlan, members: int) -> float:
     """So many records (clients) of ``members`` are in a step's sample at most, except with probability 2^-40."""
-    if plan.mode == "client":
-        return plan.sites
-    most = min(_SPARE * plan.records, members * plan.capacity)  # no member holds more than its capacity
+    whole = plan.mode == "client"
+    # no member holds more than its capacity
+    most = plan.sites if whole else min(_SPARE * plan.records, members * plan.capacity)
+    if plan.sample_rate == 1:
+        return most
     mean, variance = plan.sample_rate * most, plan.sample_rate * (1 - plan.sample_rate) * most
     return min(most, mean + _L / 3 + math.sqrt(_L * _L / 9 + 2 * _L * variance))

@@ -78,6 +78,7 @@ def make_plan(
     rows_per_person: int | None = None,
     sample_rate: float = 1.0,
     local_steps: int = 1,
+    local_batch: int = 0,
     colluders: int | None = None,
     dropouts: int | None = None,
     few_clients: bool = False,
@@ -105,7 +106,8 @@ def make_plan(
         "unit": "client" if mode == "client" else "record" if rows_per_person is None else "person",
         "capacity": min(records, MOST_BY_DEFAULT) if capacity is None else capacity,
         "rows_per_person": rows_per_person or 1,
-        "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "clip": clip, "delta": delta,
+        "sample_rate": sample_rate, "steps": steps, "local_steps": local_steps, "local_batch": local_batch,
+        "clip": clip, "delta": delta,
         "epsilon": 1.0 if epsilon is None else epsilon,
         "noise_multiplier": 1.0 if noise_multiplier is None else noise_multiplier,
         "model": model, "optimizer": optimizer, "contract_hash": contract_hash, "workload_hash": workload_hash(model),
@@ -134,10 +136,10 @@ def workload_hash(model: Workload) -> str:
 def _derived(given: dict[str, Any]) -> dict[str, Any]:
     """What follows from the rest: σ from ε or (``epsilon`` being None) ε from σ, and the grid."""
     mode, sites, steps, model = given["mode"], given["sites"], given["steps"], given["model"]
-    rate = 1.0 if mode == "client" else given["sample_rate"]
+    rate = given["sample_rate"]
     epsilon, sigma = given["epsilon"], given["noise_multiplier"]
     delta = given["delta"]
-    if rate < 1:  # by the accountants' own arithmetic, so that they find the same number again
+    if rate < 1 and mode != "client":  # by the accountants' own arithmetic, so that they find the same number again
         delta -= steps * (PLANNED_OVERFLOW * delta / steps)
     if epsilon is None:
         epsilon = calibrate.epsilon(sigma, delta, rate, steps)
@@ -153,8 +155,10 @@ def _derived(given: dict[str, Any]) -> dict[str, Any]:
     honest = 1 if mode == "local" else sites - given["colluders"] - given["dropouts"]
     per_site = clips_per_site(mode, given["sample_rate"], given["records"], sites, model, given["clip"])
     share, whole = sigma / math.sqrt(honest), isinstance(model, StatsSpec)
-    bits = room_of(given["sum"], sites, model.parameters, steps)
-    grid, clamp = choose(sites, given["clip"], share, model.parameters, steps, per_site, whole=whole, bits=bits)
+    bits, times = room_of(given["sum"], sites, model.parameters, steps), given["local_steps"] if mode == "local" else 1
+    grid, clamp = choose(
+        sites, given["clip"], share, model.parameters, steps, per_site, whole=whole, bits=bits, times=times
+    )
     return {"epsilon": epsilon, "noise_multiplier": sigma, "grid": grid, "clamp": clamp}
 
 

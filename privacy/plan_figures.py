@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedveil.common import canonical
 from fedveil.common.errors import PlanError
-from fedveil.common.settings import MIN_DELTA
+from fedveil.common.settings import MAX_SCHEDULE, MIN_DELTA, OptimizerName, Schedule
 from fedveil.common.units import MAX_SITES
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import StatsSpec
@@ -39,12 +39,44 @@ MAX_CAP = 1e6  # of a ledger that could carry a plan
 
 
 class Optimizer(BaseModel):
-    """The server's step on the opened sum: SGD with momentum, post-processing of a private value."""
+    """How the model moves on the opened sums, the same at server, sites and auditor: post-processing, without a price.
+
+    Attributes:
+        name: ``sgd`` with momentum; or ``adam`` (Kingma & Ba, ICLR 2015), ``yogi`` (Zaheer et al., NeurIPS 2018),
+            ``adagrad`` (Duchi et al., JMLR 2011), as federated optimisers (Reddi et al., ICLR 2021).
+        learning_rate: of the step on the averaged sum; in mode ``client`` of the descent at each client.
+        momentum: of the first moment: of ``sgd`` the velocity's; of the others beta_1.
+        second_moment: beta_2 of ``adam`` and ``yogi``.
+        stabiliser: what is added to the root of the second moment.
+        server_rate: mode ``client``: of the server's step on the averaged updates.
+        schedule: pairs (step, factor), in order: from this step on the rate of the step on the sums is so many times as
+            large. Before the first pair: 1.
+        averaging: if above 0, the model that is evaluated and given out is an exponential average of the weights. After
+            step k it keeps min(averaging, (1 + k) / (10 + k)) of itself.
+        proximal: mode ``client``: FedProx (Li et al., MLSys 2020): each local step also goes so far back towards the
+            round's start, times the learning rate.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    name: OptimizerName = "sgd"
     learning_rate: float = Field(gt=0, le=1e6)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    second_moment: float = Field(default=0.99, gt=0, lt=1)
+    stabiliser: float = Field(default=1e-8, gt=0, le=1)
+    server_rate: float = Field(default=1.0, gt=0, le=1e6)
+    schedule: Schedule = Field(default=(), max_length=MAX_SCHEDULE)
+    averaging: float = Field(default=0.0, ge=0, lt=1)
+    proximal: float = Field(default=0.0, ge=0, le=1e6)
+
+    @property
+    def moments(self) -> int:
+        """How many vectors a state holds beside the weights (and their average)."""
+        return 1 if self.name == "sgd" else 2
+
+    def factor(self, step: int) -> float:
+        """By how much the schedule multiplies the rate of a step, counted from 1."""
+        return next((factor for first, factor in reversed(self.schedule) if first <= step), 1.0)
 
 
 class PlanFigures(BaseModel):
@@ -66,6 +98,7 @@ class PlanFigures(BaseModel):
     sample_rate: float = Field(ge=MIN_SAMPLE_RATE, le=1)
     steps: int = Field(ge=1, le=1 << 20)
     local_steps: int = Field(default=1, ge=1, le=1 << 16)
+    local_batch: int = Field(default=0, ge=0, le=1 << 16)
     clip: float = Field(ge=1e-6, le=1e9)
     noise_multiplier: float = Field(gt=0, le=calibrate.MAX_NOISE_MULTIPLIER)
     epsilon: float = Field(gt=0, le=calibrate.MAX_EPSILON)
@@ -121,13 +154,22 @@ class PlanFigures(BaseModel):
         return (self.sites + self.colluders) // 2 + 1
 
     @property
+    def noisy_steps(self) -> int:
+        """K: so many gradient steps a site takes in a round by itself, each with noise of its own (mode ``local``).
+
+        What it sends is their sum. Each is a Gaussian mechanism over all records, at σ·sqrt(K): together they cost what
+        one costs at σ, which is :attr:`event`. 1 in other modes.
+        """
+        return self.local_steps if self.mode == "local" else 1
+
+    @property
     def sensitivity(self) -> float:
         """L2 sensitivity of one site's sum on the grid, in the gradient's unit: C + sqrt(D)·γ, and what rounding adds.
 
-        The proof is in ``docs/sensitivity.md``.
+        Of a round of several noisy steps: so many times as large. The proof is in ``docs/sensitivity.md``.
         """
         rounded = math.sqrt(self.model.parameters) * self.grid * ON_GRID
-        return self.clip * (1 + relative(self.places(self.capacity))) + rounded
+        return self.noisy_steps * (self.clip * (1 + relative(self.places(self.capacity))) + rounded)
 
     @property
     def overflow(self) -> float:
@@ -143,8 +185,8 @@ class PlanFigures(BaseModel):
 
     @property
     def inflation(self) -> float:
-        """How much the grid adds to the clip: sensitivity / C - 1."""
-        return self.sensitivity / self.clip - 1
+        """How much the grid adds to the clip: sensitivity / (K·C) - 1."""
+        return self.sensitivity / (self.noisy_steps * self.clip) - 1
 
     @property
     def share_std(self) -> float:
@@ -152,23 +194,28 @@ class PlanFigures(BaseModel):
         return self.noise_multiplier * self.sensitivity / (self.grid * math.sqrt(self.honest))
 
     @property
+    def step_std(self) -> float:
+        """The same for one of a round's noisy steps."""
+        return self.share_std / math.sqrt(self.noisy_steps)
+
+    @property
     def bound(self) -> int:
         """Largest absolute coordinate of an opened sum, in grid units, except with probability 2^-40 per run.
 
         Exceeding it garbles a coordinate of the result; it never weakens privacy.
         """
-        return largest_sum(self.sites, self.clamp, self.grid, self.share_std, self.model.parameters * self.steps)
+        draws = self.model.parameters * self.steps
+        return largest_sum(self.sites * self.noisy_steps, self.sites, self.clamp, self.grid, self.share_std, draws)
 
     @property
     def divisor(self) -> float:
-        """What the opened sum is divided by: q·N, or the number of clients in mode ``client``."""
-        return float(self.sites) if self.mode == "client" else self.sample_rate * self.records
+        """What the opened sum is divided by: q·N, in mode ``client`` q times the number of clients."""
+        return self.sample_rate * (self.sites if self.mode == "client" else self.records)
 
     @property
     def event(self) -> SampledGaussian:
         """What one step costs a unit (a record, a person or a client), at exactly h honest shares."""
-        rate = 1.0 if self.mode == "client" else self.sample_rate
-        return SampledGaussian(rate, self.noise_multiplier, self.overflow / self.steps)
+        return SampledGaussian(self.sample_rate, self.noise_multiplier, self.overflow / self.steps)
 
     @property
     def fallback_event(self) -> SampledGaussian:
@@ -231,7 +278,15 @@ class PlanFigures(BaseModel):
         per_site = clips_per_site(self.mode, self.sample_rate, self.records, self.sites, self.model, self.clip)
         bits = room_of(self.sum, self.sites, D, self.steps)
         grid, clamp = choose(
-            self.sites, self.clip, share, D, self.steps, per_site, whole=self.task == "stats", bits=bits
+            self.sites,
+            self.clip,
+            share,
+            D,
+            self.steps,
+            per_site,
+            whole=self.task == "stats",
+            bits=bits,
+            times=self.noisy_steps,
         )
         return {"grid": grid, "clamp": clamp}
 

@@ -12,6 +12,7 @@ from fedveil.common import canonical
 from fedveil.common.errors import PlanError, SecureSumError
 from fedveil.common.settings import MIN_DELTA
 from fedveil.common.workload.statistics import StatsSpec
+from fedveil.privacy import schedules
 from fedveil.privacy.dp.calibrate import MAX_EPSILON
 from fedveil.privacy.dp.events import MAX_LOSS, MIN_NOISE_MULTIPLIER
 from fedveil.privacy.grid import MIN_SHARE_STD, MODULUS_BITS
@@ -30,6 +31,7 @@ def check(plan: PlanFigures) -> None:
         raise PlanError(f"model {plan.model.name!r}: {problem}")
     _check_trust(plan)
     _check_unit(plan)
+    _check_optimizer(plan)
     if isinstance(plan.model, StatsSpec):
         _check_stats(plan, plan.model)
     if plan.delta >= 1 / plan.records:
@@ -53,9 +55,9 @@ def check(plan: PlanFigures) -> None:
             hint="make the plan again: its grid follows from its other numbers; or state a smaller capacity",
             nearest=plan.regrid(),
         )
-    if plan.share_std < MIN_SHARE_STD:
+    if plan.step_std < MIN_SHARE_STD:
         raise PlanError(
-            f"a share of noise of {plan.share_std:.1f} grid units is too coarse to count as Gaussian",
+            f"a share of noise of {plan.step_std:.1f} grid units is too coarse to count as Gaussian",
             hint=f"at least {MIN_SHARE_STD:g} (Kairouz, Liu & Steinke 2021, Theorem 1)",
             nearest=plan.regrid(),
         )
@@ -144,9 +146,16 @@ def _check_trust(plan: PlanFigures) -> None:
             "federation.toml, --force of 'fedveil simulate'",
             nearest={"mode": "distributed"},
         )
-    if plan.mode != "client" and plan.local_steps != 1:
+    if plan.mode == "distributed" and (plan.local_steps, plan.local_batch) != (1, 0):
         raise PlanError(
-            "one gradient evaluation per secure sum is what the claim is made for", nearest={"local_steps": 1}
+            "one gradient evaluation per secure sum is what the claim is made for",
+            hint="several local steps: mode 'local', where each has the site's own noise, or mode 'client'",
+            nearest={"local_steps": 1, "local_batch": 0},
+        )
+    if plan.mode == "local" and (plan.local_batch or (plan.local_steps > 1 and plan.sample_rate < 1)):
+        raise PlanError(
+            "noisy steps in mode 'local' take every record: K of them cost what one costs at sigma / sqrt(K)",
+            nearest={"local_batch": 0, "sample_rate": 1.0},
         )
 
 
@@ -167,6 +176,19 @@ def _check_unit(plan: PlanFigures) -> None:
         raise PlanError(
             f"no site can hold {plan.capacity} of {plan.records} declared records", nearest={"capacity": plan.records}
         )
+
+
+def _check_optimizer(plan: PlanFigures) -> None:
+    o = plan.optimizer
+    if wrong := schedules.problem(o.schedule, plan.steps):
+        raise PlanError(wrong, hint="schedule = 'constant', 'linear' or 'cosine', or pairs within the run's steps")
+    if plan.mode != "client" and (o.server_rate, o.proximal) != (1.0, 0.0):
+        raise PlanError(
+            "server_rate and proximal are for mode 'client', whose sites send updates",
+            hint=f"in mode {plan.mode!r} the learning rate is the server's, and no site leaves the common model",
+        )
+    if plan.task == "stats" and (o.name, o.averaging) != ("sgd", 0.0):
+        raise PlanError("statistics take no step, and so have no optimiser", hint="make the plan again")
 
 
 def _check_rounding(plan: PlanFigures) -> None:
@@ -212,8 +234,8 @@ def _check_committee(plan: PlanFigures) -> None:
 def _check_stats(plan: PlanFigures, spec: StatsSpec) -> None:
     """One sum over every record, uncut: a clip or a clamp that cuts would bias every estimate and not be seen."""
     nearest: dict[str, object] = {}
-    if (plan.steps, plan.sample_rate) != (1, 1.0) or plan.mode == "client":
-        nearest |= {"steps": 1, "sample_rate": 1.0, "mode": "distributed"}
+    if (plan.steps, plan.local_steps, plan.sample_rate) != (1, 1, 1.0) or plan.mode == "client":
+        nearest |= {"steps": 1, "local_steps": 1, "sample_rate": 1.0, "mode": "distributed"}
     if plan.clip < spec.norm_bound:
         nearest["clip"] = spec.norm_bound
     if plan.clamp < plan.records:

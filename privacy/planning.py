@@ -11,6 +11,7 @@ from fedveil.common.errors import PlanError
 from fedveil.common.settings import Federation
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.statistics import StatsSpec
+from fedveil.privacy import schedules
 from fedveil.privacy.dp.accounting import Filter, best_order, epsilon_rdp
 from fedveil.privacy.grid import MODULUS_BITS
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
@@ -36,7 +37,7 @@ def plan_from_settings(
     Raises:
         PlanError: with the reason and the nearest consistent plan.
     """
-    p, m, o = federation.privacy, federation.model, federation.optimizer
+    p, m = federation.privacy, federation.model
     return make_plan(
         mode=p.mode,
         sum=p.sum,
@@ -48,12 +49,13 @@ def plan_from_settings(
         steps=p.steps,
         clip=p.clip,
         model=ModelSpec(name=m.name, inputs=contract.width, classes=contract.classes, hidden=m.hidden, seed=m.seed),
-        optimizer=Optimizer(learning_rate=o.learning_rate, momentum=o.momentum),
+        optimizer=optimizer_of(federation),
         contract_hash=contract.hash,
         capacity=p.capacity,
         rows_per_person=None if p.mode == "client" else contract.rows_per_person,
         sample_rate=p.sample_rate,
         local_steps=p.local_steps,
+        local_batch=p.local_batch,
         reveal_to=p.reveal_to,
         few_clients=p.few_clients,
         committee=p.committee,
@@ -61,6 +63,16 @@ def plan_from_settings(
         colluders=p.colluders,
         dropouts=p.dropouts,
     )
+
+
+def optimizer_of(federation: Federation) -> Optimizer:
+    """What the settings say of the optimiser, as a plan holds it: a schedule is a table there.
+
+    Raises:
+        PlanError: the schedule is no table.
+    """
+    said = federation.optimizer.model_dump()
+    return Optimizer(**said | {"schedule": schedules.table(said["schedule"], federation.privacy.steps)})
 
 
 def plan_of_statistics(
@@ -202,7 +214,7 @@ def values_per_coefficient(bound: int) -> int:
 
 def _noise_per_parameter(plan: PrivacyPlan) -> float:
     total = plan.noise_multiplier * plan.sensitivity * math.sqrt(plan.sites / plan.honest)
-    return total / plan.divisor / plan.clip
+    return total / plan.divisor / plan.clip / plan.noisy_steps
 
 
 def warnings(plan: PrivacyPlan) -> tuple[str, ...]:

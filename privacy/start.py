@@ -9,7 +9,7 @@ import numpy as np
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten
 from fedveil.privacy.optimiser import ModelState
-from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.plan import Optimizer, PrivacyPlan
 
 
 def start(plan: PrivacyPlan) -> ModelState:
@@ -19,10 +19,10 @@ def start(plan: PrivacyPlan) -> ModelState:
         ModelError: the network cannot be built, or its base's file was not given.
     """
     if plan.task == "stats":
-        return ModelState.start(np.zeros(plan.model.parameters, np.float32))
-    return _start(plan.network)
+        return ModelState.start(np.zeros(plan.model.parameters, np.float32), plan.optimizer)
+    return _start(plan.network, plan.optimizer)
 
 
 @lru_cache(maxsize=2)  # asked for by every virtual site of a process
-def _start(network: ModelSpec) -> ModelState:
-    return ModelState.start(flatten(build(network)))
+def _start(network: ModelSpec, optimizer: Optimizer) -> ModelState:
+    return ModelState.start(flatten(build(network)), optimizer)

@@ -25,7 +25,7 @@ from fedveil.privacy.start import start
 from fedveil.server import checkpoints
 from fedveil.server.evaluate import Evaluator
 
-COMPLETED, EXHAUSTED, ABORTED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED"
+COMPLETED, EXHAUSTED, ABORTED, STOPPED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED", "STOPPED_EARLY"
 Progress = Callable[[str, dict[str, Any]], None]
 _AS_IT_WAS = "restore the run's folder as it was, or start a new run"
 
@@ -46,6 +46,7 @@ class Job:
         durable: False in the simulator (no checkpoints, no fsync).
         attached: further buffers that go to every site in a round.
         keep_ciphertexts: whether ``keysum`` keeps every contribution's ciphertext in the run's folder, for an auditor.
+        patience, stop_metric: see :class:`fedveil.server.early_stop.EarlyStop`.
         countersigned: whether the report is written at the end of the run and sent to the sites for their signatures.
         progress: called for events (``joined``, ``round``, ``aborted``, ``end``) with their public numbers.
     """
@@ -68,6 +69,8 @@ class Job:
     attached: dict[str, bytes] = field(default_factory=dict)
     countersigned: bool = False
     keep_ciphertexts: bool = False
+    patience: int = 0
+    stop_metric: str = "accuracy"
 
     def checkpoint(self) -> str:
         """Keep the state for a restart; returns its content hash."""

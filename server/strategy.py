@@ -29,8 +29,9 @@ from fedveil.privacy.secagg.kept import FOLDER as CIPHERTEXTS
 from fedveil.privacy.secagg.round_outcomes import Conduct
 from fedveil.privacy.secagg.server import server_sum
 from fedveil.server import admission, ledger_handover, report_signatures, statistics
+from fedveil.server.early_stop import EarlyStop
 from fedveil.server.exchange import Exchange
-from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, Job
+from fedveil.server.job import ABORTED, COMPLETED, EXHAUSTED, STOPPED, Job
 from fedveil.server.opened_sums import opened_sums
 from fedveil.server.rounds import Round
 
@@ -47,7 +48,7 @@ class SecureSumStrategy(Strategy):
             needs. If they do not come, the run is ABORTED. None: the job's ``join_timeout``.
 
     Attributes:
-        status: how the run ended: COMPLETED, BUDGET_EXHAUSTED or ABORTED.
+        status: how the run ended: COMPLETED, STOPPED_EARLY, BUDGET_EXHAUSTED or ABORTED.
     """
 
     def __init__(self, job: Job, *, site_wait: float | None = None) -> None:
@@ -65,6 +66,7 @@ class SecureSumStrategy(Strategy):
         self._opened = opened_sums(job)
         self._round: Round | None = None
         self._linked: Exchange | None = None
+        self._early = EarlyStop(job.patience, job.stop_metric, job.run / "metrics.jsonl")
 
     def summary(self) -> None:
         """Log what is about to run."""
@@ -141,6 +143,8 @@ class SecureSumStrategy(Strategy):
             self.status = ABORTED  # too few are still asked to contribute
         elif self._consecutive >= MAX_CONSECUTIVE_ABORTS or not self._bearable:
             self.status = ABORTED
+        elif self._early.due:
+            self.status = STOPPED
         return self.status != COMPLETED
 
     def _enough_sites(self, number: int) -> bool:
@@ -170,7 +174,7 @@ class SecureSumStrategy(Strategy):
         """Public test metrics. There are none for a model that only the sites know."""
         if self.job.evaluate is None or self.plan.reveal_to == "sites":
             return {}
-        return self.job.evaluate(self.job.state.weights)
+        return self.job.evaluate(self.job.state.result)
 
     def _catch_up(self) -> None:
         """Bring the sites up to date whose models lack more sums than one message brings."""
@@ -299,7 +303,7 @@ class SecureSumStrategy(Strategy):
         heads = ledger_handover.keep(job, {site: p.buffers.get("journal", b"") for site, p in replies.items()}, end)
         metrics = self._metrics()
         if self.plan.reveal_to == "server":
-            write_durably(job.run / "model.f32", job.state.sent())
+            write_durably(job.run / "model.f32", job.state.model())
         statistics.publish(job)
         body = {
             "session": job.session,
@@ -316,7 +320,7 @@ class SecureSumStrategy(Strategy):
             report_signatures.offer(job, link, [SiteId(site) for site in heads])
 
     def _arrays(self) -> ArrayRecord:
-        data = self.job.state.sent()
+        data = self.job.state.model()
         return ArrayRecord({"weights": Array("float32", (len(data) // 4,), "fedveil.raw.1", data)})
 
     def _help(self, packets: Mapping[SiteId, Packet], action: str, round_: int) -> Iterable[Message]:
@@ -337,7 +341,7 @@ class SecureSumStrategy(Strategy):
     def _record(self, number: int, metrics: MetricRecord | None, seconds: float) -> None:
         traffic = getattr(self._exchange.grid, "traffic", {})
         sent, received = (sum(t[k] for t in traffic.values()) for k in ("sent", "received"))
-        facts = dict(metrics or {})
+        facts: dict[str, Any] = dict(metrics or {})
         line = {
             "round": number,
             "epsilon_opened": epsilon_pld([(self.plan.event, priced(number, self.plan.steps))], self.plan.delta),
@@ -348,5 +352,6 @@ class SecureSumStrategy(Strategy):
             "seconds": round(seconds, 6),
         }
         self._counted = (sent, received)
+        self._early.see(facts)
         self.job.metrics(line)
         self.job.progress("round", line)

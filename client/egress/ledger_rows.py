@@ -19,7 +19,12 @@ from fedveil.privacy.secagg.interface import is_hex
 
 Check = Callable[[Any], bool]
 MAX_TEXT = 256
-ENDINGS = ("COMPLETED", "BUDGET_EXHAUSTED", "ABORTED")  # how a run can end; a free text could carry anything out
+ENDINGS = (
+    "COMPLETED",
+    "STOPPED_EARLY",
+    "BUDGET_EXHAUSTED",
+    "ABORTED",
+)  # how a run can end; a free text could carry anything out
 
 
 def hexadecimal(digits: int) -> Check:

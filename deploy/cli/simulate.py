@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,11 +44,38 @@ def simulate(
     network: Annotated[str | None, _option(_TRAINING, ", ".join(NETWORKS) + ".")] = None,
     hidden: Annotated[str | None, _option(_TRAINING, "Sizes of the network, for example 64,32.")] = None,
     steps: Annotated[int | None, _option(_TRAINING, "Number of secure sums.")] = None,
-    learning_rate: Annotated[float | None, _option(_TRAINING, "Of the server's step.")] = None,
+    optimizer: Annotated[str, _option(_TRAINING, listed("optimizer"))] = "sgd",
+    learning_rate: Annotated[
+        float | None, _option(_TRAINING, "Of the server's step; in mode client of the clients' descent.")
+    ] = None,
     momentum: Annotated[float | None, _option(_TRAINING, "Of the server's step.")] = None,
+    second_moment: Annotated[float | None, _option(_TRAINING, "beta_2 of adam and yogi (0.99).")] = None,
+    stabiliser: Annotated[float | None, _option(_TRAINING, "Added to the root of the second moment (1e-8).")] = None,
+    schedule: Annotated[
+        str, _option(_TRAINING, "constant, linear, cosine, or factors of the rate from a step on: 1:1.0,40:0.1.")
+    ] = "constant",
+    averaging: Annotated[
+        float | None, _option(_TRAINING, "Decay of an average of the weights, which is then the model.")
+    ] = None,
     clip: Annotated[float | None, _option(_TRAINING, "L2 bound of a record's gradient, or a client's update.")] = None,
-    sample_rate: Annotated[float | None, _option(_TRAINING, "Chance of a record to enter a step.")] = None,
-    local_steps: Annotated[int | None, _option(_TRAINING, "Local steps per round, in mode client.")] = None,
+    sample_rate: Annotated[
+        float | None, _option(_TRAINING, "Chance of a record (mode client: a client) to enter a step.")
+    ] = None,
+    local_steps: Annotated[
+        int | None, _option(_TRAINING, "Mode client: passes over a client's records per round.")
+    ] = None,
+    local_batch: Annotated[int, _option(_TRAINING, "Mode client: records of a local step; 0: all of them.")] = 0,
+    server_rate: Annotated[
+        float | None,
+        _option(_TRAINING, "Mode client: of the step on the averaged updates (1; others than sgd: small)."),
+    ] = None,
+    proximal: Annotated[
+        float | None, _option(_TRAINING, "Mode client: FedProx's pull towards the round's start (0).")
+    ] = None,
+    patience: Annotated[
+        int, _option(_TRAINING, "End after so many rounds without a better --stop-metric; 0: never.")
+    ] = 0,
+    stop_metric: Annotated[str, _option(_TRAINING, listed("stop_metric", auc="two classes"))] = "accuracy",
     epsilon: Annotated[float, _option(_PRIVACY, "ε of the run.")] = 1.0,
     noise_multiplier: Annotated[float | None, _option(_PRIVACY, "σ instead of ε; ε then follows from it.")] = None,
     delta: Annotated[float, _option(_PRIVACY, "δ of the run.")] = 1e-5,
@@ -70,15 +98,10 @@ def simulate(
     out: Annotated[Path | None, _option(_RUN, "The new folder of the run or runs. By default runs/<time>.")] = None,
 ) -> None:
     """Train over many virtual clients in one process. The run's folder then holds a report to check."""
+    given = locals()
     from fedveil.deploy.lab import simulate as lab
 
-    config = lab.Config(
-        clients=clients, dataset=dataset, target=target, by=by, test=test, network=network, hidden=lab.sizes(hidden),
-        steps=steps, learning_rate=learning_rate, momentum=momentum, clip=clip, sample_rate=sample_rate,
-        local_steps=local_steps, epsilon=epsilon, noise_multiplier=noise_multiplier, delta=delta, mode=mode, sum=sum,
-        engine=engine, colluders=colluders, dropouts=dropouts, seed=seed, force=force, cap=cap,
-        drop_rate=drop_rate, reveal_to=reveal_to, committee=committee,
-    )  # fmt: skip
+    config = lab.Config(**{f.name: given[f.name] for f in fields(lab.Config)} | {"hidden": lab.sizes(hidden)})
     if federation is None:
         lab.command(config, seeds, out)
     else:

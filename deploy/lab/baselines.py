@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedveil.client.train import clipper
-from fedveil.common.workload.model import ModelSpec
-from fedveil.common.workload.torch.networks import build, flatten, unflatten
+from fedveil.common.workload.torch.networks import unflatten
 from fedveil.privacy.dp.noise import discrete_gaussian
 from fedveil.privacy.dp.places import seat
 from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.start import start
 from fedveil.server.evaluate import Evaluator
 
 _FINE = 2.0**-30
@@ -38,10 +38,10 @@ def dp_sgd(plan: PrivacyPlan, table: Table, *, records: float, noise: float) -> 
         records: what the gradient sum is divided by (times the sample rate).
         noise: total noise multiplier on the sum; 0 trains without privacy, though still clipped.
     """
-    weights, velocity = _start(plan.network)
+    state = start(plan)
     steps = clipper(plan.network, "closed", "cpu", places=len(table.y))
     for _ in range(plan.steps):
-        unflatten(steps.model, weights.astype(np.float32))
+        unflatten(steps.model, state.weights.astype(np.float32))
         # Without noise nothing is protected: then the records sit in order, so that a run can be repeated to the bit.
         whole = noise == 0 and plan.sample_rate == 1
         seats = None if whole else seat(len(table.y), plan.sample_rate, len(table.y))
@@ -49,14 +49,8 @@ def dp_sgd(plan: PrivacyPlan, table: Table, *, records: float, noise: float) -> 
         if noise > 0:
             std = noise * plan.clip
             total = total + discrete_gaussian(std / (std * _FINE), total.size) * (std * _FINE)
-        velocity = plan.optimizer.momentum * velocity + total / (plan.sample_rate * records)
-        weights = weights - plan.optimizer.learning_rate * velocity
-    return weights
-
-
-def _start(spec: ModelSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    weights = flatten(build(spec)).astype(np.float64)
-    return weights, np.zeros_like(weights)
+        state = state.step(plan, total, plan.divisor / (plan.sample_rate * records))
+    return state.result
 
 
 def pooled(plan: PrivacyPlan, parts: list[Table]) -> NDArray[np.float64]:

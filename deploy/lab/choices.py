@@ -5,6 +5,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("distributed", "local", "client"),
     "sum": ("keysum", "sharedkey", "plain", "none"),
     "engine": ("inprocess", "ray"),
+    "optimizer": ("sgd", "adam", "yogi", "adagrad"),
+    "stop_metric": ("accuracy", "auc"),
     "reveal_to": ("server", "sites"),
 }
 

@@ -50,11 +50,14 @@ def config_for(settings: Federation, config: Config, sites: Sites) -> Config:
     """``config`` with what the settings decide: the run's folder says what was simulated."""
     from dataclasses import replace
 
-    p = settings.privacy
+    p, o = settings.privacy, settings.optimizer
     return replace(
         config, clients=len(sites), dataset=sites.source, epsilon=p.epsilon or 0.0, noise_multiplier=p.noise_multiplier,
         delta=p.delta, mode=p.mode, sum=p.sum, steps=p.steps, clip=p.clip, sample_rate=p.sample_rate,
-        network=settings.model.name, hidden=settings.model.hidden, learning_rate=settings.optimizer.learning_rate,
-        momentum=settings.optimizer.momentum, local_steps=p.local_steps, colluders=p.colluders, dropouts=p.dropouts,
-        reveal_to=p.reveal_to, committee=p.committee, force=p.few_clients,
+        network=settings.model.name, hidden=settings.model.hidden, learning_rate=o.learning_rate, momentum=o.momentum,
+        local_steps=p.local_steps, colluders=p.colluders, dropouts=p.dropouts,
+        reveal_to=p.reveal_to, committee=p.committee, force=p.few_clients, local_batch=p.local_batch,
+        optimizer=o.name, second_moment=o.second_moment, stabiliser=o.stabiliser, server_rate=o.server_rate,
+        schedule=o.schedule, averaging=o.averaging, proximal=o.proximal, patience=settings.run.patience,
+        stop_metric=settings.run.stop_metric,
     )  # fmt: skip

@@ -97,12 +97,13 @@ class Run:
         return {
             "sites": p.sites, "mode": p.mode, "sum": p.sum, "epsilon": p.claim, "delta": p.delta, "clip": p.clip,
             "sample_rate": p.sample_rate, "steps": p.steps, "network": p.model.name, "hidden": list(p.network.hidden),
-            "learning_rate": p.optimizer.learning_rate, "momentum": p.optimizer.momentum,
+            "optimizer": p.optimizer.name, "learning_rate": p.optimizer.learning_rate,
+            "momentum": p.optimizer.momentum,
         }  # fmt: skip
 
     @cached_property
     def status(self) -> str:
-        """How it ended: COMPLETED, EXHAUSTED, ABORTED; RUNNING where it has not."""
+        """How it ended: COMPLETED, STOPPED_EARLY, BUDGET_EXHAUSTED, ABORTED; RUNNING where it has not."""
         return str(self._end.get("status", "RUNNING"))
 
     @cached_property

@@ -14,6 +14,7 @@ from fedveil.common import canonical
 from fedveil.common.errors import UsageError
 from fedveil.deploy.lab import recipes
 from fedveil.deploy.lab.choices import CHOICES, NETWORKS
+from fedveil.deploy.lab.optimisers import optimizer
 from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
 from fedveil.deploy.lab.recipes import Recipe
 
@@ -58,6 +59,16 @@ class Config:
     clip: float | None = None
     sample_rate: float | None = None
     local_steps: int | None = None
+    local_batch: int = 0
+    optimizer: str = "sgd"
+    second_moment: float | None = None
+    stabiliser: float | None = None
+    server_rate: float | None = None
+    schedule: str | tuple[tuple[float, ...], ...] = "constant"
+    averaging: float | None = None
+    proximal: float | None = None
+    patience: int = 0
+    stop_metric: str = "accuracy"
     noise_multiplier: float | None = None
 
 
@@ -85,8 +96,8 @@ def recipe(config: Config, sites: Sites) -> Recipe:
         )  # fmt: skip
     if config.network is not None and config.hidden is None:
         found = found.changed(hidden=recipes.usual_hidden(config.network, sites.inputs))
-    if config.mode == "client":
-        found = found.changed(local_steps=5)
+    if config.mode == "client":  # a rate of sampling is then one of clients: nobody but the caller knows it
+        found = found.changed(local_steps=5, sample_rate=1.0)
     return found.changed(
         network=config.network, hidden=config.hidden, learning_rate=config.learning_rate, momentum=config.momentum,
         clip=config.clip, sample_rate=config.sample_rate, steps=config.steps, local_steps=config.local_steps,
@@ -112,15 +123,18 @@ def make_plan(config: Config, sites: Sites) -> PrivacyPlan:
     if config.sum == "none" and config.mode != "local":
         raise UsageError("--sum none is for --mode local only", hint="use keysum, sharedkey or plain")
     r = recipe(config, sites)
+    model = ModelSpec(
+        name=r.network, inputs=sites.inputs, classes=sites.classes, hidden=r.hidden,  # type: ignore[arg-type]
+        seed=0 if r.network == "logistic" else config.seed + 7,
+    )  # fmt: skip
     contract = canonical.digest({"dataset": config.dataset, "inputs": sites.inputs, "classes": sites.classes})
     return plans.make_plan(
         mode=config.mode, sum=config.sum, sites=len(sites), records=sites.records,  # type: ignore[arg-type]
         epsilon=config.epsilon if config.noise_multiplier is None else None, noise_multiplier=config.noise_multiplier,
         capacity=sites.largest,
-        delta=config.delta, steps=r.steps, clip=r.clip, sample_rate=1.0 if config.mode == "client" else r.sample_rate,
-        model=ModelSpec(name=r.network, inputs=sites.inputs, classes=sites.classes,  # type: ignore[arg-type]
-                        hidden=r.hidden, seed=0 if r.network == "logistic" else config.seed + 7),
-        optimizer=plans.Optimizer(learning_rate=r.learning_rate, momentum=r.momentum), contract_hash=contract,
+        delta=config.delta, steps=r.steps, clip=r.clip, sample_rate=r.sample_rate, model=model,
+        optimizer=optimizer(config, r, 0 if model.problem() else model.parameters), contract_hash=contract,
+        local_batch=config.local_batch,
         colluders=config.colluders, dropouts=config.dropouts, few_clients=config.force,
         local_steps=r.local_steps, reveal_to=config.reveal_to,  # type: ignore[arg-type]
         committee=config.committee, committee_seed=secrets.token_hex(32) if config.committee else "",
@@ -182,7 +196,8 @@ def run_split(
     job = jobs.create(
         out, plan, world.roster, world.server, documents={**world.documents(), "config.json": asdict(config)},
         durable=False, engine=config.engine,
-        evaluate=Evaluator(plan.network, records.X_test, records.y_test), **options,
+        evaluate=Evaluator(plan.network, records.X_test, records.y_test), patience=config.patience,
+        stop_metric=config.stop_metric, **options,
     )  # fmt: skip
     server, _ = server_app(job)
     looked_at: dict[str, float] = {}
@@ -204,7 +219,7 @@ def run_split(
             run_on(server, grid)
         if plan.reveal_to == "sites" and job.evaluate is not None:
             # Only the simulation can look into a site: its own model on the public table.
-            looked_at = job.evaluate(sites.find(0).model(sites.find(0).session(job.session)).held.state.weights)
+            looked_at = job.evaluate(sites.find(0).model(sites.find(0).session(job.session)).held.state.result)
         sites.close()
     else:
         from fedveil.deploy.lab.ray_sites import run_over_ray
@@ -241,6 +256,12 @@ def check(config: Config) -> None:
             config.cap is not None and not 0 < config.cap < inf,
             f"cap = {config.cap!r} must be positive",
             "--cap takes an epsilon above 0",
+        ),
+        (config.patience < 0, f"patience = {config.patience} is negative", "--patience takes a number of rounds, or 0"),
+        (
+            config.patience and config.reveal_to == "sites",
+            "early stopping needs sums that the server reads",
+            "use --reveal-to server, or leave out --patience",
         ),
         (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is out of range", "--seed takes 0 to 4294967295"),
     ):

@@ -20,7 +20,7 @@ from fedveil.privacy.secagg.plain import Together, header
 
 def fits(plan: PrivacyPlan) -> bool:
     """Whether the sites of a simulation of ``plan`` can contribute in one pass."""
-    return plan.sum == "plain" and plan.task == "train"
+    return plan.sum == "plain" and plan.task == "train" and plan.noisy_steps == 1
 
 
 class TogetherGrid(InprocessGrid):

@@ -15,8 +15,8 @@ from scipy import stats
 
 from fedveil.privacy.audit import noise_checks as noise
 from fedveil.privacy.audit.evidence import Finding, Implementation, Part, Reference, Release
-from fedveil.privacy.audit.runs import Runs, carry_out, one_step
-from fedveil.privacy.audit.slab import QUIET, derived, noise_std, residuals
+from fedveil.privacy.audit.runs import Runs, carry_out
+from fedveil.privacy.audit.slab import QUIET, derived, noise_std, residuals, steps_of
 from fedveil.privacy.plan import PrivacyPlan
 
 RECORDS = 32
@@ -37,7 +37,7 @@ def noise_alone(
         derived, plan, model=reference.workload(plan), sample_rate=plan.sample_rate, records=plan.records,
         clip=plan.clip,
     )  # fmt: skip
-    inner = make(steps=1 if one_step(plan, records=False) else rounds)
+    inner = make(steps=1 if plan.task == "stats" else rounds)
     return carry_out(implementation, inner, reference.records(inner, [0] * plan.sites), [frozenset()] * rounds)
 
 
@@ -61,13 +61,13 @@ def with_records(
         derived, plan, model=reference.workload(plan), sample_rate=1.0, records=plan.records, quiet=True,
         learning_rate=plan.optimizer.learning_rate if plan.mode == "client" else 1e-12,
     )  # fmt: skip
-    steps = 1 if one_step(plan, records=True) else rounds
+    steps = 1 if plan.task == "stats" else rounds
     inner = make(clip=plan.clip, steps=steps)
     parts = reference.records(inner, each)
     if plan.task == "train":
         inner = make(clip=_short(reference, inner, parts), steps=steps)
     runs = carry_out(implementation, inner, parts, [frozenset()] * rounds)
-    known = reference.known(inner, parts)
+    known = reference.known(inner, parts) * steps_of(inner)
     z = residuals(inner, runs.releases, known)
     return [
         _along(inner, runs.releases, known, alpha, confidence),

@@ -52,8 +52,8 @@ def sampling_rate(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], 
     q, rounds = plan.sample_rate, len(releases)
     noise = float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
     seen = np.sum([slab.scores(r) for r in releases], axis=0)
-    by_site, trials = seen.sum(1), slab.counts.sum(1) * rounds
-    added = noise * rounds * slab.counts.shape[1]
+    by_site, trials = seen.sum(1), slab.units.sum(1) * rounds
+    added = noise * rounds * slab.units.shape[1]
     each = [_noisy_binomial(t, int(n), q, added) for t, n in zip(by_site, trials, strict=True)]
     whole = _noisy_binomial(float(seen.sum()), int(trials.sum()), q, added * len(each))
     n = int(trials.sum())
@@ -79,8 +79,8 @@ def _noisy_binomial(seen: float, trials: int, q: float, noise: float) -> float:
 
 def batch_sizes(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], alpha: float) -> Finding:
     """Poisson sampling leaves a site's batch size random: the variance of the counts by site and round, two-sided."""
-    noise = slab.counts.shape[1] * float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
-    sizes = slab.counts.sum(1)
+    noise = slab.units.shape[1] * float(np.mean([spread(plan, len(r.members)) ** 2 for r in releases]))
+    sizes = slab.units.sum(1)
     d = np.stack([slab.scores(r).sum(1) for r in releases]) - plan.sample_rate * sizes
     n = np.broadcast_to(sizes, d.shape)
     p, ratio = _dispersion(d, n, plan.sample_rate, noise)
@@ -95,9 +95,9 @@ def fresh_samples(plan: PrivacyPlan, slab: Slab, releases: tuple[Release, ...], 
     """Samples of different rounds are independent: the variance of the counts summed over the rounds, two-sided."""
     rounds = len(releases)
     noise = float(np.sum([spread(plan, len(r.members)) ** 2 for r in releases]))
-    d = np.sum([slab.scores(r) for r in releases], axis=0) - rounds * plan.sample_rate * slab.counts
-    p, ratio = _dispersion(d, rounds * slab.counts, plan.sample_rate, noise)
-    seen = _fault_seen(rounds * slab.counts, plan.sample_rate, noise, float(rounds), alpha)
+    d = np.sum([slab.scores(r) for r in releases], axis=0) - rounds * plan.sample_rate * slab.units
+    p, ratio = _dispersion(d, rounds * slab.units, plan.sample_rate, noise)
+    seen = _fault_seen(rounds * slab.units, plan.sample_rate, noise, float(rounds), alpha)
     return Finding(
         "sampling: rounds independent", "variance of the number of records over all rounds against independence", p,
         alpha, ratio, 1.0, d.size * rounds, "the same records in every round" if seen else "nothing: too much noise",

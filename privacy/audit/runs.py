@@ -23,11 +23,6 @@ class Runs:
         return tuple(r for run in self.runs for r in run.releases)
 
 
-def one_step(plan: PrivacyPlan, *, records: bool) -> bool:
-    """Whether every sum needs a run of its own: statistics, and clients' updates, which depend on where they start."""
-    return plan.task == "stats" or (plan.mode == "client" and records)
-
-
 def carry_out(
     implementation: Implementation, plan: PrivacyPlan, parts: Sequence[Part], absent: Sequence[frozenset[int]]
 ) -> Runs:

@@ -40,8 +40,8 @@ def kind_of(plan: PrivacyPlan) -> Kind:
 
 
 def sampled(plan: PrivacyPlan) -> bool:
-    """Whether a step takes a part of the records."""
-    return plan.mode != "client" and plan.sample_rate < 1
+    """Whether a step takes a part of the units."""
+    return plan.sample_rate < 1
 
 
 def derived(
@@ -67,10 +67,18 @@ def derived(
     return make_plan(
         mode=plan.mode, sum=plan.sum, sites=plan.sites, records=max(1, records), sample_rate=sample_rate,
         noise_multiplier=noise, delta=plan.delta, steps=steps, clip=clip, model=model,
-        optimizer=Optimizer(learning_rate=learning_rate, momentum=0.0), contract_hash=plan.contract_hash,
-        local_steps=plan.local_steps, few_clients=plan.few_clients, reveal_to=plan.reveal_to,
+        optimizer=_held_still(plan, learning_rate), contract_hash=plan.contract_hash, few_clients=plan.few_clients,
+        local_steps=plan.local_steps, local_batch=plan.local_batch, reveal_to=plan.reveal_to,
         colluders=plan.colluders, dropouts=plan.dropouts, committee=plan.committee, committee_seed=plan.committee_seed,
     )  # fmt: skip
+
+
+def _held_still(plan: PrivacyPlan, learning_rate: float) -> Optimizer:
+    """Steps so short that every round starts from the same weights; clients descend as far as they do."""
+    if plan.mode != "client":
+        return Optimizer(learning_rate=learning_rate, momentum=0.0)
+    own = plan.optimizer.proximal
+    return Optimizer(learning_rate=learning_rate, momentum=0.0, proximal=own, server_rate=LEARNING_RATE)
 
 
 def slab_plan(
@@ -169,9 +177,14 @@ class Slab:
 
 
 def sensitivity(plan: PrivacyPlan) -> float:
-    """Δ = C·(1 + rounding) + sqrt(D)·γ, written out: what the noise multiplier is relative to."""
+    """Δ = K·(C·(1 + rounding) + sqrt(D)·γ), written out: what the noise multiplier is relative to."""
     grid = math.sqrt(plan.model.parameters) * plan.grid * (1 + 2.0**-6)
-    return plan.clip * (1 + relative(plan.places(plan.capacity))) + grid
+    return steps_of(plan) * (plan.clip * (1 + relative(plan.places(plan.capacity))) + grid)
+
+
+def steps_of(plan: PrivacyPlan) -> int:
+    """K, written out: how many sums with noise of their own a site adds up in a round."""
+    return plan.local_steps if plan.mode == "local" else 1
 
 
 def honest(plan: PrivacyPlan) -> int:
@@ -186,14 +199,15 @@ def noise_std(plan: PrivacyPlan, members: int) -> float:
 
 def spread(plan: PrivacyPlan, members: int) -> float:
     """The noise of a group's score, in units."""
-    return noise_std(plan, members) / (1.0 if plan.task == "stats" else plan.clip)
+    return noise_std(plan, members) / (1.0 if plan.task == "stats" else plan.clip * steps_of(plan))
 
 
 def price(plan: PrivacyPlan) -> SampledGaussian:
     """What one step costs, from the numbers in ``plan.json`` and not from the code that charges."""
     raw = plan.to_json()
-    rate = 1.0 if raw["mode"] == "client" else float(raw["sample_rate"])
-    overflow = 1e-6 * float(raw["delta"]) / int(raw["steps"]) if rate < 1 else 0.0
+    rate = float(raw["sample_rate"])
+    counted = rate < 1 and raw["mode"] != "client"  # a client has one place, and needs no other
+    overflow = 1e-6 * float(raw["delta"]) / int(raw["steps"]) if counted else 0.0
     return SampledGaussian(rate, float(raw["noise_multiplier"]), overflow)
 
 

@@ -24,8 +24,18 @@ from fedveil.privacy.audit import own_path
 from fedveil.privacy.audit import record_checks as records
 from fedveil.privacy.audit import share_checks as sites
 from fedveil.privacy.audit.evidence import ALPHA, Conformance, Examined, Finding, Implementation, Reference, Run
-from fedveil.privacy.audit.runs import Runs, carry_out, one_step
-from fedveil.privacy.audit.slab import MOST_BINS, Slab, kind_of, noise_std, residuals, sampled, shares, slab_plan
+from fedveil.privacy.audit.runs import Runs, carry_out
+from fedveil.privacy.audit.slab import (
+    MOST_BINS,
+    Slab,
+    kind_of,
+    noise_std,
+    residuals,
+    sampled,
+    shares,
+    slab_plan,
+    steps_of,
+)
 from fedveil.privacy.dp.accounting import Filter, best_order
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 
@@ -169,16 +179,16 @@ def _own(implementation: Implementation, reference: Reference, plan: PrivacyPlan
     ]
 
 
-def _steps(plan: PrivacyPlan, rounds: int, *, with_records: bool) -> int:
-    return 1 if one_step(plan, records=with_records) else rounds
+def _steps(plan: PrivacyPlan, rounds: int) -> int:
+    return 1 if plan.task == "stats" else rounds  # every sum of statistics needs a run of its own
 
 
 def _noise_alone(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> tuple[Slab, Runs]:
     """All sites empty; rounds go through every number of drop-outs."""
     inputs = min(MOST_BINS, 2 * e.inputs) if plan.task == "stats" else max(e.inputs, plan.sites)
-    steps = _steps(plan, e.rounds, with_records=False)
+    steps = _steps(plan, e.rounds)
     inner = slab_plan(plan, inputs=inputs, steps=steps, sample_rate=plan.sample_rate, records=plan.sites)
-    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, inner.clip, kind_of(plan))
+    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, inner.clip * steps_of(inner), kind_of(plan))
     return empty, carry_out(implementation, inner, empty.parts(), list(_absences(plan, e.rounds)))
 
 
@@ -187,9 +197,9 @@ def _wide(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> Runs:
     inputs = max(16, plan.sites, min(e.wide, max(1 << 13, _WIDE_NUMBERS // (4 * plan.sites))))
     if plan.task == "stats":
         inputs = min(MOST_BINS, 2 * inputs)
-    steps = _steps(plan, 2, with_records=False)
+    steps = _steps(plan, 2)
     inner = slab_plan(plan, inputs=inputs, steps=steps, sample_rate=plan.sample_rate, records=plan.sites)
-    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, inner.clip, kind_of(plan))
+    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, inner.clip * steps_of(inner), kind_of(plan))
     return carry_out(implementation, inner, empty.parts(), [frozenset()] * 2)
 
 
@@ -230,13 +240,13 @@ def _slab(plan: PrivacyPlan, e: Effort, steps: int, rate: float) -> tuple[Privac
     inputs = max(e.inputs, counts.size)
     inner = slab_plan(plan, inputs=inputs, steps=steps, sample_rate=rate, records=int(counts.sum()), quiet=True)
     most = max(1, int(inner.clamp / inner.clip / 2))  # so that twice the clip is seen before the clamp hides it
-    return inner, Slab(np.minimum(counts, most), inputs, inner.clip, kind_of(plan))
+    return inner, Slab(np.minimum(counts, most), inputs, inner.clip * steps_of(inner), kind_of(plan))
 
 
 def _whole(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> tuple[Slab, Runs]:
     """Every record in every round: the sums are known."""
     rounds = max(2, e.rounds // 2)
-    inner, slab = _slab(plan, e, _steps(plan, rounds, with_records=True), 1.0)
+    inner, slab = _slab(plan, e, _steps(plan, rounds), 1.0)
     return slab, carry_out(implementation, inner, slab.parts(), [frozenset()] * rounds)
 
 
@@ -254,13 +264,13 @@ def _pair(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> tuple
     """The same plan over N and N + 1 units at the first site (in mode ``client``: 0 and 1); the others are empty."""
     N, kind = 4, kind_of(plan)
     inputs, rounds = max(e.inputs, plan.sites), max(2, e.rounds // 2)
-    steps = _steps(plan, rounds, with_records=True)
+    steps = _steps(plan, rounds)
     inner = slab_plan(plan, inputs=inputs, steps=steps, sample_rate=1.0, records=plan.sites * N, quiet=True)
     slabs, found = [], []
     for size in (0, N) if kind == "client" else (N, N + 1):
         counts = np.zeros((plan.sites, 1), np.int64)
         counts[0] = size
-        slabs.append(Slab(counts, inputs, inner.clip, kind))
+        slabs.append(Slab(counts, inputs, inner.clip * steps_of(inner), kind))
         found.append(carry_out(implementation, inner, slabs[-1].parts(), [frozenset()] * rounds))
     z = [residuals(inner, r.releases, s.known(s.units)) for r, s in zip(found, slabs, strict=True)]
     return records.neighbours((slabs[0], slabs[1]), (found[0], found[1]), e.alpha), z
@@ -278,7 +288,7 @@ def _stopping(implementation: Implementation, plan: PrivacyPlan, e: Effort) -> F
     cap = few.filter_epsilon() * (0.9 if single else 1.0)
     carried = Filter(cap, plan.delta, best_order(cap, plan.delta)).affords(few.event)
     whole = few if single else make(steps=carried + 2)
-    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, whole.clip, kind_of(plan))
+    empty = Slab(np.zeros((plan.sites, 1), np.int64), inputs, whole.clip * steps_of(whole), kind_of(plan))
     try:
         run = implementation.run(whole, empty.parts(), absent=[frozenset()] * whole.steps, cap=cap)
     except (BudgetExhausted, RunAborted):

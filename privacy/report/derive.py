@@ -158,6 +158,7 @@ def _mechanism(plan: PrivacyPlan) -> dict[str, Any]:
         "records_declared": plan.records,
         "divisor": plan.divisor,
         "local_steps": plan.local_steps,
+        "local_batch": plan.local_batch,
     }
 
 

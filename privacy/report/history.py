@@ -19,7 +19,8 @@ from fedveil.common import fields
 from fedveil.common.errors import VerificationError
 from fedveil.common.journal import Row
 
-COMPLETED, EXHAUSTED, ABORTED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED"
+COMPLETED, EXHAUSTED, ABORTED, STOPPED = "COMPLETED", "BUDGET_EXHAUSTED", "ABORTED", "STOPPED_EARLY"
+_ENDINGS = (COMPLETED, STOPPED, EXHAUSTED, ABORTED)
 
 
 @dataclass
@@ -254,9 +255,9 @@ class _Reader:
 
     def _run_end(self, b: dict[str, Any], where: str) -> None:
         status = fields.text(b, "status", where, limit=32)
-        if status not in (COMPLETED, EXHAUSTED, ABORTED):
-            raise VerificationError(f"{where}: the status is none of {COMPLETED}, {EXHAUSTED}, {ABORTED}")
-        if self._open is not None and status == COMPLETED:
+        if status not in _ENDINGS:
+            raise VerificationError(f"{where}: the status is none of {', '.join(_ENDINGS)}")
+        if self._open is not None and status in (COMPLETED, STOPPED):
             raise VerificationError(f"{where} completes a run while round {self._open.number} is open")
         heads = fields.mapping(b.get("heads"), f"{where}: heads")
         self.history.end = End(

@@ -16,7 +16,7 @@ from fedveil.privacy.ledger import CLOCK_S
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.report import prices, recompute
 from fedveil.privacy.report.charges import Charges
-from fedveil.privacy.report.history import COMPLETED, History
+from fedveil.privacy.report.history import COMPLETED, STOPPED, History
 from fedveil.privacy.report.prices import Prices
 
 _UNEVEN = 1e-2  # what the third accountant's grid may add
@@ -282,7 +282,7 @@ def ends(c: Charges, h: History, site: str) -> None:
     told = (status, last.body.get("model_hash"), last.body.get("round"))
     if told == (h.ended.status, h.ended.model_hash, len(h.applied)):
         return
-    if status == COMPLETED or not _before_a_restart(c, h, site, last):
+    if status in (COMPLETED, STOPPED) or not _before_a_restart(c, h, site, last):
         raise VerificationError(
             f"rows {last.n} and {c.end.n} tell another end of this run than the server's journal: "
             f"{str(status)[:32]} after {str(last.body.get('round'))[:16]} applied rounds"

@@ -4,10 +4,12 @@ The code that charged asked :class:`fedveil.privacy.plan_figures.PlanFigures`. A
 and in the report alike. So nothing here is taken from it, from a plan object or from a network's own count of its
 parameters: only the file's numbers and these formulas (symbols as there)::
 
-    h = n - t - d    (1 in mode local)          q = sample_rate    (1 in mode client)
-    β = δ·10^-6 / S  (0 for q = 1)              P: the fewest places that K - 1 others outgrow with at most β
+    h = n - t - d    (1 in mode local)          q = sample_rate
+    β = δ·10^-6 / S  (0 for q = 1, and in mode client, where P = 1)
+    P: the fewest places that K - 1 others outgrow with at most β
     Δ = C·(1 + ρ) + √D·γ·(1 + 2^-6),  ρ = 2·m·d·u / (1 - d·u),  m = P + 1024,  u = 2^-53,
     d = min(m, 2^20) + ⌈m / 1024⌉ + 4
+    (in mode local: Δ times K = local_steps, for as many noisy steps)
     one site's share of the noise, in grid units: σ·Δ / (γ·√h)
 
 (docs/sensitivity.md).
@@ -38,6 +40,7 @@ class Prices:
         rate, noise: q and σ of one step.
         honest: h, how many shares of noise are counted on.
         members: n - d, the fewest sites of a sum.
+        repeats: K, the noisy steps that a site adds up in a round.
         parameters: D, counted from the layers that the plan names; None for a workload that is not known here.
         sensitivity: Δ, of one site's sum on the grid, in the clip's unit; None without D.
         share: standard deviation of one site's noise in grid units; None without D.
@@ -58,11 +61,12 @@ class Prices:
     records: int
     capacity: int
     parameters: int | None
+    repeats: int = 1
 
     @property
     def overflow(self) -> float:
         """The chance that a step's sample outgrows its places."""
-        return 0.0 if self.rate == 1 else _ASIDE * self.delta / self.steps
+        return 0.0 if self.rate == 1 or self.mode == "client" else _ASIDE * self.delta / self.steps
 
     def left(self, steps: int) -> float:
         """δ without the chance that one of so many samples outgrew its places."""
@@ -70,7 +74,7 @@ class Prices:
 
     def left_for(self, units: int) -> float:
         """δ for so many units that come together: places are made for :data:`TOGETHER`; for more nothing is left."""
-        return self.left(self.steps) if self.rate == 1 or units <= TOGETHER else 0.0
+        return self.left(self.steps) if not self.overflow or units <= TOGETHER else 0.0
 
     @property
     def places(self) -> int:
@@ -85,7 +89,7 @@ class Prices:
         most = self.places + 1024
         lost = (min(most, 1 << 20) + -(-most // 1024) + 4) * 2.0**-53
         wide = math.sqrt(self.parameters) * self.grid * (1 + 2.0**-6)
-        return self.clip * (1 + 2 * most * lost / (1 - lost)) + wide
+        return self.repeats * (self.clip * (1 + 2 * most * lost / (1 - lost)) + wide)
 
     @property
     def share(self) -> float | None:
@@ -119,9 +123,10 @@ def read(value: Any) -> Prices:
         raise VerificationError(f"{_WHERE}: {n} sites, {t} colluders and {d} drop-outs leave no honest share of noise")
     return Prices(
         mode=mode, sites=n, colluders=t, dropouts=d, steps=whole("steps", 1), delta=real("delta", 1),
-        rate=1.0 if mode == "client" else real("sample_rate", 1), noise=real("noise_multiplier"), honest=honest,
+        rate=real("sample_rate", 1), noise=real("noise_multiplier"), honest=honest,
         members=n - d, clip=real("clip"), grid=real("grid"), records=whole("records", 1),
-        capacity=whole("capacity", 1), parameters=_parameters(fields.mapping(p.get("model"), f"{_WHERE}: model")),
+        capacity=whole("capacity", 1), repeats=whole("local_steps", 1) if mode == "local" else 1,
+        parameters=_parameters(fields.mapping(p.get("model"), f"{_WHERE}: model")),
     )  # fmt: skip
 
 
@@ -143,7 +148,7 @@ def stated(payload: Mapping[str, Any], prices: Prices) -> str:
         VerificationError: naming every one that does not.
     """
     p = prices
-    divisor = float(p.sites) if p.mode == "client" else p.rate * p.records
+    divisor = p.rate * (p.sites if p.mode == "client" else p.records)
     own: dict[str, dict[str, float | None]] = {
         "trust": {
             "sites": p.sites, "colluders": p.colluders, "dropouts": p.dropouts, "honest": p.honest,

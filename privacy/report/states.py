@@ -58,7 +58,7 @@ def steps(folder: Path, plan: PrivacyPlan, h: History, roster: Roster) -> str:
     first = bundles.read_bounded(folder / START, 4 * plan.model.parameters)
     if sha256(first) != h.model_hash or len(first) != 4 * plan.model.parameters:
         raise VerificationError(f"{START} is not the model that the journal begins with")
-    state = ModelState.start(np.frombuffer(first, "<f4"))
+    state = ModelState.start(np.frombuffer(first, "<f4"), plan.optimizer)
     for r in h.applied:
         values = _values(folder / FOLDER, plan, r, sum_spec(plan, h.session, roster))
         try:

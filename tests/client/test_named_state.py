@@ -190,7 +190,7 @@ def named_by_all(late: Late, state: ModelState, round_: int = 3) -> Packet:
 )  # fmt: skip
 def test_even_of_colluders_only_a_later_finite_state_is_taken(late, values, steps, error):
     zeros = np.zeros(8)
-    for state in (ModelState(zeros + values, zeros, steps), ModelState(zeros, zeros + values, steps)):
+    for state in (ModelState(zeros + values, (zeros,), steps), ModelState(zeros, (zeros + values,), steps)):
         late.refused(named_by_all(late, state), error, ".")
     wrong = b"x" * len(late.states[2].data)
     state = late.states[2]
@@ -235,7 +235,7 @@ def test_where_states_have_no_signed_names_none_is_taken_as_a_whole(world, plan)
 
 def test_the_broken_version_takes_what_one_colluder_made_up(late, monkeypatch):
     """The control: where one member's word is enough, the server and one site choose everybody's model."""
-    made_up = ModelState(np.full(8, 99.0), np.zeros(8), 2)
+    made_up = ModelState(np.full(8, 99.0), (np.zeros(8),), 2)
     other = {k: v for k, v in late.headers[0].items() if k != "signature"} | {"state": made_up.digest}
     one = pack(3, "nonce-3", [sign_header(late.w.keys[1], other)])
     late.refused(late.message(one, made_up.data, made_up.digest), SecureSumError, "1 members name")

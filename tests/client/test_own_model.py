@@ -166,20 +166,22 @@ def test_a_session_ends_with_this_sites_own_model(world):
 
 class TestTheState:
     def test_its_hash_speaks_of_all_that_the_next_step_depends_on(self):
-        base = ModelState(np.array([1.0, -2.0]), np.array([0.5, 0.0]), 3)
+        base = ModelState(np.array([1.0, -2.0]), (np.array([0.5, 0.0]),), 3)
         tiny = np.array([1e-300, 0.0])
         others = [
             dataclasses.replace(base, weights=base.weights + np.spacing(1.0)),
-            dataclasses.replace(base, velocity=base.velocity + tiny + np.spacing(0.5)),
-            dataclasses.replace(base, velocity=base.velocity + np.array([0.0, 5e-324])),
+            dataclasses.replace(base, moments=(base.moments[0] + tiny + np.spacing(0.5),)),
+            dataclasses.replace(base, moments=(base.moments[0] + np.array([0.0, 5e-324]),)),
             dataclasses.replace(base, steps=4),
-            ModelState(np.array([1.0, -2.0, 0.5]), np.array([0.0, 0.0, 0.0]), 3),
+            ModelState(np.array([1.0, -2.0, 0.5]), (np.array([0.0, 0.0, 0.0]),), 3),
+            dataclasses.replace(base, moments=(*base.moments, np.zeros(2))),
+            dataclasses.replace(base, average=np.zeros(2)),
         ]
-        assert len({s.digest for s in (base, *others)}) == 6
+        assert len({s.digest for s in (base, *others)}) == 8
         assert base.digest == dataclasses.replace(base).digest
 
     def test_what_is_stored_is_read_back_and_nothing_else_is(self):
-        base = ModelState(np.array([1.0, -2.0]), np.array([0.5, 5e-324]), 3)
+        base = ModelState(np.array([1.0, -2.0]), (np.array([0.5, 5e-324]),), 3)
         back = ModelState.load(base.data)
         assert (back.digest, back.steps) == (base.digest, 3)
         for cut in range(len(base.data)):

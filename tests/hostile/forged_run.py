@@ -330,7 +330,7 @@ class Forger:
 
     def steps(self, sums: Mapping[int, np.ndarray]) -> dict[int, ModelState]:
         """The model's states after each round if the server opens other sums."""
-        state = ModelState.start(np.frombuffer((self.folder / "start.f32").read_bytes(), "<f4"))
+        state = ModelState.start(np.frombuffer((self.folder / "start.f32").read_bytes(), "<f4"), PLAN.optimizer)
         out = {}
         for r in range(1, PLAN.steps + 1):
             out[r] = state = state.after(PLAN, sums[r] if r in sums else self.values(r))

@@ -360,8 +360,9 @@ def test_equal_plans_have_one_hash_in_every_process() -> None:
 def test_every_field_is_under_the_hash() -> None:
     changed = {
         "mode": "local", "sum": "plain", "sites": 6, "colluders": 0, "dropouts": 0, "records": 2001,
-        "sample_rate": 0.5, "steps": 31, "local_steps": 2, "clip": 1.1, "noise_multiplier": 99.0, "epsilon": 2.1,
-        "delta": 2e-5, "grid": 1e-4, "clamp": 1.0, "model": ModelSpec(name="logistic", inputs=21, classes=2),
+        "sample_rate": 0.5, "steps": 31, "local_steps": 2, "local_batch": 8, "clip": 1.1, "noise_multiplier": 99.0,
+        "epsilon": 2.1, "delta": 2e-5, "grid": 1e-4, "clamp": 1.0,
+        "model": ModelSpec(name="logistic", inputs=21, classes=2),
         "optimizer": Optimizer(learning_rate=0.6), "contract_hash": "d" * 64, "few_clients": True,
         "reveal_to": "sites", "committee": 3, "committee_seed": "e" * 64, "unit": "person", "rows_per_person": 2,
         "capacity": 50, "workload_hash": "f" * 64,

@@ -35,7 +35,7 @@ def test_with_the_room_of_few_sites_many_do_not_fit(monkeypatch) -> None:
     p = plan(700, 8, 10, 0.5)
     share = p.noise_multiplier / p.honest**0.5
     width, clamp = grid.choose(700, 1.0, share, p.model.parameters, 10, 20.0)
-    wide = grid.largest_sum(700, clamp, width, p.share_std * p.grid / width, p.model.parameters * 10)
+    wide = grid.largest_sum(700, 700, clamp, width, p.share_std * p.grid / width, p.model.parameters * 10)
     bits = [params.modulus_bits(700, p.model.parameters, 10, k) for k in (1, 2, 3, 4)]
     assert max(bits) < grid.MODULUS_BITS, "so many errors need room of their own"
     with pytest.raises(Exception, match="does not fit any plaintext modulus"):

@@ -137,9 +137,9 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def plans() -> Callable[..., PrivacyPlan]:
-    """A maker of small plans; ``momentum`` is the optimiser's."""
+    """A maker of small plans; ``momentum`` and what ``optimizer`` holds are the optimiser's."""
 
-    def make(momentum: float = 0.9, **changes: Any) -> PrivacyPlan:
-        return small_plan(optimizer=Optimizer(learning_rate=0.5, momentum=momentum), **changes)
+    def make(momentum: float = 0.9, optimizer: dict[str, Any] | None = None, **changes: Any) -> PrivacyPlan:
+        return small_plan(optimizer=Optimizer(learning_rate=0.5, momentum=momentum, **(optimizer or {})), **changes)
 
     return make

@@ -158,7 +158,7 @@ class InProcess:
         folder: Path,
     ) -> Run:
         world = virtual_sites.World.make(plan.sites)
-        begun = start(plan) if weights is None else ModelState.start(weights)
+        begun = start(plan) if weights is None else ModelState.start(weights, plan.optimizer)
         job = jobs.create(
             folder / "run", plan, world.roster, world.server, documents={}, durable=False, engine="inprocess",
             attached=_attached(plan), begun=begun,
@@ -315,4 +315,5 @@ def _applied(plan: PrivacyPlan, before: NDArray[np.float64], after: NDArray[np.f
     """What the model was moved by, in the unit of the averaged sum."""
     if plan.task == "stats":  # the sum itself is added
         return (after - before) / plan.divisor
-    return (before - after) / (1.0 if plan.mode == "client" else plan.optimizer.learning_rate)
+    o = plan.optimizer
+    return (before - after) / (o.server_rate if plan.mode == "client" else o.learning_rate)

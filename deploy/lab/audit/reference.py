@@ -84,11 +84,13 @@ def _gradient(model: nn.Module, X: NDArray[np.float32], y: NDArray[np.int64]) ->
 
 
 def _update(plan: PrivacyPlan, X: NDArray[np.float32], y: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A client's descent on its mean loss: what its weights lose in ``local_steps`` steps."""
+    """A client's descent on its mean loss: what its weights lose in ``local_steps`` passes."""
     model = build(plan.network).double()
     start = flat = torch.cat([p.detach().reshape(-1) for p in trainable(model)])
-    for _ in range(plan.local_steps):
-        flat = flat - plan.optimizer.learning_rate * torch.from_numpy(_gradient(model, X, y))
+    o, many = plan.optimizer, -(-len(X) // plan.local_batch) if plan.local_batch else 1
+    for first in [*range(many)] * plan.local_steps:
+        gradient = torch.from_numpy(_gradient(model, X[first::many], y[first::many]))
+        flat = flat - o.learning_rate * (gradient + o.proximal * (flat - start))
         nn.utils.vector_to_parameters(flat, trainable(model))
     return (start - flat).numpy()
 

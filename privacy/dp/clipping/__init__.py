@@ -25,9 +25,9 @@ plan's sensitivity. The proof (``docs/sensitivity.md``) does not depend on the p
 is the default.
 """
 
-from fedveil.privacy.dp.clipping.core import ClippedSum, Clipper, Engine, Precision
+from fedveil.privacy.dp.clipping.core import ClippedSum, Clipper, Engine, Precision, passes
 from fedveil.privacy.dp.clipping.guard import refuse_coupled
 from fedveil.privacy.dp.clipping.probe import choose
 from fedveil.privacy.dp.clipping.stand_alone import problem
 
-__all__ = ["ClippedSum", "Clipper", "Engine", "Precision", "choose", "problem", "refuse_coupled"]
+__all__ = ["ClippedSum", "Clipper", "Engine", "Precision", "choose", "passes", "problem", "refuse_coupled"]

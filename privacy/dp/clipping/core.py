@@ -227,18 +227,22 @@ class Clipper:
             raise ModelError("the clipped sum is longer than its bound", hint="a fault of the program: report it")
         return out
 
-    def descents(self, X: NDArray[np.float32], y: NDArray[np.int64], steps: int, rate: float) -> NDArray[np.float64]:
-        """``(S, D)``: by how much full-batch descent moves the weights, for each of S tables by itself.
+    def descents(
+        self, X: NDArray[np.float32], y: NDArray[np.int64], parts: Iterable[slice], rate: float, pull: float = 0.0
+    ) -> NDArray[np.float64]:
+        """``(S, D)``: by how much descent on the mean loss moves the weights, for each of S tables by itself.
 
         Args:
             X: ``(S, n, inputs)``. y: ``(S, n)`` classes that the network has.
+            parts: the records of each step (:func:`passes`).
+            pull: how strongly each step is drawn back towards the start (FedProx).
 
         Raises:
             ModelError: the engine is another one than ``numpy``.
         """
         if not isinstance(self.backend, SmallChain):
             raise ModelError(f"the engine {self.engine!r} does not descend", hint="the engine 'numpy'")
-        return self.backend.descend(X.astype(self.precision, copy=False), y, steps, rate)
+        return self.backend.descend(X.astype(self.precision, copy=False), y, parts, rate, pull)
 
     def _blocks(self, batches: Iterable[Batch], clip: float) -> tuple[NDArray[np.float64], int]:
         """The sum over all microbatches and how many places entered; two levels, so that rounding adds up slowly.
@@ -313,6 +317,16 @@ class Clipper:
 
 # features, classes, the rows of each record or person, and whether a place's gradient is a mean
 _Table = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], bool]
+
+
+def passes(records: int, times: int, batch: int = 0) -> list[slice]:
+    """The records of each step of so many passes over a table: all of them, or ``batch`` at most.
+
+    A pass in batches takes m = ⌈records / batch⌉ steps, and the j-th takes every m-th record from the j-th on. So a
+    table that is sorted by class gives mixed batches, and the same each time.
+    """
+    steps = max(1, math.ceil(records / batch)) if batch else 1
+    return [slice(j, None, steps) for j in range(steps)] * times
 
 
 def fitting(engine: Engine, size: int, wanted: int, device: torch.device) -> int:

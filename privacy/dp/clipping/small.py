@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -73,25 +73,29 @@ class SmallChain:
         self._sum(inputs, deltas, keep, factor, out.numpy(), fresh=fresh)
         return torch.from_numpy(keep)
 
-    def descend(self, X: _Array, y: NDArray[np.int64], steps: int, rate: float) -> _Doubles:
-        """``(S, D)``: by how much ``steps`` of full-batch descent move the weights, for each of S tables of n records.
+    def descend(
+        self, X: _Array, y: NDArray[np.int64], parts: Iterable[slice], rate: float, pull: float = 0.0
+    ) -> _Doubles:
+        """``(S, D)``: by how much descent on the mean loss moves the weights, for each of S tables of n records.
 
         Args:
             X: ``(S, n, inputs)``, in the network's precision. y: ``(S, n)`` classes that the network has.
+            parts: which of the n records each step takes.
+            pull: of the proximal term: each step also goes ``rate · pull`` times the way back to the start.
         """
-        many, n, _ = X.shape
+        many = len(X)
         start = [_values(m) for m in self._linears]
         own = [
             (np.repeat(w[None], many, 0), None if b is None else np.repeat(b[None, None], many, 0)) for w, b in start
         ]
         with np.errstate(all="ignore"):
-            for _ in range(steps):
-                inputs, deltas = self._gradients(X, y, own)
-                for (w, b), a, delta in zip(own, inputs, deltas, strict=True):
-                    mean = delta * w.dtype.type(1 / n)
-                    np.subtract(w, w.dtype.type(rate) * (mean.transpose(0, 2, 1) @ a), out=w)
-                    if b is not None:
-                        np.subtract(b, b.dtype.type(rate) * mean.sum(1, keepdims=True), out=b)
+            for part in parts:
+                inputs, deltas = self._gradients(X[:, part], y[:, part], own)
+                for (w, b), (w0, b0), a, delta in zip(own, start, inputs, deltas, strict=True):
+                    mean = delta * w.dtype.type(1 / delta.shape[1])
+                    _descend(w, w0, mean.transpose(0, 2, 1) @ a, rate, pull)
+                    if b is not None and b0 is not None:
+                        _descend(b, b0, mean.sum(1, keepdims=True), rate, pull)
             moved: list[_Doubles] = []
             for (w, b), (w0, b0) in zip(own, start, strict=True):
                 moved.append((_wide(w0) - _wide(w)).reshape(many, -1))
@@ -184,6 +188,12 @@ def select(values: _Array, bits: NDArray[np.signedinteger[Any]]) -> None:
 
 def _values(layer: nn.Linear) -> _Layer:
     return layer.weight.detach().numpy(), None if layer.bias is None else layer.bias.detach().numpy()
+
+
+def _descend(w: _Array, start: _Array, gradient: _Array, rate: float, pull: float) -> None:
+    if pull:
+        gradient = gradient + w.dtype.type(pull) * (w - start)
+    np.subtract(w, w.dtype.type(rate) * gradient, out=w)
 
 
 def _linear(x: _Array, layer: _Layer) -> _Array:

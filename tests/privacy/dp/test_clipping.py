@@ -15,7 +15,7 @@ from torch import nn
 from fedveil.common.errors import ModelError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten, trainable, unflatten
-from fedveil.privacy.dp.clipping import Clipper, Engine
+from fedveil.privacy.dp.clipping import Clipper, Engine, passes
 from fedveil.privacy.dp.places import EMPTY
 from fedveil.privacy.dp.rounding import relative
 
@@ -246,7 +246,7 @@ def test_an_engine_that_clips_nothing_is_caught_at_run_time(engine, monkeypatch)
 @pytest.mark.parametrize("spec", [MLP, LORA_MLP], ids=lambda s: s.name)
 def test_descents_are_those_of_plain_autograd_for_each_table(spec) -> None:
     clipper, X, y = exact(network(spec), "numpy"), *records(spec, 12)
-    found = clipper.descents(X.reshape(3, 4, -1), y.reshape(3, 4), 2, 0.1)
+    found = clipper.descents(X.reshape(3, 4, -1), y.reshape(3, 4), passes(4, 2), 0.1)
     for table in range(3):
         model = network(spec).double()
         start = torch.cat([p.detach().reshape(-1) for p in trainable(model)])

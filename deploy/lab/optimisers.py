@@ -1,0 +1,67 @@
+"""The optimiser of a simulation: what is asked for, and rates that are proposed where none is given."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from fedveil.common.errors import UsageError
+from fedveil.deploy.lab.recipes import RULE, Recipe
+
+if TYPE_CHECKING:
+    from fedveil.deploy.lab.simulate import Config
+    from fedveil.privacy.plan import Optimizer
+
+_FASTEST = 0.1  # of an adaptive step, in every coordinate
+
+
+def optimizer(config: Config, recipe: Recipe, parameters: int) -> Optimizer:
+    """What the plan of a simulation holds.
+
+    Args:
+        parameters: D of the network.
+
+    Raises:
+        UsageError, PlanError: a schedule that is none.
+    """
+    from fedveil.privacy.plan import Optimizer
+    from fedveil.privacy.schedules import table
+
+    given = {
+        name: getattr(config, name)
+        for name in ("second_moment", "stabiliser", "server_rate", "averaging", "proximal")
+        if getattr(config, name) is not None
+    }
+    rate, name = recipe.learning_rate, config.optimizer
+    if name != "sgd" and config.mode == "client":
+        given.setdefault("server_rate", adaptive_rate(name, recipe.steps, parameters))
+    elif name != "sgd" and config.learning_rate is None:
+        rate = adaptive_rate(name, recipe.steps, parameters)
+    schedule = table(schedule_of(config.schedule), recipe.steps)
+    return Optimizer(name=name, learning_rate=rate, momentum=recipe.momentum, schedule=schedule, **given)  # type: ignore[arg-type]
+
+
+def adaptive_rate(name: str, steps: int, parameters: int) -> float:
+    """A rate for an optimiser that divides by the root of the second moment, which under DP is mostly noise.
+
+    Each step then moves a coordinate by about the rate (adagrad: the rate divided by the root of the step's number).
+    The walk of all steps in D coordinates gets the length that :data:`~fedveil.deploy.lab.recipes.RULE` allows.
+    """
+    walk = parameters * (1 + math.log(steps) if name == "adagrad" else steps)
+    return float(f"{min(_FASTEST, RULE.wander / math.sqrt(walk)):.2g}")
+
+
+def schedule_of(text: Any) -> Any:
+    """A schedule's name, or the table in ``1:1.0,40:0.1``.
+
+    Raises:
+        UsageError: other text.
+    """
+    if not isinstance(text, str) or ":" not in text:
+        return text
+    try:
+        return tuple((int(step), float(factor)) for step, factor in (pair.split(":") for pair in text.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"--schedule {text[:64]!r} is no schedule", hint="constant, linear, cosine, or for example 1:1.0,40:0.1"
+        ) from None
