@@ -13,6 +13,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 _LAZY = {
     "split": "fedveil.deploy.lab.split",
     "simulate": "fedveil.deploy.lab.api",
+    "resume": "fedveil.deploy.lab.api",
     "sweep": "fedveil.deploy.lab.api",
     "load": "fedveil.deploy.lab.api",
     "baselines": "fedveil.deploy.lab.api",

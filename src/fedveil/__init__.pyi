@@ -1,5 +1,6 @@
 from fedveil.deploy.lab.api import baselines as baselines
 from fedveil.deploy.lab.api import load as load
+from fedveil.deploy.lab.api import resume as resume
 from fedveil.deploy.lab.api import simulate as simulate
 from fedveil.deploy.lab.api import sweep as sweep
 from fedveil.deploy.lab.comparison import compare as compare
