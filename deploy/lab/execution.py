@@ -97,7 +97,7 @@ def begin(
         raise
     finally:
         if kept is not None:
-            kept.rows.close()
+            kept.close()
 
 
 def go_on(found: resuming.Unfinished, *, progress: Progress | None = None, stopped: bool = False) -> Outcome:
@@ -124,7 +124,7 @@ def go_on(found: resuming.Unfinished, *, progress: Progress | None = None, stopp
         )  # fmt: skip
         return _carried_out(task, job)
     finally:
-        found.kept.rows.close()
+        found.kept.close()
 
 
 def so_far(run: Path) -> Path:

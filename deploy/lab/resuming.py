@@ -29,15 +29,16 @@ from fedveil.common import canonical, identity
 from fedveil.common.errors import StoreError, UsageError
 from fedveil.common.journal import Row, Unsigned, parse, unsigned, without_torn_end
 from fedveil.common.units import SiteId
+from fedveil.deploy.lab.kept_stores import Stores
 from fedveil.deploy.lab.sites import Sites
 from fedveil.deploy.lab.virtual_sites import LEDGERS, World
 from fedveil.privacy import plan as plans
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.secagg.store import DirectoryStore, MemoryStore, Store
+from fedveil.privacy.secagg.store import MemoryStore, Store
 from fedveil.server import checkpoints
 
 FOLDER, JOURNAL, SO_FAR = "resume", "journal.jsonl", "so-far"
-_KEYS, _RECORDS, _ROWS, _ASKED, _STORES = "signing.keys", "records.npz", "rows.jsonl", "asked.json", "stores"
+_KEYS, _RECORDS, _ROWS, _ASKED, _STORES = "signing.keys", "records.npz", "rows.jsonl", "asked.json", "stores.log"
 _KEY = 32
 _MOST = 1 << 27  # bytes of a line of rows.jsonl
 
@@ -109,6 +110,7 @@ class Kept:
         run: the run's folder.
         plan: the run's.
         rows: the ledgers' rows.
+        stores: of the sites.
         resumed: whether the run goes on.
         at: the last round whose sum was opened, and the state after it; None before the first.
     """
@@ -116,6 +118,7 @@ class Kept:
     run: Path
     plan: PrivacyPlan
     rows: Rows
+    stores: Stores
     resumed: bool = False
     at: tuple[int, bytes] | None = None
 
@@ -129,18 +132,23 @@ class Kept:
         identity.write_secret(folder / _KEYS, b"".join(k.private_bytes_raw() for k in keys))
         _save_records(folder / _RECORDS, records)
         (folder / _ASKED).write_bytes(canonical.dumps(asked))
-        return cls(run, plan, Rows(folder / _ROWS))
+        return cls(run, plan, Rows(folder / _ROWS), Stores(folder / _STORES))
 
     def stored(self, site: SiteId) -> Store:
         """What a site keeps of its session. Under ``plain`` it has no secret: all follows from the run's folder."""
         if self.plan.sum != "plain":
-            return DirectoryStore(self.run / FOLDER / _STORES / site, sync=False)
+            return self.stores.of(site)
         store = MemoryStore()
         if self.resumed:
             store.put("plan", canonical.dumps(self.plan.to_json()))
         if self.at is not None:
             store.put(f"model-{self.at[0]}", self.at[1])
         return store
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.rows.close()
+        self.stores.close()
 
     def remove(self) -> None:
         """The run has ended, or never began: forget keys, records and rows."""
@@ -196,7 +204,7 @@ def find(run: Path) -> Unfinished:
     if applied and plan.sum == "plain":
         state = checkpoints.load(run / checkpoints.FOLDER, applied[-1]["checkpoint"])
         at = int(applied[-1]["round"]), state.data
-    kept = Kept(run, plan, Rows(folder / _ROWS), True, at)
+    kept = Kept(run, plan, Rows(folder / _ROWS), Stores(folder / _STORES), True, at)
     world = World(keys[0], keys[1], tuple(keys[2:]), roster)
     asked = canonical.loads((folder / _ASKED).read_bytes())
     config = json.loads((run / "config.json").read_text())

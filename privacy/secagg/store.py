@@ -70,13 +70,10 @@ class DirectoryStore(Store):
 
     A write goes to a new file in the same directory, is synced, and is then linked to its name, so that a
     crash leaves either nothing or everything. Directory entries are synced too.
-
-    Args:
-        sync: False does not wait for the disk: what was put survives the process, not a power cut. For the simulator.
     """
 
-    def __init__(self, path: Path, *, sync: bool = True) -> None:
-        self._path, self._waits = path, sync
+    def __init__(self, path: Path) -> None:
+        self._path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.chmod(0o700)
@@ -98,8 +95,7 @@ class DirectoryStore(Store):
                 with os.fdopen(fd, "wb") as f:
                     f.writelines(parts)
                     f.flush()
-                    if self._waits:
-                        os.fsync(f.fileno())
+                    os.fsync(f.fileno())
                 # Linking, unlike renaming, fails if another process was faster: write-once holds between processes.
                 os.link(temporary, target)
             finally:
@@ -130,7 +126,7 @@ class DirectoryStore(Store):
         target = self._path / _checked(name)
         try:
             for path in (target, *self._path.glob(f".{name}.*")):
-                _shred(path, sync=self._waits)
+                _shred(path)
             self._sync()
         except OSError as e:
             raise StoreError(f"{target} cannot be erased: {e.strerror}", hint="remove it by hand") from e
@@ -146,19 +142,17 @@ class DirectoryStore(Store):
             ) from e
 
     def _sync(self) -> None:
-        if self._waits:
-            sync_folder(self._path)
+        sync_folder(self._path)
 
 
-def _shred(path: Path, *, sync: bool) -> None:
+def _shred(path: Path) -> None:
     try:
         size = path.stat().st_size
         if size <= _OVERWRITE_UP_TO:
             with path.open("r+b") as f:
                 f.write(bytes(size))
                 f.flush()
-                if sync:
-                    os.fsync(f.fileno())
+                os.fsync(f.fileno())
         path.unlink()
     except FileNotFoundError:
         return
