@@ -228,7 +228,7 @@ def _finished(task: _Task, seconds: float, looked_at: dict[str, float], sites: v
     if task.kept is not None:
         task.kept.remove()
     metrics = looked_at or end["metrics"]
-    return Outcome(end["status"], metrics, end["steps_done"], seconds, task.plan, task.out)
+    return Outcome(end["status"], metrics, end["steps_done"], seconds, task.plan, task.out, task.seed is not None)
 
 
 def _losses(rate: float, seed: int | None) -> Callable[[], bool] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import UsageError, VerificationError
+from fedveil.deploy.lab.choices import NOT_PRIVATE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,7 +104,12 @@ class Run:
     @cached_property
     def status(self) -> str:
         """How it ended: COMPLETED, EXHAUSTED, ABORTED; RUNNING where it has not."""
-        return str(self._end.get("status", "RUNNING"))
+        return str(self._said.get("run.end", {}).get("status", "RUNNING"))
+
+    @property
+    def not_private(self) -> bool:
+        """Whether the noise followed from a seed (``debug_noise_seed``): then no claim of the run holds."""
+        return "debug_noise_seed" in self._said.get("run.open", {})
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -116,7 +122,7 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """The final model's metrics on the public table."""
-        found = self._end.get("metrics") or (self.history[-1] if self.history else {})
+        found = self._said.get("run.end", {}).get("metrics") or (self.history[-1] if self.history else {})
         return {k: v for k, v in found.items() if k not in ("round", "epsilon")}
 
     @cached_property
@@ -152,7 +158,7 @@ class Run:
 
     def table(self) -> list[dict[str, Any]]:
         """This run and its baselines, one row each."""
-        own = {"": f"this run, ε = {self.epsilon:.3g}", **self.metrics}
+        own = {"": f"this run, {NOT_PRIVATE if self.not_private else f'ε = {self.epsilon:.3g}'}", **self.metrics}
         return [own, *({"": name, **found} for name, found in self.baselines.items())]
 
     def plot(self, metric: str | None = None, *, path: str | Path | None = None) -> Path:
@@ -174,20 +180,22 @@ class Run:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
-        return f"Run({str(self.folder)!r}: {self.status}, ε = {self.epsilon:.4g} at δ = {self.delta:g}, {shown})"
+        claim = NOT_PRIVATE if self.not_private else f"ε = {self.epsilon:.4g} at δ = {self.delta:g}"
+        return f"Run({str(self.folder)!r}: {self.status}, {claim}, {shown})"
 
     def _repr_html_(self) -> str:
         claim = f"ε = {self.epsilon:.4g} at δ = {self.delta:g} for each {self.unit}"
+        claim = NOT_PRIVATE if self.not_private else claim
         where = html.escape(str(self.folder))
         return f"<p><b>{self.status}</b>: {claim} (SIMULATED)</p>{as_html(self.table())}<p><code>{where}</code></p>"
 
     @cached_property
-    def _end(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, dict[str, Any]]:
+        """The last row of each kind in the server's journal, by its kind."""
         from fedveil.common.journal import parse, without_torn_end
 
         data = without_torn_end((self.folder / _JOURNAL).read_bytes())
-        ends = [row.body for row in parse(data) if row.kind == "run.end"]
-        return ends[-1] if ends else {}
+        return {row.kind: row.body for row in parse(data)}
 
 
 def as_html(rows: list[dict[str, Any]]) -> str:

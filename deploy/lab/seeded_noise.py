@@ -14,7 +14,6 @@ from flwr.clientapp import ClientApp
 from fedveil.privacy.dp.debug_noise import replayed, seeded
 
 SEED = "debug-noise-seed"  # of a virtual site's node_config
-NOT_PRIVATE = "NOT PRIVATE (seeded noise)"
 
 
 class Seeded(ClientApp):

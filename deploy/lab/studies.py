@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import Interrupted, UsageError
 from fedveil.deploy.lab import execution, resuming
+from fedveil.deploy.lab.choices import NOT_PRIVATE
 from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
 from fedveil.deploy.lab.run import Run
-from fedveil.deploy.lab.seeded_noise import NOT_PRIVATE
 from fedveil.deploy.lab.simulate import Config, prepared, run_split
 from fedveil.deploy.watch.display import CONSOLE, Display
 from fedveil.privacy.report.bundle import METRICS
@@ -115,7 +115,7 @@ def _ended(run: Path) -> Outcome:
     """The outcome of a run that has ended, from its folder; its seconds are those of its rounds."""
     found, end = Run(run), next(row.body for row in resuming.rows_of(run) if row.kind == "run.end")
     seconds = sum(json.loads(line)["seconds"] for line in (run / METRICS).read_text().splitlines())
-    return Outcome(found.status, found.metrics, end["steps_done"], seconds, found.plan, run)
+    return Outcome(found.status, found.metrics, end["steps_done"], seconds, found.plan, run, found.not_private)
 
 
 @contextmanager
