@@ -17,6 +17,7 @@ from typing import Any
 
 from fedveil.common.errors import UsageError
 from fedveil.deploy.lab import execution, resuming
+from fedveil.deploy.lab.resuming import STUDY
 from fedveil.deploy.lab.run import BASELINES, Run
 from fedveil.deploy.lab.runs import Runs
 from fedveil.deploy.lab.simulate import Config, check, make_plan, recipe, run_split
@@ -101,12 +102,14 @@ def baselines(sites: Sites, network: str | None = None, **settings: Any) -> dict
 
 
 def load(folder: str | Path) -> Run | Runs:
-    """A run, or the runs of a sweep, from its folder.
+    """A run, or the runs of several seeds or of a sweep, from its folder.
 
     Raises:
-        UsageError: neither is there.
+        UsageError: none of them is there.
     """
     folder = Path(folder)
+    if (folder / STUDY).exists():
+        return Runs([Run(p.parent) for p in sorted(folder.glob("seed-*/journal.jsonl"))], [])
     if (folder / _SWEEP).exists():
         varied = json.loads((folder / _SWEEP).read_text())["varied"]
         return Runs([Run(p.parent) for p in sorted(folder.glob("*/journal.jsonl"))], varied)

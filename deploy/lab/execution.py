@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from fedveil.client.app import make_app as client_app
 from fedveil.common import flwr_adapter
 from fedveil.common.errors import FedveilError, Interrupted, UsageError
-from fedveil.deploy.lab import resuming, seeded_noise, virtual_sites
+from fedveil.deploy.lab import resuming, seeded_noise, virtual_sites, weights
 from fedveil.deploy.lab.outcomes import Outcome
 from fedveil.deploy.lab.resuming import JOURNAL, SO_FAR, Kept
+from fedveil.deploy.lab.run import Run
 from fedveil.privacy.planning import warnings
+from fedveil.privacy.report.bundle import MODEL
 from fedveil.server import job as jobs
 from fedveil.server.app import make_app as server_app
 from fedveil.server.evaluate import Evaluator
@@ -223,6 +225,8 @@ def _finished(task: _Task, seconds: float, looked_at: dict[str, float], sites: v
             sites.find(index)
         sites.close()
     end = next(row for row in resuming.rows_of(task.out) if row.kind == "run.end").body
+    if (task.out / MODEL).exists():
+        weights.write(task.out / weights.FILE, Run(task.out).model())
     if task.asked["report"]:
         _write_report(task)
     if task.kept is not None:

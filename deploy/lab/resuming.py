@@ -38,6 +38,7 @@ from fedveil.privacy.secagg.store import MemoryStore, Store
 from fedveil.server import checkpoints
 
 FOLDER, JOURNAL, SO_FAR = "resume", "journal.jsonl", "so-far"
+STUDY = "study.json"  # in the folder of several seeds: what was asked for
 _KEYS, _RECORDS, _ROWS, _ASKED, _STORES = "signing.keys", "records.npz", "rows.jsonl", "asked.json", "stores.log"
 _KEY = 32
 _MOST = 1 << 27  # bytes of a line of rows.jsonl

@@ -85,6 +85,18 @@ class Run:
         """Whom ε protects: a record, a person or a client."""
         return self.plan.unit
 
+    @property
+    def claim(self) -> str:
+        """ε in words; or that there is none, because the noise was seeded."""
+        said = f"ε = {self.epsilon:.4g} at δ = {self.delta:g} for each {self.unit}"
+        simulated = self._said.get("run.open", {}).get("simulated")
+        return NOT_PRIVATE if self.not_private else f"{said} (SIMULATED)" if simulated else said
+
+    @property
+    def session(self) -> str:
+        """The run's own name: 64 hexadecimal digits."""
+        return str(self._said.get("run.open", {}).get("session", ""))
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """What the simulation was asked for; empty for a run of real sites."""
@@ -180,14 +192,13 @@ class Run:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
-        claim = NOT_PRIVATE if self.not_private else f"ε = {self.epsilon:.4g} at δ = {self.delta:g}"
-        return f"Run({str(self.folder)!r}: {self.status}, {claim}, {shown})"
+        return f"Run({str(self.folder)!r}: {self.status}, {self.claim}, {shown})"
 
     def _repr_html_(self) -> str:
-        claim = f"ε = {self.epsilon:.4g} at δ = {self.delta:g} for each {self.unit}"
-        claim = NOT_PRIVATE if self.not_private else claim
         where = html.escape(str(self.folder))
-        return f"<p><b>{self.status}</b>: {claim} (SIMULATED)</p>{as_html(self.table())}<p><code>{where}</code></p>"
+        return (
+            f"<p><b>{self.status}</b>: {html.escape(self.claim)}</p>{as_html(self.table())}<p><code>{where}</code></p>"
+        )
 
     @cached_property
     def _said(self) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fedveil.server.job import Progress
 
 Prepare = Callable[[Config], "tuple[Config, Sites, PrivacyPlan]"]
-STUDY = "study.json"  # of the folder of several seeds: what was asked for
 
 
 def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = prepared, origin: str = "") -> None:
@@ -42,7 +41,7 @@ def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = pre
         FedveilError: the plan is refused, or a run could not begin.
     """
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if (folder / SUMMARY).exists() or (folder / STUDY).exists():
+    if (folder / SUMMARY).exists() or (folder / resuming.STUDY).exists():
         raise UsageError(
             f"{folder} holds the runs of several seeds already", hint="go on with --resume, or a new folder with --out"
         )
@@ -50,7 +49,7 @@ def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = pre
     if seeds > 1:
         folder.mkdir(parents=True, exist_ok=True)
         asked = {"config": asdict(config), "seeds": seeds, "origin": origin}
-        (folder / STUDY).write_text(json.dumps(asked, indent=1) + "\n")
+        (folder / resuming.STUDY).write_text(json.dumps(asked, indent=1) + "\n")
     _run_all(config, seeds, folder, lambda one: first if one == config else prepare(one))
 
 
@@ -65,14 +64,14 @@ def resume(folder: Path, asked: dict[str, Any], prepare: Prepare = prepared, ori
         UsageError: there is nothing to go on with, or it began with other settings.
         RunAborted, BudgetExhausted, Interrupted, FedveilError: as :func:`command`.
     """
-    if not (folder / STUDY).exists():
+    if not (folder / resuming.STUDY).exists():
         found = resuming.find(folder)
         resuming.refuse_changes(folder, found.config, asked)
         outcome = _gone_on(found, 1, folder)
         show([outcome], folder)
         raise_for_ending([outcome], folder)
         return
-    study = json.loads((folder / STUDY).read_text())
+    study = json.loads((folder / resuming.STUDY).read_text())
     resuming.refuse_changes(folder, study["config"], asked)
     if study["origin"] != origin:
         raise UsageError(

@@ -18,6 +18,7 @@ _LAZY = {
     "load": "fedveil.deploy.lab.api",
     "baselines": "fedveil.deploy.lab.api",
     "compare": "fedveil.deploy.lab.comparison",
+    "track": "fedveil.deploy.lab.tracking",
     "Run": "fedveil.deploy.lab.run",
     "Runs": "fedveil.deploy.lab.runs",
     "Sites": "fedveil.deploy.lab.sites",

@@ -12,5 +12,6 @@ from fedveil.deploy.lab.run import Run as Run
 from fedveil.deploy.lab.runs import Runs as Runs
 from fedveil.deploy.lab.sites import Sites as Sites
 from fedveil.deploy.lab.split import split as split
+from fedveil.deploy.lab.tracking import track as track
 
 __version__: str
