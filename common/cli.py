@@ -31,6 +31,7 @@ COMMANDS = {
     "simulate": "Train over many virtual clients in one process. The run's folder then holds a report to check.",
     "stats": "Ask all sites for statistics of their rows in one secure sum. Each site must allow the task 'stats'.",
     "superlink": "Run server and sites under Flower's SuperLink. App bundles from the network are never run.",
+    "track": "Show a run in MLflow or TensorBoard: settings, the plan's numbers, public metrics and ε of each round.",
 }
 # The smallest extra with which a command works. If several entries fit, the one with the most words counts.
 EXTRAS = {
@@ -50,6 +51,7 @@ EXTRAS = {
     "stats": "server",
     "superlink": "server",
     "superlink site": "client",
+    "track": "sim",
 }
 _WORDS = "fedveil.words"
 # Help and error messages are shown as click writes them. Typer's frames would load rich's Markdown and tracebacks,

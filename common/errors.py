@@ -26,7 +26,8 @@
     ├── ModelError              exit 70   a model that cannot be trained privately
     ├── DeviceError             exit 71   a GPU was lost, or another process has its memory
     ├── TransportError          exit 80   a port, a connection, a time limit
-    └── RunAborted              exit 90   a run ended before its plan was carried out
+    ├── RunAborted              exit 90   a run ended before its plan was carried out
+    └── Interrupted             exit 130  its user stopped a simulation; it can go on
 
 A message says what was wrong and where; ``hint`` says what to do. Neither ever shows a record's value.
 """
@@ -208,6 +209,12 @@ class RunAborted(FedveilError):
     """A run ended before its plan was carried out."""
 
     exit_code = 90
+
+
+class Interrupted(FedveilError):
+    """A user stopped a simulation. It can go on; the hint says how."""
+
+    exit_code = 130
 
 
 # What can be raised where a peer's value is parsed by hand. Every such parser turns all of these into one error of the

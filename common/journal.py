@@ -18,22 +18,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common import canonical
-from fedveil.common.errors import (
-    MALFORMED,
-    FedveilError,
-    IdentityError,
-    JournalError,
-    VerificationError,
-)
+from fedveil.common.errors import MALFORMED, FedveilError, IdentityError, JournalError, VerificationError
 from fedveil.common.files import sync_folder
 from fedveil.common.heads import MAX_ROWS, Copy, Head, hexadecimal
 from fedveil.common.identity import public_hex, sign, verify
@@ -71,11 +65,22 @@ class Unsigned(NamedTuple):
     start: bytes
 
 
+class RowLog(Protocol):
+    """One file for the rows of many journals that keep theirs in memory: how a simulation survives its process."""
+
+    def before(self, owner: str) -> Iterable[Unsigned]:
+        """The rows that ``owner`` noted earlier, in order."""
+        ...
+
+    def note(self, owner: str, row: Unsigned) -> None: ...  # noqa: D102 - keep one more
+
+
 _SHARED = 4
 _shared: list[Unsigned] = []  # the latest ones
 
 
-def _unsigned(at: int, kind: str, body: dict[str, Any]) -> Unsigned:
+def unsigned(at: int, kind: str, body: dict[str, Any]) -> Unsigned:
+    """A row's content, from the latest ones where it is among them."""
     for known in _shared:
         if known.body is body and (known.at, known.kind) == (at, kind):
             return known
@@ -96,6 +101,7 @@ class Journal:
     ) -> None:
         self.path, self.owner, self._rows = path, owner, list[Row]()
         self._key, self._durable, self._clock = key, durable, clock
+        self._sync, self._log = True, cast(RowLog | None, None)
         self._fd: int | None = None
         self._pid = os.getpid()
         self._waiting: list[Unsigned] = []
@@ -112,6 +118,8 @@ class Journal:
         key: Ed25519PrivateKey,
         *,
         durable: bool = True,
+        sync: bool = True,
+        log: RowLog | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Journal:
         """Open or create ``path``. Every row is verified. An unfinished last line is dropped, and that is recorded.
@@ -119,12 +127,21 @@ class Journal:
         Args:
             durable: False keeps new rows in memory until :meth:`flush`, without fsync, lock or open file, and lets
                 :meth:`add` sign them later. That is for the simulator, where nothing real is protected.
+            sync: False writes every row at once, but does not wait for the disk: it survives the process, not a power
+                cut. For the simulator too.
+            log: keeps the new rows of a journal that is not durable. ``path`` is not read then: the rows come from it.
 
         Raises:
             JournalError: the file is in use, or not this owner's, or altered.
         """
         self = cls(path, owner, key, durable=durable, clock=clock)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._sync = sync
+        if log is not None:
+            for row in log.before(owner):
+                self._append(row)
+            self._log = log
+            return self
         if not durable:
             if torn := self._load(path.read_bytes() if path.exists() else b""):
                 os.truncate(path, path.stat().st_size - torn)
@@ -146,17 +163,22 @@ class Journal:
     def append(self, kind: str, body: dict[str, Any]) -> Row:
         """Sign and write one row; it is on disk when this returns (if durable)."""
         self._sign_waiting()
-        return self._append(_unsigned(self._now(), kind, body))
+        row = unsigned(self._now(), kind, body)
+        if self._log is not None:
+            self._log.note(self.owner, row)
+        return self._append(row)
 
     def add(self, kind: str, body: dict[str, Any]) -> None:
         """As :meth:`append`, for a row that nobody looks at yet. A journal that is not durable signs it when somebody
         does. ``body`` is not written to any more: the journals of a simulation share it.
         """
-        row = _unsigned(self._now(), kind, body)
+        row = unsigned(self._now(), kind, body)
         if self._durable:
             self._append(row)
-        else:
-            self._waiting.append(row)
+            return
+        if self._log is not None:
+            self._log.note(self.owner, row)
+        self._waiting.append(row)
 
     def _now(self) -> int:
         return int(self._clock()) if self._at is None else self._at
@@ -192,7 +214,8 @@ class Journal:
                 )
             try:
                 _write_all(self._fd, line)
-                os.fsync(self._fd)
+                if self._sync:
+                    os.fsync(self._fd)
             except OSError as e:
                 # What reached the disk is unknown: this writer stops here, and the next one repairs the tail.
                 self.close()

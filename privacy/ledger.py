@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedveil.common.errors import BudgetExhausted, JournalError, VerificationError
 from fedveil.common.identity import public_hex
-from fedveil.common.journal import Copy, Head, Journal, Row, parse, verify_rows
+from fedveil.common.journal import Copy, Head, Journal, Row, RowLog, parse, verify_rows
 from fedveil.common.units import Delta, Epsilon
 from fedveil.privacy.dp.accounting import best_order
 from fedveil.privacy.dp.events import SampledGaussian
@@ -72,6 +72,7 @@ class Ledger:
         capacity: int = 0,
         data_set: str = "",
         durable: bool = True,
+        log: RowLog | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Ledger:
         """Open or create the ledger of ``lineage``; every row is verified and composed again.
@@ -86,11 +87,12 @@ class Ledger:
             capacity: the most records (or persons) that the site may hold in this data set; a change is one row. 0:
                 as it is on file.
             data_set: its name by hash, as the other sites remember it (:func:`~fedveil.privacy.joining.data_set`).
+            log: as for :meth:`~fedveil.common.journal.Journal.open`.
 
         Raises:
             JournalError: in use, forged, closed, or of another lineage, version, subject salt, data set, unit or δ.
         """
-        self = cls._replayed(Journal.open(path, site, key, durable=durable, clock=clock))
+        self = cls._replayed(Journal.open(path, site, key, durable=durable, log=log, clock=clock))
         try:
             if self.tally.closed:
                 raise JournalError(

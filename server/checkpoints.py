@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedveil.common.errors import JournalError
-from fedveil.common.files import write_durably
+from fedveil.common.files import write
 from fedveil.common.wire import sha256
 from fedveil.privacy.optimiser import ModelState
 
@@ -17,9 +17,13 @@ FOLDER = "checkpoints"  # of a run's folder
 KEEP = 2
 
 
-def save(folder: Path, state: ModelState) -> str:
-    """Write ``state`` durably under its digest; returns it. All older states but one are removed."""
-    write_durably(folder / f"{state.digest}.state", state.data)
+def save(folder: Path, state: ModelState, *, durable: bool = True) -> str:
+    """Write ``state`` under its digest; returns it. All older states but one are removed.
+
+    Args:
+        durable: False in a simulation, which does not wait for the disk.
+    """
+    write(folder / f"{state.digest}.state", state.data, durable=durable)
     old = sorted(folder.glob("*.state"), key=lambda p: p.stat().st_mtime_ns)[:-KEEP]
     for path in old:
         path.unlink()

@@ -43,11 +43,13 @@ class Job:
         session: 64 hexadecimal digits, fresh for every run.
         journal: the server's signed journal of this run, open.
         first_round, state, nonce: where to go on. ``nonce`` is set if a round was open at a crash.
-        durable: False in the simulator (no checkpoints, no fsync).
+        durable: False in the simulator: what is written survives the process, not a power cut (no fsync).
         attached: further buffers that go to every site in a round.
+        debug_noise_seed: the noise of this simulation follows from it: the run is NOT PRIVATE, and says so everywhere.
         keep_ciphertexts: whether ``keysum`` keeps every contribution's ciphertext in the run's folder, for an auditor.
         patience, stop_metric: see :class:`fedveil.server.early_stop.EarlyStop`.
         countersigned: whether the report is written at the end of the run and sent to the sites for their signatures.
+        stopped: the run ends before its next round, as ABORTED.
         progress: called for events (``joined``, ``round``, ``aborted``, ``end``) with their public numbers.
     """
 
@@ -65,21 +67,23 @@ class Job:
     join_timeout: float = 300.0
     round_timeout: float = 120.0
     durable: bool = True
+    stopped: bool = False
     progress: Progress = _silent
     attached: dict[str, bytes] = field(default_factory=dict)
     countersigned: bool = False
     keep_ciphertexts: bool = False
     patience: int = 0
     stop_metric: str = "accuracy"
+    debug_noise_seed: int | None = None
 
     def checkpoint(self) -> str:
         """Keep the state for a restart; returns its content hash."""
-        if not self.durable:
-            return self.state.digest
-        return checkpoints.save(self.run / checkpoints.FOLDER, self.state)
+        return checkpoints.save(self.run / checkpoints.FOLDER, self.state, durable=self.durable)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
+        if self.debug_noise_seed is not None:
+            line = {**line, "not_private": True}
         with (self.run / "metrics.jsonl").open("a") as f:
             f.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -117,7 +121,7 @@ def create(
         write_durably(run / f"{name}.f32", data)
     (run / START).write_bytes(state.sent())
     session = secrets.token_hex(32)
-    journal = Journal.open(run / "journal.jsonl", SERVER, key, durable=durable)
+    journal = Journal.open(run / "journal.jsonl", SERVER, key, sync=durable)
     body = {
         "session": session,
         "plan_hash": plan.hash,
@@ -129,11 +133,13 @@ def create(
         "state": state.hash if plan.reveal_to == "sites" else state.digest,
     }
     job = Job(run, session, plan, roster, key, journal, state, durable=durable, **options)
+    if job.debug_noise_seed is not None:
+        body["debug_noise_seed"] = job.debug_noise_seed
     job.journal.append("run.open", {**body, "checkpoint": job.checkpoint()})
     return job
 
 
-def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) -> Job:
+def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, *, durable: bool = True, **options: Any) -> Job:
     """Go on with a run after its server stopped.
 
     A round that was open is asked for again under the same nonce. Every site then answers with the bytes that it
@@ -145,9 +151,9 @@ def resume(run: Path, roster: Roster, key: Ed25519PrivateKey, **options: Any) ->
     path = run / "journal.jsonl"
     if not path.exists():
         raise JournalError(f"{run} holds no run", hint="give the folder of a run that began")
-    journal = Journal.open(path, SERVER, key)
+    journal = Journal.open(path, SERVER, key, sync=durable)
     try:
-        return _resumed(run, roster, key, journal, **options)
+        return _resumed(run, roster, key, journal, durable=durable, **options)
     except BaseException:
         journal.close()
         raise

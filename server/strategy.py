@@ -97,7 +97,9 @@ class SecureSumStrategy(Strategy):
         result = Result()
         config = ConfigRecord()
         for number in range(self.job.first_round, self.plan.steps + 1):
-            if self._over() or not self._enough_sites(number):
+            if self.job.stopped:
+                self.status = ABORTED
+            if self.job.stopped or self._over() or not self._enough_sites(number):
                 break
             started = time.monotonic()
             if exchange.together is None:

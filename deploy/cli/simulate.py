@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedveil.common.errors import UsageError
 from fedveil.deploy.lab.choices import NETWORKS, listed
 
 if TYPE_CHECKING:
     from fedveil.deploy.lab.simulate import Config
     from fedveil.deploy.lab.sites import Sites
+    from fedveil.deploy.lab.studies import Prepare
     from fedveil.privacy.plan import PrivacyPlan
 
 _DATA, _TRAINING = "Records", "Training (by default the data set's recipe, or what is proposed and printed)"
@@ -25,6 +27,7 @@ def _option(panel: str, help: str, **more: Any) -> Any:
 
 
 def simulate(
+    ctx: typer.Context,
     clients: Annotated[int, _option(_DATA, "Number of virtual clients.")] = _CLIENTS,
     dataset: Annotated[str, _option(_DATA, listed("dataset") + ", or a .csv or .parquet file.")] = "digits",
     target: Annotated[str | None, _option(_DATA, "Column of a file that holds the class.")] = None,
@@ -96,35 +99,51 @@ def simulate(
     seed: Annotated[int, _option(_RUN, "Seed of the split and of the first model. Noise is never seeded.")] = 0,
     seeds: Annotated[int, _option(_RUN, "Number of runs, with seeds from --seed up. Their mean is shown.", min=1)] = 1,
     out: Annotated[Path | None, _option(_RUN, "The new folder of the run or runs. By default runs/<time>.")] = None,
+    resume: Annotated[
+        Path | None,
+        _option(_RUN, "Go on with the run or runs in this folder, which were stopped or killed, with their settings."),
+    ] = None,
+    debug_noise_seed: Annotated[
+        int | None,
+        _option(_RUN, "NOT PRIVATE, for debugging: noise, sampling and places follow from this seed, so runs repeat."),
+    ] = None,
 ) -> None:
     """Train over many virtual clients in one process. The run's folder then holds a report to check."""
-    given = locals()
+    chosen = locals()
     from fedveil.deploy.lab import simulate as lab
+    from fedveil.deploy.lab import studies
 
-    config = lab.Config(**{f.name: given[f.name] for f in fields(lab.Config)} | {"hidden": lab.sizes(hidden)})
-    if federation is None:
-        lab.command(config, seeds, out)
-    else:
-        _rehearse(federation, config, clients if clients != _CLIENTS else None, seeds, out)
+    config = lab.Config(**{f.name: chosen[f.name] for f in fields(lab.Config)} | {"hidden": lab.sizes(hidden)})
+    given = {p for p in ctx.params if (source := ctx.get_parameter_source(p)) and source.name == "COMMANDLINE"}
+    prepare = lab.prepared
+    if federation is not None:
+        prepare = _rehearsed(federation, clients if "clients" in given else None)
+    origin = "" if federation is None else str(federation)
+    if resume is None:
+        studies.command(config, seeds, out, prepare, origin)
+        return
+    if "out" in given or "seeds" in given:
+        raise UsageError("--resume goes on in its own folder, with its own seeds", hint="leave out --out and --seeds")
+    asked = {name: value for name, value in asdict(config).items() if name in given}
+    studies.resume(resume, asked, prepare, origin)
 
 
-def _rehearse(path: Path, config: Config, clients: int | None, seeds: int, out: Path | None) -> None:
+def _rehearsed(path: Path, clients: int | None) -> Prepare:
     """The settings of a real run over virtual sites: as many as the roster has, or as ``--clients`` says."""
     from fedveil.common import settings as tomls
     from fedveil.deploy.cli.plan import contract_of, roster_size
     from fedveil.deploy.lab import rehearsal
-    from fedveil.deploy.lab import simulate as lab
     from fedveil.privacy.planning import plan_from_settings
 
     settings = tomls.load(path, tomls.Federation)
     contract, _ = contract_of(settings)
-    table = Path(config.dataset) if "." in config.dataset else None
     count = clients or roster_size(settings)
 
     def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
+        table = Path(config.dataset) if "." in config.dataset else None
         sites = rehearsal.sites_for(
             settings, contract, table, clients=count, by=config.by, seed=config.seed, test=config.test
         )
         return rehearsal.config_for(settings, config, sites), sites, plan_from_settings(settings, contract, count)
 
-    lab.command(config, seeds, out, prepared)
+    return prepared

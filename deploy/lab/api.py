@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.common.errors import UsageError
+from fedveil.deploy.lab import execution, resuming
+from fedveil.deploy.lab.resuming import STUDY
 from fedveil.deploy.lab.run import BASELINES, Run
 from fedveil.deploy.lab.runs import Runs
 from fedveil.deploy.lab.simulate import Config, check, make_plan, recipe, run_split
@@ -63,6 +66,33 @@ def simulate(
     return Run(folder)
 
 
+def resume(folder: str | Path, *, quiet: bool = False, **settings: Any) -> Run:
+    """Go on with a simulation that was killed or interrupted, from the folder that it began in, to its end.
+
+    State only moves forward. What a ledger was charged stays charged. A round whose sum was opened is not run again.
+    One that was charged and not opened is lost. One of which nothing was written is run. So the ledgers' totals
+    are those of a run that nobody stopped. It goes on after its process was killed, not after a power cut.
+
+    Args:
+        folder: of the run. For several seeds: ``fedveil simulate --resume``; for a sweep: :func:`sweep` again.
+        quiet: print nothing.
+        settings: those that must be the run's own; for a script that names them anyway.
+
+    Raises:
+        UsageError: the folder holds no run, one that has ended, one that began with other settings, or one that cannot
+            go on (the engine ``ray``).
+        FedveilError: the run's files were altered.
+    """
+    run = Path(folder)
+    found = resuming.find(run)
+    resuming.refuse_changes(run, found.config, settings)
+    if not quiet:
+        done = sum(row.kind == "round.applied" for row in resuming.rows_of(run))
+        print(f"{run}: goes on after {done} of {found.kept.plan.steps} rounds")  # noqa: T201 - what the caller asked to see
+    execution.go_on(found)
+    return Run(run)
+
+
 def baselines(sites: Sites, network: str | None = None, **settings: Any) -> dict[str, dict[str, float]]:
     """What the same records give each alone, to a trusted centre, with local DP, without privacy, and by guessing.
 
@@ -72,12 +102,14 @@ def baselines(sites: Sites, network: str | None = None, **settings: Any) -> dict
 
 
 def load(folder: str | Path) -> Run | Runs:
-    """A run, or the runs of a sweep, from its folder.
+    """A run, or the runs of several seeds or of a sweep, from its folder.
 
     Raises:
-        UsageError: neither is there.
+        UsageError: none of them is there.
     """
     folder = Path(folder)
+    if (folder / STUDY).exists():
+        return Runs([Run(p.parent) for p in sorted(folder.glob("seed-*/journal.jsonl"))], [])
     if (folder / _SWEEP).exists():
         varied = json.loads((folder / _SWEEP).read_text())["varied"]
         return Runs([Run(p.parent) for p in sorted(folder.glob("*/journal.jsonl"))], varied)
@@ -95,7 +127,8 @@ def sweep(
 ) -> Runs:
     """Run every combination of the settings that are lists, over several seeds, on all cores.
 
-    What is in ``out`` from before is not run again, so that a sweep that was stopped goes on.
+    What is in ``out`` from before is not run again, so that a sweep that was stopped goes on: where it was, in the run
+    that was under way.
 
     Args:
         network, sites: as for :func:`simulate`. A seed decides the first weights, and how the records are dealt out.
@@ -139,16 +172,18 @@ def _run_all(left: list[tuple[Config, Path, Sites]], workers: int) -> None:
 
 
 def _one(config: Config, folder: Path, sites: Sites) -> None:
-    """One run of a sweep. What a stopped one left is removed: its folder has no end."""
-    import shutil
-
-    if folder.exists():
-        shutil.rmtree(folder)
+    """One run of a sweep: gone on with if it was stopped, else begun."""
+    if (folder / resuming.FOLDER).exists() and resuming.rows_of(folder):
+        execution.go_on(resuming.find(folder))
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # its folder has no end, and it cannot go on
     run_split(config, sites, make_plan(config, sites), folder)
 
 
 def _ended(folder: Path) -> bool:
-    return (folder / "journal.jsonl").exists() and Run(folder).status != "RUNNING"
+    if (folder / resuming.FOLDER).exists():
+        return False
+    return (folder / resuming.JOURNAL).exists() and Run(folder).status != "RUNNING"
 
 
 def _claim(folder: Path, varied: list[str], configs: list[dict[str, Any]]) -> None:

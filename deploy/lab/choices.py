@@ -1,5 +1,6 @@
 """What ``fedveil simulate`` offers, as data: its help lists it without importing what carries it out."""
 
+NOT_PRIVATE = "NOT PRIVATE (seeded noise)"  # said of every run with --debug-noise-seed
 CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "diabetes", "trivial"),
     "mode": ("distributed", "local", "client"),

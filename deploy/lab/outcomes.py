@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from fedveil.common.errors import BudgetExhausted, RunAborted
+from fedveil.deploy.lab.choices import NOT_PRIVATE
 from fedveil.deploy.watch.display import CONSOLE
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -19,7 +20,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation gave: the ending, public test metrics, steps applied, seconds."""
+    """What a simulation gave: the ending, public test metrics, steps applied, seconds; whether its noise was seeded."""
 
     status: str
     metrics: dict[str, float]
@@ -27,6 +28,7 @@ class Outcome:
     seconds: float
     plan: PrivacyPlan
     run: Path
+    not_private: bool = False
 
 
 def standard_error(values: list[float]) -> float:
@@ -38,7 +40,8 @@ def show(outcomes: list[Outcome], folder: Path) -> None:
     """The table after ``fedveil simulate``; ``folder`` holds the run, or one run for each seed."""
     first = outcomes[0]
     plan = first.plan
-    table = Table(title="SIMULATED (one process, no real institutions)", show_header=False)
+    title = NOT_PRIVATE if first.not_private else "SIMULATED (one process, no real institutions)"
+    table = Table(title=title, show_header=False)
     table.add_row("ending", ", ".join(sorted({o.status for o in outcomes})))
     table.add_row("steps applied", f"{', '.join(map(str, sorted({o.steps for o in outcomes})))} of {plan.steps}")
     table.add_row(
@@ -46,7 +49,10 @@ def show(outcomes: list[Outcome], folder: Path) -> None:
     )
     table.add_row("sites, colluders t, drop-outs d", f"{plan.sites}, {plan.colluders}, {plan.dropouts}")
     table.add_row(
-        "claim", f"ε = {plan.claim:.4f} at δ = {plan.delta:g} for each {plan.unit} (fallback ε {plan.fallback:.2f})"
+        "claim",
+        f"none: {NOT_PRIVATE}"
+        if first.not_private
+        else f"ε = {plan.claim:.4f} at δ = {plan.delta:g} for each {plan.unit} (fallback ε {plan.fallback:.2f})",
     )
     for name in first.metrics:
         values = [o.metrics[name] for o in outcomes]
@@ -71,7 +77,8 @@ def write_summary(folder: Path, seeds: Iterable[int], outcomes: list[Outcome]) -
         name: {"mean": statistics.mean(v), "standard_error": standard_error(v) if len(v) > 1 else None}
         for name, v in values.items()
     }
-    (folder / SUMMARY).write_text(json.dumps({"runs": runs, "metrics": found}, indent=1) + "\n")
+    said = {"not_private": True} if outcomes[0].not_private else {}
+    (folder / SUMMARY).write_text(json.dumps({**said, "runs": runs, "metrics": found}, indent=1) + "\n")
 
 
 def raise_for_ending(outcomes: list[Outcome], folder: Path) -> None:

@@ -17,6 +17,7 @@ from flwr.serverapp import ServerApp
 from fedveil.client.app import make_app
 from fedveil.client.session import Site
 from fedveil.common import canonical, identity
+from fedveil.deploy.lab.seeded_noise import SEED, Seeded
 from fedveil.deploy.lab.sites import Sites
 from fedveil.deploy.lab.virtual_sites import World, make_site
 from fedveil.deploy.transport.ray import run_ray
@@ -44,11 +45,19 @@ def _resolve(context: Context) -> Iterator[Site]:
         site.ledger.close()
 
 
-app = make_app(_resolve)
+app = Seeded(make_app(_resolve))
 
 
 def run_over_ray(
-    server: ServerApp, world: World, plan: PrivacyPlan, split: Sites, folder: Path, *, cap: float, engine: str
+    server: ServerApp,
+    world: World,
+    plan: PrivacyPlan,
+    split: Sites,
+    folder: Path,
+    *,
+    cap: float,
+    engine: str,
+    noise_seed: int | None,
 ) -> None:
     """Lay every site's key and data into ``folder`` (simulated keys and public data) and run on Flower's Ray engine."""
     (folder / "roster-payload.json").write_bytes(canonical.dumps(world.roster.payload))
@@ -56,7 +65,7 @@ def run_over_ray(
         own = folder / "sites" / str(index)
         identity.save_signing_key(own / "signing.key", key)
         np.savez(own / "data.npz", X=X, y=y)
-    run_ray(
-        server, app, sites=world.sites,
-        node_config=lambda i: {"folder": str(folder.resolve()), "cap": cap, "engine": engine},
-    )  # fmt: skip
+    said = {"folder": str(folder.resolve()), "cap": cap, "engine": engine}
+    if noise_seed is not None:
+        said[SEED] = noise_seed
+    run_ray(server, app, sites=world.sites, node_config=lambda _: said)

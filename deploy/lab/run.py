@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import UsageError, VerificationError
+from fedveil.deploy.lab.choices import NOT_PRIVATE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,6 +85,18 @@ class Run:
         """Whom ε protects: a record, a person or a client."""
         return self.plan.unit
 
+    @property
+    def claim(self) -> str:
+        """ε in words; or that there is none, because the noise was seeded."""
+        said = f"ε = {self.epsilon:.4g} at δ = {self.delta:g} for each {self.unit}"
+        simulated = self._said.get("run.open", {}).get("simulated")
+        return NOT_PRIVATE if self.not_private else f"{said} (SIMULATED)" if simulated else said
+
+    @property
+    def session(self) -> str:
+        """The run's own name: 64 hexadecimal digits."""
+        return str(self._said.get("run.open", {}).get("session", ""))
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """What the simulation was asked for; empty for a run of real sites."""
@@ -104,7 +117,12 @@ class Run:
     @cached_property
     def status(self) -> str:
         """How it ended: COMPLETED, STOPPED_EARLY, BUDGET_EXHAUSTED, ABORTED; RUNNING where it has not."""
-        return str(self._end.get("status", "RUNNING"))
+        return str(self._said.get("run.end", {}).get("status", "RUNNING"))
+
+    @property
+    def not_private(self) -> bool:
+        """Whether the noise followed from a seed (``debug_noise_seed``): then no claim of the run holds."""
+        return "debug_noise_seed" in self._said.get("run.open", {})
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -117,7 +135,7 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """The final model's metrics on the public table."""
-        found = self._end.get("metrics") or (self.history[-1] if self.history else {})
+        found = self._said.get("run.end", {}).get("metrics") or (self.history[-1] if self.history else {})
         return {k: v for k, v in found.items() if k not in ("round", "epsilon")}
 
     @cached_property
@@ -153,7 +171,7 @@ class Run:
 
     def table(self) -> list[dict[str, Any]]:
         """This run and its baselines, one row each."""
-        own = {"": f"this run, ε = {self.epsilon:.3g}", **self.metrics}
+        own = {"": f"this run, {NOT_PRIVATE if self.not_private else f'ε = {self.epsilon:.3g}'}", **self.metrics}
         return [own, *({"": name, **found} for name, found in self.baselines.items())]
 
     def plot(self, metric: str | None = None, *, path: str | Path | None = None) -> Path:
@@ -175,20 +193,21 @@ class Run:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
-        return f"Run({str(self.folder)!r}: {self.status}, ε = {self.epsilon:.4g} at δ = {self.delta:g}, {shown})"
+        return f"Run({str(self.folder)!r}: {self.status}, {self.claim}, {shown})"
 
     def _repr_html_(self) -> str:
-        claim = f"ε = {self.epsilon:.4g} at δ = {self.delta:g} for each {self.unit}"
         where = html.escape(str(self.folder))
-        return f"<p><b>{self.status}</b>: {claim} (SIMULATED)</p>{as_html(self.table())}<p><code>{where}</code></p>"
+        return (
+            f"<p><b>{self.status}</b>: {html.escape(self.claim)}</p>{as_html(self.table())}<p><code>{where}</code></p>"
+        )
 
     @cached_property
-    def _end(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, dict[str, Any]]:
+        """The last row of each kind in the server's journal, by its kind."""
         from fedveil.common.journal import parse, without_torn_end
 
         data = without_torn_end((self.folder / _JOURNAL).read_bytes())
-        ends = [row.body for row in parse(data) if row.kind == "run.end"]
-        return ends[-1] if ends else {}
+        return {row.kind: row.body for row in parse(data)}
 
 
 def as_html(rows: list[dict[str, Any]]) -> str:

@@ -92,30 +92,35 @@ class Runs(Sequence[Run]):
     def plot(self, metric: str | None = None, *, path: str | Path = "sweep.png") -> Path:
         """Draw a metric, mean and standard error, over the first varied setting; a line for each of the others' values.
 
+        Where nothing but the seed was varied, it is drawn over the rounds, a line for each run.
+
         Raises:
-            UsageError: no such metric, or nothing was varied.
+            UsageError: no such metric.
         """
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        metric = metric or self.metrics[0]
-        if metric not in self.metrics or not self.varied:
-            raise UsageError(f"no metric {metric!r} over a varied setting", hint=f"one of {', '.join(self.metrics)}")
-        first, *others = self.varied
+        metric = metric or next(iter(self.metrics), "")
+        if metric not in self.metrics:
+            raise UsageError(f"not every run has a metric {metric!r}", hint=f"one of {', '.join(self.metrics)}")
+        first, *others = self.varied or ("round",)
         lines: dict[str, list[dict[str, Any]]] = {}
-        for row in self.table():
+        for row in self.table() if self.varied else ():
             lines.setdefault(", ".join(f"{n} = {row[n]}" for n in others), []).append(row)
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
         for label, rows in lines.items():
             x = [row[first] for row in rows]
             errors = [row[f"{metric} s.e."] or 0.0 for row in rows]
             axis.errorbar(x, [row[metric] for row in rows], yerr=errors, marker="o", capsize=3, label=label or None)
+        for run in () if self.varied else self._runs:
+            axis.plot([r["round"] for r in run.history], [r[metric] for r in run.history], label=run.folder.name)
         axis.set_xlabel("ε" if first == "epsilon" else first)
         axis.set_ylabel(f"{metric} on the public table")
-        axis.set_title(f"{metric}, mean and standard error over {self.table()[0]['seeds']} seeds")
-        if others:
+        what = f"mean and standard error over {self.table()[0]['seeds']} seeds" if self.varied else "each seed's run"
+        axis.set_title(f"{metric}, {what}")
+        if others or not self.varied:
             axis.legend()
         figure.savefig(path, dpi=110)
         plt.close(figure)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +13,13 @@ from fedveil.common.errors import UsageError
 from fedveil.deploy.lab import recipes
 from fedveil.deploy.lab.choices import CHOICES, NETWORKS
 from fedveil.deploy.lab.optimisers import optimizer
-from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
+from fedveil.deploy.lab.outcomes import Outcome
 from fedveil.deploy.lab.recipes import Recipe
 
 if TYPE_CHECKING:
-    from fedveil.common.units import SiteId
-    from fedveil.deploy.lab import virtual_sites
     from fedveil.deploy.lab.sites import Sites
     from fedveil.privacy.plan import PrivacyPlan
     from fedveil.server.job import Progress
-
-
-Prepare = Callable[["Config"], "tuple[Config, Sites, PrivacyPlan]"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,21 @@ class Config:
     patience: int = 0
     stop_metric: str = "accuracy"
     noise_multiplier: float | None = None
+    debug_noise_seed: int | None = None
+
+    @classmethod
+    def from_json(cls, held: dict[str, Any]) -> Config:
+        """The config that ``config.json`` holds.
+
+        Raises:
+            UsageError: it is another version's.
+        """
+        known = {f.name for f in fields(cls)}
+        if other := sorted(set(held) ^ known):
+            raise UsageError(
+                f"config.json is of another version: {', '.join(other)[:200]}", hint="begin again in a new folder"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in held.items()})
 
 
 def sizes(text: str | None) -> tuple[int, ...] | None:
@@ -151,6 +159,13 @@ def sites_of(config: Config) -> Sites:
     return split(config.dataset, config.target, clients=clients, test=config.test, by=by, seed=config.seed)
 
 
+def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
+    """What a simulation needs before it begins; :class:`FedveilError` for what cannot be simulated."""
+    check(config)
+    sites = sites_of(config)
+    return config, sites, make_plan(config, sites)
+
+
 def run(config: Config, out: Path, *, progress: Progress | None = None, report: bool = True) -> Outcome:
     """Run one simulation into the folder ``out``.
 
@@ -175,63 +190,12 @@ def run_split(
     Raises:
         FedveilError: ``config`` is inconsistent, or the run could not begin.
     """
-    from fedveil.client.app import make_app as client_app
-    from fedveil.common import flwr_adapter
-    from fedveil.deploy.lab import virtual_sites
-    from fedveil.privacy.planning import warnings
-    from fedveil.server import job as jobs
-    from fedveil.server.app import make_app as server_app
-    from fedveil.server.evaluate import Evaluator
+    from fedveil.deploy.lab import execution
 
     check(config)
-    _make_folder(out)
-    flwr_adapter.quiet_flower()
-    if progress:
-        progress("plan", {"warnings": warnings(plan)})
-    virtual_sites.fit_threads(plan.model.parameters)
-    started = time.perf_counter()
-    world = virtual_sites.World.make(len(records))
-    cap = config.cap or plan.filter_epsilon()
-    options: dict[str, Any] = {"progress": progress} if progress else {}
-    job = jobs.create(
-        out, plan, world.roster, world.server, documents={**world.documents(), "config.json": asdict(config)},
-        durable=False, engine=config.engine,
-        evaluate=Evaluator(plan.network, records.X_test, records.y_test), patience=config.patience,
-        stop_metric=config.stop_metric, **options,
-    )  # fmt: skip
-    server, _ = server_app(job)
-    looked_at: dict[str, float] = {}
-    if config.engine == "inprocess":
-        from fedveil.deploy.lab import together
-        from fedveil.deploy.transport.inprocess import InprocessGrid, run_on
-
-        sites = virtual_sites.Kept(
-            lambda i: virtual_sites.make_site(
-                world.roster, i, world.keys[i], plan, *records.parts[i], out, cap=cap, engine=engine
-            )
-        )
-        app, lost = client_app(sites.resolve), _losses(config.drop_rate)
-        if together.fits(plan):
-            grid = together.TogetherGrid(app, world.sites, sites.find, lost=lost)
-        else:
-            grid = InprocessGrid(app, world.sites, lambda _: {}, drop=_drops(lost))
-        with virtual_sites.rare_collections():
-            run_on(server, grid)
-        if plan.reveal_to == "sites" and job.evaluate is not None:
-            # Only the simulation can look into a site: its own model on the public table.
-            looked_at = job.evaluate(sites.find(0).model(sites.find(0).session(job.session)).held.state.result)
-        sites.close()
-    else:
-        from fedveil.deploy.lab.ray_sites import run_over_ray
-
-        run_over_ray(server, world, plan, records, out, cap=cap, engine=engine)
-    end = next(job.journal.of_kind("run.end"))
-    if report:
-        _write_report(out, world)
-    body = end.body
-    return Outcome(
-        body["status"], looked_at or body["metrics"], body["steps_done"], time.perf_counter() - started, plan, out
-    )
+    execution.make_folder(out)
+    asked = {"report": report, "engine": engine}
+    return execution.begin(asdict(config), plan, records, out, asked, progress=progress)
 
 
 def check(config: Config) -> None:
@@ -264,88 +228,11 @@ def check(config: Config) -> None:
             "use --reveal-to server, or leave out --patience",
         ),
         (not 0 <= config.seed < 1 << 32, f"seed {config.seed} is out of range", "--seed takes 0 to 4294967295"),
+        (
+            config.debug_noise_seed is not None and not 0 <= config.debug_noise_seed < 1 << 32,
+            f"debug noise seed {config.debug_noise_seed} is out of range",
+            "--debug-noise-seed takes 0 to 4294967295",
+        ),
     ):
         if wrong:
             raise UsageError(text, hint=hint)
-
-
-def _make_folder(out: Path) -> None:
-    if (out / "journal.jsonl").exists():
-        raise UsageError(
-            f"{out} holds a run already", hint="name a new folder with --out: a simulation cannot be resumed"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f"no folder can be made at {out}: {e.strerror}", hint="name another folder with --out") from e
-
-
-def _losses(rate: float) -> Callable[[], bool] | None:
-    """Random drop-outs for experiments: each contribution is lost with probability ``rate``."""
-    return (lambda: secrets.randbelow(1 << 32) < rate * (1 << 32)) if rate else None
-
-
-def _drops(lost: Callable[[], bool] | None) -> Callable[[SiteId, Any], bool] | None:
-    """The same for messages."""
-    if lost is None:
-        return None
-
-    def drop(site: SiteId, message: Any) -> bool:
-        meta = message.metadata
-        return meta.message_type == "train.contribute" and not meta.reply_to_message_id and lost()
-
-    return drop
-
-
-def _write_report(out: Path, world: virtual_sites.World) -> None:
-    """The report, signed by every virtual site whose ledger it was made from; and the server's key, for later audits.
-
-    The key speaks for nobody: it was made for this run, whose report says SIMULATED.
-    """
-    from fedveil.common import identity
-    from fedveil.deploy.watch.plot import write_curve
-    from fedveil.privacy.report.build import build_report
-    from fedveil.privacy.report.bundle import REPORT, SIMULATED_KEY
-    from fedveil.privacy.report.render import render_report
-
-    build_report(out, world.server)
-    world.countersign(out)
-    render_report(out / REPORT)
-    identity.save_signing_key(out / SIMULATED_KEY, world.server)
-    write_curve(out)
-
-
-def prepared(config: Config) -> tuple[Config, Sites, PrivacyPlan]:
-    """What a simulation needs before it begins; :class:`FedveilError` for what cannot be simulated."""
-    check(config)
-    sites = sites_of(config)
-    return config, sites, make_plan(config, sites)
-
-
-def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = prepared) -> None:
-    """Run ``config`` once for each of ``seeds`` seeds, its own and those after it, and show the outcomes.
-
-    Args:
-        prepare: gives the records and the plan of one seed.
-        out: the run's folder, or the folder of all seeds' runs; None: ``runs/<time>``.
-
-    Raises:
-        RunAborted, BudgetExhausted: one of the runs ended so; the folders are written.
-        FedveilError: the plan is refused, or a run could not begin.
-    """
-    from fedveil.deploy.watch.display import Display
-
-    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if (folder / SUMMARY).exists():
-        raise UsageError(f"{folder} holds the runs of several seeds already", hint="name a new folder with --out")
-    outcomes: list[Outcome] = []
-    for seed in range(config.seed, config.seed + seeds):
-        own = folder if seeds == 1 else folder / f"seed-{seed}"
-        title = f"simulate {config.dataset}" + (f", seed {seed}" if seeds > 1 else "")
-        one, records, plan = prepare(replace(config, seed=seed))
-        with Display(title, plan.steps) as display:
-            outcomes.append(run_split(one, records, plan, own, progress=display.progress))
-        if seeds > 1:  # after each seed: these outcomes stay if the next run fails
-            write_summary(folder, range(config.seed, seed + 1), outcomes)
-    show(outcomes, folder)
-    raise_for_ending(outcomes, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from flwr.clientapp import ClientApp
 
@@ -29,6 +30,7 @@ class TogetherGrid(InprocessGrid):
     Args:
         find: gives the site at a position.
         lost: whether the next request for a contribution is lost; None: none is.
+        logged: around a pass; the rows of the sites' ledgers are kept when it ends.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class TogetherGrid(InprocessGrid):
         find: Callable[[int], Site],
         *,
         lost: Callable[[], bool] | None = None,
+        logged: Callable[[], AbstractContextManager[None]],
     ) -> None:
         super().__init__(client_app, sites, lambda _: {})
-        self._find, self._lost = find, lost
+        self._find, self._lost, self._logged = find, lost, logged
         self._index = {site: i for i, site in enumerate(sites)}
 
     def together(self, packets: Mapping[SiteId, Packet]) -> Together:
@@ -53,7 +56,8 @@ class TogetherGrid(InprocessGrid):
         refusals: dict[SiteId, FedveilError] = {}
         for sites in asked.values():
             request = packets[sites[0]]
-            some = together.contribute((self._find(self._index[s]) for s in sites), request)
+            with self._logged():
+                some = together.contribute((self._find(self._index[s]) for s in sites), request)
             self._count(request, sites, some)
             refusals |= some.refusals
             if some.sites:

@@ -1,7 +1,8 @@
 """Virtual sites: the same client app over many sites in one process, or over Ray.
 
-What a simulation leaves out is durability (no fsync; state in memory) and identity checks by TLS. Plans, charges,
-noise, clipping and the secure sum are the real ones; with ``plain`` the sum itself is the only stand-in.
+What a simulation leaves out is to wait for the disk (what is written survives the process, not a power cut) and
+identity checks by TLS. Plans, charges, noise, clipping and the secure sum are the real ones; with ``plain`` the sum
+itself is the only stand-in.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fedveil.client.session import Site
 from fedveil.common import identity, threads
 from fedveil.common.errors import VerificationError
 from fedveil.common.identity import SERVER, Member, Roster
+from fedveil.common.journal import RowLog
 from fedveil.common.settings import LimitsSection
 from fedveil.common.units import Delta, Epsilon, SiteId
 from fedveil.privacy.dp.places import EMPTY
@@ -121,15 +123,22 @@ def make_site(
     cap: float,
     engine: str = "auto",
     durable: bool = False,
+    log: RowLog | None = None,
+    stored: Callable[[SiteId], Store] = lambda _: MemoryStore(),
 ) -> Site:
-    """One virtual site; its limits allow what the simulation asks for, its cap is enforced like any other."""
+    """One virtual site; its limits allow what the simulation asks for, its cap is enforced like any other.
+
+    Args:
+        log: where the rows of its ledger are kept until the run has ended (:class:`~fedveil.common.journal.RowLog`).
+        stored: makes the store of the one session of a site that is not durable.
+    """
     member = roster.sites[index]
     # Nothing real is here: where the plan states no capacity, the size of the part will do.
     stated = plan.capacity < min(plan.records, MOST_BY_DEFAULT)
     capacity = plan.capacity if stated else max(1, len(X))
     ledger = Ledger.open(
         state / LEDGERS / f"{member.site}.jsonl", member.site, key, lineage=LINEAGE,
-        cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, capacity=capacity, durable=durable,
+        cap=Epsilon(cap), delta=Delta(plan.delta), unit=plan.unit, capacity=capacity, durable=durable, log=log,
     )  # fmt: skip
     limits = LimitsSection(
         max_epsilon=max(cap, plan.epsilon), delta=plan.delta, min_noise_multiplier=0.0, tasks=(plan.task,),
@@ -146,7 +155,9 @@ def make_site(
     def store_for(session: str) -> Store:
         if durable:
             return DirectoryStore(state / "stores" / member.site / session)
-        return stores.setdefault(session, MemoryStore())
+        if session not in stores:
+            stores[session] = stored(member.site)
+        return stores[session]
 
     return Site(
         id=member.site, key=key, roster=roster, contract_hash=plan.contract_hash,

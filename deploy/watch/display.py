@@ -49,6 +49,8 @@ class Display:
             self._bytes += facts["bytes_sent"] + facts["bytes_received"]
             text = f"ε ≤ {facts['epsilon_opened']:.3f}  {metrics}  {self._bytes / 1e6:.1f} MB"
             self._progress.update(self._task, completed=facts["round"], facts=text)
+        elif kind == "stopping":
+            self._progress.console.print("stopping after this round; a second time: at once", highlight=False)
         elif kind == "aborted":
             self._progress.console.print(
                 f"round {facts['round']} aborted (charged where a site answered): {facts['reason']}", highlight=False

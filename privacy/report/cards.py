@@ -9,7 +9,7 @@ from typing import Any
 from fedveil.privacy.report import front
 from fedveil.privacy.report.catalogue import Speaker
 from fedveil.privacy.report.charts import alike
-from fedveil.privacy.report.wording import words
+from fedveil.privacy.report.wording import notice, words
 
 MODEL_CARD, DATA_CARD = "model-card.md", "data-card.md"
 _FEW, _NAMES = 12, 12
@@ -106,8 +106,8 @@ def _page(title: str, *sections: tuple[str, Iterable[str]], p: dict[str, Any], s
     out, stroke = [f"# {title}: {text(p['consortium'])}", ""], "~~" if failed else ""
     if failed:
         out += [f"**{say('page.verified_banner')}**", ""]
-    if p["simulated"]:
-        out += [f"**{say('notice.simulated')}**", ""]
+    if said := notice(p, say):
+        out += [f"**{said}**", ""]
     out += [say("card.from", session=text(p["session"])), "", "    fedveil audit verify report.json", ""]
     for key, lines in sections:
         out += [f"## {say(key)}", "", *(f"- {stroke}{line}{stroke}" for line in lines), ""]

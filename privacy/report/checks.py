@@ -200,6 +200,8 @@ class Audit:
                 f"run.end speaks of {end.steps_done} steps, the journal of {applied} applied rounds"
             )
         self._history = history
+        if history.debug_noise:
+            raise VerificationError("NOT PRIVATE: the noise of this run followed from a debug seed; no claim holds")
         return f"{end.status}, {len(outcomes)} rounds, {applied} applied"
 
     def _signed_joins(self) -> str:

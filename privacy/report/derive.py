@@ -82,6 +82,7 @@ def derive(f: Facts) -> dict[str, Any]:
         "consortium": f.roster.consortium,
         "status": end.status,
         "simulated": f.simulated,
+        **({"not_private": True} if f.history.debug_noise else {}),
         "claim": _claim(plan),
         "trust": _trust(plan),
         "mechanism": _mechanism(plan),

@@ -77,6 +77,7 @@ class History:
 
     Attributes:
         model_hash, state: the initial model's.
+        debug_noise: the noise of this simulation followed from a seed: the run was NOT PRIVATE.
         times: of the first and the last row; empty for an empty journal.
         fall: the first row that is dated before the one before it; None if none is.
     """
@@ -88,6 +89,7 @@ class History:
     model_hash: str = ""
     state: str = ""
     simulated: bool = False
+    debug_noise: bool = False
     joins_digest: str = ""
     joined: tuple[str, ...] = ()
     rounds: list[Round] = field(default_factory=list)
@@ -180,6 +182,9 @@ class _Reader:
         if type(b.get("simulated")) is not bool:
             raise VerificationError(f"{where}: simulated is neither true nor false")
         h.simulated = b["simulated"]
+        if "debug_noise_seed" in b:
+            fields.integer(b, "debug_noise_seed", where, high=1 << 32)
+            h.debug_noise = True
 
     def _run_joined(self, b: dict[str, Any], where: str) -> None:
         if self.history.joins_digest:

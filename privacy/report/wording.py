@@ -22,7 +22,7 @@ def words(p: Mapping[str, Any], say: Speaker) -> dict[str, Any]:
     """Every sentence of a payload, by name; ``p`` needs no sentence in it, only numbers."""
     w = _Words(p, say)
     return {
-        "notice": say("notice.simulated") if p["simulated"] else "",
+        "notice": notice(p, say),
         "claim": w.claim(),
         "replace_one": w.replace_one(),
         "fallback": w.fallback(),
@@ -41,6 +41,13 @@ def words(p: Mapping[str, Any], say: Speaker) -> dict[str, Any]:
         "deviations": w.deviations(),
         "audit": empirical(p["audit"], say),
     }
+
+
+def notice(p: Mapping[str, Any], say: Speaker) -> str:
+    """The first line of everything about a run that protected nobody; empty for every other run."""
+    if p.get("not_private"):
+        return say("notice.not_private")
+    return say("notice.simulated") if p["simulated"] else ""
 
 
 def kind(p: Mapping[str, Any]) -> str:
@@ -214,6 +221,6 @@ class _Words:
             out.append(say("deviation.high_epsilon", epsilon=self.epsilon, high=f"{HIGH_EPSILON:g}"))
         if self.mode == "client" and self.p["plan"]["few_clients"]:
             out.append(say("deviation.few_clients"))
-        if self.p["simulated"]:
-            out.insert(0, say("notice.simulated"))
+        if said := notice(self.p, say):
+            out.insert(0, said)
         return out

@@ -13,10 +13,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 _LAZY = {
     "split": "fedveil.deploy.lab.split",
     "simulate": "fedveil.deploy.lab.api",
+    "resume": "fedveil.deploy.lab.api",
     "sweep": "fedveil.deploy.lab.api",
     "load": "fedveil.deploy.lab.api",
     "baselines": "fedveil.deploy.lab.api",
     "compare": "fedveil.deploy.lab.comparison",
+    "track": "fedveil.deploy.lab.tracking",
     "Run": "fedveil.deploy.lab.run",
     "Runs": "fedveil.deploy.lab.runs",
     "Sites": "fedveil.deploy.lab.sites",
