@@ -98,7 +98,8 @@ def sweep(
     What is in ``out`` from before is not run again, so that a sweep that was stopped goes on.
 
     Args:
-        network, sites: as for :func:`simulate`. A seed decides the first weights, and how the records are dealt out.
+        network: as for :func:`simulate`.
+        sites: as for :func:`simulate`. A seed decides the first weights, and how the records are dealt out.
         seeds: how many, or which.
         out: the folder of all runs; by default ``runs/<time>``.
         workers: processes; by default one for each core.
