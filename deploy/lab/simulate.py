@@ -30,7 +30,38 @@ Prepare = Callable[["Config"], "tuple[Config, Sites, PrivacyPlan]"]
 
 @dataclass(frozen=True)
 class Config:
-    """One simulation, as its run folder records it."""
+    """One simulation, as its run folder records it. ``fedveil simulate --help`` says the same of its options.
+
+    Attributes:
+        clients: number of sites; like the next three and ``by``, what :func:`fedveil.split` decides.
+        dataset: the records in a word.
+        target: the column with the class.
+        test: share of the records that is held out.
+        epsilon: ε of the run.
+        delta: δ of the run.
+        mode: ``distributed``, ``local`` or ``client``.
+        sum: ``keysum``, ``sharedkey``, ``plain`` (SIMULATED), or ``none`` (mode ``local``).
+        engine: ``inprocess`` or ``ray``.
+        by: how the records are dealt out.
+        colluders: t, sites that may work together; None: a sixth, at least 1.
+        dropouts: d, sites that may be missing from a round; None: a sixth, at least 1 (0 of three).
+        steps: secure sums; None, here and below: what is proposed.
+        seed: of the split and of the first weights. Noise is never seeded.
+        force: allow mode ``client`` below 1000 clients.
+        cap: cap (ε) of each client's ledger; None: what the plan needs.
+        drop_rate: chance that a client misses a round.
+        reveal_to: who reads the sums: ``server`` or ``sites``.
+        committee: number of helpers that open the sums; 0: all sites, up to 200.
+        network: ``logistic``, ``mlp``, ``cnn``, ``resnet``, ``transformer``, ``lstm``, ``lora-mlp`` or
+            ``lora-transformer``.
+        hidden: sizes of the network.
+        learning_rate: of the server's step.
+        momentum: of the server's step.
+        clip: L2 bound of a record's gradient, or of a client's update.
+        sample_rate: chance of a record to enter a step.
+        local_steps: local steps per round, in mode ``client``.
+        noise_multiplier: σ instead of ε; ε then follows from it.
+    """
 
     clients: int = 20
     dataset: str = "digits"

@@ -38,7 +38,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of a page into those of the site."""
+    """Turn the links of a page into those of the site; a page that stands alone needs no menu beside it."""
+    if page.file.src_uri in ("index.md", "zh.md"):
+        page.meta["hide"] = ["navigation"]
     return relinked(markdown, page.file.src_uri)
 
 

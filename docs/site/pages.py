@@ -65,7 +65,8 @@ def bounds(schema: dict[str, Any]) -> str:
     """What a value may be at most and at least."""
     inner = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
     words = {
-        "minimum": "≥\u00a0{}", "exclusiveMinimum": ">\u00a0{}", "maximum": "≤\u00a0{}", "exclusiveMaximum": "<\u00a0{}",
+        "minimum": "≥\u00a0{}", "exclusiveMinimum": ">\u00a0{}",
+        "maximum": "≤\u00a0{}", "exclusiveMaximum": "<\u00a0{}",
         "minLength": "{} character or more", "maxLength": "at most {} characters",
         "minItems": "{} or more", "maxItems": "at most {}",
     }  # fmt: skip
