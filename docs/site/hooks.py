@@ -67,6 +67,6 @@ def notebook(path: Path) -> str:
     name = f"examples/notebooks/{path.name}"
     note = (
         f"This page is the script `{name}`. Run it as it is (`python {name}`), or open it as a notebook: "
-        f"`jupytext --to notebook {name}`."
+        f"`jupytext --to notebook {name}` (extra `docs`)."
     )
     return "\n\n".join([cells[0], note, *cells[1:]]) + "\n"
