@@ -21,6 +21,17 @@ check: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+.PHONY: docs docs-look
+
+# The documents as a site in build/site; its pages open as files. First the pages that say what the code says.
+docs: $(STAMP)
+	$(BIN)/python docs/site/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Opens every page of the site in a headless Chromium, and searches; fails on what the browser complains about.
+docs-look: docs
+	$(BIN)/python tests/docs/open_site.py
+
 # What can be forged of a report and which check finds it: docs/forgeries.md.
 forgeries: $(STAMP)
 	$(BIN)/python tests/hostile/forgery_table.py

@@ -40,7 +40,7 @@ from typing import ClassVar
 
 
 class FedveilError(Exception):
-    """Root of the tree.
+    """Root of the tree. By itself: a library is not installed.
 
     Args:
         message: what was wrong and where; no record's value, no secret.

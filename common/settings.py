@@ -106,8 +106,12 @@ class FederationSection(_Section):
 class PrivacySection(_Section):
     """What the privacy plan is derived from."""
 
-    mode: Literal["distributed", "local", "client"] = "distributed"
-    sum: Literal["keysum", "sharedkey", "none"] = "keysum"
+    mode: Literal["distributed", "local", "client"] = Field(
+        default="distributed", description="who adds the noise: all sites together, each site alone, for whole clients"
+    )
+    sum: Literal["keysum", "sharedkey", "none"] = Field(
+        default="keysum", description="how contributions are added unseen; none: mode local only"
+    )
     epsilon: float | None = Field(
         default=None, description="ε of the run, above 0 and up to 600; leave out if noise_multiplier is given"
     )
@@ -146,7 +150,10 @@ class PrivacySection(_Section):
         default="", description="64 hexadecimal digits from a public beacon, which nobody could choose"
     )
     local_steps: int = Field(
-        default=1, ge=1, le=1 << 16, description="passes over a client's records per round (mode client only)"
+        default=1,
+        ge=1,
+        le=1 << 16,
+        description="mode client: passes over a client's records per round; mode local: noisy steps per round; else 1",
     )
     local_batch: int = Field(
         default=0, ge=0, le=1 << 16, description="records of a local step; 0: all of a client's (mode client only)"
@@ -164,7 +171,7 @@ class ModelSection(_Section):
 
     name: Network = Field(default="logistic", description="the network; what hidden holds for it: the guide")
     hidden: tuple[int, ...] = Field(default=(), max_length=16, description="sizes of the network")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the first weights; it never seeds noise")
 
 
 OptimizerName = Literal["sgd", "adam", "yogi", "adagrad"]
@@ -264,8 +271,12 @@ class LimitsSection(_Section):
         default=("count", "mean", "variance", "histogram", "accuracy", "confusion"),
         description="which statistics the task 'stats' may ask for; each of them is charged",
     )
-    modes: tuple[Literal["distributed", "local", "client"], ...] = ("distributed",)
-    sums: tuple[Literal["keysum", "sharedkey", "none"], ...] = ("keysum",)
+    modes: tuple[Literal["distributed", "local", "client"], ...] = Field(
+        default=("distributed",), description="modes accepted in a plan"
+    )
+    sums: tuple[Literal["keysum", "sharedkey", "none"], ...] = Field(
+        default=("keysum",), description="secure sums accepted in a plan"
+    )
     min_colluders: int = Field(default=1, ge=0, description="smallest number of colluders t that a plan must withstand")
     committee: bool = Field(
         default=False, description="let a committee open sums; safe only if nobody could choose its seed"
@@ -331,14 +342,18 @@ def window(hours: str) -> tuple[datetime.time, datetime.time]:
 class TrainingSection(_Section):
     """How gradients are computed, and how much of the machine that may take."""
 
-    engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus"] = "auto"
+    engine: Literal["auto", "closed", "numpy", "book", "vmap", "opacus"] = Field(
+        default="auto", description="how gradients are clipped; auto: the fastest that passes the site's tests"
+    )
     precision: Literal["float32", "float64"] = Field(
         default="float32", description="of each record's gradient; norms and sums are float64 in any case"
     )
     microbatch: int = Field(
         default=0, ge=0, le=1024, description="rows computed at a time; 0: what is fastest; 1: no row has a neighbour"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where gradients are computed; auto: CUDA if there is a GPU"
+    )
     threads: int = Field(default=0, ge=0, le=4096, description="CPU threads of one computation; 0: all")
     gpu_memory: float = Field(default=1.0, gt=0, le=1, description="fraction of the GPU's memory that may be used")
 

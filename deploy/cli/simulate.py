@@ -65,7 +65,8 @@ def simulate(
         float | None, _option(_TRAINING, "Chance of a record (mode client: a client) to enter a step.")
     ] = None,
     local_steps: Annotated[
-        int | None, _option(_TRAINING, "Mode client: passes over a client's records per round.")
+        int | None,
+        _option(_TRAINING, "Mode client: passes over a client's records per round. Mode local: noisy steps."),
     ] = None,
     local_batch: Annotated[int, _option(_TRAINING, "Mode client: records of a local step; 0: all of them.")] = 0,
     server_rate: Annotated[

@@ -131,7 +131,8 @@ def sweep(
     that was under way.
 
     Args:
-        network, sites: as for :func:`simulate`. A seed decides the first weights, and how the records are dealt out.
+        network: as for :func:`simulate`.
+        sites: as for :func:`simulate`. A seed decides the first weights, and how the records are dealt out.
         seeds: how many, or which.
         out: the folder of all runs; by default ``runs/<time>``.
         workers: processes; by default one for each core.

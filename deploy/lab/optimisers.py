@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import UsageError
 from fedveil.deploy.lab.recipes import RULE, Recipe
 
 if TYPE_CHECKING:
-    from fedveil.deploy.lab.simulate import Config
     from fedveil.privacy.plan import Optimizer
 
 _FASTEST = 0.1  # of an adaptive step, in every coordinate
 
 
-def optimizer(config: Config, recipe: Recipe, parameters: int) -> Optimizer:
+def optimizer(asked: Mapping[str, Any], recipe: Recipe, parameters: int) -> Optimizer:
     """What the plan of a simulation holds.
 
     Args:
+        asked: a simulation's settings by name (:class:`~fedveil.deploy.lab.simulate.Config`).
         parameters: D of the network.
 
     Raises:
@@ -28,16 +29,16 @@ def optimizer(config: Config, recipe: Recipe, parameters: int) -> Optimizer:
     from fedveil.privacy.schedules import table
 
     given = {
-        name: getattr(config, name)
+        name: asked[name]
         for name in ("second_moment", "stabiliser", "server_rate", "averaging", "proximal")
-        if getattr(config, name) is not None
+        if asked[name] is not None
     }
-    rate, name = recipe.learning_rate, config.optimizer
-    if name != "sgd" and config.mode == "client":
+    rate, name = recipe.learning_rate, asked["optimizer"]
+    if name != "sgd" and asked["mode"] == "client":
         given.setdefault("server_rate", adaptive_rate(name, recipe.steps, parameters))
-    elif name != "sgd" and config.learning_rate is None:
+    elif name != "sgd" and asked["learning_rate"] is None:
         rate = adaptive_rate(name, recipe.steps, parameters)
-    schedule = table(schedule_of(config.schedule), recipe.steps)
+    schedule = table(schedule_of(asked["schedule"]), recipe.steps)
     return Optimizer(name=name, learning_rate=rate, momentum=recipe.momentum, schedule=schedule, **given)  # type: ignore[arg-type]
 
 

@@ -24,7 +24,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """One simulation, as its run folder records it."""
+    """One simulation, as its run folder records it. ``fedveil simulate --help`` says the same of its options.
+
+    Attributes:
+        clients: number of sites; like the next three and ``by``, what :func:`fedveil.split` decides.
+        dataset: the records in a word.
+        target: the column with the class.
+        test: share of the records that is held out.
+        epsilon: ε of the run.
+        delta: δ of the run.
+        mode: ``distributed``, ``local`` or ``client``.
+        sum: ``keysum``, ``sharedkey``, ``plain`` (SIMULATED), or ``none`` (mode ``local``).
+        engine: ``inprocess`` or ``ray``.
+        by: how the records are dealt out.
+        colluders: t, sites that may work together; None: a sixth, at least 1.
+        dropouts: d, sites that may be missing from a round; None: a sixth, at least 1 (0 of three).
+        steps: secure sums; None, here and below: what is proposed.
+        seed: of the split and of the first weights. Noise is never seeded.
+        force: allow mode ``client`` below 1000 clients.
+        cap: cap (ε) of each client's ledger; None: what the plan needs.
+        drop_rate: chance that a client misses a round.
+        reveal_to: who reads the sums: ``server`` or ``sites``.
+        committee: number of helpers that open the sums; 0: all sites, up to 200.
+        network: ``logistic``, ``mlp``, ``cnn``, ``resnet``, ``transformer``, ``lstm``, ``lora-mlp`` or
+            ``lora-transformer``.
+        hidden: sizes of the network.
+        learning_rate: of the server's step; in mode ``client`` of the clients' descent.
+        momentum: of the server's step.
+        clip: L2 bound of a record's gradient, or of a client's update.
+        sample_rate: chance of a record (mode ``client``: a client) to enter a step.
+        local_steps: mode ``client``: passes over a client's records per round; ``local``: noisy steps per round.
+        local_batch: mode ``client``: records of a local step; 0: all of a client's.
+        optimizer: ``sgd``, ``adam``, ``yogi`` or ``adagrad``; what each does: ``docs/optimisers.md``.
+        second_moment: beta_2 of ``adam`` and ``yogi``; None, here and below: what a plan has by default.
+        stabiliser: what is added to the root of the second moment.
+        server_rate: mode ``client``: of the step on the averaged updates.
+        schedule: ``constant``, ``linear``, ``cosine``, or pairs (step, factor of the rate).
+        averaging: decay of an average of the weights, which is then the model.
+        proximal: mode ``client``: FedProx's pull towards the round's start.
+        patience: end after so many rounds without a better ``stop_metric``; 0: never.
+        stop_metric: ``accuracy``, or ``auc`` for two classes.
+        noise_multiplier: σ instead of ε; ε then follows from it.
+    """
 
     clients: int = 20
     dataset: str = "digits"
@@ -141,7 +182,7 @@ def make_plan(config: Config, sites: Sites) -> PrivacyPlan:
         epsilon=config.epsilon if config.noise_multiplier is None else None, noise_multiplier=config.noise_multiplier,
         capacity=sites.largest,
         delta=config.delta, steps=r.steps, clip=r.clip, sample_rate=r.sample_rate, model=model,
-        optimizer=optimizer(config, r, 0 if model.problem() else model.parameters), contract_hash=contract,
+        optimizer=optimizer(asdict(config), r, 0 if model.problem() else model.parameters), contract_hash=contract,
         local_batch=config.local_batch,
         colluders=config.colluders, dropouts=config.dropouts, few_clients=config.force,
         local_steps=r.local_steps, reveal_to=config.reveal_to,  # type: ignore[arg-type]

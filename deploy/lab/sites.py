@@ -18,7 +18,8 @@ class Sites:
 
     Attributes:
         parts: per site ``(X, y)``: ``(n_i, inputs)`` float32 and ``(n_i,)`` int64. A site may have no record.
-        X_test, y_test: held out.
+        X_test: the inputs that are held out, ``(n, inputs)`` float32.
+        y_test: their classes, ``(n,)`` int64.
         classes: number of classes.
         features: what each input is; empty where nothing is known.
         labels: what each class is; empty where nothing is known.

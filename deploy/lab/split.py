@@ -40,7 +40,8 @@ def split(
         seed: of the held-out part and of the dealing. It never seeds noise.
 
     Raises:
-        UsageError, DataError: what was wrong with the arguments or the records, and what works.
+        UsageError: what was wrong with the arguments, and what works.
+        DataError: what was wrong with the records, and what works.
     """
     if not 0 < test < 1:
         raise UsageError(f"test = {test!r}", hint="the share that is held out, between 0 and 1")

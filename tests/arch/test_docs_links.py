@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 NAMED = re.compile(r"`((?:[\w.@-]+/)+[\w.@-]+\.(?:py|md|toml|json|yaml|sh|conf|service))(?:::\w+)?`")
 ROOMS = ("common", "privacy", "client", "server", "deploy", "tests", "docs", "src")
@@ -44,12 +44,12 @@ def absent_files(text: str) -> list[str]:
     return [n for n in named if not any((base / n).is_file() for base in (ROOT, FLOWER))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
     assert dead_links(page, page.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
     assert absent_files(page.read_text(encoding="utf-8")) == []
 
