@@ -44,7 +44,7 @@ class _Task:
     plan: PrivacyPlan
     records: Sites
     asked: dict[str, Any]
-    kept: Kept | None  # None on the engine ray, which cannot go on
+    kept: Kept
 
     @property
     def seed(self) -> int | None:
@@ -85,7 +85,11 @@ def begin(
         FedveilError: the run could not begin; nothing that is secret stays.
     """
     world = virtual_sites.World.make(len(records))
-    kept = Kept.new(out, plan, world, records, asked) if config["engine"] == "inprocess" else None
+    if config["engine"] == "ray":
+        from fedveil.deploy.lab.ray_sites import workers_for
+
+        asked = asked | {"workers": workers_for(world)}
+    kept = Kept.new(out, plan, world, records, asked)
     task = _Task(out, config, world, plan, records, asked, kept)
     options: dict[str, Any] = {"progress": progress} if progress else {}
     options |= {name: config[name] for name in _STOPPING}
@@ -97,12 +101,11 @@ def begin(
     try:
         return _carried_out(task, job)
     except FedveilError:
-        if kept is not None and not job.joins:
+        if not job.joins:
             kept.remove()
         raise
     finally:
-        if kept is not None:
-            kept.close()
+        kept.close()
 
 
 def go_on(found: resuming.Unfinished, *, progress: Progress | None = None, stopped: bool = False) -> Outcome:
@@ -120,6 +123,7 @@ def go_on(found: resuming.Unfinished, *, progress: Progress | None = None, stopp
     shutil.rmtree(run / SO_FAR, ignore_errors=True)
     try:
         if found.ended:
+            _run_over_ray(task, None)
             return _finished(task, 0.0, {}, _sites(task))
         options: dict[str, Any] = {"progress": progress} if progress else {}
         options |= {name: found.config[name] for name in _STOPPING}
@@ -178,32 +182,34 @@ def _carried_out(task: _Task, job: Job) -> Outcome:
     started = time.perf_counter()
     server, _ = server_app(job)
     looked_at: dict[str, float] = {}
-    if task.kept is None:
-        from fedveil.deploy.lab.ray_sites import run_over_ray
-
-        run_over_ray(
-            server, task.world, task.plan, task.records, task.out, cap=task.cap, engine=task.asked["engine"],
-            noise_seed=task.seed,
-        )  # fmt: skip
-        return _finished(task, time.perf_counter() - started, looked_at, None)
     sites = _sites(task)
-    _run_here(task, job, server, sites)
-    if task.plan.reveal_to == "sites" and job.evaluate is not None:
+    here = not _run_over_ray(task, server)
+    if here:
+        _run_here(task, job, server, sites)
+    if here and task.plan.reveal_to == "sites" and job.evaluate is not None:
         # Only the simulation can look into a site: its own model on the public table.
         looked_at = job.evaluate(sites.find(0).model(sites.find(0).session(job.session)).held.state.result)
     return _finished(task, time.perf_counter() - started, looked_at, sites)
 
 
 def _sites(task: _Task) -> virtual_sites.Kept:
-    kept = task.kept
-    if kept is None:
-        raise UsageError("the sites of this run are not in this process", hint="use --engine inprocess")
     return virtual_sites.Kept(
         lambda i: virtual_sites.make_site(
             task.world.roster, i, task.world.keys[i], task.plan, *task.records.parts[i], task.out, cap=task.cap,
-            engine=task.asked["engine"], log=kept.rows, stored=kept.stored,
+            engine=task.asked["engine"], log=task.kept.rows, stored=task.kept.stored,
         )
     )  # fmt: skip
+
+
+def _run_over_ray(task: _Task, server: Any) -> bool:
+    """Run over a Ray cluster, if that is what was asked for; without a server, only have the ledgers written."""
+    if task.config["engine"] != "ray":
+        return False
+    from fedveil.deploy.lab.ray_sites import Asked, run_over_ray
+
+    asked = Asked(task.out.resolve(), task.cap, task.asked["engine"], task.seed, task.asked["workers"])
+    run_over_ray(server, asked, task.world, task.plan)
+    return True
 
 
 def _run_here(task: _Task, job: Job, server: Any, sites: virtual_sites.Kept) -> None:
@@ -214,7 +220,7 @@ def _run_here(task: _Task, job: Job, server: Any, sites: virtual_sites.Kept) -> 
     if task.seed is not None:
         node = {seeded_noise.SEED: task.seed}
         grid = InprocessGrid(seeded_noise.Seeded(app), names, lambda _: node, drop=_drops(lost))
-    elif together.fits(task.plan) and task.kept is not None:
+    elif together.fits(task.plan):
         grid = together.TogetherGrid(app, names, sites.find, lost=lost, logged=task.kept.rows.together)
     else:
         grid = InprocessGrid(app, names, lambda _: {}, drop=_drops(lost))
@@ -222,9 +228,9 @@ def _run_here(task: _Task, job: Job, server: Any, sites: virtual_sites.Kept) -> 
         run_on(server, grid)
 
 
-def _finished(task: _Task, seconds: float, looked_at: dict[str, float], sites: virtual_sites.Kept | None) -> Outcome:
+def _finished(task: _Task, seconds: float, looked_at: dict[str, float], sites: virtual_sites.Kept) -> Outcome:
     """Write what follows from the ended run, and forget what it was kept for."""
-    if sites is not None:
+    if task.config["engine"] != "ray":  # whose workers have written them
         for index in range(task.plan.sites):
             sites.find(index)
         sites.close()
@@ -233,8 +239,7 @@ def _finished(task: _Task, seconds: float, looked_at: dict[str, float], sites: v
         weights.write(task.out / weights.FILE, Run(task.out).model())
     if task.asked["report"]:
         _write_report(task)
-    if task.kept is not None:
-        task.kept.remove()
+    task.kept.remove()
     metrics = looked_at or end["metrics"]
     return Outcome(end["status"], metrics, end["steps_done"], seconds, task.plan, task.out, task.seed is not None)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -191,25 +191,51 @@ def find(run: Path) -> Unfinished:
                 hint=f"fedveil.load({str(run)!r}) reads it; name a new folder with --out for another run",
             )
         raise UsageError(
-            f"the run in {run} cannot go on: it ran on the engine 'ray', or is not a simulation of this version",
-            hint="begin again in a new folder, on the engine inprocess; a real server has 'fedveil server resume'",
+            f"the run in {run} cannot go on: it is not a simulation of this version",
+            hint="begin again in a new folder; a real server has 'fedveil server resume'",
         )  # fmt: skip
+    shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
+    part = part_of(run, resumed=True)
+    asked = canonical.loads((folder / _ASKED).read_bytes())
+    config = json.loads((run / "config.json").read_text())
+    return Unfinished(part.kept, config, part.world, part.records, asked, "run.end" in kinds)
+
+
+class Part(NamedTuple):
+    """What a process needs to speak for sites of a run: all, or those of one worker."""
+
+    kept: Kept
+    world: World
+    records: Sites
+
+
+def part_of(run: Path, name: str = "", *, resumed: bool = False) -> Part:
+    """Open the files of a process, from its own beginning or after another one.
+
+    Args:
+        name: of the worker, in the names of its files; empty for a run in one process.
+        resumed: whether the run goes on. A worker that finds rows goes on in any case.
+    """
+    folder = run / FOLDER
     plan = plans.from_json(canonical.loads((run / "plan.json").read_bytes()))
     raw = (folder / _KEYS).read_bytes()
     keys = [Ed25519PrivateKey.from_private_bytes(raw[i : i + _KEY]) for i in range(0, len(raw), _KEY)]
     pin = identity.public_hex(keys[0])
     roster = identity.open_roster(canonical.loads((run / "roster.json").read_bytes()), pin)
-    shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
-    applied = [r.body for r in rows if r.kind == "round.applied"]
+    applied = [r.body for r in rows_of(run) if r.kind == "round.applied"]
     at = None
     if applied and plan.sum == "plain":
         state = checkpoints.load(run / checkpoints.FOLDER, applied[-1]["checkpoint"])
         at = int(applied[-1]["round"]), state.data
-    kept = Kept(run, plan, Rows(folder / _ROWS), Stores(folder / _STORES), True, at)
-    world = World(keys[0], keys[1], tuple(keys[2:]), roster)
-    asked = canonical.loads((folder / _ASKED).read_bytes())
-    config = json.loads((run / "config.json").read_text())
-    return Unfinished(kept, config, world, _load_records(folder / _RECORDS), asked, "run.end" in kinds)
+    held = folder / _named(_ROWS, name)
+    resumed = resumed or (held.exists() and held.stat().st_size > 0)
+    kept = Kept(run, plan, Rows(held), Stores(folder / _named(_STORES, name)), resumed, at)
+    return Part(kept, World(keys[0], keys[1], tuple(keys[2:]), roster), _load_records(folder / _RECORDS))
+
+
+def _named(file: str, name: str) -> str:
+    stem, dot, end = file.partition(".")
+    return f"{stem}{name}{dot}{end}"
 
 
 def rows_of(run: Path) -> list[Row]:

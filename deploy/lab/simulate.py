@@ -65,6 +65,7 @@ class Config:
         patience: end after so many rounds without a better ``stop_metric``; 0: never.
         stop_metric: ``accuracy``, or ``auc`` for two classes.
         noise_multiplier: σ instead of ε; ε then follows from it.
+        debug_noise_seed: NOT PRIVATE: noise, samples and places follow from it, so that a run repeats.
     """
 
     clients: int = 20

@@ -1,113 +1,187 @@
-"""Simulation over many processes or machines: the same apps on Flower's own engine, which runs on Ray.
+"""Simulation over many processes or machines: workers of a Ray cluster, each of which speaks for many sites.
 
-Flower numbers the virtual sites itself and tells an app only its ``partition-id``. Each site's ``node_config``
-therefore travels inside the wrapped client app and is laid over Flower's context before our app sees it:
-``partition-id`` ``i`` is ``sites[i]``, and ``node_config["site"]`` names it. Flower's node numbers are random here: a
-server learns who is who from the sites' signed answers, as everywhere. To use a cluster set ``RAY_ADDRESS``; fedveil
-must be installed there.
+A worker answers with the same client app as every engine, for all messages of a step in one call. Where a worker dies,
+or its machine, Ray starts it again on what is left, and asks it again what it had not answered: what its sites had done
+follows from files, which all machines of the cluster must see at the same place. RAY_ADDRESS names the cluster; without
+it, one is made on this machine. fedveil must be installed on every machine.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
-import time
+import socket
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
 
 from fedveil.common import flwr_adapter as flower
-from fedveil.common.errors import ConfigError, FedveilError, TransportError
+from fedveil.common.errors import FedveilError, TransportError
 from fedveil.common.units import SiteId
+from fedveil.common.wire import Packet
+from fedveil.deploy.transport.inprocess import InprocessGrid
+from fedveil.privacy.secagg.plain import Together
 
-_REGISTRATION_S = 60.0
+_AT_ONCE = 64  # messages to one worker whose answers are held at a time
 
 
-def run_ray(
-    server_app: ServerApp,
-    client_app: ClientApp,
-    *,
-    sites: Sequence[SiteId],
-    node_config: Callable[[int], dict[str, Any]],
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-) -> None:
-    """Run ``server_app`` to its end over ``sites`` as Ray actors.
+class Host(Protocol):
+    """What lives in a worker's process and speaks for its sites."""
 
-    Args:
-        client_app: found by Ray's processes by import, so it belongs in an installed module.
-        node_config: from a site's position to its ``node_config``.
-        cpus, gpus: what one site occupies while it works; together with the machine they fix how many work at once.
+    app: ClientApp
+    node_config: dict[str, Any]
 
-    The server app's exceptions are the caller's; a client app's become error replies, as on every engine.
+    def together(self, sites: Sequence[int], request: Packet) -> Together:
+        """What these sites contribute in one pass."""
+        ...
+
+    def close(self) -> None:
+        """Write what the run's folder is to hold, and give files back."""
+        ...
+
+
+MakeHost = Callable[[int], Host]  # for the worker at a position
+
+
+class Cluster:
+    """A connection to Ray; a cluster that was made here ends with it.
 
     Raises:
-        ConfigError: two sites have one name.
         FedveilError: Ray is not installed.
+        TransportError: the cluster that RAY_ADDRESS names does not answer.
     """
-    if len(set(sites)) != len(sites):
-        raise ConfigError("two simulated sites have the same name", hint="give every site its own name")
-    if importlib.util.find_spec("ray") is None:
-        raise FedveilError("the engine 'ray' needs the library ray", hint="pip install 'fedveil[sim]'")
-    flower.quiet_flower()
-    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
-    configs = [{**node_config(i), "site": site} for i, site in enumerate(sites)]
-    level = logging.getLogger("flwr").level
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower warns that its Python API will move to a command
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray and Flower raise deprecation warnings about each other's API
-            importlib.import_module("flwr.simulation").run_simulation(
-                _waiting_server(server_app, len(sites)),
-                ConfiguredClient(client_app, configs),
-                num_supernodes=len(sites),
-                backend_config={
-                    "client_resources": {"num_cpus": cpus, "num_gpus": gpus},
-                    "init_args": {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"},
-                },
-            )
-    finally:
-        logging.getLogger("flwr").setLevel(level)
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise FedveilError("the engine 'ray' needs the library ray", hint="pip install 'fedveil[sim]'")
+        os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+        self.ray: Any = importlib.import_module("ray")
+        self._own = not self.ray.is_initialized()
+        address = os.environ.get("RAY_ADDRESS", "")
+        how = {} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        if self._own:
+            try:
+                _reached(address)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Ray's deprecations are its own affair
+                    self.ray.init(address or "local", log_to_driver=False, logging_level="error", **how)
+            except (OSError, RuntimeError, ValueError) as e:
+                raise TransportError(
+                    f"the Ray cluster {address or 'on this machine'} does not answer: {type(e).__name__}",
+                    hint="start one with 'ray start --head', and set RAY_ADDRESS to what it prints; or unset it",
+                ) from e
+
+    @property
+    def processors(self) -> int:
+        """Of all machines together."""
+        return max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+
+    def workers(self, make: MakeHost, count: int) -> list[Any]:
+        """So many workers, spread over the machines; each makes its host, again wherever it is started again."""
+        # An actor that asks for no processor of its own can be started again where all are taken.
+        remote = self.ray.remote(_Worker).options(
+            max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD", num_cpus=0
+        )
+        return [remote.remote(make, i) for i in range(count)]
+
+    def results(self, calls: Sequence[Any]) -> list[Any]:
+        """Wait for calls to workers.
+
+        Raises:
+            TransportError: a worker is lost for good; nothing of the cluster is left, or its host cannot be made.
+        """
+        try:
+            return self.ray.get(list(calls))
+        except self.ray.exceptions.RayError as e:
+            raise TransportError(
+                f"a worker of the Ray cluster is lost: {type(e).__name__}",
+                hint="see that fedveil is installed, and the run's folder seen, on every machine of the cluster",
+            ) from e
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        if self._own:
+            self.ray.shutdown()
 
 
-class ConfiguredClient(ClientApp):
-    """``app`` with every site's configuration; what Ray carries to its processes."""
-
-    def __init__(self, app: ClientApp, node_configs: list[dict[str, Any]]) -> None:
-        super().__init__()
-        self._app, self._node_configs = app, node_configs
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        """Answer with the configuration laid over a copy of Flower's context, whose own must stay as it is."""
-        own = self._node_configs[int(context.node_config["partition-id"])]
-        node_config = {**context.node_config, **own}
-        inner = Context(context.run_id, context.node_id, node_config, context.state, context.run_config)
-        out = flower.answer(self._app, message, inner)
-        context.state = inner.state
-        return out
+def _reached(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there; :class:`OSError` where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _waiting_server(app: ServerApp, sites: int) -> ServerApp:
-    wrapped = ServerApp()
+class _Worker:
+    def __init__(self, make: MakeHost, position: int) -> None:
+        self._host = make(position)
 
-    @wrapped.main()
-    def main(grid: Grid, context: Context) -> None:
-        _wait_for_nodes(grid, sites)
-        app(grid, context)
+    def answer(self, run_id: int, asked: list[tuple[int, Message]]) -> list[Message]:
+        """The answers of the sites at these positions, in order."""
+        return [flower.answer(self._host.app, m, self._context(run_id, i, m)) for i, m in asked]
 
-    return wrapped
+    def together(self, sites: list[int], request: Packet) -> Together:
+        return self._host.together(sites, request)
+
+    def close(self) -> None:
+        self._host.close()
+
+    def _context(self, run_id: int, index: int, message: Message) -> Context:
+        config = {"partition-id": index, **self._host.node_config}
+        return Context(run_id, message.metadata.dst_node_id, config, RecordDict(), {})
 
 
-def _wait_for_nodes(grid: Grid, count: int) -> None:
-    """Flower starts the server app before it has registered the virtual nodes, and offers nothing to wait on."""
-    end = time.monotonic() + _REGISTRATION_S
-    while len(list(grid.get_node_ids())) < count:
-        if time.monotonic() > end:
-            raise TransportError(f"Flower did not register {count} nodes within {_REGISTRATION_S:g} seconds")
-        time.sleep(0.05)
+class RayGrid(InprocessGrid):
+    """Flower's ``Grid`` over workers of a Ray cluster. Site i is spoken for by worker i modulo their number.
+
+    Args:
+        cluster: a connection.
+        make: makes what lives in the worker at a position; it travels to the worker.
+        sites: the virtual sites' names, each once.
+        count: number of workers.
+    """
+
+    def __init__(self, cluster: Cluster, make: MakeHost, sites: Sequence[SiteId], count: int) -> None:
+        super().__init__(ClientApp(), sites, lambda _: {})
+        self._cluster, self._workers = cluster, cluster.workers(make, count)
+        self._index = {site: i for i, site in enumerate(sites)}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Ask every worker once for all its sites; their answers have come when this returns."""
+        asked: dict[int, list[tuple[int, Message]]] = {}
+        ids: list[str] = []
+        for message in messages:
+            ids.append(flower.stamp(message))
+            site = self.site_of(message.metadata.dst_node_id)
+            self._traffic.add(site, sent=flower.content_bytes(message))
+            index = self._index[site]
+            asked.setdefault(index % len(self._workers), []).append((index, message))
+        run = self._run.run_id
+        calls = [self._workers[w].answer.remote(run, part) for w, part in asked.items()]
+        for part, answers in zip(asked.values(), self._cluster.results(calls), strict=True):
+            for (_, message), answer in zip(part, answers, strict=True):
+                site = self.site_of(message.metadata.dst_node_id)
+                self._traffic.add(site, received=flower.content_bytes(answer))
+                self._replies[message.metadata.message_id] = answer
+        return ids
+
+    def replies(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies one by one, of which some are held at a time."""
+        left = iter(messages)
+        while some := list(islice(left, _AT_ONCE * len(self._workers))):
+            yield from self.send_and_receive(some)
+
+    def passes(self, sites: Sequence[SiteId], request: Packet) -> list[Together]:
+        """What these sites contribute in one pass of each worker."""
+        asked: dict[int, list[int]] = {}
+        for site in sites:
+            asked.setdefault(self._index[site] % len(self._workers), []).append(self._index[site])
+        return self._cluster.results([self._workers[w].together.remote(part, request) for w, part in asked.items()])
+
+    def close(self) -> None:
+        """Have every worker write what the run's folder is to hold."""
+        self._cluster.results([w.close.remote() for w in self._workers])

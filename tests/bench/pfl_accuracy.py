@@ -23,7 +23,7 @@ from pfl.model.pytorch import PyTorchModel
 from pfl.privacy import CentrallyAppliedPrivacyMechanism, GaussianMechanism
 from torch import nn
 
-DATA, GIVEN = np.load(sys.argv[1]), json.loads(sys.argv[2])
+DATA, GIVEN = dict(np.load(sys.argv[1])), json.loads(sys.argv[2])
 
 
 class Net(nn.Module):
