@@ -6,7 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,7 @@ def begin(
             kept.remove()
         raise
     finally:
+        job.journal.close()
         if kept is not None:
             kept.close()
 
@@ -124,7 +125,8 @@ def go_on(found: resuming.Unfinished, *, progress: Progress | None = None, stopp
             run, found.world.roster, found.world.server, durable=False, stopped=stopped, evaluate=evaluate,
             debug_noise_seed=task.seed, **options,
         )  # fmt: skip
-        return _carried_out(task, job)
+        with closing(job.journal):
+            return _carried_out(task, job)
     finally:
         found.kept.close()
 
