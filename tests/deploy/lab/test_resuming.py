@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import fedveil as fv
 from fedveil.common import cli
-from fedveil.common.errors import UsageError
+from fedveil.common.errors import Interrupted, UsageError
 from fedveil.common.journal import parse
 from fedveil.deploy.lab import execution, resuming, simulate, together
 from fedveil.deploy.lab.resuming import FOLDER
@@ -293,7 +293,8 @@ def test_a_process_that_is_killed_in_any_round(tmp_path, sum):
 @pytest.mark.slow
 def test_a_thousand_hidden_clients_are_killed_and_come_to_their_end(tmp_path):
     run = tmp_path / "run"
-    killed_until_done(run, 2, "--mode", "client", "--clients", "1000", "--sum", "plain", "--epsilon", "8")
+    words = ("--mode", "client", "--clients", "1000", "--sum", "plain", "--epsilon", "8", "--steps", "50")
+    killed_until_done(run, 2, *words)
     found = fv.load(run)
     assert isinstance(found, fv.Run)
     assert found.status == "COMPLETED"
@@ -322,6 +323,30 @@ def test_ctrl_c_leaves_what_was_done_and_says_how_to_go_on(tmp_path):
     fv.resume(run, quiet=True)
     whole(run, 5, 400)
     assert outcomes(run)["round.applied"] == 400
+    assert not (run / "so-far").exists()
+
+
+def test_what_was_done_so_far_is_a_run_of_its_own(tmp_path):
+    """The signal as it comes in a process; the process's own exit is the slow test above."""
+
+    def progress(kind: str, facts: dict[str, Any]) -> None:
+        if (kind, facts.get("round")) == ("round", 2):
+            signal.raise_signal(signal.SIGINT)
+
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with execution.stopping(progress, run) as told, pytest.raises(Interrupted, match="was stopped") as e:
+        simulate.run(PLAIN, run, progress=told)
+    assert f"--resume {run}" in e.value.hint
+    assert signal.getsignal(signal.SIGINT) is before
+    copy = fv.load(execution.so_far(run))
+    assert isinstance(copy, fv.Run)
+    assert copy.status == "ABORTED"
+    assert len(copy.history) == 2
+    assert copy.report.verify().ok
+    assert {r.kind for r in resuming.rows_of(run)}.isdisjoint({"run.end", "run.resumed"})
+    fv.resume(run, quiet=True)
+    whole(run, 6, 6)
+    assert outcomes(run)["round.applied"] == 6
     assert not (run / "so-far").exists()
 
 
