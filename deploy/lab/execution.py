@@ -53,11 +53,16 @@ class _Task:
         return self.config["cap"] or self.plan.filter_epsilon()
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of a new run; :class:`UsageError` where it holds one or cannot be made."""
+def refuse_run(out: Path) -> None:
+    """Raise :class:`UsageError` where ``out`` holds a run."""
     if (out / JOURNAL).exists():
         how = "go on with it by --resume" if (out / resuming.FOLDER).exists() else "read it with fedveil.load()"
         raise UsageError(f"{out} holds a run already", hint=f"{how}, or name a new folder with --out")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of a new run; :class:`UsageError` where it holds one or cannot be made."""
+    refuse_run(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -45,6 +45,8 @@ def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = pre
         raise UsageError(
             f"{folder} holds the runs of several seeds already", hint="go on with --resume, or a new folder with --out"
         )
+    for run in (folder, *folder.glob("seed-*")):
+        execution.refuse_run(run)
     first = prepare(config)
     if seeds > 1:
         folder.mkdir(parents=True, exist_ok=True)

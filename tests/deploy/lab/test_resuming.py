@@ -221,7 +221,7 @@ class TestSeeds:
         out = tmp_path / "seeds"
         with dying(monkeypatch, Job, "metrics", 5):
             done = self.invoke(*self.WORDS, "--out", out)
-            raise done.exception
+            raise done.exception or AssertionError("it came to its end")
         first = (out / "seed-0" / "journal.jsonl").read_bytes()
         assert not (out / "seed-2").exists()
         assert isinstance(self.invoke(*self.WORDS, "--out", out).exception, UsageError)
@@ -319,7 +319,7 @@ def test_ctrl_c_leaves_what_was_done_and_says_how_to_go_on(tmp_path):
     assert so_far.report.verify().ok
     assert so_far.model() is not None
     assert not (run / "so-far" / FOLDER).exists()
-    assert fv.load(run).status == "RUNNING"  # the copy's end is not the run's
+    assert fv.Run(run).status == "RUNNING"  # the copy's end is not the run's
     fv.resume(run, quiet=True)
     whole(run, 5, 400)
     assert outcomes(run)["round.applied"] == 400

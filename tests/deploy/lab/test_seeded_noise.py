@@ -39,7 +39,7 @@ def test_two_runs_are_the_same_bit_by_bit(tmp_path, change):
     other = ran(tmp_path / "c", replace(config, debug_noise_seed=8))
     assert not set(other) & set(first)
     if config.sum == "plain":
-        for number in range(1, config.steps + 1):
+        for number in range(1, (config.steps or 0) + 1):
             a, b = ((tmp_path / n / "sums" / f"{number}.bin").read_bytes() for n in "ab")
             assert a == b
     free = [ran(tmp_path / n, replace(config, debug_noise_seed=None)) for n in "de"]
