@@ -12,6 +12,7 @@ sites' keys and records, mode 0600. It is removed when the run has ended.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -53,6 +54,14 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self._before: dict[str, list[Unsigned]] = defaultdict(list)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(self._fd)
+            raise UsageError(
+                f"the run in {path.parents[1]} is under way in another process", hint="wait for it, or stop it first"
+            ) from e
         data = path.read_bytes() if path.exists() else b""
         whole = data.rfind(b"\n") + 1
         for line in data[:whole].splitlines():
@@ -60,7 +69,6 @@ class Rows:
             row = unsigned(said["at"], said["kind"], said["body"])
             for owner in said["owners"]:
                 self._before[owner].append(row)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.ftruncate(self._fd, whole)
         self._held: list[tuple[Unsigned, list[str]]] = []
         self._holding = False
@@ -173,11 +181,14 @@ class Unfinished:
     ended: bool
 
 
-def find(run: Path) -> Unfinished:
-    """The unfinished run in a folder.
+def find(run: Path, asked: dict[str, Any] | None = None) -> Unfinished:
+    """The unfinished run in a folder, which is this process's until :meth:`Kept.close`.
+
+    Args:
+        asked: settings that must be those with which it began.
 
     Raises:
-        UsageError: there is none, or it has ended, or it cannot go on.
+        UsageError: there is none, it has ended, it is under way or cannot go on, or it began with other settings.
         JournalError: its files were altered.
     """
     folder, rows = run / FOLDER, rows_of(run)
@@ -199,17 +210,19 @@ def find(run: Path) -> Unfinished:
     keys = [Ed25519PrivateKey.from_private_bytes(raw[i : i + _KEY]) for i in range(0, len(raw), _KEY)]
     pin = identity.public_hex(keys[0])
     roster = identity.open_roster(canonical.loads((run / "roster.json").read_bytes()), pin)
-    shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
     applied = [r.body for r in rows if r.kind == "round.applied"]
     at = None
     if applied and plan.sum == "plain":
         state = checkpoints.load(run / checkpoints.FOLDER, applied[-1]["checkpoint"])
         at = int(applied[-1]["round"]), state.data
-    kept = Kept(run, plan, Rows(folder / _ROWS), Stores(folder / _STORES), True, at)
     world = World(keys[0], keys[1], tuple(keys[2:]), roster)
-    asked = canonical.loads((folder / _ASKED).read_bytes())
+    how = canonical.loads((folder / _ASKED).read_bytes())
     config = json.loads((run / "config.json").read_text())
-    return Unfinished(kept, config, world, _load_records(folder / _RECORDS), asked, "run.end" in kinds)
+    refuse_changes(run, config, asked or {})
+    records = _load_records(folder / _RECORDS)
+    kept = Kept(run, plan, Rows(folder / _ROWS), Stores(folder / _STORES), True, at)
+    shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
+    return Unfinished(kept, config, world, records, how, "run.end" in kinds)
 
 
 def rows_of(run: Path) -> list[Row]:

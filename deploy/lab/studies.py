@@ -67,8 +67,7 @@ def resume(folder: Path, asked: dict[str, Any], prepare: Prepare = prepared, ori
         RunAborted, BudgetExhausted, Interrupted, FedveilError: as :func:`command`.
     """
     if not (folder / resuming.STUDY).exists():
-        found = resuming.find(folder)
-        resuming.refuse_changes(folder, found.config, asked)
+        found = resuming.find(folder, asked)
         outcome = _gone_on(found, 1, folder)
         show([outcome], folder)
         raise_for_ending([outcome], folder)

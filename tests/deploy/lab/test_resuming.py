@@ -206,6 +206,15 @@ class TestRefusals:
         with pytest.raises(UsageError, match="cannot go on"):
             fv.resume(tmp_path)
 
+    def test_a_run_that_is_under_way(self, tmp_path, monkeypatch):
+        with dying(monkeypatch, Job, "metrics", 1):
+            simulate.run(PLAIN, tmp_path)
+        first = resuming.find(tmp_path)
+        with pytest.raises(UsageError, match="under way in another process"):
+            fv.resume(tmp_path)
+        execution.go_on(first)
+        whole(tmp_path, 6, 6)
+
     def test_another_versions_config(self):
         with pytest.raises(UsageError, match="another version"):
             Config.from_json({"clients": 3})
