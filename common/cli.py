@@ -51,7 +51,7 @@ EXTRAS = {
     "stats": "server",
     "superlink": "server",
     "superlink site": "client",
-    "track": "sim",
+    "track": "client",
 }
 _WORDS = "fedveil.words"
 # Help and error messages are shown as click writes them. Typer's frames would load rich's Markdown and tracebacks,

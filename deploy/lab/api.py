@@ -71,7 +71,8 @@ def resume(folder: str | Path, *, quiet: bool = False, **settings: Any) -> Run:
 
     State only moves forward. What a ledger was charged stays charged. A round whose sum was opened is not run again.
     One that was charged and not opened is lost. One of which nothing was written is run. So the ledgers' totals
-    are those of a run that nobody stopped. It goes on after its process was killed, not after a power cut.
+    are those of a run that nobody stopped. It goes on after its process was killed, not after a power cut. Baselines
+    are not trained: :func:`baselines` does that.
 
     Args:
         folder: of the run. For several seeds: ``fedveil simulate --resume``; for a sweep: :func:`sweep` again.
@@ -84,8 +85,7 @@ def resume(folder: str | Path, *, quiet: bool = False, **settings: Any) -> Run:
         FedveilError: the run's files were altered.
     """
     run = Path(folder)
-    found = resuming.find(run)
-    resuming.refuse_changes(run, found.config, settings)
+    found = resuming.find(run, settings)
     if not quiet:
         done = sum(row.kind == "round.applied" for row in resuming.rows_of(run))
         print(f"{run}: goes on after {done} of {found.kept.plan.steps} rounds")  # noqa: T201 - what the caller asked to see

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +55,16 @@ class _Task:
         return self.config["cap"] or self.plan.filter_epsilon()
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of a new run; :class:`UsageError` where it holds one or cannot be made."""
+def refuse_run(out: Path) -> None:
+    """Raise :class:`UsageError` where ``out`` holds a run."""
     if (out / JOURNAL).exists():
         how = "go on with it by --resume" if (out / resuming.FOLDER).exists() else "read it with fedveil.load()"
         raise UsageError(f"{out} holds a run already", hint=f"{how}, or name a new folder with --out")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of a new run; :class:`UsageError` where it holds one or cannot be made."""
+    refuse_run(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -105,6 +110,7 @@ def begin(
             kept.remove()
         raise
     finally:
+        job.journal.close()
         kept.close()
 
 
@@ -132,7 +138,8 @@ def go_on(found: resuming.Unfinished, *, progress: Progress | None = None, stopp
             run, found.world.roster, found.world.server, durable=False, stopped=stopped, evaluate=evaluate,
             debug_noise_seed=task.seed, **options,
         )  # fmt: skip
-        return _carried_out(task, job)
+        with closing(job.journal):
+            return _carried_out(task, job)
     finally:
         found.kept.close()
 

@@ -12,6 +12,7 @@ sites' keys and records, mode 0600. It is removed when the run has ended.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -53,6 +54,14 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self._before: dict[str, list[Unsigned]] = defaultdict(list)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(self._fd)
+            raise UsageError(
+                f"the run in {path.parents[1]} is under way in another process", hint="wait for it, or stop it first"
+            ) from e
         data = path.read_bytes() if path.exists() else b""
         whole = data.rfind(b"\n") + 1
         for line in data[:whole].splitlines():
@@ -60,7 +69,6 @@ class Rows:
             row = unsigned(said["at"], said["kind"], said["body"])
             for owner in said["owners"]:
                 self._before[owner].append(row)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.ftruncate(self._fd, whole)
         self._held: list[tuple[Unsigned, list[str]]] = []
         self._holding = False
@@ -173,11 +181,14 @@ class Unfinished:
     ended: bool
 
 
-def find(run: Path) -> Unfinished:
-    """The unfinished run in a folder.
+def find(run: Path, asked: dict[str, Any] | None = None) -> Unfinished:
+    """The unfinished run in a folder, which is this process's until :meth:`Kept.close`.
+
+    Args:
+        asked: settings that must be those with which it began.
 
     Raises:
-        UsageError: there is none, or it has ended, or it cannot go on.
+        UsageError: there is none, it has ended, it is under way or cannot go on, or it began with other settings.
         JournalError: its files were altered.
     """
     folder, rows = run / FOLDER, rows_of(run)
@@ -194,11 +205,12 @@ def find(run: Path) -> Unfinished:
             f"the run in {run} cannot go on: it is not a simulation of this version",
             hint="begin again in a new folder; a real server has 'fedveil server resume'",
         )  # fmt: skip
-    shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
-    part = part_of(run, resumed=True)
-    asked = canonical.loads((folder / _ASKED).read_bytes())
+    how = canonical.loads((folder / _ASKED).read_bytes())
     config = json.loads((run / "config.json").read_text())
-    return Unfinished(part.kept, config, part.world, part.records, asked, "run.end" in kinds)
+    refuse_changes(run, config, asked or {})
+    part = part_of(run, resumed=True)
+    shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
+    return Unfinished(part.kept, config, part.world, part.records, how, "run.end" in kinds)
 
 
 class Part(NamedTuple):

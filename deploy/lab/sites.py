@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fedveil.common.errors import DataError
+
 Records = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
@@ -37,6 +39,27 @@ class Sites:
     names: tuple[str, ...] = ()
     source: str = "records"
     again: Callable[[int], Sites] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse records that no run can use.
+
+        Raises:
+            DataError: no site, a class outside 0..classes-1, or inputs of another width than the test table's.
+        """
+        if not self.parts:
+            raise DataError("there is no site", hint="one pair (X, y) for each site; a site may have no record")
+        for i, (X, y) in enumerate([*self.parts, (self.X_test, self.y_test)]):
+            where = f"site {i}" if i < len(self.parts) else "the test table"
+            if X.ndim != 2 or X.shape[1] != self.inputs or y.shape != X.shape[:1]:
+                raise DataError(
+                    f"{where} has inputs of shape {X.shape} and classes of shape {y.shape}",
+                    hint=f"(n, {self.inputs}) and (n,), as in the test table",
+                )
+            if y.size and not 0 <= y.min() <= y.max() < self.classes:
+                raise DataError(
+                    f"{where} has a class outside 0 to {self.classes - 1}",
+                    hint="number the classes from 0, and give their count as classes; fedveil.split does both",
+                )
 
     def __len__(self) -> int:
         return len(self.parts)

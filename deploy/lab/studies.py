@@ -45,6 +45,8 @@ def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = pre
         raise UsageError(
             f"{folder} holds the runs of several seeds already", hint="go on with --resume, or a new folder with --out"
         )
+    for run in (folder, *folder.glob("seed-*")):
+        execution.refuse_run(run)
     first = prepare(config)
     if seeds > 1:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,8 +67,7 @@ def resume(folder: Path, asked: dict[str, Any], prepare: Prepare = prepared, ori
         RunAborted, BudgetExhausted, Interrupted, FedveilError: as :func:`command`.
     """
     if not (folder / resuming.STUDY).exists():
-        found = resuming.find(folder)
-        resuming.refuse_changes(folder, found.config, asked)
+        found = resuming.find(folder, asked)
         outcome = _gone_on(found, 1, folder)
         show([outcome], folder)
         raise_for_ending([outcome], folder)

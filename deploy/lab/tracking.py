@@ -50,7 +50,7 @@ def _said(run: Run) -> dict[str, Any]:
     """Settings by name: the plan's, and what the simulation was asked for where that was given."""
     asked = {k: v for k, v in run.config.items() if v is not None}
     plan = {"noise_multiplier": run.plan.noise_multiplier, "unit": run.unit, "parameters": run.plan.model.parameters}
-    return {**asked, **run.settings, **plan}
+    return {**run.settings, **plan, **asked}
 
 
 def _marks(run: Run) -> dict[str, str]:

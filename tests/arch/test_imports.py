@@ -57,6 +57,7 @@ def test_the_rooms_import_in_one_direction() -> None:
         ("fedveil.server.rounds", "fedveil.privacy.secagg.keysum_site", "the server never"),
         ("fedveil.client.round", "fedveil.privacy.secagg.keysum_server", "the site never"),
         ("fedveil.privacy.report.verify", "torch", "the auditor's path"),
+        ("fedveil.deploy.site_process", "fedveil.deploy.lab.seeded_noise", "no real site"),
         ("fedveil.privacy.plan_figures", "fedveil.privacy.plan", "no circles"),  # between two modules
         ("fedveil.client.records.read.values", "fedveil.client.records.judge.hipaa", "no circles"),  # of sub-rooms
     ],

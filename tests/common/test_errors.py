@@ -30,7 +30,7 @@ def test_the_drawing_is_the_tree() -> None:
 def test_every_exit_code_says_which() -> None:
     codes = [code for _, _, code in tree(FedveilError)]
     assert len(set(codes)) == len(codes)
-    assert all(0 < c < 126 for c in codes)
+    assert all(0 < c < 126 for c in codes if c != 130)  # 128 + SIGINT, as a shell says it
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in tree(FedveilError)])

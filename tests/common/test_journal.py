@@ -293,6 +293,57 @@ def test_without_durability_the_same_rows_are_written_at_the_end(path: Path, tmp
     assert [r.kind for r in check(other.read_bytes())] == ["note"] * 4 + ["more"]
 
 
+class Shared:
+    """A log in memory: what :class:`~fedveil.common.journal.RowLog` promises, and nothing more."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, journal.Unsigned]] = []
+
+    def before(self, owner: str) -> list[journal.Unsigned]:
+        return [row for name, row in self.rows if name == owner]
+
+    def note(self, owner: str, row: journal.Unsigned) -> None:
+        self.rows.append((owner, row))
+
+
+def test_a_journal_comes_back_from_a_log_byte_by_byte(path: Path, tmp_path: Path) -> None:
+    now = [1000.0]
+    log, expected = Shared(), tmp_path / "expected.jsonl"
+    for target, kept in ((expected, None), (path, log)):
+        now[0] = 1000.0
+        j = Journal.open(target, "site-a", KEY, durable=False, log=kept, clock=lambda: now[0])
+        j.append("first", {"i": 0})
+        j.add("later", {"i": 1})
+        now[0] = 900.0  # the clock was set back
+        j.add("later", {"i": 2})
+        j.append("last", {"x": 0.1})
+        if kept is None:
+            j.close()  # the other one's process is killed here: nothing is written by it
+    assert not path.exists()
+    assert [r.kind for _, r in log.rows] == ["first", "later", "later", "last"]
+    with Journal.open(path, "site-a", KEY, durable=False, log=log, clock=lambda: now[0]) as again:
+        assert len(log.rows) == 4  # what comes from the log is not noted again
+        again.append("more", {})
+    assert len(log.rows) == 5
+    data = path.read_bytes()
+    assert data.startswith(expected.read_bytes())
+    assert len(check(data)) == 5
+
+
+def test_a_journal_that_does_not_wait_for_the_disk_is_written_and_locked(path: Path, monkeypatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(journal.os, "fsync", synced.append)
+    with Journal.open(path, "site-a", KEY, sync=False) as j:
+        j.append("note", {"i": 1})
+        assert len(check(path.read_bytes())) == 1  # there although nothing was flushed or closed
+        with pytest.raises(JournalError, match="in use"):
+            Journal.open(path, "site-a", KEY)
+    before = len(synced)
+    with Journal.open(path, "site-a", KEY) as j:  # negative control
+        j.append("note", {"i": 2})
+    assert len(synced) > before + 1
+
+
 def test_a_simulation_that_cannot_write_says_so(tmp_path: Path) -> None:
     j = Journal.open(tmp_path / "x" / "ledger", "site-a", KEY, durable=False)
     j.append("note", {})

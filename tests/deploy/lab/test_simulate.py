@@ -25,7 +25,7 @@ FILES = {
     "config.json", "consortium.pub", "curve.png", "joins.json", "journal.jsonl", "journals", "ledgers", "metrics.jsonl",
     "model.f32", "plan.json", "report.html", "report.json", "report.zh.html", "roster.json",
     "model-card.md", "model-card.zh.md", "data-card.md", "data-card.zh.md", "signatures.json", "signing.SIMULATED.key",
-    "start.f32", "sums",
+    "start.f32", "sums", "model.safetensors",
 }  # fmt: skip
 SMALL = Config(clients=4, dataset="digits", steps=2)
 
@@ -247,7 +247,7 @@ class TestCommand:
         assert "SIMULATED" in done.output
         assert "no encryption" in done.output
         assert "over 2 seeds" in done.output
-        assert {p.name for p in (tmp_path / "run").iterdir()} == {"seed-0", "seed-1", "summary.json"}
+        assert {p.name for p in (tmp_path / "run").iterdir()} == {"seed-0", "seed-1", "study.json", "summary.json"}
         for seed in (0, 1):
             folder = tmp_path / "run" / f"seed-{seed}"
             assert {p.name for p in folder.iterdir()} == FILES

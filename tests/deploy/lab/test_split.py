@@ -153,3 +153,39 @@ def test_rules_by_name():
     for wrong in ("", "iid:2", "shards:x", "shards:1.5", "evenly", "column:"):
         with pytest.raises(UsageError, match="dealt out"):
             partition.parse(wrong)
+
+
+class TestSitesOfOnesOwn:
+    """``fedveil.Sites`` made by hand: what no run can use is refused where it is made."""
+
+    def make(self, **change):
+        X, y = np.zeros((4, 3), np.float32), np.array([0, 1, 0, 1])
+        given = {"parts": [(X, y), (X[:0], y[:0])], "X_test": X, "y_test": y, "classes": 2}
+        return fedveil.Sites(**{**given, **change})
+
+    def test_a_site_without_a_record_is_allowed_and_counted(self, tmp_path):
+        sites = self.make()
+        assert sites.empty == 1
+        assert "1 of them empty" in repr(sites)
+        parts = [*fedveil.split("trivial", clients=5).parts, (np.zeros((0, 4), np.float32), np.zeros(0, np.int64))]
+        whole = fedveil.split("trivial", clients=5)
+        sites = fedveil.Sites(parts, whole.X_test, whole.y_test, whole.classes)
+        run = fedveil.simulate(None, sites, sum="plain", steps=2, out=tmp_path / "run", compare=False, quiet=True)
+        assert run.status == "COMPLETED"
+        assert run.plan.sites == 6
+
+    @pytest.mark.parametrize(
+        ("change", "said", "works"),
+        [
+            ({"classes": 1}, "site 0 has a class outside 0 to 0", "from 0"),
+            ({"y_test": np.array([0, 1, 2, 0])}, "the test table has a class outside 0 to 1", "fedveil.split"),
+            ({"y_test": np.array([0, 1, -1, 0])}, "the test table has a class outside", "fedveil.split"),
+            ({"X_test": np.zeros((4, 2), np.float32)}, "site 0 has inputs of shape \\(4, 3\\)", "\\(n, 2\\)"),
+            ({"y_test": np.array([0, 1])}, "the test table has inputs of shape", "\\(n,\\)"),
+            ({"parts": []}, "no site", "one pair"),
+        ],
+    )
+    def test_refusals(self, change, said, works):
+        with pytest.raises(DataError, match=said) as e:
+            self.make(**change)
+        assert works.replace("\\", "") in e.value.hint
