@@ -79,7 +79,7 @@ def test_a_file_is_simulated_with_what_is_proposed_for_it(tmp_path):
     )  # fmt: skip
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert (plan["sites"], plan["model"]["hidden"], plan["clip"], plan["steps"]) == (3, [5], 0.7, 3)
-    assert plan["optimizer"] == {"learning_rate": 0.5, "momentum": 0.0}
+    assert (plan["optimizer"]["learning_rate"], plan["optimizer"]["momentum"]) == (0.5, 0.0)
     with pytest.raises(UsageError, match="no sizes"):
         simulate("--hidden", "a,b")
     with pytest.raises(UsageError, match="which column"):

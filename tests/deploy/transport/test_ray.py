@@ -156,4 +156,4 @@ def test_a_cluster_that_is_not_there(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(TransportError, match="does not answer") as refused:
         Cluster()
-    assert "ray start --head" in refused.value.hint
+    assert "ray start" in refused.value.hint
