@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check forgeries bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round bench-place bench-proposal bench-simulate wheel clean
+.PHONY: demo test test-slow check forgeries bench bench-anon bench-hospitals bench-secagg bench-audit bench-dp bench-accuracy bench-round bench-place bench-proposal bench-mnist bench-simulate wheel clean
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo
@@ -60,6 +60,10 @@ bench-place: $(STAMP)
 # PFL_PYTHON and FLOWER_PYTHON may name interpreters with pfl-research, and with flwr[simulation], for two more columns.
 bench-simulate: $(STAMP)
 	$(BIN)/python tests/bench/simulate_table.py
+
+# PFL_PYTHON may name an interpreter with pfl-research, for one more column. The images: FEDVEIL_DATA or ../shared/data.
+bench-mnist: $(STAMP)
+	$(BIN)/python tests/bench/mnist_table.py
 
 bench-proposal: $(STAMP)
 	$(BIN)/python tests/bench/proposal_table.py
