@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
+from fedveil.common.errors import Interrupted
 from fedveil.common.journal import parse
-from fedveil.deploy.lab import simulate
+from fedveil.deploy.lab import execution, resuming, simulate
 from fedveil.deploy.lab.run import Run
 from fedveil.deploy.lab.simulate import Config
 
@@ -107,6 +108,23 @@ def test_without_a_seed_workers_add_up_in_one_pass(tmp_path, machines):
     assert Run(run).status == "COMPLETED"
     assert Run(run).report.verify().ok
     assert charged(run) == [[1, 2, 3]] * 50
+
+
+def test_a_run_that_was_stopped_goes_on_over_new_workers(tmp_path, machines):
+    asked = Config(clients=8, dataset="digits", sum="plain", steps=6, epsilon=4.0, debug_noise_seed=3)
+    here, there = tmp_path / "here", tmp_path / "there"
+    simulate.run(asked, here, report=False)
+
+    def progress(kind: str, facts: dict) -> None:
+        if kind == "round" and facts["round"] == 3:
+            raise Interrupted("stopped by the test")
+
+    with pytest.raises(Interrupted):
+        simulate.run(replace(asked, engine="ray"), there, report=False, progress=progress)
+    assert Run(there).status == "RUNNING"
+    assert execution.go_on(resuming.find(there)).status == "COMPLETED"
+    assert sums(there) == sums(here)
+    assert charged(there) == charged(here)
 
 
 def test_the_real_sum_over_workers(tmp_path, machines):
