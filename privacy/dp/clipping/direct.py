@@ -14,6 +14,7 @@ from fedveil.common.errors import ModelError
 from fedveil.common.workload.torch.layers import Adapter
 from fedveil.privacy.dp.clipping.engines import InPieces
 from fedveil.privacy.dp.clipping.gradient_factors import Batch, Dense, Piece, Rows, Workspace, outer, together
+from fedveil.privacy.dp.clipping.quick_layers import quicken
 
 # Smaller exponents give denormal numbers, which take a processor many times as long: time would tell of a record.
 LEAST_EXPONENT = -60.0
@@ -140,6 +141,8 @@ class Book(InPieces):
     The weights' own gradients are never computed by autograd: the norms and, once these are known, the clipped sum
     follow from each layer's inputs and output gradients. A layer may be used several times per record.
 
+    The model is its own: on a CPU some layers are replaced (:mod:`fedveil.privacy.dp.clipping.quick_layers`).
+
     Raises:
         ModelError: a trainable parameter belongs to no Linear, Conv2d, Embedding, LayerNorm or GroupNorm layer, or to
             two layers (tied weights), or a layer is called without a leading batch dimension.
@@ -155,6 +158,8 @@ class Book(InPieces):
             raise ModelError("book-keeping knows Linear, Conv2d, Embedding, LayerNorm, GroupNorm", hint="'auto'")
         if len({id(p) for p in owned}) != len(owned):
             raise ModelError("book-keeping cannot treat a parameter that two layers share", hint="the engine 'auto'")
+        if all(p.device.type == "cpu" for p in model.parameters()):
+            quicken(model)
 
     def pieces(self, batch: Batch) -> list[Piece]:
         """See :class:`fedveil.privacy.dp.clipping.engines.InPieces`."""
