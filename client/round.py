@@ -19,7 +19,7 @@ from fedveil.client.own_model import OwnModel
 from fedveil.client.session import Session, Site
 from fedveil.client.statistics import statistics_sum
 from fedveil.client.train import site_sum
-from fedveil.common.errors import BudgetExhausted, ProtocolError, StateMismatch, WireError
+from fedveil.common.errors import BudgetExhausted, DeviceError, ProtocolError, StateMismatch, WireError
 from fedveil.common.identity import SERVER
 from fedveil.common.wire import Packet
 from fedveil.common.workload.statistics import StatsSpec
@@ -97,13 +97,20 @@ def contribute(site: Site, request: Packet) -> Packet:
 def another_step(site: Site, turn: Turn, so_far: NDArray[np.int64]) -> NDArray[np.int64]:
     """``(D,)`` on the grid: one more noisy step of a round, charged already, where those before it have led.
 
-    The weights follow from noisy sums alone, and move by the site's even share of the common step.
+    The weights follow from noisy sums alone. They move by plain steps at the plan's rate, as if the site held an even
+    share of the declared records.
     """
     plan, state = turn.session.plan, turn.model.held.state
     rate = plan.optimizer.learning_rate * plan.optimizer.factor(state.steps + 1)
     weights = state.weights - so_far * (rate * plan.grid * plan.sites / plan.divisor)
     bounded = np.clip(weights, -FARTHEST, FARTHEST).astype(np.float32)
-    clipped = site_sum(site.clipper(turn.session), plan, bounded, site.X, site.y, site.capacity, site.persons)
+    try:
+        clipped = site_sum(site.clipper(turn.session), plan, bounded, site.X, site.y, site.capacity, site.persons)
+    except DeviceError as e:
+        raise DeviceError(
+            "the GPU failed in a later step of this round: the round stays charged, and this site misses it",
+            hint=e.hint,
+        ) from e
     return to_grid(clipped, plan.clamp, plan.grid) + discrete_gaussian(plan.step_std, plan.model.parameters)
 
 

@@ -27,9 +27,13 @@ def table(schedule: ScheduleName | Sequence[Sequence[float]], steps: int) -> Sch
             raise PlanError(f"unknown schedule {schedule[:64]!r}", hint="constant, linear, cosine, or [[step, factor]]")
         parts = min(MAX_SCHEDULE, steps)
         return tuple((1 + steps * k // parts, _factor(schedule, k, parts)) for k in range(parts))
-    if any(len(pair) != 2 or pair[0] != int(pair[0]) for pair in schedule):
-        raise PlanError("a schedule is a list of pairs [step, factor]", hint="for example [[1, 1.0], [40, 0.1]]")
-    return tuple((int(step), float(factor)) for step, factor in schedule)
+    try:
+        pairs = tuple((int(step), float(factor)) for step, factor in schedule)
+        if all(step == whole for (step, _), (whole, _) in zip(schedule, pairs, strict=True)):
+            return pairs
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise PlanError("a schedule is a list of pairs [step, factor]", hint="for example [[1, 1.0], [40, 0.1]]")
 
 
 def problem(schedule: Schedule, steps: int) -> str:

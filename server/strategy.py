@@ -66,7 +66,11 @@ class SecureSumStrategy(Strategy):
         self._opened = opened_sums(job)
         self._round: Round | None = None
         self._linked: Exchange | None = None
-        self._early = EarlyStop(job.patience, job.stop_metric, job.run / "metrics.jsonl")
+        self._early = EarlyStop(
+            job.patience, job.stop_metric, job.run / "metrics.jsonl",
+            classes=job.plan.network.classes if job.plan.task == "train" else 0,
+            stopped=any(True for _ in job.journal.of_kind("run.stopped")),
+        )  # fmt: skip
 
     def summary(self) -> None:
         """Log what is about to run."""
@@ -146,6 +150,9 @@ class SecureSumStrategy(Strategy):
         elif self._consecutive >= MAX_CONSECUTIVE_ABORTS or not self._bearable:
             self.status = ABORTED
         elif self._early.due:
+            if self.status != STOPPED and not any(True for _ in self.job.journal.of_kind("run.stopped")):
+                # Before any site is told: after a restart the run ends in the same way.
+                self.job.journal.append("run.stopped", {"session": self.job.session})
             self.status = STOPPED
         return self.status != COMPLETED
 

@@ -28,9 +28,11 @@ def compare(
         found += [one] if isinstance(one, Run) else list(one)
     together = comparison.compare(found)
     console = Console(highlight=False)
-    for title, lines in (("Means over seeds", together.table()), ("Each run", comparison.rows(together))):
+    for title, lines in (("Means over seeds", comparison.means(together)), ("Each run", comparison.rows(together))):
         names = list(dict.fromkeys(name for line in lines for name in line))
-        table = Table(*names, title=title, title_justify="left", box=None)
+        table = Table(title=title, title_justify="left", box=None)
+        for name in names:
+            table.add_column(name, overflow="fold", ratio=1 if name == comparison.SETTINGS else None)
         for line in lines:
             table.add_row(*(comparison.shown(line.get(name)) for name in names))
         console.print(table)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _DATA, _TRAINING = "Records", "Training (by default the data set's recipe, or what is proposed and printed)"
 _PRIVACY, _RUN = "Privacy and trust", "The run"
 _CLIENTS = 20
+_OF_A_REHEARSAL = {
+    "federation", "clients", "dataset", "by", "test", "seed", "seeds", "out", "resume", "engine", "drop_rate", "cap",
+    "debug_noise_seed", "force",
+}  # fmt: skip
 
 
 def _option(panel: str, help: str, **more: Any) -> Any:
@@ -116,6 +120,12 @@ def simulate(
 
     config = lab.Config(**{f.name: chosen[f.name] for f in fields(lab.Config)} | {"hidden": lab.sizes(hidden)})
     given = {p for p in ctx.params if (source := ctx.get_parameter_source(p)) and source.name == "COMMANDLINE"}
+    if {"epsilon", "noise_multiplier"} <= given:
+        raise UsageError("epsilon follows from noise_multiplier, and this from epsilon", hint="give one of the two")
+    if federation is not None and (other := sorted(given - _OF_A_REHEARSAL)):
+        raise UsageError(
+            f"federation.toml decides {', '.join(other)[:200]}", hint="leave these out, or change the file"
+        )
     prepare = lab.prepared
     if federation is not None:
         prepare = _rehearsed(federation, clients if "clients" in given else None)

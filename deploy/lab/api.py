@@ -208,10 +208,11 @@ def _config(network: str | None, sites: Sites, settings: dict[str, Any]) -> Conf
     known = {f.name for f in fields(Config)} - _OWN - {"network"}
     if wrong := sorted(set(settings) - known):
         raise UsageError(f"unknown settings: {', '.join(wrong)[:200]}", hint=f"one of {', '.join(sorted(known))}")
-    hidden = settings.get("hidden")
-    if hidden is not None:
+    if isinstance(hidden := settings.get("hidden"), list):
         settings = settings | {"hidden": tuple(hidden)}
-    config = Config(clients=len(sites), dataset=sites.source, network=network, **settings)
+    if {"epsilon", "noise_multiplier"} <= {k for k, v in settings.items() if v is not None}:
+        raise UsageError("epsilon follows from noise_multiplier, and this from epsilon", hint="give one of the two")
+    config = Config(clients=len(sites), dataset=sites.source, network=network, **sites.dealt, **settings)
     check(config)
     return config
 

@@ -65,6 +65,8 @@ def refuse_run(out: Path) -> None:
 def make_folder(out: Path) -> None:
     """Make the folder of a new run; :class:`UsageError` where it holds one or cannot be made."""
     refuse_run(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out} holds other files", hint="name a new folder with --out: a run's folder is its own")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

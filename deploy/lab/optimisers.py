@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedveil.common.errors import UsageError
+from fedveil.common.errors import PlanError, UsageError
 from fedveil.deploy.lab.recipes import RULE, Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def optimizer(asked: Mapping[str, Any], recipe: Recipe, parameters: int) -> Opti
     Raises:
         UsageError, PlanError: a schedule that is none.
     """
+    from pydantic import ValidationError
+
     from fedveil.privacy.plan import Optimizer
     from fedveil.privacy.schedules import table
 
@@ -39,7 +41,11 @@ def optimizer(asked: Mapping[str, Any], recipe: Recipe, parameters: int) -> Opti
     elif name != "sgd" and asked["learning_rate"] is None:
         rate = adaptive_rate(name, recipe.steps, parameters)
     schedule = table(schedule_of(asked["schedule"]), recipe.steps)
-    return Optimizer(name=name, learning_rate=rate, momentum=recipe.momentum, schedule=schedule, **given)  # type: ignore[arg-type]
+    try:
+        return Optimizer(name=name, learning_rate=rate, momentum=recipe.momentum, schedule=schedule, **given)  # type: ignore[arg-type]
+    except ValidationError as e:
+        said = "; ".join(f"{x['loc'][0]} = {str(x['input'])[:32]} ({x['msg']})" for x in e.errors(include_url=False))
+        raise PlanError(f"the optimiser is out of bounds: {said}", hint="a value within its bound") from None
 
 
 def adaptive_rate(name: str, steps: int, parameters: int) -> float:

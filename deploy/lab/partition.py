@@ -123,6 +123,16 @@ def parse(text: str) -> str | Partition:
     raise UsageError(f"records cannot be dealt out by {text[:64]!r}", hint=FORMS)
 
 
+def named(by: str | Partition | None) -> str:
+    """What :func:`parse` reads as ``by``; the name of a rule that it does not know."""
+    if by is None or isinstance(by, str):
+        return "iid" if by is None else f"column:{by}"
+    for name, (make, _, _) in _NAMED.items():
+        if type(by) is make:
+            return f"{name}:{next(iter(vars(by).values())):g}"
+    return "iid" if isinstance(by, Iid) else getattr(by, "__name__", type(by).__name__)
+
+
 def _positive(what: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise UsageError(f"{what} is {value!r}", hint="a number above 0; 0.1 is very uneven, 100 nearly even")

@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import inf
 from typing import Any
 
-from fedveil.common.errors import UsageError
+from fedveil.common.errors import PlanError, UsageError
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ RULE = Rule()
 
 
 def propose(
-    *, records: int, inputs: int, classes: int, epsilon: float, delta: float, parameters: int = 0, rule: Rule = RULE
-) -> Recipe:
+    *, records: int, inputs: int, classes: int, epsilon: float, delta: float, parameters: int = 0, rule: Rule = RULE,
+    steps: int | None = None, rate: float | None = None, clip: float | None = None, momentum: float | None = None,
+) -> Recipe:  # fmt: skip
     """Hyper-parameters for ``records`` records in all, from public numbers alone.
 
     Few steps over many records: that is where DP-SGD gets most for its ε. The learning rate keeps the sum of all noise
@@ -120,16 +121,19 @@ def propose(
 
     Args:
         parameters: D of the network, if it is known; by default that of the network proposed.
+        steps, rate, clip, momentum: what was chosen already; the others are proposed for it.
     """
     from fedveil.privacy.dp.calibrate import noise_multiplier
 
+    if not 0 < epsilon < inf:
+        raise PlanError(f"epsilon = {epsilon!r} is not a budget", hint="a number above 0, such as 1 or 8")
     network, hidden = ("logistic", ()) if records < rule.few else ("mlp", (32,))
     widths = (inputs, *hidden, classes)
     size = parameters or sum(a * b + b for a, b in pairwise(widths))
-    steps = next(n for limit, n in rule.steps if epsilon <= limit)
-    rate = 1.0 if records <= rule.whole else round(rule.batch / records, 4)
+    steps = steps or next(n for limit, n in rule.steps if epsilon <= limit)
+    rate = rate or (1.0 if records <= rule.whole else round(rule.batch / records, 4))
     sigma = noise_multiplier(epsilon, delta, rate, steps)
-    momentum, clip = 0.9, 0.5
+    momentum, clip = 0.9 if momentum is None else momentum, clip or 0.5
     # Momentum makes each step's part 1 / (1 - momentum) times as long.
     walk = sigma * math.sqrt(steps * size) / (rate * records) / (1 - momentum)
     length = min(rule.fastest, rule.wander / walk)

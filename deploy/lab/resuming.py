@@ -208,6 +208,9 @@ def find(run: Path, asked: dict[str, Any] | None = None) -> Unfinished:
     how = canonical.loads((folder / _ASKED).read_bytes())
     config = json.loads((run / "config.json").read_text())
     refuse_changes(run, config, asked or {})
+    opened = next(r.body for r in rows if r.kind == "run.open")
+    if opened.get("debug_noise_seed") != config.get("debug_noise_seed"):
+        raise UsageError(f"config.json of {run} was altered", hint="restore the file, or begin a new run")
     part = part_of(run, resumed=True)
     shutil.rmtree(run / LEDGERS, ignore_errors=True)  # they follow from the rows
     return Unfinished(part.kept, config, part.world, part.records, how, "run.end" in kinds)

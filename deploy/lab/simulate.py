@@ -142,7 +142,8 @@ def recipe(config: Config, sites: Sites) -> Recipe:
     if found is None:
         found = recipes.propose(
             records=sites.records, inputs=sites.inputs, classes=sites.classes, epsilon=config.epsilon,
-            delta=config.delta, parameters=_size(config, sites),
+            delta=config.delta, parameters=_size(config, sites), steps=config.steps, rate=config.sample_rate,
+            clip=config.clip, momentum=config.momentum,
         )  # fmt: skip
     if config.network is not None and config.hidden is None:
         found = found.changed(hidden=recipes.usual_hidden(config.network, sites.inputs))
@@ -240,8 +241,26 @@ def run_split(
     return execution.begin(asdict(config), plan, records, out, asked, progress=progress)
 
 
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+def _is_no(annotation: Any, value: Any) -> bool:
+    """Whether a setting's value is of another kind than its annotation says."""
+    kinds = str(annotation).split(" | ")
+    if value is None or isinstance(value, bool):
+        return ("None" if value is None else "bool") not in kinds
+    allowed = tuple(t for k in kinds for t in _KINDS.get(k, (tuple,) if k.startswith("tuple") else ()))
+    return not isinstance(value, allowed)
+
+
 def check(config: Config) -> None:
     """Raise :class:`UsageError` for what would otherwise show only after a run's folder was made, or never."""
+    if wrong := [
+        f"{f.name} = {getattr(config, f.name)!r}"[:80]
+        for f in fields(Config)
+        if _is_no(f.type, getattr(config, f.name))
+    ]:
+        raise UsageError(f"not of the kind that a setting has: {', '.join(wrong)}", hint="numbers, names, tuples")
     for name, known in CHOICES.items():
         if name != "dataset" and (chosen := getattr(config, name)) not in known:
             raise UsageError(f"unknown {name} {chosen!r}", hint=f"one of {', '.join(known)}")

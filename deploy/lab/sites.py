@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ class Sites:
         labels: what each class is; empty where nothing is known.
         names: what each site is called in the source; empty where they were dealt out by chance.
         source: the data in a word, for a run's folder.
+        dealt: ``target``, ``test`` and ``by`` of :func:`fedveil.split`, as a run's ``config.json`` holds them.
         again: deals out the same records under another seed; None where nobody can.
     """
 
@@ -38,6 +40,7 @@ class Sites:
     labels: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     source: str = "records"
+    dealt: Mapping[str, Any] = field(default_factory=dict, compare=False)
     again: Callable[[int], Sites] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

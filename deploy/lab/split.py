@@ -12,7 +12,7 @@ import numpy as np
 from fedveil.common.errors import DataError, UsageError
 from fedveil.common.units import MAX_SITES
 from fedveil.deploy.lab import tables
-from fedveil.deploy.lab.partition import ByGroup, Iid, Index, Partition, Random
+from fedveil.deploy.lab.partition import ByGroup, Iid, Index, Partition, Random, named
 from fedveil.deploy.lab.sites import Sites
 
 
@@ -51,9 +51,11 @@ def split(
         if isinstance(by, str):
             raise UsageError(f"the data set {data!r} has no column {by!r}", hint="Dirichlet, Shards or Quantity")
         count, rule = 20 if clients is None else clients, by
-        return _repeatable(lambda s: datasets.load(data, count, s, by=rule), seed)
-    found, source = _encoded(data, target, by if isinstance(by, str) else None)
-    return _repeatable(lambda s: _dealt(found, source, clients, test, by, s), seed)
+        made = _repeatable(lambda s: datasets.load(data, count, s, by=rule), seed)
+    else:
+        found, source = _encoded(data, target, by if isinstance(by, str) else None)
+        made = _repeatable(lambda s: _dealt(found, source, clients, test, by, s), seed)
+    return replace(made, dealt={"target": target, "test": test, "by": named(by)})
 
 
 def _repeatable(deal: Callable[[int], Sites], seed: int) -> Sites:

@@ -73,7 +73,7 @@ class Cluster:
             except (OSError, RuntimeError, ValueError) as e:
                 raise TransportError(
                     f"the Ray cluster {address or 'on this machine'} does not answer: {type(e).__name__}",
-                    hint="start one with Ray's own command 'ray start', and set RAY_ADDRESS to what it prints; or unset it",
+                    hint="start one with Ray's command 'ray start', and set RAY_ADDRESS to what it prints; or unset it",
                 ) from e
 
     @property

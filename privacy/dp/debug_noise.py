@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 _DOMAIN = b"fedveil/debug-noise/NOT-PRIVATE/1"
-_open: list[_Bytes] = []
+_open: ContextVar[_Bytes | None] = ContextVar("debug-noise", default=None)  # of this thread alone
 
 
 class _Bytes:
@@ -30,13 +31,14 @@ class _Bytes:
 @contextmanager
 def seeded(*names: int | str) -> Iterator[None]:
     """Until the end of the block, randomness follows from ``names``: a seed, a site, a round. NOT PRIVATE."""
-    _open.append(_Bytes(names))
+    before = _open.set(_Bytes(names))
     try:
         yield
     finally:
-        _open.pop()
+        _open.reset(before)
 
 
 def replayed(count: int) -> bytes | None:
     """``count`` bytes of the open block. None outside of one: then the operating system is asked."""
-    return _open[-1].draw(count) if _open else None
+    source = _open.get()
+    return None if source is None else source.draw(count)

@@ -2,7 +2,7 @@
 
 ::
 
-    run.open -> run.joined -> (round.open -> [round.set] -> round.applied | round.aborted)* -> run.end
+    run.open -> run.joined -> (round.open -> [round.set] -> round.applied | round.aborted)* -> [run.stopped] -> run.end
 
 ``run.resumed`` (the server was restarted) may stand between rounds or inside one; a round that was open goes on under
 the same nonce, and its set may be announced once more. ``join.refused`` and ``site.refused`` note a peer's refusal,
@@ -140,6 +140,7 @@ class _Reader:
     def __init__(self) -> None:
         self.history = History()
         self._open: Round | None = None
+        self._stopped = False
         self._nonces: set[str] = set()
         self._may_announce = False  # a restart in the middle of a round: its set may be announced again
 
@@ -155,6 +156,7 @@ class _Reader:
             "round.applied": self._round_applied,
             "round.aborted": self._round_aborted,
             "run.resumed": self._run_resumed,
+            "run.stopped": self._run_stopped,
             "run.end": self._run_end,
             "journal.repaired": self._repaired,
             "join.refused": self._refused,
@@ -198,6 +200,8 @@ class _Reader:
             raise VerificationError(f"{where} comes before the sites joined")
         if self._open is not None:
             raise VerificationError(f"{where} comes while round {self._open.number} is open")
+        if self._stopped:
+            raise VerificationError(f"{where} comes after the run was stopped")
         nonce = fields.text(b, "nonce", where, limit=128)
         new = Round(fields.integer(b, "round", where, low=1, high=1 << 20), nonce, _model(b, where))
         if nonce in self._nonces:
@@ -258,10 +262,17 @@ class _Reader:
     def _repaired(self, _: dict[str, Any], __: str) -> None:
         self.history.repairs += 1
 
+    def _run_stopped(self, _: dict[str, Any], where: str) -> None:
+        if self._open is not None or self._stopped:
+            raise VerificationError(f"{where} stops a run inside a round, or a second time")
+        self._stopped = True
+
     def _run_end(self, b: dict[str, Any], where: str) -> None:
         status = fields.text(b, "status", where, limit=32)
         if status not in _ENDINGS:
             raise VerificationError(f"{where}: the status is none of {', '.join(_ENDINGS)}")
+        if (status == STOPPED) != self._stopped:
+            raise VerificationError(f"{where}: a run ends as {STOPPED} where a row before says so, and only there")
         if self._open is not None and status in (COMPLETED, STOPPED):
             raise VerificationError(f"{where} completes a run while round {self._open.number} is open")
         heads = fields.mapping(b.get("heads"), f"{where}: heads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from torch import nn
 
 from fedveil.client import round as line
-from fedveil.client import train
+from fedveil.client import together, train
 from fedveil.client.app import make_app as client_app
 from fedveil.client.train import client_updates, clipper, site_sum
 from fedveil.common.errors import PlanError
 from fedveil.common.workload.model import ModelSpec
 from fedveil.common.workload.torch.networks import build, flatten, trainable
 from fedveil.deploy.lab import virtual_sites
+from fedveil.deploy.lab.together import TogetherGrid
 from fedveil.deploy.transport.inprocess import InprocessGrid, run_on
+from fedveil.privacy import norm_cap
 from fedveil.privacy.dp.clipping import passes
+from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.optimiser import ModelState
 from fedveil.privacy.plan import Optimizer, PrivacyPlan, make_plan
 from fedveil.privacy.report import prices
@@ -123,6 +127,77 @@ class TestSample:
             plan_of(mode="distributed", few_clients=False, local_batch=4)
 
 
+@pytest.mark.parametrize("engine", ["numpy", "closed"])
+def test_a_whole_update_is_clipped(engine):
+    plan = plan_of(local_steps=30, clip=0.01)
+    out = site_sum(clipper(MLP, engine, "cpu", "float64"), plan, flatten(build(MLP)), 50 * X, Y, 20)
+    assert 0.0099 < np.linalg.norm(out) <= 0.01
+
+
+def test_clients_of_one_pass_throw_coins_of_their_own(monkeypatch, tmp_path):
+    """Who is not in the sample adds zeros, and is charged like everybody."""
+    plan = plan_of(sample_rate=0.5, steps=6, clip=1.0)
+    world, asked = virtual_sites.World.make(20), []
+
+    def coins(clients: int, rate: float) -> np.ndarray:
+        asked.append((clients, rate))
+        return np.arange(clients) % 4 == 0
+
+    seen: list[np.ndarray] = []
+    real = together.to_grid
+    monkeypatch.setattr(train, "poisson_sample", coins)
+    monkeypatch.setattr(together, "to_grid", lambda v, clamp, grid: seen.append(v) or real(v, clamp, grid))
+    job = jobs.create(tmp_path / "run", plan, world.roster, world.server, documents={}, durable=False)
+    sites = virtual_sites.Kept(
+        lambda i: virtual_sites.make_site(
+            world.roster, i, world.keys[i], plan, X, Y, job.run, cap=plan.filter_epsilon(), engine="numpy"
+        )
+    )
+    server, _ = server_app(job)
+    grid = TogetherGrid(client_app(sites.resolve), world.sites, sites.find, logged=contextlib.nullcontext)
+    run_on(server, grid)
+    assert asked == [(20, 0.5)] * 6
+    for values in seen:
+        assert ((values != 0).any(1) == (np.arange(20) % 4 == 0)).all()
+    assert {len(sites.find(i).ledger.tally.committed) for i in range(20)} == {6}
+
+
+def test_nothing_random_is_drawn_before_the_charge(monkeypatch, tmp_path):
+    """Charge first, release after: of every noisy step, in messages and in one pass."""
+    order: list[str] = []
+    monkeypatch.setattr(Ledger, "reserve", _noting(order, "charge", Ledger.reserve))
+    for module in (line, together):
+        monkeypatch.setattr(module, "discrete_gaussian", _noting(order, "noise", module.discrete_gaussian))
+    one_pass = {"mode": "client", "sum": "plain", "few_clients": True, "sites": 4, "records": 44}
+    messages = {"mode": "local", "sum": "none", "local_steps": 3, "few_clients": False, "sites": 4, "records": 44}
+    for given, noises in ((one_pass, 1), (messages, 4 * 3)):
+        order.clear()
+        plan = plan_of(**given, steps=1)
+        world = virtual_sites.World.make(4)
+        job = jobs.create(tmp_path / plan.mode, plan, world.roster, world.server, documents={}, durable=False)
+        sites = virtual_sites.Kept(
+            lambda i, world=world, plan=plan, job=job: virtual_sites.make_site(
+                world.roster, i, world.keys[i], plan, X, Y, job.run, cap=plan.filter_epsilon(), engine="numpy"
+            )
+        )
+        server, _ = server_app(job)
+        app = client_app(sites.resolve)
+        if noises == 1:
+            run_on(server, TogetherGrid(app, world.sites, sites.find, logged=contextlib.nullcontext))
+            assert order == ["charge"] * 4 + ["noise"]
+        else:
+            run_on(server, InprocessGrid(app, world.sites, lambda _: {}))
+            assert order == ["charge", "noise", "noise", "noise"] * 4
+
+
+def _noting(order: list[str], name: str, real: Any) -> Any:
+    def noting(*args: Any, **more: Any) -> Any:
+        order.append(name)
+        return real(*args, **more)
+
+    return noting
+
+
 def test_clients_are_computed_together_as_alone():
     plan = plan_of(local_steps=2, local_batch=4, proximal=0.5)
     engine = clipper(MLP, "numpy", "cpu", "float64")
@@ -189,6 +264,24 @@ class TestNoisyLocalSteps:
         own = prices.read(many.to_json())
         assert (own.sensitivity, own.share) == (pytest.approx(many.sensitivity), pytest.approx(many.share_std))
         assert many.bound >= 4 * 9 * many.clamp / many.grid
+
+    def test_each_steps_own_noise_must_be_wide_on_the_grid(self):
+        """A share of the whole round may look wide enough where one step's is not."""
+        small = ModelSpec(name="logistic", inputs=3, classes=2)  # so that the grid may be coarse
+        plan = self.plan(local_steps=4, noise_multiplier=0.2, clip=1.0, model=small)
+        coarse = plan.model_copy(update={"grid": plan.share_std * plan.grid / 119})
+        assert coarse.step_std < 64 < coarse.share_std
+        with pytest.raises(PlanError, match="too coarse"):
+            coarse.check()
+
+    def test_the_norm_cap_allows_k_times_the_length(self):
+        one, many = (self.plan(local_steps=k, noise_multiplier=0.3) for k in (1, 9))
+        reach = lambda p: norm_cap.cap(p, 4) * p.grid  # noqa: E731
+        assert reach(many) == pytest.approx(9 * reach(one), rel=0.02)
+
+    def test_the_verifier_prices_a_sampled_client_by_its_rate_and_without_places(self):
+        own = prices.read(plan_of(sample_rate=0.25).to_json())
+        assert (own.rate, own.overflow, own.places, own.left(3)) == (0.25, 0.0, 1, own.delta)
 
     def plan(self, **changes: Any) -> PrivacyPlan:
         given = {"mode": "local", "sum": "none", "sites": 4, "sample_rate": 1.0, "few_clients": False} | changes

@@ -68,6 +68,37 @@ def test_steps_are_torchs(given, make):
     np.testing.assert_allclose(found, by_torch(make, GRADIENTS), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "yogi", "adagrad"])
+def test_the_bits_are_those_of_the_operations_in_their_order(name):
+    """Server, sites and auditor may be of different versions: no operation may change places."""
+    plan = plan_of(name=name, averaging=0.9)
+    b1, b2 = 0.9, 0.99 if name in ("adam", "yogi") else 0.0
+    w, m, v = np.linspace(-1, 1, D, dtype=np.float32).astype(float), np.zeros(D), np.zeros(D)
+    average = w
+    for k, g in enumerate((g * plan.divisor for g in GRADIENTS), 1):
+        g = g / plan.divisor
+        if name == "sgd":
+            m = m * b1 + g
+            w = w - m * 0.1
+        else:
+            m = m * b1 + (1 - b1) * g
+            square = g * g
+            if name == "adam":
+                v = v * 0.99 + (1 - 0.99) * square
+            elif name == "yogi":
+                v = v - (1 - 0.99) * np.sign(v - square) * square
+            else:
+                v = v + square
+            first, second = (1 / (1 - optimiser._power(b, k)) for b in (b1, b2))
+            w = w - m * (0.1 * first) / (np.sqrt(v * second) + 1e-8)
+        kept = min(0.9, (1 + k) / (10 + k))
+        average = average * kept + (1 - kept) * w
+    found = walk(plan, GRADIENTS)[-1]
+    assert found.weights.tobytes() == w.tobytes()
+    assert found.result.tobytes() == average.tobytes()
+    assert [x.tobytes() for x in found.moments] == [x.tobytes() for x in (m, v)[: len(found.moments)]]
+
+
 def test_yogi_written_out():
     weights, m, v = np.linspace(-1, 1, D, dtype=np.float32).astype(float), np.zeros(D), np.zeros(D)
     for k, g in enumerate(GRADIENTS, 1):
@@ -181,7 +212,9 @@ class TestSchedules:
         assert schedules.table("constant", 10) == ()
         assert schedules.table([[1, 1], [4, 0.1]], 10) == ((1, 1.0), (4, 0.1))
 
-    @pytest.mark.parametrize("wrong", ["steep", [[1]], [[1.5, 0.1]]])
+    @pytest.mark.parametrize(
+        "wrong", ["steep", [[1]], [[1.5, 0.1]], [[float("inf"), 1]], [[float("nan"), 1]], [["a", 1]], None, 3]
+    )
     def test_what_is_no_schedule(self, wrong):
         with pytest.raises(PlanError, match="schedule"):
             schedules.table(wrong, 10)

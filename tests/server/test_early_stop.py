@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fedveil.common.errors import PlanError
+from fedveil.common.errors import PlanError, VerificationError
+from fedveil.common.journal import parse
 from fedveil.privacy.report.build import build_report
 from fedveil.privacy.report.bundle import REPORT
+from fedveil.privacy.report.history import replay
 from fedveil.privacy.report.verify import verify_report
 from fedveil.server.early_stop import EarlyStop
+from fedveil.server.strategy import SecureSumStrategy
 
 
 def falls(after: int):
@@ -48,7 +52,7 @@ def test_a_run_that_goes_on_remembers_its_best(tmp_path):
     lines = [{"round": n, "metrics": {"accuracy": a}} for n, a in enumerate([0.5, 0.75, 0.6], 1)]
     lines.append({"round": 4, "metrics": {}})  # an aborted round
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    early = EarlyStop(2, "accuracy", path)
+    early = EarlyStop(2, "accuracy", path, classes=3)
     assert not early.due
     early.see({})
     assert not early.due
@@ -59,5 +63,45 @@ def test_a_run_that_goes_on_remembers_its_best(tmp_path):
 
 
 def test_a_metric_that_the_table_does_not_give(tmp_path):
-    with pytest.raises(PlanError, match="gives no 'auc'"):
-        EarlyStop(1, "auc", tmp_path / "none").see({"accuracy": 0.5})
+    with pytest.raises(PlanError, match="area under the curve of 3 classes"):
+        EarlyStop(1, "auc", tmp_path / "none", classes=3)
+    early = EarlyStop(1, "auc", tmp_path / "none", classes=2)
+    for auc in (0.7, 0.7):
+        early.see({"accuracy": 0.5, "auc": auc})
+    assert early.due
+
+
+def test_a_server_that_stopped_after_the_decision_ends_in_the_same_way(run, monkeypatch):
+    """Whatever patience it has then: the sites may have been told."""
+    r = run(steps=9, durable=True, options={"evaluate": falls(1), "patience": 2})
+    monkeypatch.setattr(SecureSumStrategy, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        r.go()
+    r.job.journal.close()
+    monkeypatch.undo()
+    r.options = {"evaluate": falls(50)}
+    assert r.resume() == "STOPPED_EARLY"
+    assert (r.bodies("run.end")[0]["steps_done"], len(r.bodies("run.stopped"))) == (3, 1)
+    assert r.spends(0) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["run.stopped", "run.stopped"], "a second time"),
+        (["run.stopped", "round.open"], "after the run was stopped"),
+        (["round.open", "run.stopped"], "inside a round"),
+        (["run.end"], "where a row before says so"),
+    ],
+)
+def test_a_journal_that_stops_otherwise_is_refused(run, rows, said):
+    r = run(steps=5, options={"evaluate": falls(1), "patience": 1})
+    r.go()
+    written = parse((r.folder / "journal.jsonl").read_bytes())
+    kinds = [row.kind for row in written]
+    opened, stopped, end = (written[kinds.index(k)] for k in ("round.open", "run.stopped", "run.end"))
+    last = max(i for i, k in enumerate(kinds) if k == "round.applied")
+    body = opened.body | {"round": written[last].body["round"] + 1, "nonce": "another"}
+    more = {"run.stopped": stopped, "round.open": replace(opened, body=body), "run.end": end}
+    with pytest.raises(VerificationError, match=said):
+        replay([*written[: last + 1], *(more[kind] for kind in rows)])

@@ -164,7 +164,7 @@ def test_the_whole_command(tmp_path):
         "majority",
         "checks passed",
         "report.html",
-        "audit conformance: 27 of 27",
+        "audit conformance: 28 of 28",
         "signed by 4 of 4 hospitals",
         "signed by the auditor's key",
     ):
