@@ -56,6 +56,7 @@ def test_drop_outs_repeat_too(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray leaves its own processes to the end of ours
 @pytest.mark.parametrize("sum", ["plain", "keysum"])
 def test_ray_opens_the_sums_of_the_engine_in_this_process(tmp_path, sum):
     config = replace(SMALL, sum=sum)

@@ -146,7 +146,7 @@ def test_the_connection_survives_the_encryption_of_a_hundred_million_parameters(
     print({**facts, "round trip": round(took, 1)})
     assert site.returncode == 0
     assert len(packet.buffers["ciphertext"]) == 7 * 4096 * -(-LENGTH // 8192)
-    assert facts["seconds"] > 3 * PING_MS / 1000, "several pings were due while the site worked"
+    assert facts["seconds"] > 2 * PING_MS / 1000, "several pings were due while the site worked"
     assert facts["statuses"] == ["connecting", "connected", "waiting", "working", "waiting", "finished"]
     assert len(attached) <= 1
     assert facts["longest"] < MOST_S
