@@ -20,7 +20,7 @@ from fedveil.deploy.lab import execution, resuming
 from fedveil.deploy.lab.resuming import STUDY
 from fedveil.deploy.lab.run import BASELINES, Run
 from fedveil.deploy.lab.runs import Runs
-from fedveil.deploy.lab.simulate import Config, check, make_plan, recipe, run_split
+from fedveil.deploy.lab.simulate import Config, check, make_plan, proposal, run_split
 from fedveil.deploy.lab.sites import Sites
 
 _SWEEP = "sweep.json"
@@ -58,8 +58,7 @@ def simulate(
     folder = Path(out) if out is not None else _new_folder()
     plan = make_plan(config, sites)
     if not quiet:
-        found = recipe(config, sites)
-        print(f"{sites!r}\n{found}\n{found.why}".rstrip())  # noqa: T201 - what the caller asked to see
+        print(proposal(config, sites, plan))  # noqa: T201 - what the caller asked to see
     run_split(config, sites, plan, folder, report=report)
     if compare:
         (folder / BASELINES).write_text(json.dumps(_compared(config, sites), indent=1) + "\n")

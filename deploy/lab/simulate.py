@@ -192,6 +192,15 @@ def make_plan(config: Config, sites: Sites) -> PrivacyPlan:
     )  # fmt: skip
 
 
+def proposal(config: Config, sites: Sites, plan: PrivacyPlan) -> str:
+    """The records and the hyper-parameters of a simulation, in words: what was chosen, and what is proposed."""
+    o, found = plan.optimizer, recipe(config, sites).changed(learning_rate=plan.optimizer.learning_rate)
+    more = "" if o.name == "sgd" else f", optimizer = {o.name}"
+    more += f", server_rate = {o.server_rate:g}" if plan.mode == "client" else ""
+    usual = o.name == "sgd" and config.learning_rate is None and plan.mode != "client"  # what the reason is about
+    return f"{sites!r}\n{found}{more}\n{found.why if usual else ''}".rstrip()
+
+
 def sites_of(config: Config) -> Sites:
     """The records that ``config`` names, dealt out."""
     from fedveil.deploy.lab.partition import parse

@@ -15,7 +15,7 @@ from fedveil.deploy.lab import execution, resuming
 from fedveil.deploy.lab.choices import NOT_PRIVATE
 from fedveil.deploy.lab.outcomes import SUMMARY, Outcome, raise_for_ending, show, write_summary
 from fedveil.deploy.lab.run import Run
-from fedveil.deploy.lab.simulate import Config, prepared, recipe, run_split
+from fedveil.deploy.lab.simulate import Config, prepared, proposal, run_split
 from fedveil.deploy.watch.display import CONSOLE, Display
 from fedveil.privacy.report.bundle import METRICS
 
@@ -49,8 +49,7 @@ def command(config: Config, seeds: int, out: Path | None, prepare: Prepare = pre
         execution.refuse_run(run)
     first = prepare(config)
     if not origin:
-        found = recipe(*first[:2])
-        CONSOLE.print(f"{first[1]!r}\n{found}\n{found.why}".rstrip(), highlight=False, soft_wrap=True)
+        CONSOLE.print(proposal(*first), highlight=False, soft_wrap=True)
     if seeds > 1:
         folder.mkdir(parents=True, exist_ok=True)
         asked = {"config": asdict(config), "seeds": seeds, "origin": origin}

@@ -15,7 +15,8 @@ import fedveil as fv
 from fedveil.common.errors import PlanError, UsageError, VerificationError
 from fedveil.deploy.lab import recipes
 from fedveil.deploy.lab.choices import NETWORKS
-from fedveil.deploy.lab.simulate import Config, make_plan, recipe
+from fedveil.deploy.lab.partition import parse
+from fedveil.deploy.lab.simulate import Config, make_plan, proposal, recipe
 
 QUICK: dict[str, Any] = {"sum": "plain", "steps": 2}
 
@@ -169,3 +170,67 @@ def test_importing_fedveil_loads_nothing_heavy():
     assert "'simulate'" in done.stdout
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fv.nothing  # type: ignore[attr-defined]
+
+
+class TestWhatARunSaysOfItself:
+    @pytest.mark.parametrize(
+        ("by", "said"),
+        [
+            (None, "iid"), (fv.Iid(), "iid"), (fv.Dirichlet(0.3), "dirichlet:0.3"), (fv.Shards(3), "shards:3"),
+            (fv.Quantity(0.5), "quantity:0.5"), ("town", "column:town"),
+        ],
+    )  # fmt: skip
+    def test_its_config_holds_how_the_records_were_dealt_out(self, by, said):
+        rng = np.random.default_rng(0)  # noqa: TID251 - made-up records
+        table = {"x": rng.normal(size=90), "town": np.repeat(["a", "b", "c"], 30), "ill": rng.integers(0, 2, 90)}
+        sites = fv.split(table, "ill", clients=None if by == "town" else 3, by=by, test=0.3)
+        assert sites.dealt == {"target": "ill", "test": 0.3, "by": said}
+        parsed = parse(said)
+        assert parsed == (fv.Iid() if by is None else by)
+
+    def test_what_is_proposed_fits_the_steps_that_were_chosen(self, sites, capsys, tmp_path):
+        few, many = (make_plan(Config(clients=4, dataset="arrays", epsilon=2.0, steps=n), sites) for n in (20, 300))
+        assert many.optimizer.learning_rate < few.optimizer.learning_rate
+        fv.simulate(None, sites, epsilon=2, steps=300, sum="plain", compare=False, report=False, out=tmp_path / "run")
+        said = capsys.readouterr().out
+        assert f"noise multiplier {many.noise_multiplier:.3g}" in said
+
+    def test_an_adaptive_optimiser_says_its_own_rate(self, sites):
+        config = Config(clients=4, optimizer="adam", epsilon=2.0)
+        plan = make_plan(config, sites)
+        assert f"learning_rate = {plan.optimizer.learning_rate:g}" in proposal(config, sites, plan)
+        assert plan.optimizer.learning_rate != make_plan(Config(clients=4, epsilon=2.0), sites).optimizer.learning_rate
+        client = Config(clients=4, optimizer="adam", mode="client", force=True, epsilon=8.0)
+        assert "server_rate = " in proposal(client, sites, make_plan(client, sites))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"epsilon": 2, "noise_multiplier": 3.0}, UsageError, "one of the two"),
+        ({"epsilon": "2"}, UsageError, "epsilon = '2'"),
+        ({"hidden": 32}, UsageError, "hidden = 32"),
+        ({"schedule": None}, UsageError, "schedule = None"),
+        ({"schedule": "warmup"}, PlanError, "unknown schedule"),
+        ({"averaging": 1.0}, PlanError, "averaging"),
+        ({"learning_rate": -1.0}, PlanError, "learning_rate"),
+        ({"optimizer": "adamw"}, UsageError, "unknown optimizer"),
+        ({"patience": 2, "stop_metric": "auc"}, None, ""),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_or_are_of_another_kind(sites, tmp_path, settings, error, said):
+    if error is None:  # two classes have an area under the curve
+        fv.simulate("logistic", sites, **(QUICK | settings), out=tmp_path / "run", compare=False, report=False)
+        return
+    with pytest.raises(error) as refused:
+        fv.simulate("logistic", sites, **(QUICK | settings), out=tmp_path / "run", quiet=True)
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(sites, tmp_path):
+    (tmp_path / "mine.toml").write_text("x = 1")
+    with pytest.raises(UsageError, match="holds other files"):
+        fv.simulate("logistic", sites, **QUICK, out=tmp_path, quiet=True, compare=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
