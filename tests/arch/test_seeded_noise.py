@@ -18,7 +18,8 @@ OPENING = {"deploy/lab/seeded_noise.py"}
 CARRYING = {"deploy/lab/execution.py", "deploy/lab/ray_sites.py"}  # who may import the module that opens one
 # Where the word may stand: the lab, the command, and what says NOT PRIVATE of such a run.
 NAMING = {
-    "deploy/lab/resuming.py", "deploy/lab/simulate.py", "deploy/lab/execution.py", "deploy/lab/studies.py", "deploy/lab/run.py",
+    "deploy/lab/resuming.py", "deploy/lab/simulate.py", "deploy/lab/execution.py", "deploy/lab/studies.py",
+    "deploy/lab/run.py",
     "deploy/cli/simulate.py", "server/job.py", "privacy/report/history.py",
 }  # fmt: skip
 
