@@ -209,6 +209,8 @@ def _config(network: str | None, sites: Sites, settings: dict[str, Any]) -> Conf
         raise UsageError(f"unknown settings: {', '.join(wrong)[:200]}", hint=f"one of {', '.join(sorted(known))}")
     if isinstance(hidden := settings.get("hidden"), list):
         settings = settings | {"hidden": tuple(hidden)}
+    if isinstance(pairs := settings.get("schedule"), list):
+        settings = settings | {"schedule": tuple(tuple(p) if isinstance(p, list) else p for p in pairs)}
     if {"epsilon", "noise_multiplier"} <= {k for k, v in settings.items() if v is not None}:
         raise UsageError("epsilon follows from noise_multiplier, and this from epsilon", hint="give one of the two")
     config = Config(clients=len(sites), dataset=sites.source, network=network, **sites.dealt, **settings)

@@ -423,3 +423,23 @@ def test_a_run_by_noise_multiplier(home, world_plan):
     path.write_text(text.replace("epsilon = 1.0", "epsilon = 1.0\nnoise_multiplier = 40.0"))
     with pytest.raises(ConfigError, match="exactly one"):
         files.load(path, files.Federation)
+
+
+def test_the_optimiser_of_a_federation_is_that_of_its_plan(home):
+    from fedveil.common.errors import ConfigError, PlanError
+    from fedveil.privacy.planning import plan_from_settings
+
+    path = home / "federation.toml"
+    text = path.read_text()
+    head, _, rest = text.partition("[optimizer]\n")
+    chosen = '[optimizer]\nname = "adam"\nschedule = [[1, 1.0], [4, 0.25]]\naveraging = 0.9\nsecond_moment = 0.95\n'
+    path.write_text(head + chosen + rest)
+    o = plan_from_settings(files.load(path, files.Federation), demo_hospitals.contract(), 4).optimizer
+    assert (o.name, o.schedule, o.averaging, o.second_moment) == ("adam", ((1, 1.0), (4, 0.25)), 0.9, 0.95)
+    path.write_text(head + "[optimizer]\nserver_rate = 0.5\n" + rest)
+    with pytest.raises(PlanError, match="for mode 'client'"):
+        plan_from_settings(files.load(path, files.Federation), demo_hospitals.contract(), 4)
+    without = text.replace('public_test = "public.csv"\n', "")
+    path.write_text(without.replace("[run]\n", "[run]\npatience = 3\n"))
+    with pytest.raises(ConfigError, match="patience needs"):
+        files.load(path, files.Federation)

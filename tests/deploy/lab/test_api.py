@@ -234,3 +234,31 @@ def test_a_folder_with_other_files_is_left_alone(sites, tmp_path):
     with pytest.raises(UsageError, match="holds other files"):
         fv.simulate("logistic", sites, **QUICK, out=tmp_path, quiet=True, compare=False)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adam", "averaging": 0.9, "schedule": "cosine"},
+        {"optimizer": "yogi", "schedule": [[1, 1.0], [3, 0.1]], "reveal_to": "sites"},
+        {"optimizer": "adagrad", "mode": "local", "sum": "none", "local_steps": 3},
+        {"optimizer": "adam", "mode": "client", "force": True, "sample_rate": 0.5, "local_batch": 8, "proximal": 0.1},
+    ],
+    ids=lambda s: s["optimizer"] + "-" + s.get("mode", "distributed"),
+)
+def test_every_optimiser_runs_to_a_report_that_verifies(sites, tmp_path, settings):
+    """From the plan over the sites' own steps to the verifier, who takes every step again from the opened sums."""
+    run = fv.simulate(
+        "logistic", sites, **({"epsilon": 8.0, "steps": 4} | settings), out=tmp_path / "run", compare=False, quiet=True
+    )
+    assert run.status == "COMPLETED"
+    assert run.plan.optimizer.name == settings["optimizer"]
+    found = run.report.verify()
+    assert found.ok
+    if run.plan.reveal_to == "server":
+        assert "4 steps taken again" in str(found.checks)
+
+
+def test_optimisers_are_compared_in_one_line(sites, tmp_path):
+    runs = fv.sweep("logistic", sites, **QUICK, optimizer=["sgd", "adam"], seeds=2, out=tmp_path / "s", workers=1)
+    assert [row["optimizer"] for row in runs.table()] == ["sgd", "adam"]
